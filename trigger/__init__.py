@@ -1,0 +1,1 @@
+"""Trigpoint: a recovery point for every database transaction that matters."""

@@ -1,0 +1,323 @@
+"""What Trigpoint talks about: commits, proofs of flush, snapshots, recovery points, gaps, restore targets.
+
+Everything here is immutable and does no I/O. Times are aware UTC and are labels; order is by position only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import NamedTuple
+
+from trigger.position import History, Lsn, Position
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Changes(NamedTuple):
+    """How many rows of one table a commit inserted, updated and deleted, and how often it truncated the table."""
+
+    inserted: int = 0
+    updated: int = 0
+    deleted: int = 0
+    truncated: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows changed; a TRUNCATE counts none, since the log does not say how many went."""
+        return self.inserted + self.updated + self.deleted
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One committed transaction, as a source reports it.
+
+    `start` and `end` are where its commit record begins and ends in the log. They are not interchangeable: a
+    restore that includes the commit stops at `start` inclusively, a source is acknowledged with `end`.
+    """
+
+    stream: str
+    """The source that reported it; for PostgreSQL the name of the database."""
+    history: History
+    start: Lsn
+    end: Lsn
+    xid: int
+    """The full 64-bit transaction id, with its epoch."""
+    time_us: int
+    """Commit time by the database's clock, in microseconds since 1970 (UTC)."""
+    tables: Mapping[str, Changes] = field(default_factory=dict)
+    """Changes by qualified table name (`schema.table`), as far as the source can see them."""
+    markers: tuple[str, ...] = ()
+    """What the application wrote with `pg_logical_emit_message(true, 'trigpoint', …)` inside the transaction."""
+    origin: str = ""
+    """The replication origin it came through; "" for a commit made here."""
+
+    @property
+    def position(self) -> Position:
+        """Where the commit is complete: the end of its record, in its history."""
+        return Position(self.history, self.end)
+
+    @property
+    def time(self) -> datetime:
+        """Commit time by the database's clock."""
+        return from_microseconds(self.time_us)
+
+    @property
+    def rows(self) -> int:
+        """Rows changed in all tables."""
+        return sum(changes.rows for changes in self.tables.values())
+
+
+def from_microseconds(time_us: int) -> datetime:
+    """Give the aware UTC time that lies `time_us` microseconds after 1970."""
+    return EPOCH + timedelta(microseconds=time_us)
+
+
+def to_microseconds(time: datetime) -> int:
+    """Give `time` (aware) in whole microseconds since 1970."""
+    return (time - EPOCH) // timedelta(microseconds=1)
+
+
+class Outcome(StrEnum):
+    """What became of a qualifying commit; each has exactly one."""
+
+    PROTECTED = "protected"
+    """A point was taken for this very commit."""
+    COALESCED = "coalesced"
+    """A point taken for a later commit holds it; an exact restore replays to it from the base before."""
+    MISSED = "missed"
+    """No point holds it; the reason is recorded."""
+
+
+class CommitRecord(NamedTuple):
+    """What the catalog keeps of one qualifying commit."""
+
+    stream: str
+    xid: int
+    start: Lsn
+    end: Lsn
+    time_us: int
+    markers: tuple[str, ...]
+    outcome: Outcome
+
+
+class Cause(StrEnum):
+    """Why a recovery point was taken."""
+
+    COMMIT = "commit"
+    START = "start"
+    INTERVAL = "interval"
+    CRON = "cron"
+    DEMAND = "demand"
+    REPLAY = "replay"
+    """The log since the last base had grown to what can just be replayed within the restore objective."""
+    GAP = "gap"
+    """Commits may have gone unseen; an unconditional point closes the gap."""
+    CATCH_ALL = "catch-all"
+    """The log had moved without visible commits (DDL, sequences, large objects, other databases)."""
+
+
+class State(StrEnum):
+    """The life of a recovery point."""
+
+    OPEN = "open"
+    SEALED = "sealed"
+    EXPIRING = "expiring"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+
+TRANSITIONS: Mapping[State, frozenset[State]] = {
+    State.OPEN: frozenset({State.SEALED, State.FAILED}),
+    State.SEALED: frozenset({State.EXPIRING, State.FAILED}),
+    State.EXPIRING: frozenset({State.EXPIRED}),
+    State.EXPIRED: frozenset(),
+    State.FAILED: frozenset(),
+}
+"""Every legal change of state; anything else is an error of the program."""
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A directory tree that the storage can cut at one moment: a subvolume, a filesystem, or a plain directory."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """The proof that everything written to a volume before `began_at` is on stable storage."""
+
+    agent: str
+    volume: str
+    device: str
+    """`major:minor` of the filesystem that was flushed."""
+    filesystem: str
+    """The filesystem's id (`statfs` f_fsid, hexadecimal), so that a wrong mount is noticed."""
+    began_at: datetime
+    ended_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One volume as it was at one moment, kept by a storage driver."""
+
+    volume: str
+    driver: str
+    location: str
+    """Where the driver keeps it; a path for drivers inside a filesystem."""
+    began_at: datetime
+    ended_at: datetime
+    bytes_copied: int = 0
+    """What had to be copied; 0 where the storage shares unchanged blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """What the database gave for a copy that is not one instant: PostgreSQL's backup label and its limits.
+
+    A restore of such a snapshot must start with `label` in place and replay at least to `stop`.
+    """
+
+    start: Position
+    stop: Position
+    label: str
+    tablespace_map: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The result of restoring a point and looking at it."""
+
+    at: datetime
+    passed: bool
+    target: str
+    checks: tuple[tuple[str, bool, str], ...]
+    """(what was checked, whether it held, what was seen)."""
+
+
+_POINT_ID = re.compile(r"[0-9a-hjkmnp-tv-z]{26}")
+_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def point_id(now: datetime, randomness: int) -> str:
+    """Give a new point id: a ULID in lower case, `now` in its first 48 bits and 80 bits of `randomness` behind."""
+    number = (to_microseconds(now) // 1000 << 80) | (randomness & ((1 << 80) - 1))
+    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def is_point_id(text: str) -> bool:
+    """Whether `text` has the form of a point id."""
+    return _POINT_ID.fullmatch(text) is not None
+
+
+def tag_name(point: str) -> str:
+    """Give the name under which a storage keeps the snapshot of a point: `trg-<id>`, legal everywhere."""
+    return f"trg-{point}"
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryPoint:
+    """A commit (or a moment), the proofs that it was on disk, and the snapshots that hold it.
+
+    Its snapshots hold at least everything up to `floor` and at most what lies before `ceiling`. A restore to a
+    commit starts from a point whose ceiling is at or before the start of that commit's record.
+    """
+
+    id: str
+    number: int
+    """Counts up from 1 in one catalog; what people say."""
+    state: State
+    cause: Cause
+    floor: Position
+    opened_at: datetime
+    commit: CommitRecord | None = None
+    """The commit it was taken for; None for a point that was not taken for one."""
+    rule: str = ""
+    """The rule that took the commit."""
+    ceiling: Position | None = None
+    redo: Position | None = None
+    """Where a restore of these snapshots begins to replay (the redo position of the last checkpoint before)."""
+    bracket: Bracket | None = None
+    flushes: tuple[Flush, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
+    commits: int = 0
+    """How many qualifying commits it protects, the coalesced ones included."""
+    tables: Mapping[str, Changes] = field(default_factory=dict)
+    """What those commits changed, by `stream.schema.table`."""
+    sealed_at: datetime | None = None
+    note: str = ""
+    """Free text of whoever asked for it."""
+    failure: str = ""
+    """Why it failed; "" otherwise."""
+    verification: Verification | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its snapshots in every storage."""
+        return tag_name(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """An interval of the log in which qualifying commits may have gone unprotected."""
+
+    stream: str
+    after: Position
+    """The last position known to be settled."""
+    until: Position
+    """The first position from which commits are seen again; it may lie in another history."""
+    reason: str
+    found_at: datetime
+    closed_by: int = 0
+    """The number of the unconditional point taken because of it; 0 while there is none."""
+
+
+class StopKind(StrEnum):
+    """How a replay knows where to stop."""
+
+    LSN = "lsn"
+    TIME = "time"
+    END = "end"
+    """The end of the snapshot itself; nothing is replayed beyond it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The state that a restore brings back: all commits at or before one place in a lineage, and no other."""
+
+    history: History
+    """The history in which the place lies; a replay follows this timeline."""
+    kind: StopKind
+    at: Lsn
+    """For `LSN` where the replay stops; for `TIME` a position surely not after it, else the same as `LSN`."""
+    inclusive: bool
+    """Whether the record that begins at `at` (or the commits made at `time`) belong to the state."""
+    description: str
+    """For people: `commit 7731 (0/1A2B3C8)`, `before transaction 7731`."""
+    time: datetime | None = None
+    commit: CommitRecord | None = None
+    """The last commit that the state holds, where it is known."""
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    OK = "ok"
+    NOTE = "note"
+    WARNING = "warning"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing a pre-flight check saw: what, how bad, and the remedy."""
+
+    subject: str
+    severity: Severity
+    message: str
+    remedy: str = ""

@@ -1,0 +1,409 @@
+"""What the service needs of the world, as Protocols; drivers in `connectors` implement them.
+
+Contracts that hold for every port:
+
+- A call may be cancelled at any await. A cancelled call may or may not have had its effect; calling it again with
+  the same arguments is safe.
+- Blocking work runs in threads; the event loop is never held for longer than a few milliseconds.
+- Drivers do not retry, log or count. They raise the error of their port, with a hint, and say whether it is
+  retryable; the service decides.
+- Names, paths and ids are validated where they are made (`trigger.model`); a driver may rely on their form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from trigger.model import Bracket, Commit, Finding, Flush, Snapshot, Target, Volume
+from trigger.position import History, Lineage, Lsn, Position
+
+
+class Clock(Protocol):
+    """The time of day, for labels; durations are measured with the event loop's monotonic clock."""
+
+    def now(self) -> datetime:
+        """Give the present time, aware UTC."""
+        ...
+
+
+class Batch(NamedTuple):
+    """What one read of a source gave."""
+
+    commits: Sequence[Commit]
+    """Complete commits in log order; may be empty."""
+    through: Position
+    """Every commit of this stream that ends at or before here has been delivered by now."""
+
+
+class Break(NamedTuple):
+    """Why a source cannot go on where it was left."""
+
+    until: Position
+    """From here on commits are seen again."""
+    reason: str
+
+
+class Source(Protocol):
+    """One stream of commits of a database (for PostgreSQL: one logical slot in one database).
+
+    The stream delivers each commit at least once, in log order, however often the connection breaks. Nothing is
+    forgotten by the server before it was acknowledged.
+    """
+
+    name: str
+
+    async def open(self, after: Position | None) -> Break | None:
+        """Connect and resume behind `after`, the last settled position; None the first time.
+
+        Gives None where the stream goes on without a hole (or starts for the first time), else the break: the slot
+        was lost, dropped, recreated or moved ahead, or the history is another one. The stream is then open behind
+        the break. Opening again after an error is how a caller reconnects.
+
+        Raises:
+            SourceError: no connection, or the server refused; `retryable` says whether waiting can help.
+        """
+        ...
+
+    async def read(self) -> Batch:
+        """Wait until something has arrived and give all of it, up to a bound of the driver's own.
+
+        A cancelled read loses nothing. Commits that end at or before `after` of the last `open` are not delivered.
+
+        Raises:
+            SourceError: the connection broke (retryable), or the stream cannot be understood (not retryable).
+        """
+        ...
+
+    async def acknowledge(self, through: Position) -> None:
+        """Let the server forget everything up to `through`; must not run ahead of what the catalog has."""
+        ...
+
+    async def heartbeat(self) -> None:
+        """Tell the server that we are alive; called at least every `heartbeat_seconds` while nobody reads."""
+        ...
+
+    heartbeat_seconds: float
+
+    async def close(self) -> None:
+        """Disconnect; the slot stays. Never raises."""
+        ...
+
+
+class Database(Protocol):
+    """The cluster whose commits are protected, as a whole."""
+
+    async def lineage(self) -> Lineage:
+        """Give the present history and its past; raises `DatabaseError`."""
+        ...
+
+    async def durable(self) -> Position:
+        """Give the position up to which the log is on stable storage; raises `DatabaseError`."""
+        ...
+
+    async def ceiling(self) -> Position:
+        """Give a position at or after everything that a snapshot finished before this call can hold.
+
+        For PostgreSQL the insert position: log that was written but not yet flushed may be in a snapshot too.
+        """
+        ...
+
+    async def redo(self) -> Position:
+        """Give the redo position of the last completed checkpoint; raises `DatabaseError`."""
+        ...
+
+    def bracket(self, name: str) -> AbstractAsyncContextManager[Callable[[], Awaitable[Bracket]]]:
+        """Hold the database's backup bracket; for storages that do not cut all volumes at one instant.
+
+        Gives a function that ends the bracket and returns its proof. Leaving the block without having called it
+        abandons the bracket. Only one is held at a time in one process.
+        """
+        ...
+
+    async def checkpoint(self) -> None:
+        """Make the database write a checkpoint; long, never called on the critical path."""
+        ...
+
+    async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give everything that a pre-flight check of settings, roles, slots and paths has to say."""
+        ...
+
+    async def explain(self) -> list[Finding]:
+        """Give what a source of this database cannot see, and what is done about it."""
+        ...
+
+    async def layout(self) -> Layout:
+        """Give where the cluster lies and who owns it; raises `DatabaseError`."""
+        ...
+
+    async def close(self) -> None:
+        """Disconnect. Never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a cluster's files lie, every path real (no symbolic link in it)."""
+
+    version: int
+    """As the server says it: 150018 is 15.18."""
+    data_directory: Path
+    wal_directory: Path
+    tablespaces: tuple[tuple[int, Path], ...]
+    """(oid, path) of every tablespace that lies outside the data directory."""
+    config_files: tuple[Path, ...]
+    """Configuration files outside the data directory."""
+    owner: int
+    """The user id that owns the data, under which the servers of clones run."""
+    group: int
+    wal_segment_bytes: int
+
+
+class Agent(Protocol):
+    """A host's client, which flushes what the host still holds in memory."""
+
+    name: str
+
+    async def prepare(self, volumes: Sequence[Volume]) -> None:
+        """Get ready before any round: open what must be open so that an earlier write-back error is seen.
+
+        Raises:
+            AgentError: a volume is not there, or may not be opened.
+        """
+        ...
+
+    async def flush(self, point: str, deadline_seconds: float) -> tuple[Flush, ...]:
+        """Write everything of the prepared volumes to stable storage; one proof a volume.
+
+        An error of write-back, even an old one that nobody has seen yet, fails the flush and poisons the volume:
+        every later flush fails too, until an operator has looked and cleared it.
+
+        Raises:
+            AgentError: not flushed, or not within `deadline_seconds`.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of the volumes. Never raises."""
+        ...
+
+
+class Capability(StrEnum):
+    """What a storage can do; differences are data, never `isinstance`."""
+
+    ATOMIC = "atomic"
+    """The snapshot of one volume is one instant."""
+    ATOMIC_GROUP = "atomic-group"
+    """The snapshots of all volumes together are one instant."""
+    INSTANT_CLONE = "instant-clone"
+    """A clone shares blocks with its snapshot, whatever the size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """What a storage found that bears one of our names."""
+
+    point: str
+    tag: str | None
+    """The text of the tag; None where it is missing or cannot be read."""
+    snapshots: tuple[Snapshot, ...]
+    complete: bool
+    """Whether every volume that the tag names is there, whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """A writable copy of a point's snapshots."""
+
+    name: str
+    point: str
+    paths: tuple[tuple[str, Path], ...]
+    """(volume, where its copy lies)."""
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """How much room a storage has."""
+
+    free_bytes: int
+    total_bytes: int
+    wanted_free_bytes: int
+    """No snapshot is made while less is free: it would succeed, and the database stop."""
+    snapshots: int
+    budget: int
+    """How many snapshots the storage bears."""
+
+
+class Storage(Protocol):
+    """Makes, tags, lists, clones and deletes snapshots of a fixed group of volumes, addressed by point id.
+
+    Every snapshot bears its tag in the storage itself, so that a catalog can be rebuilt from storage alone.
+    """
+
+    name: str
+    capabilities: frozenset[Capability]
+
+    async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give what stands in the way of snapshots of `volumes`; changes nothing."""
+        ...
+
+    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+        """Cut every volume and keep the result under `point`, with `tag` (JSON text) beside it.
+
+        Repeating the call for a point whose snapshot is complete gives the same snapshots and cuts nothing. What an
+        unfinished call left behind is shown by `tagged` with `complete=False`, and `delete` removes it.
+
+        Raises:
+            StorageError: nothing usable was made.
+        """
+        ...
+
+    async def retag(self, point: str, tag: str) -> None:
+        """Replace the tag of a point durably and at once (the old one or the new one, never neither)."""
+        ...
+
+    async def tagged(self) -> list[Tagged]:
+        """Give everything that bears one of our names, whole or not, by point id."""
+        ...
+
+    async def delete(self, point: str) -> None:
+        """Remove the snapshots and the tag of a point; nothing to remove is no error."""
+        ...
+
+    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+        """Make a writable copy of a point's snapshots under `name` (made by us: lower-case letters, digits, `-`).
+
+        Raises:
+            StorageError: no such point, the name is taken, or no room; nothing is left behind.
+        """
+        ...
+
+    async def clones(self) -> list[Clone]:
+        """Give all clones, the unfinished too."""
+        ...
+
+    async def drop_clone(self, name: str) -> None:
+        """Remove a clone with all it holds; nothing to remove is no error."""
+        ...
+
+    async def space(self) -> Space:
+        """Give the room that is left."""
+        ...
+
+
+class Progress(Protocol):
+    """Told how far a long piece of work has come."""
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Say that `done` of `total` bytes (0 where unknown) of `step` are done."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A stretch of log that the journal holds without a hole."""
+
+    history: History
+    start: Lsn
+    end: Lsn
+
+
+class Journal(Protocol):
+    """The database's log, kept continuously so that every commit between two snapshots can be replayed."""
+
+    async def run(self) -> None:
+        """Keep the log until cancelled; raises `JournalError` where that is no longer possible."""
+        ...
+
+    async def extents(self) -> list[Extent]:
+        """Give what it holds, by timeline and position; neighbouring stretches of one timeline are joined."""
+        ...
+
+    async def lineage(self, history: History) -> Lineage:
+        """Give the past of `history` by the timeline history files it keeps."""
+        ...
+
+    async def audit(self) -> list[Finding]:
+        """Look at every segment since the last audit: missing, truncated, foreign, flipped."""
+        ...
+
+    async def stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:
+        """Put into `folder` every file a replay from `start` to `target` asks for; gives the bytes put there.
+
+        Raises:
+            JournalError: part of the stretch is not held; the message names the first missing segment.
+        """
+        ...
+
+    async def release(self, before: Lsn) -> int:
+        """Delete segments that lie wholly before `before`; gives how many."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The server of a clone, up and accepting connections."""
+
+    clone: str
+    conninfo: str
+    data_directory: Path
+    pid: int
+    history: History
+    replayed: Lsn
+    """Where the replay ended."""
+    last_commit_at: datetime | None
+    """Commit time of the last transaction replayed, by the server's own word."""
+    notes: tuple[str, ...]
+    """What a clone cannot have: slots gone, unlogged tables empty, sequences ahead, in-doubt transactions."""
+
+
+class Recovery(Protocol):
+    """Turns a clone of a cluster's volumes into a running, isolated server at a target."""
+
+    async def start(
+        self,
+        clone: Clone,
+        volumes: Sequence[Volume],
+        target: Target,
+        bracket: Bracket | None,
+        log_folder: Path,
+        progress: Progress,
+        *,
+        throwaway: bool = False,
+    ) -> Running:
+        """Isolate the clone, replay to `target` from `log_folder`, promote to a timeline of its own, and wait.
+
+        `throwaway` trades the clone's own crash safety for speed; for sandboxes of `verify`.
+
+        Raises:
+            RestoreError: it did not reach the target; the message holds the server's own last words.
+        """
+        ...
+
+    def inspect(
+        self, running: Running, target: Target, log_folder: Path, *, deep: bool
+    ) -> AsyncIterator[tuple[str, bool, str]]:
+        """Give (what was checked, whether it held, what was seen), one a check.
+
+        The target's commit is there; the next commit record in the log behind it (read from `log_folder` by a
+        program that is not ours) is not; with `deep` also structures and pages are clean.
+        """
+        ...
+
+    async def query(self, running: Running, database: str, sql: str) -> str:
+        """Give the first column of the first row of `sql` as text; raises `RestoreError`."""
+        ...
+
+    async def stop(self, clone: Clone) -> None:
+        """Stop the server of a clone; one that does not run is no error."""
+        ...
+
+    async def running(self, clone: Clone) -> Running | None:
+        """Give the server of a clone if it runs."""
+        ...
