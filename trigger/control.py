@@ -1,0 +1,113 @@
+"""How the command line talks to the running service: one JSON object each way over a socket in the state folder.
+
+Whoever may open the socket (the service's own user, and root) may ask for a point; there is no other authority here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trigger.errors import ConfigError, TrigpointError
+
+Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+_LINE_LIMIT = 1 << 20
+_REQUEST_SECONDS = 10.0
+
+
+class NotRunningError(TrigpointError):
+    """No service answers in this state folder."""
+
+    exit_code = 1
+
+
+def socket_path(state_folder: Path) -> Path:
+    """Where the service of `state_folder` listens."""
+    return state_folder / "control.sock"
+
+
+@contextlib.contextmanager
+def only_one(state_folder: Path) -> Iterator[None]:
+    """Hold the state folder for one process; raises `ConfigError` where another holds it.
+
+    The lock is the kernel's own and ends with the process, however it ends.
+    """
+    state_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(state_folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another trigpoint works in {state_folder}",
+                hint="one service protects one cluster; `trigpoint status` asks the one that runs",
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+async def serve(state_folder: Path, answer: Answer) -> None:
+    """Answer requests until cancelled; the socket is for our own user alone."""
+    path = socket_path(state_folder)
+    path.unlink(missing_ok=True)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                request = json.loads(await reader.readline())
+            try:
+                reply = await answer(request)
+            except TrigpointError as error:
+                reply = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            writer.write(json.dumps(reply).encode() + b"\n")
+            await writer.drain()
+        writer.close()
+
+    before = os.umask(0o177)
+    try:
+        server = await asyncio.start_unix_server(talk, path, limit=_LINE_LIMIT)
+    finally:
+        os.umask(before)
+    try:
+        async with server:
+            await server.serve_forever()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+async def ask(state_folder: Path, request: dict[str, Any], deadline_seconds: float) -> dict[str, Any]:
+    """Give the service's answer to `request`.
+
+    Raises:
+        NotRunningError: no service answers in `state_folder`.
+        TrigpointError: the service refused, or did not answer in time.
+    """
+    path = socket_path(state_folder)
+    try:
+        async with asyncio.timeout(deadline_seconds):
+            reader, writer = await asyncio.open_unix_connection(path, limit=_LINE_LIMIT)
+            try:
+                writer.write(json.dumps(request).encode() + b"\n")
+                line = await reader.readline()
+            finally:
+                writer.close()
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise NotRunningError(f"no service answers at {path}", hint="start it with `trigpoint run`") from None
+    except PermissionError:
+        raise ConfigError(f"not allowed to talk to the service at {path}", hint="run this as its user") from None
+    except TimeoutError:
+        raise TrigpointError(f"the service at {path} did not answer within {deadline_seconds:g} s") from None
+    reply: dict[str, Any] = json.loads(line or b'{"error": "the service ended while it was asked"}')
+    if "error" in reply:
+        failure = TrigpointError(reply["error"], hint=reply.get("hint", ""))
+        failure.exit_code = reply.get("exit_code", 1)  # type: ignore[misc]
+        raise failure
+    return reply

@@ -1,0 +1,229 @@
+"""The main path: commit -> qualify -> flush -> wait -> snapshot -> tag.
+
+`protect` leaves a sealed recovery point behind every commit that qualifies; `take` makes one. Everything outside is
+reached through ports and the catalog. A failpoint stands between any two steps: wherever the process dies, the intent
+in the catalog and the tag in the storage let `reconcile` finish or undo what was begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from trigger import tag
+from trigger.agenda import Agenda
+from trigger.catalog import Catalog
+from trigger.errors import DatabaseError, StorageError, TrigpointError
+from trigger.failpoint import reached
+from trigger.model import Bracket, Cause, Flush, Gap, Outcome, RecoveryPoint, State, Volume, point_id
+from trigger.options import PointOptions
+from trigger.ports import Agent, Capability, Clock, Database, Storage
+from trigger.position import Position
+from trigger.qualify import Pending, Skip, Take, Wait, qualify
+from trigger.reconcile import reconcile
+from trigger.window import Collected, Window, record
+
+log = logging.getLogger(__name__)
+
+SETTLE_SECONDS = 10.0
+"""While nothing qualifies, how often the servers are told that they may forget what was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """A cluster with everything that protects it."""
+
+    database: Database
+    volumes: Sequence[Volume]
+    agents: Sequence[Agent]
+    storage: Storage
+    catalog: Catalog
+    clock: Clock
+    options: PointOptions
+    flush_deadline_seconds: float
+    random: random.Random = field(default_factory=random.SystemRandom)
+
+
+async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
+    """Leave a sealed recovery point behind every commit that qualifies; ends between two rounds when told to stop."""
+    loop = asyncio.get_running_loop()
+    settle_at = loop.time()
+    while not agenda.stopping:
+        now = loop.time()
+        try:
+            await record_breaks(cluster, window, agenda)
+            due = agenda.next(now, cluster.clock.now(), window.log_end)
+            match qualify(window.oldest, due, agenda.pace(now), cluster.options, now):
+                case Skip() if now >= settle_at:
+                    await settle_idle(cluster, window)
+                    settle_at = now + SETTLE_SECONDS
+                case Skip():
+                    await window.more(min(settle_at, due.at) if due else settle_at)
+                case Wait(until):
+                    await window.more(until)
+                case Take(cause):
+                    agenda.began(now, cluster.clock.now())
+                    await protect_pending(cluster, window, agenda, cause)
+        except (TrigpointError, OSError) as error:
+            pause = agenda.failed(loop.time(), None)
+            log.error("not protected now, trying again in %.0f s: %s", pause, error)
+            await window.more(loop.time() + pause)
+            await tidy(cluster, window, agenda)
+
+
+async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, cause: Cause) -> None:
+    """Take one point for everything that is pending, and settle it if it was sealed."""
+    collected = window.collect()
+    point = await take(cluster, cause, collected, agenda.note)
+    if point.state is State.SEALED:
+        await cluster.catalog.close_gaps(point.number)
+        agenda.sealed(point)
+        await window.settle(collected.settled)  # only now may the sources forget
+        return
+    pause = agenda.failed(asyncio.get_running_loop().time(), point)
+    log.error("point %d failed, trying again in %.0f s: %s", point.number, pause, point.failure)
+
+
+async def take(cluster: Protected, cause: Cause, collected: Collected, note: str = "") -> RecoveryPoint:
+    """Flush the hosts, snapshot the volumes, tag the result with the commit."""
+    catalog, storage, database = cluster.catalog, cluster.storage, cluster.database
+    point = await open_point(cluster, cause, collected.newest, note)  # intent first: a crash from here on is found
+    reached("after-open")
+    try:
+        flushes = await flush(cluster.agents, point, cluster.flush_deadline_seconds)
+        reached("after-flush")
+        durable = await require_cover(database, point.floor)  # on disk, and still the same history
+        redo = await database.redo()
+        reached("after-cover")
+        async with bracketed(database, storage, point) as finish:
+            snapshots = await storage.snapshot(cluster.volumes, point.id, tag.encode(point))
+            reached("after-snapshot")
+            bracket = await finish()
+        ceiling = await require_ceiling(database, durable)
+        reached("after-ceiling")
+        records = collected.records()
+        point = replace(
+            point,
+            state=State.SEALED,
+            ceiling=ceiling,
+            redo=bracket.start if bracket else redo,
+            bracket=bracket,
+            flushes=flushes,
+            snapshots=snapshots,
+            commits=len(records),
+            tables=collected.tables(),
+            sealed_at=cluster.clock.now(),
+        )
+        await storage.retag(point.id, tag.encode(point, records))
+        reached("after-retag")
+    except (TrigpointError, OSError) as error:
+        return await abandon(cluster, point, error)
+    sealed = await catalog.seal(point, records, collected.settled)
+    reached("after-seal")
+    return sealed
+
+
+async def open_point(cluster: Protected, cause: Cause, newest: Pending | None, note: str) -> RecoveryPoint:
+    """Write the intent of a point into the catalog; its floor is the newest commit, or what is durable now."""
+    now = cluster.clock.now()
+    return await cluster.catalog.open_point(
+        id=point_id(now, cluster.random.getrandbits(80)),
+        cause=cause,
+        floor=newest.commit.position if newest else await cluster.database.durable(),
+        opened_at=now,
+        commit=record(newest.commit, Outcome.PROTECTED) if newest else None,
+        rule=newest.rule if newest else "",
+        note=note,
+    )
+
+
+async def flush(agents: Sequence[Agent], point: RecoveryPoint, deadline_seconds: float) -> tuple[Flush, ...]:
+    """Instruct every host to flush and wait for all of them, with one deadline; gives one proof a volume."""
+    proofs = await asyncio.gather(*(agent.flush(point.id, deadline_seconds) for agent in agents))
+    return tuple(proof for of_agent in proofs for proof in of_agent)
+
+
+async def require_cover(database: Database, floor: Position) -> Position:
+    """Give the durable position, which must cover `floor` in one lineage; raises `DatabaseError` otherwise."""
+    durable = await database.durable()
+    if durable.history != floor.history and not (await database.lineage()).includes(floor):
+        raise DatabaseError(f"{floor} is not in the past of {durable}: the history has changed", retryable=True)
+    if durable.at < floor.at:
+        raise DatabaseError(f"the log is durable to {durable} only, which does not cover {floor}", retryable=True)
+    return durable
+
+
+async def require_ceiling(database: Database, durable: Position) -> Position:
+    """Give the ceiling of a snapshot just made; raises `DatabaseError` if the history changed during the round."""
+    ceiling = await database.ceiling()
+    if ceiling.history != durable.history:
+        raise DatabaseError(f"the history changed during the round, from {durable} to {ceiling}")
+    return ceiling
+
+
+@contextlib.asynccontextmanager
+async def bracketed(
+    database: Database, storage: Storage, point: RecoveryPoint
+) -> AsyncIterator[Callable[[], Awaitable[Bracket | None]]]:
+    """Hold the database's backup bracket around the snapshot, unless the storage cuts everything at one instant."""
+    if Capability.ATOMIC_GROUP in storage.capabilities:
+        yield _no_bracket
+        return
+    async with database.bracket(point.name) as finish:
+        yield finish
+
+
+async def _no_bracket() -> None:
+    return None
+
+
+async def abandon(cluster: Protected, point: RecoveryPoint, error: Exception) -> RecoveryPoint:
+    """Give the point as failed in the catalog; what was half made is removed now, or by the next reconcile."""
+    try:
+        await cluster.storage.delete(point.id)
+    except StorageError as left:
+        log.warning("point %d: what was half made stays until the next reconcile: %s", point.number, left)
+    return await cluster.catalog.fail(point, str(error))
+
+
+async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> None:
+    """Put every break of a stream into the catalog as a gap, and what was lost with it as missed."""
+    for broken in window.breaks:
+        lineage = await cluster.database.lineage()
+        await cluster.catalog.record_gap(
+            Gap(broken.stream, broken.after, broken.seen.until, broken.seen.reason, cluster.clock.now())
+        )
+        lost = window.take_break(broken, lineage)
+        if lost:
+            records = [record(pending.commit, Outcome.MISSED) for pending in lost]
+            reason = f"not in the history of timeline {lineage.history.timeline}: {broken.seen.reason}"
+            await cluster.catalog.miss(records, reason, {})
+        agenda.open_gap = True
+        log.error(
+            "stream %s: gap from %s to %s: %s", broken.stream, broken.after, broken.seen.until, broken.seen.reason
+        )
+
+
+async def settle_idle(cluster: Protected, window: Window) -> None:
+    """Note how far the streams were seen while nothing qualified, then let the servers forget it."""
+    collected = window.collect()
+    if collected.pending:
+        return
+    for stream, through in collected.settled.items():
+        await cluster.catalog.settle(stream, through)
+    await window.settle(collected.settled)
+
+
+async def tidy(cluster: Protected, window: Window, agenda: Agenda) -> None:
+    """After a failure: finish or undo what was begun, and settle what the catalog has the outcome of by now."""
+    try:
+        await reconcile(cluster.catalog, cluster.storage)
+        agenda.base = await cluster.catalog.latest()
+        settled = {stream: await cluster.catalog.settled(stream) for stream in window.connected()}
+        await window.settle({stream: through for stream, through in settled.items() if through is not None})
+    except (TrigpointError, OSError) as error:
+        log.warning("not reconciled, trying again after the next failure: %s", error)

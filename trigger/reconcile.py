@@ -1,0 +1,129 @@
+"""Hold the storage against the catalog: at start, after a failure, and on demand.
+
+One pass leaves no orphan (a snapshot that no point knows), no phantom (a sealed point without its snapshot), no
+duplicate, and no open point: P5. What it decides follows from two facts alone: an intent stands in the catalog before
+anything is made, and a sealed tag stands in the storage before the catalog says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from trigger import tag
+from trigger.catalog import Catalog
+from trigger.errors import TrigpointError
+from trigger.model import CommitRecord, RecoveryPoint, State
+from trigger.ports import Storage, Tagged
+from trigger.position import Position
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED = "interrupted before it was sealed"
+GONE = "its snapshot is gone from the storage"
+
+
+@dataclass(slots=True)
+class Reconciliation:
+    """What one pass did."""
+
+    adopted: list[str] = field(default_factory=list)
+    """Sealed in the storage, not yet in the catalog: now sealed there too."""
+    failed: list[str] = field(default_factory=list)
+    """Open in the catalog, not sealed in the storage: now failed, and removed."""
+    removed: list[str] = field(default_factory=list)
+    """In the storage, half made, of a point that failed or never was: removed."""
+    phantoms: list[str] = field(default_factory=list)
+    """Sealed in the catalog, gone from the storage: now failed, loudly."""
+    expired: list[str] = field(default_factory=list)
+    """Were being removed: now gone."""
+    strange: list[str] = field(default_factory=list)
+    """Bear one of our names, but their tag cannot be read or is of another cluster: left alone, for the operator."""
+
+    def __bool__(self) -> bool:
+        return any((self.adopted, self.failed, self.removed, self.phantoms, self.expired, self.strange))
+
+
+async def reconcile(catalog: Catalog, storage: Storage) -> Reconciliation:
+    """Make catalog and storage agree; gives what was done. Raises `CatalogError` or `StorageError`; may be repeated."""
+    done = Reconciliation()
+    in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
+    in_catalog = {point.id: point for point in await catalog.points()}
+    for point in sorted(in_catalog.values(), key=lambda point: point.number):
+        await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
+    systems = {point.floor.history.system for point in in_catalog.values()}
+    for stray in in_storage.values():
+        if stray.point not in in_catalog:
+            await _settle_stray(catalog, storage, stray, systems, done)
+    if done:
+        log.warning("reconciled: %s", done)
+    return done
+
+
+async def _settle_point(
+    catalog: Catalog, storage: Storage, point: RecoveryPoint, found: Tagged | None, done: Reconciliation
+) -> None:
+    """Bring one point of the catalog to a state that agrees with what the storage has of it."""
+    match point.state:
+        case State.OPEN:
+            sealed = _sealed(found)
+            if sealed is not None:
+                await catalog.seal(sealed[0], sealed[1], ends(*sealed))
+                done.adopted.append(point.id)
+            else:
+                await storage.delete(point.id)
+                await catalog.fail(point, INTERRUPTED)
+                done.failed.append(point.id)
+        case State.SEALED if found is None or not found.complete:
+            await catalog.fail(point, GONE)
+            done.phantoms.append(point.id)
+        case State.EXPIRING:
+            await storage.delete(point.id)
+            await catalog.change(point, State.EXPIRED)
+            done.expired.append(point.id)
+        case State.FAILED | State.EXPIRED if found is not None and point.failure != GONE:
+            await storage.delete(point.id)
+            done.removed.append(point.id)
+
+
+async def _settle_stray(
+    catalog: Catalog, storage: Storage, stray: Tagged, systems: set[str], done: Reconciliation
+) -> None:
+    """Adopt, remove or leave alone a snapshot that the catalog does not know."""
+    try:
+        point, records = tag.decode(stray.tag or "")
+    except TrigpointError:
+        done.strange.append(stray.point)
+        return
+    if systems and point.floor.history.system not in systems:
+        done.strange.append(stray.point)
+    elif point.state is State.SEALED and stray.complete:
+        if await catalog.adopt(point, records):
+            for stream, through in ends(point, records).items():
+                await catalog.settle(stream, through)
+            done.adopted.append(stray.point)
+    else:
+        await storage.delete(stray.point)
+        done.removed.append(stray.point)
+
+
+def _sealed(found: Tagged | None) -> tuple[RecoveryPoint, list[CommitRecord]] | None:
+    """Give the sealed point that a whole snapshot bears, or None."""
+    if found is None or not found.complete or found.tag is None:
+        return None
+    try:
+        point, records = tag.decode(found.tag)
+    except TrigpointError:
+        return None
+    return (point, records) if point.state is State.SEALED else None
+
+
+def ends(point: RecoveryPoint, records: Sequence[CommitRecord]) -> dict[str, Position]:
+    """Give by stream where the last of the commits that `point` holds ends."""
+    last: dict[str, Position] = {}
+    for commit in records:
+        position = Position(point.floor.history, commit.end)
+        if commit.stream not in last or position > last[commit.stream]:
+            last[commit.stream] = position
+    return last
