@@ -1,0 +1,306 @@
+"""The service: everything that runs for one cluster, in one task group; the only place that starts tasks.
+
+Order at start: lock, pre-flight, catalog, reconcile, journal, then the streams and the main path. Order at the end:
+the round at hand is finished (or given up after a grace), then the streams, the journal and the connections go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from trigger.agenda import Agenda
+from trigger.connect import Parts, connect
+from trigger.control import only_one, serve
+from trigger.errors import JournalError, PreflightError, TrigpointError
+from trigger.expire import make_room, release_log
+from trigger.model import Cause, Finding, RecoveryPoint, Severity, State
+from trigger.options import Options
+from trigger.pipeline import Protected, protect, take
+from trigger.position import distance
+from trigger.qualify import Rules
+from trigger.reconcile import reconcile
+from trigger.restore import clones_in_use
+from trigger.shape import data
+from trigger.window import Collected, Window
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 30.0
+"""How long a stop waits for the round at hand."""
+WATCH_SECONDS = 5.0
+AUDIT_SECONDS = 60.0
+JOURNAL_START_SECONDS = 20.0
+
+
+class SystemClock:
+    """The time of day of this machine."""
+
+    def now(self) -> datetime:
+        """Give the present time, aware UTC."""
+        return datetime.now(UTC)
+
+
+@dataclass(slots=True)
+class Service:
+    """One running service: its parts, its window and its agenda."""
+
+    parts: Parts
+    cluster: Protected
+    window: Window
+    agenda: Agenda
+    started_at: datetime
+    last_audit: Sequence[Finding] = ()
+    stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def stop(self) -> None:
+        """End after the round at hand."""
+        log.info("stopping after the round at hand")
+        self.agenda.stopping = True
+        self.stop_asked.set()
+        self.window.wake()
+
+    async def point(self, note: str) -> RecoveryPoint:
+        """Take a point now; gives it sealed or failed."""
+        answer = self.agenda.ask(note)
+        self.window.wake()
+        return await answer
+
+    async def status(self) -> dict[str, Any]:
+        """Give what an operator wants to know first, as JSON values."""
+        oldest, log_end, base = self.window.oldest, self.window.log_end, self.agenda.base
+        now = asyncio.get_running_loop().time()
+        ceiling = base.ceiling if base else None
+        return {
+            "name": self.parts.options.name,
+            "started_at": data(self.started_at),
+            "now": data(self.cluster.clock.now()),
+            "streams": dict(self.window.connected()),
+            "log_end": data(log_end),
+            "pending_commits": len(self.window),
+            "oldest_pending_seconds": now - oldest.arrived if oldest else 0.0,
+            "commits_by_rule": dict(self.window.tally.as_dict()),
+            "last_point": base.number if base else None,
+            "last_sealed_at": data(base.sealed_at) if base else None,
+            "log_since_last_point_bytes": distance(log_end, ceiling) if log_end and ceiling else 0,
+            "replay_bytes": distance(log_end, base.redo) if base and log_end and base.redo else 0,
+            "replay_limit_bytes": self.agenda.replay_limit_bytes,
+            "journal": [data(finding) for finding in self.last_audit if finding.severity is not Severity.OK],
+            "totals": data(await self.parts.catalog.totals()),
+            "space": data(await self.parts.storage.space()),
+        }
+
+    async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Give the answer to one request of the command line."""
+        match request.get("do"):
+            case "point":
+                point = await self.point(str(request.get("note", ""))[:1000])
+                return {"point": data(point)}
+            case "status":
+                return {"status": await self.status()}
+            case other:
+                raise TrigpointError(f"there is no request {other!r}")
+
+
+async def run(options: Options, *, force: bool = False, ready: Callable[[Service], None] | None = None) -> None:
+    """Protect the cluster until told to stop by SIGTERM or SIGINT.
+
+    Args:
+        options: the configuration.
+        force: go on where the pre-flight check refuses; what it said is logged.
+        ready: called once with the service when the first point may be taken.
+
+    Raises:
+        TrigpointError: what no waiting can help, of whatever part it came.
+    """
+    with only_one(options.state_folder):
+        async with opened(options) as parts:
+            await preflight(parts, force=force)
+            service = await begin(parts)
+            with _signals(service):
+                await work(service, ready)
+
+
+@contextlib.asynccontextmanager
+async def opened(options: Options) -> AsyncIterator[Parts]:
+    """Hold the parts of a service, connected; they are let go of at the end."""
+    parts = await connect(options)
+    try:
+        yield parts
+    finally:
+        await parts.close()
+
+
+async def preflight(parts: Parts, *, force: bool) -> None:
+    """Look at everything that must hold before a point may be promised; raises `PreflightError` where it does not."""
+    findings = await parts.check()
+    refused = [finding for finding in findings if finding.severity is Severity.REFUSED]
+    for finding in findings:
+        if finding.severity in (Severity.WARNING, Severity.REFUSED):
+            log.warning("%s: %s; %s", finding.subject, finding.message, finding.remedy)
+    if refused and not force:
+        raise PreflightError(
+            "; ".join(f"{finding.subject}: {finding.message}" for finding in refused),
+            hint=" ".join(finding.remedy for finding in refused if finding.remedy) or "see `trigpoint check`",
+        )
+
+
+async def begin(parts: Parts) -> Service:
+    """Give the service with what a crash left behind finished or undone, its streams not yet open."""
+    options, clock = parts.options, SystemClock()
+    await reconcile(parts.catalog, parts.storage)
+    for agent in parts.agents:
+        await agent.prepare(parts.volumes)
+    cluster = Protected(
+        parts.database,
+        parts.volumes,
+        parts.agents,
+        parts.storage,
+        parts.catalog,
+        clock,
+        options.points,
+        options.agent.deadline_seconds,
+    )
+    settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
+    window = Window(parts.sources, settled, Rules(options.rules).judge)
+    return Service(parts, cluster, window, Agenda(options.points, await _base(parts)), clock.now())
+
+
+async def _base(parts: Parts) -> RecoveryPoint | None:
+    """Give the newest sealed point if the cluster's present history goes back to it."""
+    newest, lineage = await parts.catalog.latest(), await parts.database.lineage()
+    return newest if newest and newest.ceiling and lineage.includes(newest.ceiling) else None
+
+
+async def work(service: Service, ready: Callable[[Service], None] | None = None) -> None:
+    """Run everything until the main path ends; raises the first error that no waiting can help."""
+    parts, window = service.parts, service.window
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(_keep_journal(service), name="journal")]
+            await _journal_begun(parts)
+            background += [tasks.create_task(window.follow(source.name), name=source.name) for source in parts.sources]
+            background += [
+                tasks.create_task(coroutine, name=name)
+                for name, coroutine in (
+                    ("checkpoints", _every(WATCH_SECONDS, lambda: watch_checkpoints(service))),
+                    ("room", _every(WATCH_SECONDS, lambda: keep_room(service))),
+                    ("audit", _every(AUDIT_SECONDS, lambda: audit_journal(service))),
+                    ("control", serve(parts.options.state_folder, service.answer)),
+                )
+            ]
+            main = tasks.create_task(protect(service.cluster, window, service.agenda), name="protect")
+            background.append(tasks.create_task(_give_up_after_grace(service, main), name="grace"))
+            if ready is not None:
+                ready(service)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([main])
+            for task in background:
+                task.cancel()
+    except* TrigpointError as group:
+        raise _first(group) from group
+
+
+def _first(group: BaseExceptionGroup[TrigpointError]) -> TrigpointError:
+    """Give the first error of a group, however deep."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+async def _give_up_after_grace(service: Service, main: asyncio.Task[None]) -> None:
+    """Cancel the main path where a stop has waited long enough for the round at hand."""
+    await service.stop_asked.wait()
+    await asyncio.sleep(GRACE_SECONDS)
+    log.warning("the round at hand did not end within %.0f s: it is given up; the next start undoes it", GRACE_SECONDS)
+    main.cancel()
+
+
+@contextlib.contextmanager
+def _signals(service: Service) -> Any:
+    """Stop the service on SIGTERM and SIGINT while the block runs."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
+    """Do `act` for ever, `seconds` apart; an expected error is logged and tried again."""
+    while True:
+        try:
+            await act()
+        except (TrigpointError, OSError) as error:
+            log.warning("%s", error)
+        await asyncio.sleep(seconds)
+
+
+async def _keep_journal(service: Service) -> None:
+    """Keep the journal; where it cannot go on, say so loudly and try again, since points still have their worth."""
+    while True:
+        try:
+            await service.parts.journal.run()
+        except JournalError as error:
+            log.error("the journal is not kept: commits between points cannot be restored exactly: %s", error)
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+async def _journal_begun(parts: Parts) -> None:
+    """Wait until the journal holds log, so that the first base is followed by it; go on without after a while."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(JOURNAL_START_SECONDS):
+            while not await parts.journal.extents():  # noqa: ASYNC110 - a folder that another program fills
+                await asyncio.sleep(0.05)
+            return
+    log.error("the journal has not begun within %.0f s; points are taken all the same", JOURNAL_START_SECONDS)
+
+
+async def watch_checkpoints(service: Service) -> None:
+    """Keep the agenda's redo position fresh, and ask for a checkpoint where replays would grow too long."""
+    database, agenda = service.parts.database, service.agenda
+    agenda.redo = await database.redo()
+    if agenda.wants_checkpoint(service.window.log_end):
+        log.info("asking for a checkpoint: the log since the last one is long for the restore objective")
+        await database.checkpoint()
+        agenda.redo = await database.redo()
+    service.window.wake()
+
+
+async def keep_room(service: Service) -> None:
+    """Thin snapshots before the storage's budget is used up, and let go of log that no kept point needs."""
+    parts, agenda = service.parts, service.agenda
+    pinned = await clones_in_use(parts.storage)
+    gone = await make_room(parts.catalog, parts.storage, agenda.replay_limit_bytes, pinned)
+    if gone:
+        log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
+        await release_log(parts.catalog, parts.journal)
+
+
+async def audit_journal(service: Service) -> None:
+    """Look at the journal's new segments; damage is logged, and a new base is taken behind it."""
+    findings = await service.parts.journal.audit()
+    service.last_audit = findings
+    damage = [finding for finding in findings if finding.severity is Severity.REFUSED]
+    for finding in damage:
+        log.error("%s: %s; %s", finding.subject, finding.message, finding.remedy)
+
+
+async def take_one(options: Options, note: str) -> RecoveryPoint:
+    """Take one point where no service runs, of whatever is durable now; gives it sealed or failed."""
+    with only_one(options.state_folder):
+        async with opened(options) as parts:
+            await preflight(parts, force=False)
+            service = await begin(parts)
+            point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
+            if point.state is not State.SEALED:
+                raise TrigpointError(f"point {point.number} failed: {point.failure}")
+            return point
