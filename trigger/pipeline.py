@@ -201,7 +201,7 @@ async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> N
         if lost:
             records = [record(pending.commit, Outcome.MISSED) for pending in lost]
             reason = f"not in the history of timeline {lineage.history.timeline}: {broken.seen.reason}"
-            await cluster.catalog.miss(records, reason, {})
+            await cluster.catalog.miss(records, reason, lost[0].commit.history)
         agenda.open_gap = True
         log.error(
             "stream %s: gap from %s to %s: %s", broken.stream, broken.after, broken.seen.until, broken.seen.reason
