@@ -1,0 +1,226 @@
+"""Qualifying commits packed into blocks: about ten bytes each, nothing lost.
+
+The catalog and the tags keep commits by the block, never one by one. A block holds up to `BLOCK_COMMITS` commits of
+one stream in log order and says what the catalog needs to find one of them again without unpacking: the stretch of
+log, the range of commit times, and the range in which its transaction ids lie.
+
+Transaction ids do not rise in the order of commits: one that ran for an hour commits among ids that are a million
+higher. So the range of a block is that of its ids inside the outer Tukey fences (three interquartile ranges around
+the middle half), and the few outside are listed one by one in `xid_outliers`.
+
+Form of `Block.data`, version 1; integers are little-endian:
+
+    byte 0       the version, 1
+    the rest     zlib (RFC 1950, with its checksum) of:
+      u32        number of commits n
+      u64 u64    start of the first commit record, transaction id of the first commit
+      i64        time of the first commit, microseconds since 1970
+      columns    one byte for the kind (B H I Q: unsigned of 1, 2, 4, 8 bytes; b h i q: signed), then its numbers:
+                 n-1  start, less the end of the commit before
+                 n    end, less start
+                 n-1  transaction id, less the one before (modulo 2^64, as signed)
+                 n-1  time, less the one before
+                 n    outcome: 0 protected, 1 coalesced, 2 missed
+      u32        number of commits that carry markers m
+      column     m    their places in the block, from 0
+      JSON       ASCII: an array of strings for each of them; nothing where m is 0
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from trigger.errors import CatalogError
+from trigger.model import CommitRecord, Outcome
+from trigger.position import Lsn
+
+BLOCK_COMMITS = 1000
+"""Most commits in one block; one block is unpacked in about half a millisecond."""
+BLOCK_MARKER_CHARACTERS = 1 << 20
+"""A block is closed early where its markers grow beyond this."""
+
+_VERSION = 1
+_HEAD = struct.Struct("<IQQq")
+_UNSIGNED = (("B", 1 << 8), ("H", 1 << 16), ("I", 1 << 32), ("Q", 1 << 64))
+_SIGNED = (("b", 1 << 7), ("h", 1 << 15), ("i", 1 << 31), ("q", 1 << 63))
+_WIDTH = {"B": 1, "H": 2, "I": 4, "Q": 8, "b": 1, "h": 2, "i": 4, "q": 8}
+_OUTCOMES = (Outcome.PROTECTED, Outcome.COALESCED, Outcome.MISSED)
+_OUTCOME_CODES = {outcome: code for code, outcome in enumerate(_OUTCOMES)}
+_U64 = (1 << 64) - 1
+_TIME_LIMIT_US = 1 << 62  # any two times differ by what fits in a signed column
+
+
+class Block(NamedTuple):
+    """Commits of one stream in log order, packed; the other fields say what is inside."""
+
+    stream: str
+    first: Lsn
+    """Where the first commit record begins."""
+    last: Lsn
+    """Where the last commit record ends."""
+    xid_low: int
+    xid_high: int
+    """Both inclusive; every transaction id in the block lies between them or is one of `xid_outliers`."""
+    xid_outliers: tuple[int, ...]
+    time_low_us: int
+    time_high_us: int
+    """Both inclusive; commit times are not in order."""
+    commits: int
+    data: bytes
+
+
+def pack(records: Sequence[CommitRecord]) -> list[Block]:
+    """Give `records` as blocks, by stream (in order of first appearance) and in log order.
+
+    Raises:
+        CatalogError: the records of a stream are not in log order, or two of them overlap.
+    """
+    streams: dict[str, list[CommitRecord]] = {}
+    for record in records:
+        streams.setdefault(record.stream, []).append(record)
+    for mine in streams.values():
+        _require_log_order(mine)
+    return [_block(run) for mine in streams.values() for run in _runs(mine)]
+
+
+def unpack(block: Block) -> list[CommitRecord]:
+    """Give the commits of `block` in log order; raises `CatalogError` where its data are damaged."""
+    return unpack_data(block.stream, block.data)
+
+
+def unpack_data(stream: str, data: bytes) -> list[CommitRecord]:
+    """Give the commits that `data` of a block of `stream` hold, in log order.
+
+    Raises:
+        CatalogError: the data are damaged, or of a version that this program does not know.
+    """
+    if data[:1] != bytes([_VERSION]):
+        raise CatalogError(
+            f"block of commits has version {data[0] if data else 'none'}, this program reads {_VERSION}",
+            hint="a newer Trigpoint wrote it, or it is damaged",
+        )
+    try:
+        return _unpack_body(stream, zlib.decompress(memoryview(data)[1:]))
+    except (zlib.error, struct.error, ValueError, LookupError, TypeError) as error:
+        raise CatalogError(
+            f"block of {len(data)} bytes of commits of stream {stream!r} is damaged: {error}",
+            hint="rebuild the catalog from the tags: trigpoint catalog rebuild",
+        ) from error
+
+
+def _require_log_order(records: Sequence[CommitRecord]) -> None:
+    for record in records:
+        in_range = 0 <= record.start <= record.end <= _U64 and 0 <= record.xid <= _U64
+        if not in_range or abs(record.time_us) >= _TIME_LIMIT_US:
+            raise CatalogError(f"not a commit record: {record}")
+    for before, after in pairwise(records):
+        if after.start < before.end or after.start == before.start:
+            raise CatalogError(
+                f"commits of stream {after.stream!r} are not in log order: {after.start} behind {before.end}"
+            )
+
+
+def _runs(records: Sequence[CommitRecord]) -> Iterator[Sequence[CommitRecord]]:
+    begin, characters = 0, 0
+    for place, record in enumerate(records):
+        if record.markers:
+            characters += sum(map(len, record.markers))
+        if place - begin == BLOCK_COMMITS or (characters > BLOCK_MARKER_CHARACTERS and place > begin):
+            yield records[begin:place]
+            begin, characters = place, sum(map(len, record.markers))
+    yield records[begin:]
+
+
+def _block(records: Sequence[CommitRecord]) -> Block:
+    low, high, outliers = _xid_range([record.xid for record in records])
+    times = [record.time_us for record in records]
+    return Block(
+        stream=records[0].stream,
+        first=records[0].start,
+        last=records[-1].end,
+        xid_low=low,
+        xid_high=high,
+        xid_outliers=outliers,
+        time_low_us=min(times),
+        time_high_us=max(times),
+        commits=len(records),
+        data=_pack_body(records),
+    )
+
+
+def _xid_range(xids: Sequence[int]) -> tuple[int, int, tuple[int, ...]]:
+    """Give the lowest and the highest id inside Tukey's outer fences, and the ids outside them."""
+    ordered = sorted(xids)
+    lower, upper = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
+    reach = 3 * (upper - lower)
+    inside = [xid for xid in ordered if lower - reach <= xid <= upper + reach]
+    outside = [xid for xid in ordered if not lower - reach <= xid <= upper + reach]
+    return inside[0], inside[-1], tuple(outside)
+
+
+def _pack_body(records: Sequence[CommitRecord]) -> bytes:
+    head = records[0]
+    pairs = list(pairwise(records))
+    marked = [place for place, record in enumerate(records) if record.markers]
+    parts = [
+        _HEAD.pack(len(records), head.start, head.xid, head.time_us),
+        _column([after.start - before.end for before, after in pairs]),
+        _column([int(record.end) - record.start for record in records]),
+        _column([_as_signed(after.xid - before.xid) for before, after in pairs]),
+        _column([after.time_us - before.time_us for before, after in pairs]),
+        _column([_OUTCOME_CODES[record.outcome] for record in records]),
+        struct.pack("<I", len(marked)),
+        _column(marked),
+        json.dumps([records[place].markers for place in marked], separators=(",", ":")).encode() if marked else b"",
+    ]
+    return bytes([_VERSION]) + zlib.compress(b"".join(parts), 6)
+
+
+def _unpack_body(stream: str, body: bytes) -> list[CommitRecord]:
+    count, start, xid, time_us = _HEAD.unpack_from(body)
+    at = _HEAD.size
+    gaps, at = _read_column(body, at, count - 1)
+    lengths, at = _read_column(body, at, count)
+    xid_steps, at = _read_column(body, at, count - 1)
+    time_steps, at = _read_column(body, at, count - 1)
+    codes, at = _read_column(body, at, count)
+    (marked_count,) = struct.unpack_from("<I", body, at)
+    marked, at = _read_column(body, at + 4, marked_count)
+    markers: list[tuple[str, ...]] = [()] * count
+    for place, texts in zip(marked, json.loads(body[at:]) if marked_count else (), strict=True):
+        markers[place] = tuple(texts)
+    starts = accumulate((length + gap for length, gap in zip(lengths, gaps, strict=False)), initial=start)
+    xids = (number & _U64 for number in accumulate(xid_steps, initial=xid))
+    times = accumulate(time_steps, initial=time_us)
+    outcomes = (_OUTCOMES[code] for code in codes)
+    return [
+        CommitRecord(stream, number, Lsn(begin), Lsn(begin + length), time, words, outcome)
+        for number, begin, length, time, words, outcome in zip(
+            xids, starts, lengths, times, markers, outcomes, strict=True
+        )
+    ]
+
+
+def _as_signed(difference: int) -> int:
+    """Give `difference` of two unsigned 64-bit numbers, modulo 2^64, as the signed number nearest to zero."""
+    return ((difference + (1 << 63)) & _U64) - (1 << 63)
+
+
+def _column(numbers: Sequence[int]) -> bytes:
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    if low >= 0:
+        kind = next(kind for kind, limit in _UNSIGNED if high < limit)
+    else:
+        kind = next(kind for kind, limit in _SIGNED if -limit <= low and high < limit)
+    return kind.encode() + struct.pack(f"<{len(numbers)}{kind}", *numbers)
+
+
+def _read_column(body: bytes, at: int, count: int) -> tuple[tuple[int, ...], int]:
+    kind = chr(body[at])
+    end = at + 1 + count * _WIDTH[kind]
+    return struct.unpack_from(f"<{count}{kind}", body, at + 1), end
