@@ -1,0 +1,60 @@
+# What there is to do here; `make help` lists it. Every target makes what it needs first, on a bare machine too.
+#
+#   REQUIRE=all   a test that this machine cannot run is a failure; else it is left out, and named at the end
+#   ARGS="..."    more arguments for pytest or for the demo
+#   PYTHON=...    the Python to make .venv with
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?=
+REQUIRE ?=
+ARGS ?=
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest $(if $(filter all,$(REQUIRE)),,--leave-out-missing)
+
+.PHONY: help demo test quick lint campaign bench wheel clean packages
+
+help: ## list what there is to do
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.demo ## from nothing to a restored, proven commit, in under two minutes
+	@$(BIN)/trigpoint demo $(ARGS)
+
+test: packages lint ## everything that must be green, in under 25 minutes on 2 cores
+	@$(PYTEST) $(ARGS)
+
+quick: lint ## lint, types, unit tests and simulation, in under two minutes
+	@$(PYTEST) -m "not slow and not server and not volume" tests/test_*.py tests/unit tests/simulation $(ARGS)
+
+lint: .venv/.dev ## style and types
+	@$(BIN)/ruff format --check --quiet . || { echo "run $(BIN)/ruff format ." >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+campaign: packages .venv/.dev ## the full counts, in hours; prints each figure
+	@$(PYTEST) -m campaign --timeout 0 -s $(ARGS)
+
+bench: packages .venv/.dev ## the benchmarks; results into benchmarks/results
+	@for program in benchmarks/bench_*.py; do $(BIN)/python $$program $(ARGS); done
+
+wheel: .venv/.dev ## build the wheel into dist
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove what was made here, .venv too
+	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+packages:
+	@tools/packages
+
+.venv/.demo: pyproject.toml tools/venv
+	@PYTHON=$(PYTHON) tools/venv demo
+	@touch $@
+
+.venv/.dev: pyproject.toml tools/venv
+	@PYTHON=$(PYTHON) tools/venv dev
+	@touch .venv/.demo $@

@@ -1,0 +1,80 @@
+"""What is run where: the full counts only when asked for, and nothing left out in silence.
+
+A test that needs what the machine has not fails, unless the run says `--leave-out-missing`; then it is not run, and
+the end of the report names what was left out, and why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+
+from connectors.databases.postgres.programs import find_programs
+from trigger.errors import ConfigError
+
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--leave-out-missing",
+        action="store_true",
+        help="leave out, and name at the end, what this machine cannot run; without it such tests fail",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons: Counter[str] = Counter()
+    kept: list[pytest.Item] = []
+    gone: list[pytest.Item] = []
+    for item in items:
+        reason = why_not(item) if config.getoption("--leave-out-missing") else ""
+        if reason:
+            reasons[reason] += 1
+        unasked = item.get_closest_marker("campaign") is not None and "campaign" not in config.option.markexpr
+        (gone if reason or unasked else kept).append(item)
+    config.stash[LEFT_OUT] = reasons
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for reason, count in sorted(config.stash.get(LEFT_OUT, Counter()).items()):
+        terminalreporter.write_line(f"left out: {count} tests: {reason}", yellow=True)
+
+
+def why_not(item: pytest.Item) -> str:
+    """Give the first thing that a test needs and this machine has not; "" where it can run."""
+    return next(filter(None, (look() for look in needs(item))), "")
+
+
+def needs(item: pytest.Item) -> Iterator[Callable[[], str]]:
+    """Give what has to be looked at before `item` runs, from its marks and its parameter `major`."""
+    if item.get_closest_marker("volume"):
+        yield no_volumes
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if isinstance(major := parameters.get("major"), int):
+        yield lambda: no_server(major)
+
+
+@cache
+def no_volumes() -> str:
+    if os.geteuid() != 0:
+        return "loop volumes need root"
+    gone = [name for name in ("mkfs.btrfs", "mkfs.xfs", "mkfs.ext4", "mount") if shutil.which(name) is None]
+    return f"loop volumes need {', '.join(gone)}" if gone else ""
+
+
+@cache
+def no_server(major: int) -> str:
+    try:
+        find_programs(major)
+    except ConfigError as error:
+        return error.message
+    return ""
