@@ -509,9 +509,7 @@ class MemoryDatabase:
     async def explain(self) -> list[Finding]:
         """Say what the memory source cannot see."""
         await self._connected()
-        return [
-            Finding("records", Severity.NOTE, "records that commit nothing reach no source", "catch-all points")
-        ]
+        return [Finding("records", Severity.NOTE, "records that commit nothing reach no source", "catch-all points")]
 
     async def layout(self) -> Layout:
         """Give a place that does not exist."""
@@ -900,6 +898,12 @@ class MemoryRecovery:
         await asyncio.sleep(0)
         restored = self._world.restored.get(clone.name)
         return restored.running if restored else None
+
+    async def release(self, clone: Clone) -> None:
+        """Refuse for a clone that runs; there is no configuration to give back."""
+        await asyncio.sleep(0)
+        if clone.name in self._world.restored:
+            raise RestoreError(f"{clone.name} still runs", hint="stop it first")
 
 
 def _stops(entry: Entry, target: Target) -> tuple[bool, bool]:

@@ -302,6 +302,8 @@ class Target:
     time: datetime | None = None
     commit: CommitRecord | None = None
     """The last commit that the state holds, where it is known."""
+    reach: Lsn | None = None
+    """The end of the first record that stays out, where it is known: by there the replay has stopped."""
 
 
 class Severity(StrEnum):

@@ -82,28 +82,27 @@ def plan(
     replay_bytes_per_second: float,
     *,
     segment_bytes: int = WAL_SEGMENT_BYTES,
-    reach: Lsn | None = None,
 ) -> Plan:
     """Give the cheapest way to `target`, which starts from the newest base that fits.
 
     Args:
         target: the state wanted; `at` is the start of a commit record where it is inclusive. For a time, `at` is
-            not looked at.
+            not looked at. Where `reach` is given, the journal must hold the log up to there, so that the replay sees
+            that it has arrived.
         bases: recovery points in any order; what is not sealed is passed over.
         extents: what the journal holds.
         lineage: the past of `target.history`.
         replay_bytes_per_second: how fast this machine replays, measured; above 0.
         segment_bytes: the size of one file of the log; the log is read from the start of such a file.
-        reach: up to where the journal must hold the log for the replay to see that it has arrived, where the caller
-            knows that better than the target says: the end of the first record that stays out.
 
     Raises:
         RestoreError: the target lies outside the lineage, before the first base, beyond the journal, or behind a
-            hole in it; the message names the bound and what can be restored instead.
+            hole in it; the message names the bound and what can be restored instead. It is retryable where the
+            journal may still come to the target.
     """
     _require_lineage(target, lineage)
     held = _held(extents, lineage, segment_bytes)
-    needed = _needed(target) if reach is None else max(reach, _needed(target))
+    needed = _needed(target)
     passed: list[PassedOver] = []
     holes: list[tuple[RecoveryPoint, Stretch]] = []
     for base in sorted(bases, key=_newest_first):
@@ -117,7 +116,7 @@ def plan(
             holes.append((base, hole))
             passed.append(PassedOver(base.number, f"the log between {hole.start} and {hole.end} is missing"))
             continue
-        log = Stretch(begin, _end(target, reach, held, begin))
+        log = Stretch(begin, _end(target, held, begin))
         return _replayed(base, target, log, replay_bytes_per_second, passed)
     raise _refusal(target, bases, lineage, held, holes)
 
@@ -169,6 +168,8 @@ def _file_start(at: Lsn, segment_bytes: int) -> Lsn:
 
 def _needed(target: Target) -> Lsn:
     """Give up to where the log must be there, as far as the target itself says."""
+    if target.reach is not None:
+        return target.reach
     if target.kind is StopKind.TIME:
         return Lsn(0)
     if target.inclusive and target.commit is not None:
@@ -181,10 +182,10 @@ def _limit(base: RecoveryPoint, target: Target) -> Lsn:
     return Lsn(_held_at_most(base) + 1) if target.kind is StopKind.TIME else Lsn(0)
 
 
-def _end(target: Target, reach: Lsn | None, held: Sequence[Stretch], begin: Lsn) -> Lsn:
+def _end(target: Target, held: Sequence[Stretch], begin: Lsn) -> Lsn:
     """Give where the replay ends; for a time the latest place at which it can."""
     if target.kind is StopKind.TIME:
-        return reach or next(stretch.end for stretch in held if stretch.start <= begin < stretch.end)
+        return target.reach or next(stretch.end for stretch in held if stretch.start <= begin < stretch.end)
     return target.commit.end if target.inclusive and target.commit is not None else target.at
 
 
@@ -316,6 +317,7 @@ def _refusal(
                 f"{target.description} lies in the future of the journal, which ends at {last}"
                 f" and must reach {hole.end}",
                 hint="wait until the journal has caught up (trigpoint status), or name an earlier target",
+                retryable=True,
             )
         return RestoreError(
             f"the log between {hole.start} and {hole.end} is missing"

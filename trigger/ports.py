@@ -407,3 +407,14 @@ class Recovery(Protocol):
     async def running(self, clone: Clone) -> Running | None:
         """Give the server of a clone if it runs."""
         ...
+
+    async def release(self, clone: Clone) -> None:
+        """Make a stopped clone fit to take the place of the cluster it was made of.
+
+        It gets back the configuration, the tablespace links and the log directory as its snapshot had them, all of
+        which name the places of the original; what isolated it is taken away. Repeating the call changes nothing.
+
+        Raises:
+            RestoreError: its server still runs, or what was put aside is not there.
+        """
+        ...

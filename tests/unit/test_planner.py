@@ -47,8 +47,8 @@ def before(lsn: int, history: History = HISTORY) -> Target:
     return Target(history, StopKind.LSN, Lsn(lsn), False, "before commit 77")
 
 
-def make(target: Target, *bases: RecoveryPoint, extents: tuple[Extent, ...] = WHOLE, **more: Lsn) -> Plan:
-    return plan(target, bases, extents, LINEAGE, 1000.0, segment_bytes=SEGMENT, **more)
+def make(target: Target, *bases: RecoveryPoint, extents: tuple[Extent, ...] = WHOLE) -> Plan:
+    return plan(target, bases, extents, LINEAGE, 1000.0, segment_bytes=SEGMENT)
 
 
 def test_the_newest_base_that_ends_before_the_commit_record_is_chosen() -> None:
@@ -109,7 +109,8 @@ def test_a_bracket_that_stops_behind_the_target_does_not_serve() -> None:
 
 def test_a_time_starts_from_a_base_sealed_strictly_before_it() -> None:
     target = Target(HISTORY, StopKind.TIME, Lsn(0), True, "noon", NOON + timedelta(minutes=2))
-    found = make(target, base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000), reach=Lsn(0x4000))
+    later = replace(target, reach=Lsn(0x4000))
+    found = make(later, base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000))
     assert (found.base.number, found.target.at, found.replay_to) == (1, 0x2100, 0x4000)
     assert make(target, base(1, 0x2000, 0x2100)).replay_to == 0x9000
 

@@ -227,8 +227,8 @@ def journals(draw: st.DrawFn, world: World) -> tuple[set[tuple[int, int]], dict[
 
 
 @st.composite
-def targets(draw: st.DrawFn, world: World) -> tuple[Target, Lsn | None]:
-    """Give a target as the catalog would resolve it, and the end of the first record that stays out, if known."""
+def targets(draw: st.DrawFn, world: World) -> Target:
+    """Give a target as the catalog would resolve it, with the end of the first record that stays out, if known."""
     timeline = draw(st.sampled_from(sorted(world.logs)))
     history = History(SYSTEM, timeline)
     log = world.logs[timeline]
@@ -238,16 +238,16 @@ def targets(draw: st.DrawFn, world: World) -> tuple[Target, Lsn | None]:
     following = {r.start: Lsn(r.end) for r in log}
     if kind == "commit":
         known = CommitRecord("app", 1, Lsn(record.start), Lsn(record.end), record.time_us, (), Outcome.PROTECTED)
-        return Target(history, StopKind.LSN, Lsn(record.start), True, "a commit", commit=known), None
+        return Target(history, StopKind.LSN, Lsn(record.start), True, "a commit", commit=known)
     if kind == "before":
-        return Target(history, StopKind.LSN, Lsn(record.start), False, "before"), Lsn(record.end)
+        return Target(history, StopKind.LSN, Lsn(record.start), False, "before", reach=Lsn(record.end))
     if kind == "position":
         at = draw(st.sampled_from([mark for mark in world.boundaries(timeline) if mark >= world.begin(timeline)]))
-        return Target(history, StopKind.LSN, Lsn(at), False, "a position"), following.get(at)
+        return Target(history, StopKind.LSN, Lsn(at), False, "a position", reach=following.get(at))
     time_us = draw(st.sampled_from([r.time_us + step for r in own for step in (0, 1)]))
     time = from_microseconds(time_us)
     reach = next((Lsn(r.end) for r in log if r.time_us > time_us), None)
-    return Target(history, StopKind.TIME, Lsn(0), True, "a time", time), reach
+    return Target(history, StopKind.TIME, Lsn(0), True, "a time", time, reach=reach)
 
 
 def wanted(world: World, target: Target) -> list[Record]:
@@ -287,14 +287,14 @@ def test_a_plan_gives_exactly_the_target_and_a_refusal_means_that_no_base_could(
     world = data.draw(worlds())
     based = [data.draw(bases_of(world, number)) for number in range(1, data.draw(st.integers(1, 4)) + 1)]
     journal = data.draw(journals(world))
-    target, reach = data.draw(targets(world))
+    target = data.draw(targets(world))
     state = wanted(world, target)
     may_end = {base.number: marks for base, marks in based}
     bases = [base for base, _ in based]
     lineage = world.lineage(target.history.timeline)
     refused = ""
     try:
-        found = plan(target, bases, journal[2], lineage, 1e6, segment_bytes=SEGMENT, reach=reach)
+        found = plan(target, bases, journal[2], lineage, 1e6, segment_bytes=SEGMENT)
     except RestoreError as refusal:
         refused = refusal.message
     if refused:
@@ -306,7 +306,7 @@ def test_a_plan_gives_exactly_the_target_and_a_refusal_means_that_no_base_could(
         return
     event(f"planned: {found.target.kind}")
     assert found.base.state is State.SEALED
-    if found.target.kind is StopKind.TIME and reach is None:
+    if found.target.kind is StopKind.TIME and target.reach is None:
         return  # whether the time is reached at all is then the server's to find out
     for got in gives(world, journal, found.base, may_end[found.base.number], found.target):
         assert got == state
