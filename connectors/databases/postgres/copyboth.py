@@ -1,0 +1,200 @@
+"""A replication connection over psycopg.pq: open it, drain what has arrived, answer; nothing else touches COPY_BOTH.
+
+psycopg has no replication API of its own, but libpq's calls are enough: after START_REPLICATION the connection is in
+COPY_BOTH state, `get_copy_data` gives whole messages and never waits, `put_copy_data` sends status updates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from struct import Struct
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import conninfo, pq
+
+from trigger.errors import SourceError
+from trigger.position import History, Lineage, Lsn
+
+_STATUS = Struct("!cQQQQB")
+_POSTGRES_EPOCH_SECONDS = 946_684_800
+_REFUSED_FOR_GOOD = ("28", "3D", "42501")
+"""SQLSTATEs that waiting does not heal: authentication, no such database, no privilege."""
+
+
+class System(NamedTuple):
+    """What a server says of itself (IDENTIFY_SYSTEM)."""
+
+    history: History
+    flushed: Lsn
+
+
+class CopyBoth:
+    """One connection in replication mode to one database; commands first, then a stream until it is closed.
+
+    Attributes:
+        server_version: as libpq says it: 150018 is 15.18.
+        warnings: what the server warned of since the connection was opened; at most the last 20.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self.warnings: list[str] = []
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        self.server_version = connection.info.server_version
+        connection.add_notice_handler(self._notice)
+
+    @classmethod
+    async def connect(cls, dsn: str, deadline_seconds: float) -> CopyBoth:
+        """Open a replication connection to the database that `dsn` names.
+
+        Raises:
+            SourceError: no connection within the deadline, or refused. A cancellation closes what was opened.
+        """
+        try:
+            dsn = conninfo.make_conninfo(dsn, replication="database")
+            async with asyncio.timeout(deadline_seconds):
+                return cls(await psycopg.AsyncConnection.connect(dsn, autocommit=True))
+        except TimeoutError:
+            raise SourceError(f"no replication connection within {deadline_seconds:g} s") from None
+        except psycopg.Error as error:
+            raise refused("no replication connection", error) from error
+
+    async def identify(self) -> System:
+        """Give the server's history and how far its log is flushed."""
+        row = await self._command("IDENTIFY_SYSTEM")
+        return System(History(row[0].decode(), int(row[1])), Lsn.parse(row[2].decode()))
+
+    async def lineage(self, history: History) -> Lineage:
+        """Give the past of `history` by the server's own timeline history file."""
+        if history.timeline == 1:
+            return Lineage(history)
+        row = await self._command(f"TIMELINE_HISTORY {history.timeline:d}")
+        return Lineage.from_history_file(history, row[1].decode(errors="replace"))
+
+    async def _command(self, command: str) -> list[bytes]:
+        """Run a replication command and give the first row as the server wrote it."""
+        try:
+            cursor = await self._connection.execute(command.encode())
+            result = cursor.pgresult
+            if result is None or result.ntuples != 1:
+                raise SourceError(f"{command} gave no row")
+            return [result.get_value(0, column) or b"" for column in range(result.nfields)]
+        except psycopg.Error as error:
+            raise refused(command, error) from error
+
+    async def start(self, command: str, deadline_seconds: float) -> None:
+        """Begin to stream by a START_REPLICATION command.
+
+        Raises:
+            SourceError: refused (a `StreamRefusedError`, which has the SQLSTATE), or no answer within the deadline.
+        """
+        try:
+            self._pgconn.send_query(command.encode())
+            async with asyncio.timeout(deadline_seconds):
+                while self._pgconn.is_busy():
+                    await self.readable(deadline_seconds)
+                    self._pgconn.consume_input()
+        except TimeoutError:
+            raise SourceError(f"the server did not begin to stream within {deadline_seconds:g} s") from None
+        except psycopg.Error as error:
+            raise refused("START_REPLICATION", error) from error
+        result = self._pgconn.get_result()
+        if result is None or result.status != pq.ExecStatus.COPY_BOTH:
+            raise _explained("START_REPLICATION", result)
+        self._pgconn.nonblocking = 1
+
+    def drain(self, feed: Callable[[memoryview], None], messages_limit: int) -> int:
+        """Pass what has arrived to `feed`, message by message, up to a limit; gives how many there were.
+
+        Raises:
+            SourceError: the stream ended or broke (retryable), or what `feed` raises.
+        """
+        get, consume = self._pgconn.get_copy_data, self._pgconn.consume_input
+        done = 0
+        try:
+            while done < messages_limit:
+                length, message = get(1)
+                if length == 0:
+                    consume()
+                    length, message = get(1)
+                    if length == 0:
+                        break
+                if length < 0:
+                    raise self._ended()
+                feed(message)
+                done += 1
+        except psycopg.Error as error:
+            raise refused("the replication stream broke", error) from error
+        return done
+
+    async def readable(self, timeout_seconds: float) -> bool:
+        """Wait until something has arrived; False where nothing did in time."""
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+        socket = self._pgconn.socket
+        loop.add_reader(socket, arrived.set)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await arrived.wait()
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(socket)
+
+    def report(self, received: int, settled: int, *, reply: bool) -> None:
+        """Tell the server what was received and what it may forget; with `reply` it has to answer at once.
+
+        What the kernel does not take now leaves with the next report: a report says everything anew.
+        """
+        now_us = int((time.time() - _POSTGRES_EPOCH_SECONDS) * 1_000_000)
+        try:
+            self._pgconn.put_copy_data(_STATUS.pack(b"r", max(received, settled), settled, settled, now_us, reply))
+            self._pgconn.flush()
+        except psycopg.Error as error:
+            raise refused("the replication stream broke", error) from error
+
+    async def close(self) -> None:
+        """Disconnect. Never raises."""
+        with contextlib.suppress(psycopg.Error, OSError):
+            await self._connection.close()
+
+    def _ended(self) -> StreamRefusedError:
+        return _explained("the replication stream ended", self._pgconn.get_result())
+
+    def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        if diagnostic.severity_nonlocalized == "WARNING":
+            self.warnings = [*self.warnings[-19:], diagnostic.message_primary or ""]
+
+
+class StreamRefusedError(SourceError):
+    """A `SourceError` that also knows PostgreSQL's own code for the reason."""
+
+    def __init__(self, message: str, sqlstate: str, *, hint: str, retryable: bool) -> None:
+        super().__init__(message, hint=hint, retryable=retryable)
+        self.sqlstate = sqlstate
+
+
+def refused(what: str, error: psycopg.Error) -> StreamRefusedError:
+    """Give the error of our port for one of psycopg's, its words kept."""
+    return _refused(what, error.sqlstate or "", str(error))
+
+
+def _explained(what: str, result: pq.abc.PGresult | None) -> StreamRefusedError:
+    """Give the error of our port for a result that says why there is no stream (any more)."""
+    if result is None or result.status != pq.ExecStatus.FATAL_ERROR:
+        return _refused(what, "", "the server stopped")
+    state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+    return _refused(
+        what, state, (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode(errors="replace")
+    )
+
+
+def _refused(what: str, sqlstate: str, words: str) -> StreamRefusedError:
+    for_good = sqlstate.startswith(_REFUSED_FOR_GOOD)
+    hint = "look at the role's rights, the name of the database and pg_hba.conf" if for_good else ""
+    return StreamRefusedError(f"{what}: {' '.join(words.split())}", sqlstate, hint=hint, retryable=not for_good)

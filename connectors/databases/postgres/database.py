@@ -1,0 +1,325 @@
+"""Port `Database` for PostgreSQL: the cluster as a whole, over ordinary connections that are opened when needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, LiteralString
+
+import psycopg
+from psycopg import conninfo as dsn
+
+from connectors.databases.postgres import preflight
+from connectors.databases.postgres.copyboth import CopyBoth
+from connectors.databases.postgres.source import PostgresSource
+from trigger.errors import ConfigError, DatabaseError, SourceError
+from trigger.model import Bracket, Finding, Volume
+from trigger.ports import Layout
+from trigger.position import History, Lineage, Lsn, Position
+
+_FOR_GOOD = ("28", "3D", "42501")
+_DURABLE: LiteralString = (
+    "SELECT pg_current_wal_flush_lsn()::text, left(pg_walfile_name(pg_current_wal_flush_lsn()), 8)"
+)
+_CEILING: LiteralString = (
+    "SELECT pg_current_wal_insert_lsn()::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)"
+)
+_REDO: LiteralString = "SELECT redo_lsn::text, timeline_id FROM pg_control_checkpoint()"
+_BACKUP_START: LiteralString = (
+    "SELECT lsn::text, left(pg_walfile_name(lsn), 8) FROM pg_backup_start(%s, fast => true) AS lsn"
+)
+_BACKUP_STOP: LiteralString = (
+    "SELECT lsn::text, left(pg_walfile_name(lsn), 8), labelfile, spcmapfile"
+    " FROM pg_backup_stop(wait_for_archive => false)"
+)
+_LAYOUT: LiteralString = """
+SELECT current_setting('server_version_num')::int,
+       current_setting('data_directory'),
+       (SELECT setting::int FROM pg_settings WHERE name = 'wal_segment_size'),
+       array(SELECT ARRAY[oid::text, pg_tablespace_location(oid)] FROM pg_tablespace
+              WHERE pg_tablespace_location(oid) <> ''),
+       array(SELECT DISTINCT file FROM (
+                 SELECT current_setting(name) FROM unnest(ARRAY['config_file', 'hba_file', 'ident_file']) AS name
+                 UNION SELECT sourcefile FROM pg_file_settings WHERE sourcefile IS NOT NULL) AS files(file))
+"""
+
+
+class Postgres:
+    """A PostgreSQL cluster, version 15 or later; implements port `Database`.
+
+    Args:
+        conninfo: how to reach the primary (libpq's connection string or URI); a database named in it is where cluster-
+            wide questions are asked, the first of `databases` otherwise. A password belongs into `password_file`.
+        databases: whose commits are to be captured, one stream each.
+        name: prefix of all we make in the cluster: slots `<name>_<database>`, publications `<name>`, `<name>_keyed`.
+        bin_directory: where PostgreSQL's programs lie, if not in the usual place.
+        password_file: a file in libpq's .pgpass format.
+        deadline_seconds: bound of every short question.
+        slow_deadline_seconds: bound of a checkpoint and of opening and closing the backup bracket.
+        slot_deadline_seconds: how long making a slot may wait for running transactions.
+    """
+
+    def __init__(
+        self,
+        conninfo: str,
+        databases: Sequence[str],
+        name: str = "trigpoint",
+        bin_directory: Path | None = None,
+        password_file: Path | None = None,
+        deadline_seconds: float = 10.0,
+        *,
+        slow_deadline_seconds: float = 600.0,
+        slot_deadline_seconds: float = 60.0,
+    ) -> None:
+        if not databases:
+            raise ConfigError("no database is named whose commits are to be captured", hint="set database.databases")
+        self.conninfo = _with_password_file(conninfo, password_file)
+        self.databases = tuple(databases)
+        self.name = name
+        self.bin_directory = bin_directory
+        self.password_file = password_file
+        self._deadline_seconds = deadline_seconds
+        self._slow_deadline_seconds = slow_deadline_seconds
+        self._slot_deadline_seconds = slot_deadline_seconds
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._system = ""
+        self._lineage = Lineage(History("", 0))
+        self._turn = asyncio.Lock()
+        self._bracket = asyncio.Lock()
+
+    def sources(self) -> list[PostgresSource]:
+        """Give one stream of commits for each database."""
+        return [
+            PostgresSource(
+                self.conninfo,
+                database,
+                self.name,
+                deadline_seconds=self._deadline_seconds,
+                slot_deadline_seconds=self._slot_deadline_seconds,
+            )
+            for database in self.databases
+        ]
+
+    # ---- positions
+
+    async def durable(self) -> Position:
+        """Give the position up to which the log is on stable storage; one round trip. Raises `DatabaseError`."""
+        return await self._position(_DURABLE)
+
+    async def ceiling(self) -> Position:
+        """Give the insert position, at or after all that a finished snapshot can hold; see port `Database`."""
+        return await self._position(_CEILING)
+
+    async def _position(self, question: LiteralString) -> Position:
+        """Ask for (LSN, timeline in hexadecimal); the timeline is the one that log is written on at this moment."""
+        lsn, timeline = await self._ask(question)
+        return Position(History(self._system, int(timeline, 16)), Lsn.parse(lsn))
+
+    async def redo(self) -> Position:
+        """Give the redo position of the last completed checkpoint; raises `DatabaseError`."""
+        lsn, timeline = await self._ask(_REDO)
+        return Position(History(self._system, timeline), Lsn.parse(lsn))
+
+    async def lineage(self) -> Lineage:
+        """Give the present history and its past; asks for the history file only when the timeline has changed."""
+        history = (await self.durable()).history
+        if self._lineage.history != history:
+            self._lineage = await self._read_lineage(history)
+        return self._lineage
+
+    async def _read_lineage(self, history: History) -> Lineage:
+        if history.timeline == 1:
+            return Lineage(history)
+        try:
+            stream = await CopyBoth.connect(self._dsn(self.databases[0]), self._deadline_seconds)
+            try:
+                async with asyncio.timeout(self._deadline_seconds):
+                    return await stream.lineage(history)
+            finally:
+                await stream.close()
+        except (SourceError, TimeoutError) as error:
+            raise DatabaseError(f"the history of timeline {history.timeline} cannot be read: {error}") from error
+
+    # ---- acts
+
+    @contextlib.asynccontextmanager
+    async def bracket(self, name: str) -> AsyncIterator[Callable[[], Awaitable[Bracket]]]:
+        """Hold PostgreSQL's backup mode on a connection of its own; see port `Database`.
+
+        Entering makes a checkpoint (at once, not spread). When the block is left early, cancelled included, closing
+        the connection ends the backup mode on the server.
+        """
+        async with self._bracket:
+            connection = await self._connect(self._slow_deadline_seconds)
+            try:
+                start, start_timeline = await self._run(connection, _BACKUP_START, name)
+
+                async def finish() -> Bracket:
+                    stop, stop_timeline, label, tablespace_map = await self._run(connection, _BACKUP_STOP)
+                    return Bracket(
+                        Position(History(self._system, int(start_timeline, 16)), Lsn.parse(start)),
+                        Position(History(self._system, int(stop_timeline, 16)), Lsn.parse(stop)),
+                        label,
+                        tablespace_map or "",
+                    )
+
+                yield finish
+            finally:
+                await _hang_up(connection)
+
+    async def checkpoint(self) -> None:
+        """Make the server write a checkpoint; raises `DatabaseError`, also where the role may not."""
+        connection = await self._connect(self._slow_deadline_seconds)
+        try:
+            await self._run(connection, "CHECKPOINT")
+        finally:
+            await _hang_up(connection)
+
+    async def remove(self) -> list[str]:
+        """Drop all that was made in the cluster: slots and publications; gives their names. For uninstalling.
+
+        Raises:
+            SourceError: a slot is still in use, or the server refused; what came before is gone.
+        """
+        return [gone for source in self.sources() for gone in await source.remove()]
+
+    # ---- what there is
+
+    async def layout(self) -> Layout:
+        """Give where the cluster lies and who owns it.
+
+        Raises:
+            DatabaseError: no answer, the role may not read the settings, or the files are not on this host.
+        """
+        version, data, segment_bytes, spaces, files = await self._ask(_LAYOUT)
+        return await asyncio.to_thread(_look_at_files, version, data, segment_bytes, spaces, files)
+
+    async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give everything that a pre-flight check of settings, roles, slots and paths has to say."""
+        connection = await self._connect(self._deadline_seconds)
+        try:
+            findings = await preflight.check_cluster(connection, self.databases, self.name)
+        except psycopg.Error as error:
+            raise _failed("the pre-flight check", error) from error
+        finally:
+            await _hang_up(connection)
+        for source in self.sources():
+            findings += await preflight.check_database(self._dsn(source.name), source, self._deadline_seconds)
+        try:
+            layout = await self.layout()
+        except DatabaseError as error:
+            return [*findings, preflight.unreachable(error)]
+        return findings + await asyncio.to_thread(preflight.check_paths, layout, volumes)
+
+    async def explain(self) -> list[Finding]:
+        """Give what a source of this cluster's version cannot see, and what is done about it."""
+        (version,) = await self._ask("SELECT current_setting('server_version_num')::int")
+        return preflight.blind_spots(version // 10_000)
+
+    async def close(self) -> None:
+        """Disconnect. Never raises."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await _hang_up(connection)
+
+    # ---- connections
+
+    def _dsn(self, database: str) -> str:
+        return dsn.make_conninfo(self.conninfo, dbname=database)
+
+    async def _connect(self, deadline_seconds: float) -> psycopg.AsyncConnection[Any]:
+        named = dsn.conninfo_to_dict(self.conninfo).get("dbname") or self.databases[0]
+        target = dsn.make_conninfo(self.conninfo, dbname=str(named), application_name=self.name)
+        try:
+            async with asyncio.timeout(self._deadline_seconds):
+                connection = await psycopg.AsyncConnection.connect(target, autocommit=True)
+        except TimeoutError:
+            raise DatabaseError(f"no connection to the database within {self._deadline_seconds:g} s") from None
+        except psycopg.Error as error:
+            raise _failed("no connection to the database", error) from error
+        settings: LiteralString = (
+            "SELECT set_config('search_path', 'pg_catalog', false), set_config('statement_timeout', %s, false),"
+            " system_identifier::text FROM pg_control_system()"
+        )
+        try:
+            *_, self._system = await self._run(connection, settings, str(int(deadline_seconds * 1000)))
+        except BaseException:
+            await _hang_up(connection)
+            raise
+        return connection
+
+    async def _ask(self, question: LiteralString) -> tuple[Any, ...]:
+        """Ask on the connection that is kept; one that died since the last question is replaced once."""
+        async with self._turn:
+            for attempt in (1, 2):
+                kept = self._connection is not None
+                if self._connection is None:
+                    self._connection = await self._connect(self._deadline_seconds)
+                try:
+                    return await self._run(self._connection, question)
+                except BaseException as error:
+                    died = self._connection.closed
+                    await self.close()
+                    if attempt == 2 or not (kept and died and isinstance(error, DatabaseError)):
+                        raise
+        raise AssertionError("unreachable")
+
+    async def _run(
+        self, connection: psycopg.AsyncConnection[Any], question: LiteralString, *arguments: str
+    ) -> tuple[Any, ...]:
+        """Run one statement and give its first row, () where it gives none; the server keeps the deadline, and we."""
+        try:
+            async with asyncio.timeout(self._slow_deadline_seconds):
+                cursor = await connection.execute(question, arguments or None)
+                return (await cursor.fetchone() or ()) if cursor.description else ()
+        except TimeoutError:
+            raise DatabaseError("the database did not answer in time") from None
+        except psycopg.Error as error:
+            raise _failed("the database refused", error) from error
+
+
+def _with_password_file(conninfo: str, password_file: Path | None) -> str:
+    try:
+        return dsn.make_conninfo(conninfo, **({"passfile": str(password_file)} if password_file else {}))
+    except psycopg.Error as error:
+        raise ConfigError(f"not a connection string: {' '.join(str(error).split())}") from error
+
+
+def _failed(what: str, error: psycopg.Error) -> DatabaseError:
+    words = " ".join(str(error).split())
+    for_good = (error.sqlstate or "").startswith(_FOR_GOOD)
+    hint = "look at the role's rights, the name of the database and pg_hba.conf" if for_good else ""
+    return DatabaseError(f"{what}: {words}", hint=hint, retryable=not for_good)
+
+
+async def _hang_up(connection: psycopg.AsyncConnection[Any]) -> None:
+    with contextlib.suppress(psycopg.Error, OSError):
+        await connection.close()
+
+
+def _look_at_files(version: int, data: str, segment_bytes: int, spaces: list[list[str]], files: list[str]) -> Layout:
+    """Resolve what the server says of its files against this host's filesystem; touches nothing."""
+    try:
+        directory = Path(data).resolve(strict=True)
+        stat = directory.stat()
+        wal = (directory / "pg_wal").resolve(strict=True)
+        resolved = [(int(oid), Path(path).resolve(strict=True)) for oid, path in spaces]
+    except OSError as error:
+        raise DatabaseError(
+            f"the cluster's files are not reachable here: {error}",
+            hint="the service must run on the database's host, as a user that may read its data directory",
+        ) from error
+    outside = (Path(os.path.realpath(directory / file)) for file in files)
+    return Layout(
+        version,
+        directory,
+        wal,
+        tuple(sorted((oid, path) for oid, path in resolved if not path.is_relative_to(directory))),
+        tuple(sorted({file for file in outside if not file.is_relative_to(directory)})),
+        stat.st_uid,
+        stat.st_gid,
+        segment_bytes,
+    )

@@ -1,0 +1,358 @@
+"""What must be looked at before a cluster is protected, each finding with its remedy; and what no stream can see.
+
+The judgement is in pure functions over rows and paths; the few functions that ask do nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from connectors.databases.postgres import publication, slot
+from connectors.databases.postgres.copyboth import CopyBoth
+from connectors.databases.postgres.source import PostgresSource
+from trigger.errors import DatabaseError, SourceError
+from trigger.model import Finding, Severity, Volume
+from trigger.ports import Layout
+
+_OLDEST_MAJOR, _NEWEST_MAJOR = 15, 18
+_SETTINGS = """
+SELECT name, setting FROM pg_settings WHERE name IN ('server_version_num', 'wal_level', 'fsync', 'full_page_writes',
+    'max_slot_wal_keep_size', 'max_replication_slots', 'max_wal_senders', 'data_checksums',
+    'synchronous_standby_names', 'idle_replication_slot_timeout', 'synchronous_commit')
+"""
+_ROLE = "SELECT rolname, rolsuper, rolreplication FROM pg_roles WHERE rolname = current_user"
+_USE = """
+SELECT pg_is_in_recovery(),
+       (SELECT count(*) FROM pg_replication_slots WHERE slot_name <> ALL (%s)),
+       (SELECT count(*) FROM pg_stat_replication WHERE application_name <> ALL (%s)),
+       array(SELECT datname::text FROM pg_database WHERE datallowconn AND NOT datistemplate),
+       array(SELECT application_name FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid
+              WHERE s.slot_type = 'physical')
+"""
+_OK, _NOTE, _WARNING, _REFUSED = Severity.OK, Severity.NOTE, Severity.WARNING, Severity.REFUSED
+
+
+async def check_cluster(connection: psycopg.AsyncConnection[Any], databases: Sequence[str], name: str) -> list[Finding]:
+    """Give the findings that concern the cluster as a whole; errors of psycopg pass through."""
+    settings = dict(await (await connection.execute(_SETTINGS)).fetchall())
+    role = await (await connection.execute(_ROLE)).fetchone()
+    ours = [slot.slot_name(name, database) for database in databases]
+    use = await (await connection.execute(_USE, [ours, ours])).fetchone()
+    assert role is not None
+    assert use is not None
+    standby, slots_used, senders_used, present, standbys = use
+    findings = [*check_settings(settings), *check_synchronous(settings["synchronous_standby_names"], [name, *ours])]
+    if standby:
+        findings.append(
+            Finding(
+                "primary", _REFUSED, "this server is a standby", "connect to the primary (target_session_attrs=primary)"
+            )
+        )
+    findings += check_room("max_replication_slots", int(settings["max_replication_slots"]) - slots_used, len(ours) + 1)
+    findings += check_room("max_wal_senders", int(settings["max_wal_senders"]) - senders_used, len(ours) + 2)
+    findings += check_databases(databases, present)
+    findings += check_role(*role)
+    if standbys:
+        findings.append(
+            Finding(
+                "failover",
+                _NOTE,
+                f"after a failover to {', '.join(standbys)} the stream goes on only if the slot was synchronised",
+                "version 17 or later: hot_standby_feedback, sync_replication_slots and a dbname in primary_conninfo on "
+                "the standby, synchronized_standby_slots here; otherwise a gap is recorded and a point taken",
+            )
+        )
+    return findings
+
+
+def check_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Judge the settings of a server, as pg_settings shows them."""
+    major = int(settings["server_version_num"]) // 10_000
+    if major < _OLDEST_MAJOR:
+        yield Finding("version", _REFUSED, f"PostgreSQL {major} is too old", f"upgrade to {_OLDEST_MAJOR} or later")
+    elif major > _NEWEST_MAJOR:
+        yield Finding("version", _WARNING, f"PostgreSQL {major} is newer than all that was tested ({_NEWEST_MAJOR})")
+    else:
+        yield Finding("version", _OK, f"PostgreSQL {major}")
+    if settings["wal_level"] != "logical":
+        remedy = "ALTER SYSTEM SET wal_level = 'logical', then restart the server"
+        yield Finding("wal_level", _REFUSED, f"wal_level is {settings['wal_level']}; commits cannot be read", remedy)
+    for setting, why in (
+        ("fsync", "what the server calls durable may not be on disk, so no snapshot can be trusted"),
+        ("full_page_writes", "pages torn by a snapshot or a crash could not be repaired by replay"),
+    ):
+        if settings[setting] != "on":
+            remedy = f"ALTER SYSTEM SET {setting} = on, then SELECT pg_reload_conf()"
+            yield Finding(setting, _REFUSED, f"{setting} is {settings[setting]}: {why}", remedy)
+    if settings["max_slot_wal_keep_size"] == "-1":
+        yield Finding(
+            "max_slot_wal_keep_size",
+            _WARNING,
+            "max_slot_wal_keep_size is -1: while the service is down, its slot keeps log until the disk is full",
+            "ALTER SYSTEM SET max_slot_wal_keep_size = '<what the disk can spare>', then SELECT pg_reload_conf(); a "
+            "slot that falls behind further is then lost, which is recorded as a gap",
+        )
+    if settings.get("idle_replication_slot_timeout", "0") != "0":
+        yield Finding(
+            "idle_replication_slot_timeout",
+            _NOTE,
+            "idle_replication_slot_timeout is set: a service that is down for longer loses its slot (a gap)",
+        )
+    if settings["data_checksums"] != "on":
+        yield Finding(
+            "data_checksums",
+            _NOTE,
+            "data checksums are off: a verification cannot find pages that the disk has damaged",
+            "stop the server and run pg_checksums --enable",
+        )
+
+
+def check_synchronous(setting: str, ours: Sequence[str]) -> Iterator[Finding]:
+    """Judge synchronous_standby_names: our stream must not be what COMMIT waits for."""
+    names = standby_names(setting)
+    if "*" in names or {name.lower() for name in ours} & names:
+        yield Finding(
+            "synchronous_standby_names",
+            _REFUSED,
+            f"synchronous_standby_names ({setting}) makes COMMIT wait for our stream",
+            "name the standbys that are meant, without '*' and without our names",
+        )
+
+
+def standby_names(setting: str) -> set[str]:
+    """Give the names in a value of synchronous_standby_names, in lower case (the server ignores it too)."""
+    inner = re.fullmatch(r"\s*(?:(?:FIRST|ANY)\s+)?\d+\s*\((.*)\)\s*", setting, re.IGNORECASE | re.DOTALL)
+    listed = inner[1] if inner else setting
+    return {name.strip().strip('"').lower() for name in listed.split(",") if name.strip()}
+
+
+def check_room(setting: str, free: int, needed: int) -> Iterator[Finding]:
+    """Judge whether enough slots or senders are left: one a stream, more for the journal and a short question."""
+    if free < needed:
+        remedy = f"raise {setting} by {needed - free} and restart the server"
+        yield Finding(setting, _REFUSED, f"{setting} leaves {max(free, 0)} free, {needed} are needed", remedy)
+
+
+def check_databases(wanted: Sequence[str], present: Sequence[str]) -> Iterator[Finding]:
+    """Judge the databases that are named against those that are there."""
+    for database in wanted:
+        if database not in present:
+            remedy = f"there are: {', '.join(sorted(present))}"
+            yield Finding(f"database {database}", _REFUSED, f"there is no database {database}", remedy)
+    others = sorted(set(present) - set(wanted))
+    if others:
+        yield Finding(
+            "other databases",
+            _NOTE,
+            f"commits in {', '.join(others)} are not looked at one by one; points hold them all the same",
+            "name them in database.databases",
+        )
+
+
+def check_role(role: str, superuser: bool, replication: bool) -> Iterator[Finding]:
+    """Judge whether the role may open a replication connection."""
+    if not (superuser or replication):
+        yield Finding("role", _REFUSED, f"role {role} may not replicate", f'ALTER ROLE "{role}" REPLICATION')
+
+
+async def check_database(dsn: str, source: PostgresSource, deadline_seconds: float) -> list[Finding]:
+    """Give the findings that concern one database: its publications, its slot, tables, a replication connection."""
+    subject = f"database {source.name}"
+    try:
+        async with asyncio.timeout(deadline_seconds):
+            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+                await connection.execute("SELECT set_config('search_path', 'pg_catalog', false)")
+                findings = await _check_publications(connection, source)
+                findings += await _check_slot(connection, source)
+            stream = await CopyBoth.connect(dsn, deadline_seconds)
+            await stream.close()
+    except (psycopg.Error, SourceError, TimeoutError) as error:
+        words = " ".join(str(error).split()) or f"no answer within {deadline_seconds:g} s"
+        return [
+            Finding(subject, _REFUSED, words, "look at the role's rights and pg_hba.conf (it needs `replication` too)")
+        ]
+    return findings or [Finding(subject, _OK, "can be captured")]
+
+
+async def _check_publications(connection: psycopg.AsyncConnection[Any], source: PostgresSource) -> list[Finding]:
+    name = source.publication
+    existing = await publication.existing(connection, name)
+    superuser = connection.info.parameter_status("is_superuser") == "on"
+    tables = await publication.tables(connection, name)
+    return [
+        *check_publications(source.name, name, existing, superuser=superuser),
+        *check_tables(source.name, tables, everything=all(existing.get(name, (False,)))),
+    ]
+
+
+def check_publications(
+    database: str, name: str, existing: Mapping[str, tuple[bool, ...]], *, superuser: bool
+) -> Iterator[Finding]:
+    """Judge the publications there are: rows of (all tables, insert, update, delete, truncate)."""
+    subject, keyed = f"publication {name} in {database}", name + publication.KEYED_SUFFIX
+    if name not in existing:
+        if not superuser:
+            remedy = (
+                f'have a superuser run in {database}: CREATE PUBLICATION "{name}" FOR ALL TABLES WITH (publish = '
+                f"'insert, truncate'); CREATE PUBLICATION \"{keyed}\" WITH (publish = 'update, delete')"
+            )
+            yield Finding(subject, _REFUSED, "only a superuser may publish all tables", remedy)
+        return
+    everything, insert, _update, _delete, truncate = existing[name]
+    if not (everything and insert and truncate):
+        yield Finding(
+            subject,
+            _WARNING,
+            "it does not publish inserts and truncates of all tables; commits it leaves out are not seen",
+            f'DROP PUBLICATION "{name}"; it is made anew at the next start (a gap is recorded)',
+        )
+    if not superuser and not all(existing[name]):
+        yield Finding(
+            f"publication {keyed} in {database}",
+            _WARNING,
+            "only a superuser can keep the list of its tables up to date",
+            f'add new tables yourself: ALTER PUBLICATION "{keyed}" ADD TABLE …',
+        )
+
+
+def check_tables(database: str, tables: Sequence[publication.Table], *, everything: bool) -> Iterator[Finding]:
+    """Judge tables without a replica identity: their updates cannot be published without making them fail."""
+    bare = [f"{table.schema}.{table.name}" for table in tables if not table.keyed and table.kind == "r"]
+    if not bare:
+        return
+    shown = ", ".join(sorted(bare)[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
+    remedy = "give it a primary key, or ALTER TABLE … REPLICA IDENTITY FULL"
+    if everything:
+        message = (
+            f"the publication that is there makes UPDATE and DELETE fail on tables without replica identity: {shown}"
+        )
+        yield Finding(
+            f"tables in {database}",
+            _REFUSED,
+            message,
+            f"{remedy}; or drop the publication, ours is made so that this cannot happen",
+        )
+    else:
+        message = (
+            f"UPDATE and DELETE are not seen on tables without replica identity: {shown}; catch-all points hold them"
+        )
+        yield Finding(f"tables in {database}", _WARNING, message, remedy)
+
+
+async def _check_slot(connection: psycopg.AsyncConnection[Any], source: PostgresSource) -> list[Finding]:
+    try:
+        found = await slot.look(connection, source.slot, source.name)
+    except SourceError as error:
+        return [Finding(f"slot {source.slot}", _REFUSED, error.message, error.hint)]
+    if found is not None and found.lost:
+        remedy = "nothing to do: at the next start it is made anew, the gap recorded and a point taken"
+        return [Finding(f"slot {source.slot}", _WARNING, f"it was {found.lost}", remedy)]
+    if found is not None and found.active_pid is not None:
+        return [Finding(f"slot {source.slot}", _NOTE, f"it is in use by process {found.active_pid}")]
+    return []
+
+
+# ---- paths and volumes
+
+
+def check_paths(layout: Layout, volumes: Sequence[Volume]) -> list[Finding]:
+    """Judge whether every part of the cluster lies on a volume, by this host's mounts (F6)."""
+    parts = [("data directory", layout.data_directory), ("pg_wal", layout.wal_directory)]
+    parts += [(f"tablespace {oid}", path) for oid, path in layout.tablespaces]
+    parts += [("configuration file", path) for path in layout.config_files]
+    mounts = mount_points(Path("/proc/self/mountinfo").read_text(errors="replace"))
+    return [*place_parts(parts, volumes), *check_mounts(volumes, mounts, [path for _, path in parts])]
+
+
+def place_parts(parts: Sequence[tuple[str, Path]], volumes: Sequence[Volume]) -> Iterator[Finding]:
+    """Say for each (what, where) on which volume it lies, or refuse it; configuration outside is only noted."""
+    for what, path in parts:
+        volume = volume_of(path, volumes)
+        if volume is not None:
+            yield Finding(what, _OK, f"{path} lies on volume {volume.name}")
+        elif what == "configuration file":
+            yield Finding(
+                what, _WARNING, f"{path} lies on no volume; a restore will not bring it back", "keep it elsewhere"
+            )
+        else:
+            yield Finding(what, _REFUSED, f"{path} lies on no volume", "add a volume that holds it")
+
+
+def volume_of(path: Path, volumes: Sequence[Volume]) -> Volume | None:
+    """Give the innermost volume that holds `path` (real paths), None where none does."""
+    holding = [volume for volume in volumes if path.is_relative_to(Path(volume.path).resolve())]
+    return max(holding, key=lambda volume: len(Path(volume.path).resolve().parts), default=None)
+
+
+def check_mounts(volumes: Sequence[Volume], mounts: Sequence[Path], parts: Sequence[Path]) -> Iterator[Finding]:
+    """Refuse filesystems mounted below a volume: its snapshot holds an empty directory there."""
+    own = {Path(volume.path).resolve() for volume in volumes}
+    for volume in volumes:
+        root = Path(volume.path).resolve()
+        for mount in mounts:
+            if mount == root or not mount.is_relative_to(root) or mount in own:
+                continue
+            ours = any(part.is_relative_to(mount) or mount.is_relative_to(part) for part in parts)
+            message = f"{mount} is another filesystem, mounted below volume {volume.name}; a snapshot leaves it out"
+            yield Finding(f"mount {mount}", _REFUSED if ours else _NOTE, message, "make it a volume of its own")
+
+
+def mount_points(mountinfo: str) -> list[Path]:
+    """Give the mount points in the text of /proc/self/mountinfo (proc(5)); spaces in it are written as \\040."""
+    fields = (line.split() for line in mountinfo.splitlines())
+    return [
+        Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), field[4]))
+        for field in fields
+        if len(field) > 4
+    ]
+
+
+def unreachable(error: DatabaseError) -> Finding:
+    """Give the finding for files that this host cannot see."""
+    return Finding("data directory", _REFUSED, error.message, error.hint)
+
+
+# ---- what a stream cannot see
+
+_HELD = "a catch-all point holds it: one is taken when the log has moved and no commit was seen"
+_SEEN, _UNSEEN = "seen", "not seen"
+BLIND_SPOTS: tuple[tuple[str, str, str], ...] = (
+    ("insert, COPY, CREATE TABLE AS", _SEEN, "every inserted row is counted"),
+    ("update, delete", _SEEN, "on tables with a primary key or another replica identity"),
+    ("truncate", _SEEN, "counted once a table"),
+    ("commit prepared", _SEEN, "as the commit it is, with its rows; PREPARE alone is not a commit"),
+    (
+        "pg_logical_emit_message(true, …)",
+        _SEEN,
+        "also when a transaction writes nothing else; prefix trigpoint: a marker",
+    ),
+    ("update, delete without replica identity", _UNSEEN, f"add one to make it visible; {_HELD}"),
+    ("update, delete on a new table", _UNSEEN, f"until it is noticed (1 s after its first insert, else 10 s); {_HELD}"),
+    ("DDL, GRANT", _UNSEEN, _HELD),
+    ("sequence (nextval, setval)", _UNSEEN, f"{_HELD}; after a restore a sequence may be up to 32 values ahead"),
+    ("large object", _UNSEEN, _HELD),
+    ("refresh of a materialized view, rewrite of a table", _UNSEEN, _HELD),
+    ("row locks (SELECT … FOR UPDATE)", _UNSEEN, "nothing was changed"),
+    (
+        "unlogged and temporary table",
+        _UNSEEN,
+        "a restore by replay cannot bring them back: unlogged tables are empty then",
+    ),
+    ("pg_logical_emit_message(false, …), NOTIFY", _UNSEEN, "they do not belong to what a commit wrote"),
+    ("databases that are not named", _UNSEEN, _HELD),
+)
+"""(what was committed, whether a stream of ours shows it, what is done about it); held by a test on each version."""
+
+
+def blind_spots(major: int) -> list[Finding]:
+    """Give what a stream of PostgreSQL `major` shows and what not; the same from 15 to 18, as measured."""
+    subject = f"PostgreSQL {major}: "
+    return [
+        Finding(subject + what, _OK if seen == _SEEN else _NOTE, seen, remedy) for what, seen, remedy in BLIND_SPOTS
+    ]

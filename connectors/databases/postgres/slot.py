@@ -1,0 +1,137 @@
+"""The logical replication slot of one stream: its name, its state, and where a stream may resume behind it."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from trigger.errors import SourceError
+from trigger.position import Lineage, Lsn, Position
+
+_NAME_LIMIT = 63
+_PLUGIN = "pgoutput"
+_LOOK = """
+SELECT plugin, database, confirmed_flush_lsn::text, wal_status, active_pid, to_jsonb(s) ->> 'invalidation_reason'
+  FROM pg_replication_slots s WHERE slot_name = %s
+"""
+_CREATE = "SELECT lsn::text FROM pg_create_logical_replication_slot(%s, 'pgoutput', false, false{failover})"
+_OLDEST = """
+SELECT pid, extract(epoch FROM now() - xact_start)::int, coalesce(usename, backend_type)
+  FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start LIMIT 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A slot as the server shows it."""
+
+    confirmed: Lsn
+    """Commits whose record begins before here are forgotten."""
+    lost: str
+    """Why nothing can be read from it any more; "" while it is whole."""
+    active_pid: int | None
+
+
+def slot_name(name: str, database: str) -> str:
+    """Give the name of the slot for a database: `<name>_<database>`, made legal (a-z, 0-9, _) and unambiguous."""
+    wanted = f"{name}_{database}"
+    legal = re.sub(r"[^a-z0-9_]", "_", wanted.lower())
+    if legal == wanted and len(legal) <= _NAME_LIMIT:
+        return legal
+    return f"{legal[: _NAME_LIMIT - 9]}_{zlib.crc32(wanted.encode()):08x}"
+
+
+async def look(connection: psycopg.AsyncConnection[Any], name: str, database: str) -> Slot | None:
+    """Give the slot of that name, None where there is none.
+
+    Raises:
+        SourceError: a slot of that name serves something else (not retryable).
+    """
+    row = await (await connection.execute(_LOOK, [name])).fetchone()
+    if row is None:
+        return None
+    plugin, in_database, confirmed, wal_status, active_pid, invalidation = row
+    if (plugin, in_database) != (_PLUGIN, database):
+        raise SourceError(
+            f"replication slot {name} is there, but for {plugin or 'a standby'} in database {in_database}",
+            hint="set another name for ours (database.name), or drop that slot if nobody needs it",
+            retryable=False,
+        )
+    lost = f"invalidated by the server: {invalidation or 'its log was removed'}" if wal_status == "lost" else ""
+    return Slot(Lsn.parse(confirmed or "0/0"), lost, active_pid)
+
+
+async def create(connection: psycopg.AsyncConnection[Any], name: str) -> Lsn:
+    """Make the slot and give its consistent point: every commit whose record begins at or after it is seen.
+
+    The server first waits for the transactions that run now; how long, `statement_timeout` of the connection says.
+    Two-phase decoding stays off: COMMIT PREPARED then arrives as a commit with its rows, whatever was acknowledged
+    between the two phases. From version 17 on the slot may be carried over to standbys (failover).
+
+    Raises:
+        SourceError: a transaction did not end in time; other errors of psycopg pass through.
+    """
+    failover = ", failover => true" if connection.info.server_version >= 170000 else ""
+    try:
+        row = await (await connection.execute(_CREATE.format(failover=failover).encode(), [name])).fetchone()
+    except psycopg.errors.QueryCanceled as error:
+        oldest = await (await connection.execute(_OLDEST)).fetchone()
+        who = f"process {oldest[0]} ({oldest[2]}) writes since {oldest[1]} s" if oldest else "it has just ended"
+        raise SourceError(
+            f"replication slot {name} was not made in time, since a running transaction must end first: {who}",
+            hint="wait for that transaction to end, or end it",
+        ) from error
+    assert row is not None
+    return Lsn.parse(row[0])
+
+
+async def drop(connection: psycopg.AsyncConnection[Any], name: str) -> bool:
+    """Remove the slot; False where there was none."""
+    try:
+        await connection.execute("SELECT pg_drop_replication_slot(%s)", [name])
+    except psycopg.errors.UndefinedObject:
+        return False
+    return True
+
+
+def resume(after: Position | None, lineage: Lineage, confirmed: Lsn, flushed: Lsn, made: str = "") -> tuple[Lsn, str]:
+    """Give where commits are seen again, and why that is not right behind `after` ("" where it is).
+
+    Args:
+        after: the last settled position; None the first time.
+        lineage: the server's present history and its past.
+        confirmed: what the slot says was acknowledged; commits before it are gone.
+        flushed: how far the server's log reaches.
+        made: why the slot had to be made anew; "" where it was there.
+    """
+    if after is None:
+        return confirmed, ""
+    here = lineage.history
+    if after.history.system != here.system:
+        return (
+            confirmed,
+            f"the cluster was replaced: its system identifier was {after.history.system}, is {here.system}",
+        )
+    if after.history.timeline != here.timeline:
+        moved = f"the timeline changed from {after.history.timeline} to {here.timeline}"
+        return max(confirmed, _shared(after, lineage)), "; ".join(filter(None, [moved, made]))
+    if after.at > flushed:
+        return (
+            confirmed,
+            f"the log ends at {flushed}, before what was settled ({after.at}): the cluster is an older copy",
+        )
+    if made or confirmed > after.at:
+        return confirmed, made or f"the slot was recreated or moved ahead to {confirmed}, settled was {after.at}"
+    return after.at, ""
+
+
+def _shared(after: Position, lineage: Lineage) -> Lsn:
+    """How far what was settled on another timeline also belongs to the present one."""
+    for timeline, left_at in lineage.forks:
+        if timeline == after.history.timeline:
+            return min(after.at, left_at)
+    return Lsn(0)
