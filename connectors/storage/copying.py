@@ -1,0 +1,261 @@
+"""Copies a tree of files: shared where nothing changed, by reflink where that works, else byte for byte.
+
+Everything here blocks; call it in a thread. Files that vanish, shrink or grow meanwhile are normal: the tree is
+that of a running database, and its log repairs what the copy caught halfway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from trigger.model import to_microseconds
+
+_FICLONE = 0x40049409  # linux/fs.h
+_BLOCK_BYTES = 8 << 20
+_CLOCK_MARGIN_NS = 2_000_000_000
+"""How near to a copy a time stamp is not trusted; two seconds is the coarsest clock of any filesystem (FAT)."""
+
+
+class Seen(NamedTuple):
+    """What a file looked like when it was copied."""
+
+    size: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+    device: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What every file of a tree looked like when it was copied; lines of JSON, the time of the start first."""
+
+    began_at: datetime
+    files: dict[str, Seen]
+
+    def write(self, path: Path) -> None:
+        """Write it to `path`; not flushed."""
+        with path.open("w") as file:
+            file.write(json.dumps(self.began_at.isoformat()) + "\n")
+            file.writelines(json.dumps([name, *seen]) + "\n" for name, seen in self.files.items())
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest | None:
+        """Read it from `path`; None where it is missing or damaged, and every file then counts as changed."""
+        try:
+            first, *lines = path.read_text().splitlines()
+            rows = map(json.loads, lines)
+            return cls(datetime.fromisoformat(json.loads(first)), {name: Seen(*row) for name, *row in rows})
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def holds_unchanged(self, name: str, seen: Seen) -> bool:
+        """Whether a file that looks like `seen` now is surely what was copied then."""
+        trusted_before_ns = to_microseconds(self.began_at.astimezone(UTC)) * 1000 - _CLOCK_MARGIN_NS
+        return self.files.get(name) == seen and max(seen.modified_ns, seen.changed_ns) < trusted_before_ns
+
+
+@dataclass
+class Copier:
+    """Copies trees, and notes what it saw and how much it copied."""
+
+    exclude: Sequence[str] = ()
+    earlier: Path | None = None
+    """An earlier copy of the same tree; its files may be shared by hard links."""
+    known: Manifest | None = None
+    """What the files looked like when `earlier` was made."""
+    compare: bool = False
+    """Compare content before a file is shared."""
+    require_room: Callable[[int], None] = lambda _: None
+    """Raises where that many bytes more would be too much."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set from outside to end the copy at the next block."""
+    told: Callable[[int], None] = lambda _: None
+    """Told how many bytes are done, shared ones included."""
+    seen: dict[str, Seen] = field(default_factory=dict)
+    bytes_copied: int = 0
+    bytes_done: int = 0
+    _reflinks: bool = True
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a pattern matches the path `name` inside the tree."""
+        last = name.rpartition("/")[2]
+        return any(fnmatchcase(name if "/" in pattern else last, pattern) for pattern in self.exclude)
+
+    def copy(self, source: Path, target: Path) -> None:
+        """Copy the tree `source` to `target`, which must not be there.
+
+        Raises:
+            OSError: something cannot be read or written; `InterruptedError` where `stop` was set.
+        """
+        try:
+            self._folder(source, target, "")
+        except _Vanished:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source)) from None
+
+    def _folder(self, source: Path, target: Path, inside: str) -> None:
+        with _may_vanish():
+            before, entries = source.stat(), os.scandir(source)
+        target.mkdir(0o700)
+        with entries:
+            for entry in entries:
+                self._require_going_on()
+                name = f"{inside}{entry.name}"
+                if not self.leaves_out(name):
+                    with contextlib.suppress(_Vanished):
+                        self._entry(entry, target / entry.name, name)
+        _keep_attributes(target, before)
+
+    def _entry(self, entry: os.DirEntry[str], target: Path, name: str) -> None:
+        if entry.is_symlink():
+            with _may_vanish():
+                link, before = Path(entry.path).readlink(), entry.stat(follow_symlinks=False)
+            target.symlink_to(link)
+            if os.geteuid() == 0:
+                os.lchown(target, before.st_uid, before.st_gid)
+        elif entry.is_dir():
+            self._folder(Path(entry.path), target, f"{name}/")
+        elif entry.is_file():
+            with _may_vanish():
+                source = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                self._file(source, target, name)
+            finally:
+                os.close(source)
+
+    def _file(self, source: int, target: Path, name: str) -> None:
+        before = os.fstat(source)
+        seen = Seen(before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, before.st_dev)
+        self.seen[name] = seen
+        if not self._share(source, target, name, seen):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            copy = os.open(target, flags, 0o600)
+            try:
+                if not self._reflink(source, copy):
+                    self._bytes(source, copy, before.st_size)
+                _keep_attributes(copy, before)
+            finally:
+                os.close(copy)
+        self.bytes_done += before.st_size
+        self.told(self.bytes_done)
+
+    def _share(self, source: int, target: Path, name: str, seen: Seen) -> bool:
+        """Link the earlier copy of an unchanged file; gives whether that was right and possible."""
+        if self.known is None or self.earlier is None or not self.known.holds_unchanged(name, seen):
+            return False
+        earlier = self.earlier / name
+        try:
+            if earlier.stat().st_size != seen.size or (self.compare and not _same_content(source, earlier)):
+                return False
+            target.hardlink_to(earlier)
+        except OSError:  # the earlier copy is being deleted, or has as many links as it may have
+            return False
+        return True
+
+    def _reflink(self, source: int, copy: int) -> bool:
+        if not self._reflinks:
+            return False
+        try:
+            fcntl.ioctl(copy, _FICLONE, source)
+        except OSError as error:
+            if error.errno not in _CANNOT_REFLINK:
+                raise
+            self._reflinks = error.errno == errno.EINVAL  # that one is about this file only (no copy-on-write)
+            return False
+        return True
+
+    def _bytes(self, source: int, copy: int, size: int) -> None:
+        """Copy `size` bytes, holes as holes; fewer where the file shrank."""
+        self.require_room(size)
+        place = 0
+        while place < size:
+            try:
+                place = os.lseek(source, place, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # it says that the rest is a hole
+                    raise
+                break
+            end = min(os.lseek(source, place, os.SEEK_HOLE), size)
+            os.lseek(copy, min(place, size), os.SEEK_SET)
+            while place < end:
+                self._require_going_on()
+                sent = os.sendfile(copy, source, place, min(_BLOCK_BYTES, end - place))
+                if sent == 0:
+                    os.ftruncate(copy, place)
+                    return
+                place += sent
+                self.bytes_copied += sent
+                self.told(self.bytes_done + place)
+        os.ftruncate(copy, size)
+
+    def _require_going_on(self) -> None:
+        if self.stop.is_set():
+            raise InterruptedError(errno.EINTR, "the copy was called off")
+
+
+_CANNOT_REFLINK = frozenset(
+    {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EBADF}
+)
+
+
+class _Vanished(Exception):  # noqa: N818 - not an error: the database removed a file while it was looked at
+    """A file of the source is there no more."""
+
+
+@contextlib.contextmanager
+def _may_vanish() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ESTALE):
+            raise _Vanished from error
+        raise
+
+
+def _keep_attributes(target: Path | int, before: os.stat_result) -> None:
+    if os.geteuid() == 0:
+        os.chown(target, before.st_uid, before.st_gid)
+    os.chmod(target, stat.S_IMODE(before.st_mode))  # noqa: PTH101 - a path or a descriptor
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _same_content(source: int, earlier: Path) -> bool:
+    place = 0
+    with earlier.open("rb") as file:
+        while True:
+            ours, theirs = os.pread(source, 1 << 20, place), file.read(1 << 20)
+            if ours != theirs:
+                return False
+            if not ours:
+                return True
+            place += len(ours)
+
+
+def can_reflink(folder: Path) -> bool:
+    """Whether the filesystem of `folder` can share blocks between files; tried with two files without a name."""
+    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+    try:
+        one = os.open(folder, flags, 0o600)
+        try:
+            other = os.open(folder, flags, 0o600)
+            try:
+                fcntl.ioctl(other, _FICLONE, one)
+            finally:
+                os.close(other)
+        finally:
+            os.close(one)
+    except OSError:
+        return False
+    return True

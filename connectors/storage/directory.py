@@ -1,0 +1,257 @@
+"""Snapshots in plain folders, on any filesystem and without root; each is complete in itself.
+
+A file that has not changed since the previous snapshot is a hard link to the copy there; any other is copied, by
+reflink where the filesystem can. Files of snapshots are never written to, and clones are copies of their own.
+
+A file counts as unchanged if size, modification time, change time, inode and device are what they were when the
+previous snapshot copied it, and neither time lies at or after two seconds before that snapshot began: times come
+from a coarse clock, so a file that was touched near the copy may have been touched behind it, too. The change time
+cannot be set by programs. The source is flushed first, so that a write through a memory mapping gets a new time
+stamp afterwards. `paranoid` compares the content of what seems unchanged.
+
+The copy is not one instant: the database's own backup bracket must be held around it. Owners, modes and times are
+kept where the system permits; extended attributes are not. Sockets and other special files are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from connectors.storage.copying import Copier, Manifest, can_reflink
+from connectors.storage.shelf import (
+    Shelf,
+    Sidecar,
+    as_storage_error,
+    is_inside,
+    make_folder,
+    nearest_existing,
+    remove_tree,
+    require_names,
+)
+from connectors.syncfs import flush, open_folder, syncfs
+from connectors.threads import Threads
+from trigger.errors import StorageError
+from trigger.model import Finding, Severity, Snapshot, Volume, tag_name
+from trigger.ports import Capability, Clone, Progress, Space, Tagged
+
+
+class DirectoryStorage:
+    """Port `Storage` in a folder.
+
+    Args:
+        folder: where snapshots and clones are kept, outside of every volume.
+        budget: how many points it bears.
+        wanted_free_bytes: nothing is copied that would leave less than this free.
+        paranoid: compare the content of files that seem unchanged.
+        exclude: patterns (`fnmatch`) of what is left out: one with a `/` is matched against the path inside the
+            volume, one without against the name. What a left-out folder holds is left out, too.
+    """
+
+    name = "directory"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        budget: int = 200,
+        wanted_free_bytes: int = 1 << 30,
+        paranoid: bool = False,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        reflinks = can_reflink(nearest_existing(folder))
+        self.capabilities = frozenset({Capability.INSTANT_CLONE} if reflinks else ())
+        self._shelf = Shelf(folder, budget=budget, wanted_free_bytes=wanted_free_bytes)
+        self._paranoid = paranoid
+        self._exclude = tuple(exclude)
+        self._threads = Threads("directory")
+
+    async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give what stands in the way of snapshots of `volumes`."""
+        with as_storage_error("check of the directory storage"):
+            return await self._threads.run(lambda: list(self._check(volumes)))
+
+    def _check(self, volumes: Sequence[Volume]) -> Iterator[Finding]:
+        here, subject = nearest_existing(self._shelf.folder), str(self._shelf.folder)
+        for volume in volumes:
+            path = Path(volume.path)
+            if not path.is_dir():
+                yield Finding(volume.name, Severity.REFUSED, f"{path} is not a directory", "correct its path")
+            elif is_inside(self._shelf.folder, path) and not self._leaves_out_itself(path):
+                message = f"the folder for snapshots, {self._shelf.folder}, lies inside {path}"
+                yield Finding(volume.name, Severity.REFUSED, message, "choose a folder outside every volume")
+            else:
+                shares = Capability.INSTANT_CLONE in self.capabilities and path.stat().st_dev == here.stat().st_dev
+                how = "changed files share their blocks" if shares else "changed files are copied"
+                yield Finding(volume.name, Severity.OK, f"{path}: {how}")
+        if not os.access(here, os.W_OK | os.X_OK):
+            yield Finding(subject, Severity.REFUSED, f"{here} cannot be written to", "give it to the service's user")
+        space = self._shelf.space()
+        if space.free_bytes < space.wanted_free_bytes:
+            message = f"{space.free_bytes} bytes are free, {space.wanted_free_bytes} are wanted"
+            yield Finding(subject, Severity.REFUSED, message, "make room, or lower storage.keep_free")
+
+    def _leaves_out_itself(self, volume: Path) -> bool:
+        inside = self._shelf.folder.resolve().relative_to(volume.resolve())
+        levels = [str(level) for level in (inside, *inside.parents) if level.parts]
+        return any(Copier(exclude=self._exclude).leaves_out(level) for level in levels)
+
+    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+        """Copy every volume; durable on return. A cancelled call stops at the next block and cleans up."""
+        stop = threading.Event()
+        with as_storage_error(f"snapshot of {point}"), _stopping(stop):
+            return await self._threads.run(partial(self._snapshot, volumes, point, tag, stop), alone=point)
+
+    def _snapshot(self, volumes: Sequence[Volume], point: str, tag: str, stop: threading.Event) -> tuple[Snapshot, ...]:
+        require_names(volumes)
+        folder = self._shelf.point_folder(point)
+        if folder.exists():
+            return self._made_before(volumes, point)
+        for volume in volumes:
+            if is_inside(self._shelf.folder, Path(volume.path)) and not self._leaves_out_itself(Path(volume.path)):
+                message = f"the folder for snapshots, {self._shelf.folder}, lies inside {volume.path}"
+                raise StorageError(message, hint="choose a folder outside every volume", retryable=False)
+        self._shelf.require_room()
+        earlier = self._newest_whole()
+        make_folder(folder)
+        try:
+            with _flushed(folder):
+                made = tuple(self._copy(volume, folder, earlier, stop) for volume in volumes)
+            self._shelf.write(point, Sidecar(tag, made))  # the last thing: from here on the point is whole
+            return made
+        except BaseException:
+            with contextlib.suppress(OSError):  # what is left is unfinished, and is shown as that
+                remove_tree(folder)
+            raise
+
+    def _newest_whole(self) -> Path | None:
+        """Give the folder of the newest whole point, whose copies may be shared."""
+        for point in reversed(self._shelf.points()):
+            if self._shelf.tagged(point, _look).complete:
+                return self._shelf.point_folder(point)
+        return None
+
+    def _copy(self, volume: Volume, folder: Path, earlier: Path | None, stop: threading.Event) -> Snapshot:
+        """Copy one volume and note what each file looked like, for the next snapshot to compare."""
+        source = Path(volume.path)
+        began_at = datetime.now(UTC)
+        flush(source)
+        copier = Copier(
+            exclude=self._exclude,
+            earlier=earlier / volume.name if earlier else None,
+            known=Manifest.read(earlier / f"{volume.name}.manifest") if earlier else None,
+            compare=self._paranoid,
+            require_room=self._shelf.require_free,
+            stop=stop,
+        )
+        copier.copy(source, folder / volume.name)
+        Manifest(began_at, copier.seen).write(folder / f"{volume.name}.manifest")
+        location = str(folder / volume.name)
+        return Snapshot(volume.name, self.name, location, began_at, datetime.now(UTC), copier.bytes_copied)
+
+    def _made_before(self, volumes: Sequence[Volume], point: str) -> tuple[Snapshot, ...]:
+        found = self._shelf.tagged(point, _look)
+        if not found.complete or [kept.volume for kept in found.snapshots] != [each.name for each in volumes]:
+            message = f"{tag_name(point)} is there already, unfinished or of other volumes"
+            raise StorageError(message, hint="delete the point first", retryable=False)
+        return found.snapshots
+
+    async def retag(self, point: str, tag: str) -> None:
+        """Replace the tag of a point."""
+        with as_storage_error(f"tag of {point}"):
+            await self._threads.run(partial(self._shelf.retag, point, tag), alone=point)
+
+    async def tagged(self) -> list[Tagged]:
+        """Give everything that bears one of our names."""
+        with as_storage_error(f"look into {self._shelf.folder}"):
+            return await self._threads.run(lambda: [self._shelf.tagged(point, _look) for point in self._shelf.points()])
+
+    async def delete(self, point: str) -> None:
+        """Remove the copies and the tag of a point, the tag first."""
+        with as_storage_error(f"deletion of {point}"):
+            await self._threads.run(partial(self._delete, point), alone=point)
+
+    def _delete(self, point: str) -> None:
+        folder = self._shelf.point_folder(point)
+        if folder.exists():
+            self._shelf.forget(point)
+            remove_tree(folder)
+
+    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+        """Copy a point's snapshots; durable on return. A cancelled call stops at the next block and cleans up."""
+        stop = threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def told(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(progress, "clone", done, total)
+
+        with as_storage_error(f"clone {name} of {point}"), _stopping(stop):
+            return await self._threads.run(partial(self._clone, point, name, told, stop), alone=point)
+
+    def _clone(self, point: str, name: str, told: Callable[[int, int], None], stop: threading.Event) -> Clone:
+        folder = self._shelf.clone_folder(name)
+        found = self._shelf.tagged(point, _look)
+        if not found.complete:
+            raise StorageError(f"no whole snapshot of {point}", retryable=False)
+        sizes = [Manifest.read(Path(f"{kept.location}.manifest")) for kept in found.snapshots]
+        total = sum(sum(seen.size for seen in manifest.files.values()) for manifest in sizes if manifest)
+        shares = Capability.INSTANT_CLONE in self.capabilities
+        self._shelf.require_free(0 if shares else total)
+        clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots])
+        try:
+            copier = Copier(stop=stop, told=lambda done: told(done, total))
+            with _flushed(folder):
+                for kept, (_, path) in zip(found.snapshots, clone.paths, strict=True):
+                    copier.copy(Path(kept.location), path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove_tree(folder)
+            raise
+        return clone
+
+    async def clones(self) -> list[Clone]:
+        """Give all clones."""
+        with as_storage_error(f"look into {self._shelf.folder}"):
+            return await self._threads.run(self._shelf.clones)
+
+    async def drop_clone(self, name: str) -> None:
+        """Remove a clone."""
+        with as_storage_error(f"removal of the clone {name}"):
+            await self._threads.run(lambda: remove_tree(self._shelf.clone_folder(name)), alone=f"clone {name}")
+
+    async def space(self) -> Space:
+        """Give the room that is left."""
+        with as_storage_error(f"room of {self._shelf.folder}"):
+            return await self._threads.run(self._shelf.space)
+
+
+def _look(kept: Snapshot) -> Snapshot | None:
+    """Give a snapshot if it is there; the sidecar is written last, so what it names was whole."""
+    return kept if Path(kept.location).is_dir() else None
+
+
+@contextlib.contextmanager
+def _flushed(folder: Path) -> Iterator[None]:
+    """Flush what was written to the filesystem of `folder` inside the block, its write-back errors included."""
+    descriptor = open_folder(folder)
+    try:
+        yield
+        syncfs(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Set `stop` when the block is left early, so that the thread that works for it comes to an end."""
+    try:
+        yield
+    except BaseException:
+        stop.set()
+        raise

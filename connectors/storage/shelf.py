@@ -1,0 +1,268 @@
+"""How storages that live inside a filesystem lay out what they keep, so that it can be read without us.
+
+    <folder>/trg-<point id>/point.json          the sidecar: tag, volumes, times; sealed with a digest
+                            <volume>            the snapshot: a folder, or a subvolume
+    <folder>/clones/<name>/clone.json           which point it came from, when
+                           <volume>             the writable copy
+
+A sidecar is replaced by a rename of a flushed file, so it is the old one or the new one and never neither; one
+that is damaged counts as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trigger.errors import StorageError
+from trigger.model import Snapshot, Volume, is_point_id, tag_name
+from trigger.ports import Clone, Space, Tagged
+
+_VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_PREFIX = tag_name("")
+_FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What stands beside the snapshots of a point."""
+
+    tag: str
+    snapshots: tuple[Snapshot, ...]
+
+
+class Shelf:
+    """The folder of one storage: its names, sidecars and room. Everything here blocks; call it in a thread."""
+
+    def __init__(self, folder: Path, *, budget: int, wanted_free_bytes: int) -> None:
+        self.folder = folder
+        self._budget = budget
+        self._wanted_free_bytes = wanted_free_bytes
+
+    def point_folder(self, point: str) -> Path:
+        """Give where a point's snapshots lie; raises `StorageError` for what is no point id."""
+        if not is_point_id(point):
+            raise StorageError(f"not a point id: {point!r}", retryable=False)
+        return self.folder / tag_name(point)
+
+    def clone_folder(self, name: str) -> Path:
+        """Give where a clone lies; raises `StorageError` for what is no clone's name."""
+        if _CLONE_NAME.fullmatch(name) is None:
+            hint = "a name has lower-case letters, digits and -, and at most 63 of them"
+            raise StorageError(f"not a name for a clone: {name!r}", hint=hint, retryable=False)
+        return self.folder / "clones" / name
+
+    def points(self) -> list[str]:
+        """Give the id of everything that bears one of our names, oldest first."""
+        if not self.folder.exists():
+            return []
+        names = (found.name for found in self.folder.iterdir())
+        return sorted(name[len(_PREFIX) :] for name in names if _is_ours(name))
+
+    def read(self, point: str) -> Sidecar | None:
+        """Give a point's sidecar; None where it is missing or damaged."""
+        folder = self.point_folder(point)
+        content = _read(folder / "point.json")
+        if content is None:
+            return None
+        try:
+            return Sidecar(content["tag"], tuple(_snapshot_in(folder, kept) for kept in content["snapshots"]))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def write(self, point: str, sidecar: Sidecar) -> None:
+        """Write or replace a point's sidecar durably."""
+        content = {"tag": sidecar.tag, "snapshots": [_snapshot_out(kept) for kept in sidecar.snapshots]}
+        _write(self.point_folder(point) / "point.json", content)
+
+    def forget(self, point: str) -> None:
+        """Remove a point's sidecar durably: from here on the point is unfinished."""
+        folder = self.point_folder(point)
+        (folder / "point.json").unlink(missing_ok=True)
+        _flush_folder(folder)
+
+    def retag(self, point: str, tag: str) -> None:
+        """Replace the tag of a point; raises `StorageError` where there is none."""
+        sidecar = self.read(point)
+        if sidecar is None:
+            raise StorageError(f"no snapshot of {point} to tag", retryable=False)
+        self.write(point, Sidecar(tag, sidecar.snapshots))
+
+    def tagged(self, point: str, look: Callable[[Snapshot], Snapshot | None]) -> Tagged:
+        """Give what there is of one point; `look` gives a snapshot as it is, None if it is not there whole."""
+        sidecar = self.read(point)
+        if sidecar is None:
+            return Tagged(point, None, (), complete=False)
+        found = tuple(seen for kept in sidecar.snapshots if (seen := look(kept)) is not None)
+        return Tagged(point, sidecar.tag, found, complete=len(found) == len(sidecar.snapshots))
+
+    def begin_clone(self, name: str, point: str, volumes: Sequence[str]) -> Clone:
+        """Make the folder of a clone and note where it comes from; raises `StorageError` if the name is taken."""
+        folder = self.clone_folder(name)
+        make_folder(folder.parent)
+        try:
+            folder.mkdir(_FOLDER_MODE)
+        except FileExistsError:
+            hint = "drop it first, or choose another name"
+            raise StorageError(f"the clone {name} exists already", hint=hint, retryable=False) from None
+        content = {"point": point, "volumes": list(volumes), "created_at": datetime.now(UTC).isoformat()}
+        _write(folder / "clone.json", content)
+        return self._clone(folder)
+
+    def clones(self) -> list[Clone]:
+        """Give all clones, the unfinished too."""
+        folder = self.folder / "clones"
+        if not folder.exists():
+            return []
+        return [self._clone(found) for found in sorted(folder.iterdir()) if _CLONE_NAME.fullmatch(found.name)]
+
+    def _clone(self, folder: Path) -> Clone:
+        content = _read(folder / "clone.json") or {}
+        volumes = content.get("volumes", [])
+        since = content.get("created_at")
+        created_at = datetime.fromisoformat(since) if since else datetime.fromtimestamp(folder.stat().st_mtime, UTC)
+        paths = tuple((volume, folder / volume) for volume in volumes)
+        return Clone(folder.name, content.get("point", ""), paths, created_at)
+
+    def space(self) -> Space:
+        """Give the room that is left on the filesystem of the folder."""
+        room = os.statvfs(nearest_existing(self.folder))
+        free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
+        return Space(free, total, self._wanted_free_bytes, len(self.points()), self._budget)
+
+    def require_free(self, more_bytes: int = 0) -> None:
+        """Raise `StorageError` where `more_bytes` would leave less free than is wanted."""
+        room = os.statvfs(nearest_existing(self.folder))
+        free = room.f_bavail * room.f_frsize
+        if free - more_bytes < self._wanted_free_bytes:
+            message = f"{self.folder}: {free} bytes are free, {self._wanted_free_bytes + more_bytes} are wanted"
+            hint = "delete points, make the filesystem larger, or lower storage.keep_free"
+            raise StorageError(message, hint=hint)
+
+    def require_room(self) -> None:
+        """Raise `StorageError` where one more point would be too much."""
+        self.require_free()
+        kept = len(self.points())
+        if kept >= self._budget:
+            message = f"{self.folder}: {kept} points are kept, the budget is {self._budget}"
+            raise StorageError(message, hint="delete points, or raise storage.budget")
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(_PREFIX) and is_point_id(name[len(_PREFIX) :])
+
+
+def require_names(volumes: Sequence[Volume]) -> None:
+    """Raise `StorageError` where a volume's name is not fit for a file name, or stands twice."""
+    names = [volume.name for volume in volumes]
+    for name in names:
+        if _VOLUME_NAME.fullmatch(name) is None or names.count(name) > 1:
+            hint = "a name stands once, with lower-case letters, digits, - and _, and at most 63 of them"
+            raise StorageError(f"not a name for a volume: {name!r}", hint=hint, retryable=False)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that a clone's server can pass through, with its parents."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(_FOLDER_MODE)
+
+
+def nearest_existing(path: Path) -> Path:
+    """Give `path`, or the nearest of its parents that is there."""
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path` lies in `folder` or is it, symbolic links resolved."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+@contextlib.contextmanager
+def as_storage_error(doing: str) -> Iterator[None]:
+    """Turn an error of the operating system into a `StorageError` that says what was being done."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"{doing}: {_words(error)}", retryable=False) from error
+    except PermissionError as error:
+        hint = "run as root, or as the owner of the files on a filesystem that allows it"
+        raise StorageError(f"{doing}: {_words(error)}", hint=hint, retryable=False) from error
+    except OSError as error:
+        raise StorageError(f"{doing}: {_words(error)}") from error
+
+
+def _words(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all it holds; nothing to remove is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps({"content": content, "sha256": _digest(content)})
+    fresh = path.with_suffix(".new")
+    with fresh.open("w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    _flush_folder(path.parent)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(path.read_text())
+        content: dict[str, Any] = document["content"]
+        return content if document["sha256"] == _digest(content) else None
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _snapshot_out(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "volume": snapshot.volume,
+        "driver": snapshot.driver,
+        "began_at": snapshot.began_at.isoformat(),
+        "ended_at": snapshot.ended_at.isoformat(),
+        "bytes_copied": snapshot.bytes_copied,
+    }
+
+
+def _snapshot_in(folder: Path, value: dict[str, Any]) -> Snapshot:
+    """Read one snapshot; its place follows from its name, so that a storage may be mounted somewhere else."""
+    return Snapshot(
+        value["volume"],
+        value["driver"],
+        str(folder / value["volume"]),
+        datetime.fromisoformat(value["began_at"]),
+        datetime.fromisoformat(value["ended_at"]),
+        value["bytes_copied"],
+    )

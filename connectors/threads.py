@@ -1,0 +1,69 @@
+"""Blocking calls in threads of their own, so that one that never comes back holds up nothing but itself.
+
+A call into a frozen or dead filesystem cannot be ended from outside (it ignores even SIGKILL), and the pool behind
+`asyncio.to_thread` would then run out of threads and be waited for at exit. The threads here are counted, and a
+process may exit while some are stuck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Runs blocking calls, at most `limit` at a time, those that are stuck included."""
+
+    def __init__(self, name: str, limit: int = 16) -> None:
+        self._name = name
+        self._limit = limit
+        self._guard = threading.Lock()
+        self._busy = 0
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+
+    async def run(self, call: Callable[[], T], *, alone: str = "") -> T:
+        """Give what `call` returns, or raise what it raises.
+
+        A cancellation abandons the call, which goes on in its thread. Calls with the same `alone` run one after the
+        other, also behind an abandoned one.
+
+        Raises:
+            BlockingIOError: `limit` calls have not come back yet.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        with self._guard:
+            if self._busy >= self._limit:
+                raise BlockingIOError(errno.EAGAIN, f"{self._busy} calls of {self._name} have not come back")
+            self._busy += 1
+            lock = self._locks.setdefault(alone, threading.Lock()) if alone else None
+
+        def work() -> None:
+            settle = self._outcome(call, lock, future)
+            with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+                loop.call_soon_threadsafe(settle)
+
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+        return await future
+
+    def _outcome(
+        self, call: Callable[[], T], lock: threading.Lock | None, future: asyncio.Future[T]
+    ) -> Callable[[], None]:
+        """Do the call, and give what tells the waiting task how it went."""
+        try:
+            with lock or contextlib.nullcontext():
+                result = call()
+        except BaseException as error:  # noqa: BLE001 - raised where the call was asked for
+            raised = error
+            return lambda: None if future.done() else future.set_exception(raised)
+        finally:
+            with self._guard:
+                self._busy -= 1
+        return lambda: None if future.done() else future.set_result(result)

@@ -1,0 +1,125 @@
+"""The storages that the suite is run against: each a rig that can write to volumes and look into clones."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from connectors.memory import Kept, MemoryStorage, World
+from connectors.storage.btrfs import BtrfsStorage
+from connectors.storage.directory import DirectoryStorage
+from trigger.model import Volume, tag_name
+from trigger.ports import Clone, Storage
+
+
+class Rig(Protocol):
+    """One storage under test, with two volumes to cut."""
+
+    volumes: tuple[Volume, ...]
+
+    def driver(self, *, budget: int = 50, wanted_free_bytes: int = 0) -> Storage:
+        """Give the driver, built anew over whatever is stored."""
+        ...
+
+    def write(self, volume: Volume, key: str, value: str) -> None:
+        """Write a value into a volume and let the host write it back."""
+        ...
+
+    def holds(self, clone: Clone, volume: Volume) -> dict[str, str]:
+        """Give all values that a clone's copy of a volume holds."""
+        ...
+
+    def leave_unfinished(self, point: str) -> None:
+        """Leave what a crash between the cuts leaves."""
+        ...
+
+    def damage_tag(self, point: str) -> None:
+        """Flip something in the tag of a point."""
+        ...
+
+
+@dataclass
+class FileRig:
+    """A storage that keeps files."""
+
+    root: Path
+    build: Callable[..., Storage]
+    make_volume: Callable[[Path], object] = Path.mkdir
+    volumes: tuple[Volume, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.volumes = tuple(Volume(name, str(self.root / name)) for name in ("data", "wal"))
+        for volume in self.volumes:
+            self.make_volume(Path(volume.path))
+
+    @property
+    def folder(self) -> Path:
+        """Where the storage keeps what it keeps."""
+        return self.root / "storage"
+
+    def driver(self, *, budget: int = 50, wanted_free_bytes: int = 0, **options: Any) -> Storage:
+        return self.build(self.folder, budget=budget, wanted_free_bytes=wanted_free_bytes, **options)
+
+    def write(self, volume: Volume, key: str, value: str) -> None:
+        path = Path(volume.path) / key
+        path.parent.mkdir(exist_ok=True, parents=True)
+        with path.open("r+" if path.exists() else "w") as file:
+            file.write(value)
+
+    def holds(self, clone: Clone, volume: Volume) -> dict[str, str]:
+        root = dict(clone.paths)[volume.name]
+        return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+
+    def leave_unfinished(self, point: str) -> None:
+        (self.folder / tag_name(point) / "data").mkdir(parents=True)
+
+    def damage_tag(self, point: str) -> None:
+        sidecar = self.folder / tag_name(point) / "point.json"
+        sidecar.write_bytes(sidecar.read_bytes().replace(b"before", b"behind"))
+
+
+@dataclass
+class MemoryRig:
+    """The reference driver; a value is a marker of a commit."""
+
+    world: World = field(default_factory=World)
+    build: Callable[..., Storage] = MemoryStorage
+    volumes: tuple[Volume, ...] = (Volume("data", "/data"), Volume("wal", "/wal"))
+
+    def driver(self, *, budget: int = 50, wanted_free_bytes: int = 0) -> Storage:
+        self.world.free_bytes = 1 << 30
+        return self.build(self.world, budget=budget, wanted_free_bytes=wanted_free_bytes)
+
+    def write(self, volume: Volume, key: str, value: str) -> None:
+        self.world.cluster.commit(volume.name, markers=(key, value))
+        self.world.cluster.write_back()
+
+    def holds(self, clone: Clone, volume: Volume) -> dict[str, str]:
+        content = self.world.clones[clone.name][1][volume.name]
+        commits = self.world.cluster.commits(content)
+        return {commit.markers[0]: commit.markers[1] for commit in commits if commit.stream == volume.name}
+
+    def leave_unfinished(self, point: str) -> None:
+        self.world.kept[point] = Kept(("data", "wal"))
+
+    def damage_tag(self, point: str) -> None:
+        self.world.kept[point].tag = None
+
+
+def make_subvolume(path: Path) -> None:
+    subprocess.run(["btrfs", "subvolume", "create", str(path)], check=True, capture_output=True)
+
+
+def directory(root: Path, build: Callable[..., Storage] = DirectoryStorage) -> FileRig:
+    return FileRig(root, build)
+
+
+def btrfs(root: Path, build: Callable[..., Storage] = BtrfsStorage) -> FileRig:
+    return FileRig(root, build, make_subvolume)
+
+
+def names(volumes: Sequence[Volume]) -> list[str]:
+    return [volume.name for volume in volumes]
