@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import tomllib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cronsim import CronSim, CronSimError
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from trigger.errors import ConfigError
 from trigger.model import EPOCH, Volume
+from trigger.toml_lines import Place, line_of
+
+
+def _whole(path: Path) -> Path:
+    """Refuse a path that means something else in another working directory, or that only looks contained."""
+    if not path.is_absolute():
+        raise ValueError(f"{path}: paths must begin with /")
+    if ".." in path.parts:
+        raise ValueError(f"{path}: paths must not contain ..")
+    return path
+
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+WholePath = Annotated[Path, AfterValidator(_whole)]
+Glob = Annotated[str, Field(min_length=1)]
+DatabaseName = Annotated[str, Field(min_length=1, max_length=63)]
+
+_PASSWORD = re.compile(r"(?i)(?:^|[\s?&])password\s*=|^postgres(?:ql)?://[^/@]*:[^/@]*@")
 
 
 class _Section(BaseModel):
@@ -26,26 +55,33 @@ class DatabaseOptions(_Section):
 
     driver: Literal["postgres"] = "postgres"
     """What kind of database it is."""
-    conninfo: str
+    conninfo: str = Field(examples=["host=/var/run/postgresql user=postgres"])
     """How to reach it, as libpq says it, without a password: `host=/var/run/postgresql user=trigpoint`."""
-    databases: list[str] = Field(min_length=1)
+    databases: list[DatabaseName] = Field(min_length=1, examples=[["bank"]])
     """The databases whose commits are watched, one stream each."""
-    password_file: Path | None = None
+    password_file: WholePath | None = Field(None, examples=["/etc/trigpoint/pgpass"])
     """A file in libpq's password-file format, readable by us alone."""
-    bin_directory: Path | None = None
+    bin_directory: WholePath | None = Field(None, examples=["/usr/lib/postgresql/15/bin"])
     """Where the server's own programs lie (pg_receivewal, postgres, pg_amcheck); found by itself if not given."""
     slot_prefix: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,30}$")] = "trigpoint"
     """Slots and publications are called `<prefix>_<database>`, the journal's slot `<prefix>_journal`."""
     deadline_seconds: Seconds = 10
     """How long a question to the server may take."""
 
+    @field_validator("conninfo")
+    @classmethod
+    def _conninfo_bears_no_password(cls, value: str) -> str:
+        if _PASSWORD.search(value):
+            raise ValueError("must not hold a password; put it into a file and name that in password_file")
+        return value
+
 
 class VolumeOptions(_Section):
     """One directory tree that holds part of the cluster."""
 
-    name: Name
+    name: Name = Field(examples=["data"])
     """What the snapshot of it is called."""
-    path: Path
+    path: WholePath = Field(examples=["/var/lib/postgresql/15/main"])
     """Its root: a btrfs subvolume, or any directory for storage `directory`."""
 
 
@@ -56,7 +92,7 @@ class AgentOptions(_Section):
     """How the host is reached."""
     deadline_seconds: Seconds = 30
     """How long a flush may take before the round is given up."""
-    hooks: Path | None = None
+    hooks: WholePath | None = Field(None, examples=["/etc/trigpoint/hooks.toml"])
     """A root-owned TOML file that names programs to run before or after the flush."""
 
 
@@ -65,7 +101,7 @@ class StorageOptions(_Section):
 
     driver: Literal["directory", "btrfs"] = "directory"
     """`btrfs` cuts atomically and at once; `directory` copies what changed, on any filesystem."""
-    folder: Path
+    folder: WholePath = Field(examples=["/var/lib/postgresql/trigpoint-snapshots"])
     """The folder for snapshots and clones; for btrfs on the filesystem of the volumes."""
     budget: Annotated[int, Field(ge=2, le=100_000)] = 200
     """How many snapshots may exist; at the limit no more are made and the operator is told."""
@@ -78,7 +114,7 @@ class StorageOptions(_Section):
 class CatalogOptions(_Section):
     """The durable index of recovery points."""
 
-    path: Path | None = None
+    path: WholePath | None = Field(None, examples=["/var/lib/trigpoint/catalog.sqlite"])
     """The SQLite file; `<state_folder>/catalog.sqlite` if not given. Never on a protected volume."""
 
 
@@ -87,9 +123,9 @@ class JournalOptions(_Section):
 
     driver: Literal["receivewal", "archive"] = "receivewal"
     """`receivewal` keeps it with PostgreSQL's own program; `archive` reads an archive that exists already."""
-    folder: Path | None = None
+    folder: WholePath | None = Field(None, examples=["/var/lib/trigpoint/journal"])
     """Where segments are kept; `<state_folder>/journal` if not given. Never on a protected volume."""
-    restore_command: str | None = None
+    restore_command: str | None = Field(None, examples=["cp /srv/archive/%f %p"])
     """`archive` only: the archive's own command with %f and %p, as PostgreSQL would run it."""
 
     @model_validator(mode="after")
@@ -108,15 +144,15 @@ class PointOptions(_Section):
     """The longest that a budget may keep a qualifying commit waiting; it wins over the two other limits."""
     per_minute: Annotated[int, Field(ge=1, le=6000)] = 60
     """At most this many points in any sixty seconds."""
-    interval_seconds: Seconds | None = None
+    interval_seconds: Seconds | None = Field(None, examples=[900])
     """Take a point this long after the last one began, whatever was committed."""
-    cron: str | None = None
+    cron: str | None = Field(None, examples=["0 3 * * *"])
     """Take points by this cron schedule (five fields, UTC)."""
     catch_all_seconds: Seconds | None = 300
     """Take a point where the log moved for this long without a point: it holds what no source can see."""
     restore_objective_seconds: Seconds = 30
     """Take a point whenever the log since the last base could not be replayed within this time."""
-    replay_bytes_per_second: ByteSize = Field(default=ByteSize(50_000_000), validate_default=True)
+    replay_bytes_per_second: ByteSize = Field(default=ByteSize(50_000_000), gt=0, validate_default=True)
     """How fast this host replays log; `trigpoint verify` measures it."""
     retry_seconds: Seconds = 5
     """How long to wait after a round that failed; doubled at each failure in a row, to ten minutes at most."""
@@ -128,7 +164,7 @@ class PointOptions(_Section):
             try:
                 CronSim(value, EPOCH)
             except CronSimError as error:
-                raise ValueError(f"not a cron schedule: {error}") from None
+                raise ValueError(f"{value!r} is not a cron schedule: {error}") from None
         return value
 
     @model_validator(mode="after")
@@ -141,35 +177,32 @@ class PointOptions(_Section):
 class RuleOptions(_Section):
     """Which commits matter. All that a rule says must hold; a commit qualifies if one rule takes it."""
 
-    name: Name
+    name: Name = Field(examples=["payments"])
     """What the catalog says took the commit."""
-    database: str = "*"
+    database: Glob = "*"
     """A glob over the name of the database."""
-    tables: list[str] = ["*"]
+    tables: list[Glob] = Field(["*"], min_length=1)
     """Globs over `schema.table`; a commit counts with the changes in tables that match one of them."""
-    operations: list[Literal["insert", "update", "delete", "truncate"]] = [
-        "insert",
-        "update",
-        "delete",
-        "truncate",
-    ]
+    operations: list[Literal["insert", "update", "delete", "truncate"]] = Field(
+        ["insert", "update", "delete", "truncate"], min_length=1
+    )
     """Only these operations count."""
     least_rows: Annotated[int, Field(ge=0)] = 0
     """At least this many counting rows; a counting TRUNCATE is always enough."""
-    markers: list[str] | None = None
+    markers: Annotated[list[Glob], Field(min_length=1)] | None = Field(None, examples=[["payroll-*"]])
     """Globs over markers; at least one of the commit's markers must match one."""
-    expression: str | None = None
+    expression: str | None = Field(None, examples=["rows > 1000 || markers.exists(m, m == 'close-of-day')"])
     """A CEL expression over the facts of the commit that must be true."""
 
 
 class VerifyAssertion(_Section):
     """A query that must give a certain answer on every verified point."""
 
-    database: str
+    database: str = Field(examples=["bank"])
     """Where it is run."""
-    sql: str
+    sql: str = Field(examples=["select sum(balance) from accounts"])
     """The query; the first column of its first row counts, as text."""
-    expect: str
+    expect: str = Field(examples=["1000000"])
     """What it must give."""
 
 
@@ -196,7 +229,7 @@ class Options(_Section):
 
     name: Name = "main"
     """What this cluster is called, in tags and messages."""
-    state_folder: Path
+    state_folder: WholePath = Field(examples=["/var/lib/trigpoint"])
     """For catalog, journal, control socket and lock; never on a protected volume."""
     database: DatabaseOptions
     volumes: list[VolumeOptions] = Field(min_length=1)
@@ -211,18 +244,40 @@ class Options(_Section):
     verify: VerifyOptions = VerifyOptions()
 
     @model_validator(mode="after")
-    def _names_are_unique_and_paths_whole(self) -> Options:
+    def _names_are_unique(self) -> Options:
         for what, names in (
-            ("volumes", [v.name for v in self.volumes]),
-            ("rules", [r.name for r in self.rules]),
-            ("database.databases", self.database.databases),
+            ("volumes.{}.name", [volume.name for volume in self.volumes]),
+            ("volumes.{}.path", [str(volume.path) for volume in self.volumes]),
+            ("rules.{}.name", [rule.name for rule in self.rules]),
+            ("database.databases.{}", self.database.databases),
         ):
-            twice = {name for name in names if names.count(name) > 1}
-            if twice:
-                raise ValueError(f"{what}: {', '.join(sorted(twice))} is there twice")
-        for path in (self.state_folder, self.storage.folder, *(v.path for v in self.volumes)):
-            if not path.is_absolute():
-                raise ValueError(f"{path}: paths must begin with /")
+            for index, name in enumerate(names):
+                if name in names[:index]:
+                    raise ValueError(f"{what.format(index)}: {name} is there twice")
+        return self
+
+    @model_validator(mode="after")
+    def _what_we_write_is_not_protected(self) -> Options:
+        """What lies on a protected volume would be rolled back with it, and be copied into every snapshot."""
+        for what, path in (
+            ("state_folder", self.state_folder),
+            ("storage.folder", self.storage.folder),
+            ("catalog.path", self.catalog_path),
+            ("journal.folder", self.journal_folder),
+        ):
+            for volume in self.volumes:
+                if path.is_relative_to(volume.path):
+                    raise ValueError(f"{what}: {path} lies inside the protected volume {volume.name} ({volume.path})")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_can_match(self) -> Options:
+        for index, rule in enumerate(self.rules):
+            if not any(fnmatchcase(name, rule.database) for name in self.database.databases):
+                known = ", ".join(self.database.databases)
+                raise ValueError(
+                    f"rules.{index}.database: {rule.database} matches none of database.databases ({known})"
+                )
         return self
 
     @property
@@ -261,27 +316,87 @@ def load(path: Path) -> Options:
 def parse(text: str, name: str) -> Options:
     """Give the options in TOML `text`; `name` stands in messages. Raises `ConfigError` as `load` does."""
     try:
-        return Options.model_validate(tomllib.loads(text))
+        # Strict, and by way of JSON, where a path may be a string: `true` is no number of seconds, "5" is none either.
+        return Options.model_validate_json(json.dumps(tomllib.loads(text), default=str), strict=True)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name}: not TOML: {error}") from None
+        line = re.search(r"line (\d+)", str(error))
+        where = f"{name}:{line[1]}" if line else name
+        raise ConfigError(f"{where}: not TOML: {error}", hint="text stands in quotes; see https://toml.io") from None
     except ValidationError as error:
-        mistakes = [_explain(mistake["loc"], mistake["type"], mistake["msg"]) for mistake in error.errors()]
-        raise ConfigError("\n".join(f"{name}: {mistake}" for mistake in mistakes)) from None
+        mistakes = [_explain(text, name, mistake) for mistake in error.errors(include_url=False)]
+        raise ConfigError(
+            "\n".join(mistakes), hint="`trigpoint config reference` lists every option with its meaning"
+        ) from None
 
 
-def _explain(place: tuple[int | str, ...], kind: str, message: str) -> str:
-    dotted = ".".join(str(part) for part in place)
-    if kind != "extra_forbidden":
-        return (
-            f"{dotted}: {message.removeprefix('Value error, ')}"
-            if dotted
-            else message.removeprefix("Value error, ")
-        )
-    near = difflib.get_close_matches(str(place[-1]), _keys_at(place[:-1]), n=1)
-    return f"{dotted}: there is no such key" + (f"; did you mean {near[0]}?" if near else "")
+def place_in(path: Path, message: str) -> str:
+    """Give `file:line: ` of the option that `message` begins with (`rules.0.expression …`); the line if it is known."""
+    place = _named_place(message)
+    line = line_of(path.read_text(), place) if place else None
+    return f"{path}:{line}: " if line else f"{path}: "
 
 
-def _keys_at(place: tuple[int | str, ...]) -> list[str]:
+def _named_place(message: str) -> Place:
+    named = re.match(r"[a-z_]+(?:\.[a-z_0-9]+)*(?=[: ])", message)
+    return tuple(int(part) if part.isdigit() else part for part in named[0].split(".")) if named else ()
+
+
+def _explain(text: str, name: str, mistake: ErrorDetails) -> str:
+    """Give `file:line: place: what is wrong`; the line is left out where the file does not have the place."""
+    place, message = mistake["loc"], _message(mistake)
+    if not place and (place := _named_place(message)):
+        message = message.partition(": ")[2]
+    line = line_of(text, place)
+    where = f"{name}:{line}" if line else name
+    return f"{where}: {'.'.join(map(str, place))}: {message}" if place else f"{where}: {message}"
+
+
+def _message(mistake: ErrorDetails) -> str:
+    """Give what is wrong in words that do not ask for a knowledge of pydantic; never a value that may be a secret."""
+    kind, place, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(place[-1]), _keys_at(place[:-1]), n=1)
+        return "there is no such key" + (f"; did you mean {near[0]}?" if near else "")
+    if kind == "missing":
+        return "is needed and not there"
+    dotted = ".".join(map(str, place))
+    wanted = {
+        "literal_error": f"must be {context.get('expected')}",
+        "string_pattern_mismatch": "must be lower-case letters, digits and -, beginning with a letter or digit, "
+        "40 at most"
+        if "-]" in str(context.get("pattern"))
+        else f"must match {context.get('pattern')}",
+        "greater_than": f"must be more than {context.get('gt', 0):g}",
+        "greater_than_equal": f"must be {context.get('ge', 0):g} or more",
+        "less_than_equal": f"must be {context.get('le', 0):g} or less",
+        "finite_number": "must be a finite number",
+        "too_short": "must not be empty",
+        "string_too_short": "must not be empty",
+        "string_too_long": f"must have {context.get('max_length')} characters at most",
+        "byte_size": 'must be a number of bytes or a text such as "10GiB"',
+        "byte_size_unit": 'must be a number of bytes or a text such as "10GiB"',
+        "string_type": "must be text in quotes",
+        "path_type": "must be text in quotes",
+        "float_type": "must be a number",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "bool_type": "must be true or false",
+        "list_type": f"must be a list of tables, each under [[{dotted}]]"
+        if isinstance(mistake["input"], dict)
+        else "must be a list in [ ]",
+        "model_type": f"must be a table, such as [{dotted}]",
+    }.get(kind, mistake["msg"].removeprefix("Value error, "))
+    value = mistake["input"]
+    shown = isinstance(value, str | int | float) and kind not in _SAYS_IT_ALL and place[-1:] != ("conninfo",)
+    return f"{wanted}, not {json.dumps(value)[:80]}" if shown else wanted
+
+
+_SAYS_IT_ALL = ("value_error", "too_short", "string_too_short")
+"""Mistakes whose message shows the value already, or has none to show."""
+
+
+def _keys_at(place: Place) -> list[str]:
+    """Give the keys of the section at `place`."""
     section: Any = Options
     for part in place:
         if isinstance(part, int):

@@ -6,6 +6,7 @@ moment, or `Skip`, since nothing that matters is pending.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,9 +17,19 @@ import cel
 from trigger.errors import ConfigError
 from trigger.model import Cause, Changes, Commit
 from trigger.options import PointOptions, RuleOptions
+from trigger.position import History, Lsn
 
 FACTS = ("database", "tables", "changes", "operations", "rows", "markers", "origin", "xid", "time")
 """What an expression can ask about a commit."""
+
+FUNCTIONS = frozenset(
+    {
+        *("size", "contains", "startsWith", "endsWith", "matches", "timestamp", "duration", "type", "dyn"),
+        *("string", "bytes", "int", "uint", "double", "getFullYear", "getMonth", "getDate", "getDayOfMonth"),
+        *("getDayOfWeek", "getDayOfYear", "getHours", "getMinutes", "getSeconds", "getMilliseconds"),
+    }
+)
+"""What an expression can call: what the library's native standard library has (operators and macros aside)."""
 
 NO_RULES = "every-commit"
 """The rule that stands where none is configured."""
@@ -42,22 +53,16 @@ class _Rule:
 
     def _enough_changes(self, commit: Commit) -> bool:
         """Whether the rule's tables and operations changed enough; a rule that names none asks for nothing."""
-        counted = [
-            getattr(changes, _COUNTS[operation])
-            for table, changes in commit.tables.items()
-            if _any_matches((table,), self.options.tables)
-            for operation in self.options.operations
-        ]
-        truncated = "truncate" in self.options.operations and any(
-            changes.truncated
-            for table, changes in commit.tables.items()
-            if _any_matches((table,), self.options.tables)
-        )
-        if truncated:
+        operations = set(self.options.operations)
+        counting = [changes for table, changes in commit.tables.items() if _any_matches((table,), self.options.tables)]
+        if "truncate" in operations and any(changes.truncated for changes in counting):
             return True
-        everything = self.options.tables == ["*"] and len(self.options.operations) == len(_COUNTS)
+        everything = self.options.tables == ["*"] and operations == set(_COUNTS)
         least = self.options.least_rows if everything else max(self.options.least_rows, 1)
-        return bool(sum(counted) >= least)
+        rows: int = sum(
+            getattr(changes, _COUNTS[operation]) for changes in counting for operation in operations - {"truncate"}
+        )
+        return rows >= least
 
 
 _COUNTS = {"insert": "inserted", "update": "updated", "delete": "deleted", "truncate": "truncated"}
@@ -127,29 +132,64 @@ def _is_true(answer: object) -> bool:
 
 
 def _compile(index: int, rule: RuleOptions) -> cel.Program | None:
+    """Give the rule's program; whatever can be known to be wrong before the first commit is refused here."""
     if rule.expression is None:
         return None
     place = f"rules.{index}.expression (rule {rule.name})"
     try:
         program = cel.compile(rule.expression)
     except ValueError as error:
-        raise ConfigError(f"{place}: {error}", hint="expressions are written in CEL") from None
-    unknown = set(program.variables()) - set(FACTS) - _bound_names(program)
+        raise ConfigError(f"{place}: {_syntax(str(error))}", hint="expressions are written in CEL") from None
+    unknown = set(program.variables()) - set(FACTS) - _bound_names(rule.expression)
     if unknown:
         raise ConfigError(
             f"{place}: no such fact: {', '.join(sorted(unknown))}", hint=f"the facts are {', '.join(FACTS)}"
         )
+    strange = {name for name in program.functions() if name.isidentifier()} - FUNCTIONS
+    if strange:
+        raise ConfigError(
+            f"{place}: no such function: {', '.join(sorted(strange))}",
+            hint=f"the functions are {', '.join(sorted(FUNCTIONS))}",
+        )
+    _try_once(place, program)
     return program
 
 
-def _bound_names(program: cel.Program) -> set[str]:
+def _try_once(place: str, program: cel.Program) -> None:
+    """Refuse an expression that cannot give true or false; what only some commits make it do is no reason."""
+    try:
+        answer = program.execute(facts(_EXAMPLE))
+    except TypeError as error:
+        raise ConfigError(f"{place}: {str(error).partition('.')[0]}", hint="see the types of the facts") from None
+    except Exception:  # noqa: BLE001 - a table or marker that the example does not have; another commit may
+        return
+    if not isinstance(answer, bool):
+        raise ConfigError(f"{place}: it gives {answer!r}, which is neither true nor false")
+
+
+_EXAMPLE = Commit(
+    "database", History("", 1), Lsn(0), Lsn(0), 1, 0, tables={"public.example": Changes(1)}, markers=("example",)
+)
+
+_ERROR = re.compile(r"ERROR: <input>:(\d+):(\d+): (?:Syntax error: )?(.*?)(?: expecting .*)?$", re.MULTILINE)
+
+
+def _syntax(message: str) -> str:
+    """Give the parser's first complaint in one line, with the place inside the expression."""
+    found = _ERROR.search(message)
+    if found is None:
+        return " ".join(message.split())[:200]
+    line, column, what = found.groups()
+    where = f"column {column}" if line == "1" else f"line {line}, column {column}"
+    return f"not an expression: {what} at {where}"
+
+
+_BINDING = re.compile(r"\.\s*(?:exists|all|exists_one|filter|map)\s*\(\s*(\w+)\s*,")
+
+
+def _bound_names(expression: str) -> set[str]:
     """Give the names that comprehension macros bind (`x` in `tables.exists(x, …)`); they are no facts."""
-    return {
-        word.strip()
-        for macro in ("exists", "all", "exists_one", "filter", "map")
-        for part in program.source.split(f".{macro}(")[1:]
-        for word in part.split(",", 1)[:1]
-    }
+    return set(_BINDING.findall(expression))
 
 
 @dataclass(frozen=True, slots=True)

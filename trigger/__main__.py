@@ -1,0 +1,76 @@
+"""The command `trigpoint`: runs the command line, and turns what went wrong into a message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from trigger.errors import TrigpointError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code; expected errors are printed, errors of the program keep their trace."""
+    from trigger.cli import UsageError, app
+
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="trigpoint", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # Whoever read our output has left; Python must not try to flush it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _fail("interrupted", "", 130)
+    except (TrigpointError, OSError, ExceptionGroup) as error:
+        return _explain(error)
+    except UsageError as error:
+        return _fail(*_usage(error), 2)
+
+
+def _explain(error: TrigpointError | OSError | ExceptionGroup[Exception]) -> int:
+    """Print every expected error in `error` and give the code of the first; anything unexpected is raised on."""
+    leaves = list(_leaves(error))
+    if not all(isinstance(leaf, TrigpointError | OSError) for leaf in leaves):
+        raise error
+    codes = [_fail(*_words(leaf)) for leaf in leaves]
+    return codes[0]
+
+
+def _leaves(error: Exception) -> Iterator[Exception]:
+    if isinstance(error, ExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _words(error: Exception) -> tuple[str, str, int]:
+    """Give message, hint and exit code."""
+    if isinstance(error, TrigpointError):
+        return error.message, error.hint, error.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        hint = "run it as the user that may, or as root" if isinstance(error, PermissionError) else ""
+        return what, hint, 1
+    return str(error) or type(error).__name__, "", 1
+
+
+def _usage(error: Any) -> tuple[str, str]:
+    """Give message and hint of a command line that cannot be read."""
+    context = error.ctx
+    hint = f"`{context.command_path} --help` lists what can be given" if context is not None else ""
+    return error.format_message().rstrip("."), hint
+
+
+def _fail(message: str, hint: str, code: int) -> int:
+    from trigger import show
+
+    show.error(message, hint)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The command line: the list of commands, and what they have in common."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from trigger.commands import arguments, configuration, rules
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+"""What Typer raises for a command line that it cannot read; it has `format_message`."""
+
+EXIT_CODES = (
+    (0, "done, and everything asked for holds"),
+    (1, "failed in another way: a file, the control socket, the machine"),
+    (2, "the configuration or the command line is wrong"),
+    (3, "the cluster or a volume may not be protected as it is"),
+    (4, "the database or its stream of commits did not answer, or refused"),
+    (5, "a host did not prove its flush"),
+    (6, "a snapshot or a clone was not made"),
+    (7, "the catalog cannot be read or written"),
+    (8, "the log that a restore must replay is not there, or is damaged"),
+    (9, "a target cannot be reached, or a clone failed to come up"),
+    (10, "a restored point is not what it should be"),
+    (11, "nothing was found"),
+    (130, "interrupted"),
+)
+
+app = typer.Typer(
+    name="trigpoint",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES) + ".",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"trigpoint {version('trigpoint')}")
+        except PackageNotFoundError:
+            typer.echo("trigpoint, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    config: arguments.Config = None,
+    _asked: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A recovery point for every database transaction that matters, and back to exactly that commit."""
+    arguments.before_command.set(config)
+
+
+app.add_typer(configuration.app, name="config")
+app.add_typer(rules.app, name="rules")

@@ -1,0 +1,92 @@
+"""What several commands take: the configuration, the form of the answer, times, sizes."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextvars import ContextVar
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trigger.errors import ConfigError
+from trigger.options import Options, load, place_in
+from trigger.position import Lsn
+from trigger.qualify import Rules
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="The configuration; else $TRIGPOINT_CONFIG, ./trigpoint.toml, /etc/trigpoint/trigpoint.toml.",
+        show_default=False,
+        dir_okay=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+before_command: ContextVar[Path | None] = ContextVar("before_command", default=None)
+"""The configuration given before the command's name: `trigpoint -c FILE list`."""
+
+SYSTEM_CONFIG = Path("/etc/trigpoint/trigpoint.toml")
+LOCAL_CONFIG = Path("trigpoint.toml")
+
+
+def config_path(given: Path | None) -> Path:
+    """Give the configuration file to read; the last place is given where there is none, for the message's sake."""
+    named = given or before_command.get() or os.environ.get("TRIGPOINT_CONFIG")
+    if named:
+        return Path(named)
+    return LOCAL_CONFIG if LOCAL_CONFIG.exists() else SYSTEM_CONFIG
+
+
+def options(given: Path | None) -> Options:
+    """Give the options, every rule in them compiled once so that a bad one is refused here.
+
+    Raises:
+        ConfigError: the file cannot be read, or is wrong.
+    """
+    path = config_path(given)
+    loaded = load(path)
+    try:
+        Rules(loaded.rules)
+    except ConfigError as error:
+        raise ConfigError(f"{place_in(path, error.message)}{error.message}", hint=error.hint) from None
+    return loaded
+
+
+def time(text: str) -> datetime:
+    """Give the time written in `text`, aware; raises `ConfigError` where it has no zone.
+
+    A naive time would mean another moment on the operator's laptop than on the server.
+    """
+    try:
+        parsed = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise ConfigError(
+            f"not a time: {text!r}", hint="times are ISO-8601 with a zone, such as 2026-03-01T12:00:05.25Z"
+        ) from None
+    if parsed.tzinfo is None:
+        raise ConfigError(
+            f"the time {text!r} has no zone",
+            hint=f"add Z for UTC ({text.strip()}Z) or an offset ({text.strip()}+02:00)",
+        )
+    return parsed
+
+
+def transaction(text: str) -> int:
+    """Give the transaction id written in `text`; raises `ConfigError` for anything else."""
+    if not re.fullmatch(r"[0-9]{1,20}", text.strip()) or int(text) >= 1 << 64:
+        raise ConfigError(
+            f"not a transaction id: {text!r}", hint="it is a whole number, as pg_current_xact_id() prints it"
+        )
+    return int(text)
+
+
+def lsn(text: str) -> Lsn:
+    """Give the LSN written in `text`; raises `PositionError` for anything else."""
+    return Lsn.parse(text.strip())

@@ -1,0 +1,181 @@
+"""How results are shown: tables for people, aligned lines for pipes, JSON for programs; one place for each shape."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from trigger.shape import data
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_COLOURS = {
+    "ok": "green",
+    "sealed": "green",
+    "protected": "green",
+    "passed": "green",
+    "note": "cyan",
+    "coalesced": "cyan",
+    "warning": "yellow",
+    "open": "yellow",
+    "refused": "bold red",
+    "failed": "bold red",
+    "missed": "bold red",
+}
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as one JSON document."""
+    print(json.dumps(data(value), indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))
+
+
+def say(text: str = "") -> None:
+    """Print one line for people."""
+    Console(highlight=False, soft_wrap=True).print(Text(text))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str = "") -> None:
+    """Print rows under headings: a table on a terminal, else lines of aligned columns that never wrap.
+
+    Args:
+        columns: headings; one that begins with `>` stands to the right.
+        rows: cells in the order of the columns; None is shown as `-`.
+        empty: what to print where there are no rows.
+    """
+    if not rows:
+        say(empty)
+        return
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    names = [column.lstrip(">") for column in columns]
+    if not sys.stdout.isatty():
+        _print_lines([name.upper() for name in names], cells, [column.startswith(">") for column in columns])
+        return
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for name, column in zip(names, columns, strict=True):
+        grid.add_column(name, justify="right" if column.startswith(">") else "left")
+    for row in cells:
+        grid.add_row(*(Text(cell, style=_COLOURS.get(cell, "")) for cell in row))
+    Console(highlight=False).print(grid)
+
+
+def _cell(cell: object) -> str:
+    return "-" if cell is None or cell == "" else " ".join(str(data(cell)).split())
+
+
+def _print_lines(names: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, *rows):
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        print("  ".join(padded).rstrip())
+
+
+def facts(rows: Sequence[tuple[str, object]]) -> None:
+    """Print names with their values, one a line; values that are None or empty are left out."""
+    shown = [(name, _cell(value)) for name, value in rows if value is not None and value != ""]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        say(f"{name.ljust(width)}  {value}")
+
+
+def size(count: int | None) -> str | None:
+    """Give a number of bytes for people: `512 B`, `1.5 GiB`; None stays None."""
+    if count is None:
+        return None
+    number = float(count)
+    for unit in _UNITS:
+        if abs(number) < 1024 or unit == _UNITS[-1]:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable")  # pragma: no cover
+
+
+def duration(seconds: float | None) -> str | None:
+    """Give seconds for people: `350 ms`, `12.4 s`, `3 min 05 s`, `2 h 10 min`, `4 d 3 h`; None stays None."""
+    if seconds is None:
+        return None
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def moment(time: datetime | None, *, digits: int = 0) -> str | None:
+    """Give a time for people, in UTC, with `digits` of the second: `2026-03-01 12:00:05Z`; None stays None."""
+    if time is None:
+        return None
+    utc = time.astimezone(UTC)
+    fraction = f".{utc.microsecond:06d}"[: digits + 1] if digits else ""
+    return f"{utc:%Y-%m-%d %H:%M:%S}{fraction}Z"
+
+
+def more(count: int, what: str) -> None:
+    """Say that `count` of something are not shown; nothing where there are none."""
+    if count > 0:
+        say(f"… and {count} more {what} (--limit)")
+
+
+def note(text: str) -> None:
+    """Print one line about what goes on to standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text))
+
+
+def error(message: str, hint: str = "") -> None:
+    """Print an error to standard error: each line of `message` behind `error:`, then the hint."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for line in message.splitlines() or [""]:
+        console.print(Text.assemble(("error:", "bold red"), f" {line}"))
+    if hint:
+        console.print(Text.assemble(("hint:", "bold cyan"), f" {hint}"))
+
+
+class Steps:
+    """Shows how far long work has come, on standard error: bars on a terminal, else a line at each new step."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Say that `done` of `total` bytes (0 where unknown) of `step` are done; may be called from any thread."""
+        if step not in self._tasks:
+            self._tasks[step] = self._bars.add_task(step, total=total or None, amount="")
+            if self._bars.disable:
+                print(step, file=sys.stderr, flush=True)
+        amount = f"{size(done)} of {size(total)}" if total else (size(done) or "")
+        self._bars.update(self._tasks[step], completed=done, total=total or None, amount=amount)
+
+    @property
+    def bars(self) -> Progress:
+        """The display itself, for `steps`."""
+        return self._bars
+
+
+@contextmanager
+def steps() -> Iterator[Steps]:
+    """Give a `Progress` that is shown until the block ends."""
+    shown = Steps()
+    with shown.bars:
+        yield shown
