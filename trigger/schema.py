@@ -169,11 +169,28 @@ gaps = Table(
 
 
 def make_engine(url_or_path: str | Path) -> Engine:
-    """Give the engine for a database URL, a path to a SQLite file, or `:memory:`; nothing is opened yet."""
+    """Give the engine for a database URL, a path to a SQLite file, or `:memory:`; nothing is opened yet.
+
+    Raises:
+        CatalogError: the URL cannot be read, or there is no driver for it.
+    """
     where = str(url_or_path)
-    url = make_url(where) if "://" in where else URL.create("sqlite", database=where)
-    if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_size=1, max_overflow=1, pool_pre_ping=True, isolation_level="SERIALIZABLE")
+    try:
+        url = make_url(where) if "://" in where else URL.create("sqlite", database=where)
+        return _sqlite_engine(url) if url.get_backend_name() == "sqlite" else _server_engine(url)
+    except (SQLAlchemyError, ImportError) as error:
+        raise CatalogError(
+            f"catalog URL {where.partition('://')[0]}://… cannot be used: {error}",  # the rest may hold a password
+            hint="give a path, or a URL like postgresql+psycopg://user@host/database",
+        ) from error
+
+
+def _server_engine(url: URL) -> Engine:
+    # Serializable: two services that share a catalog by mistake conflict instead of interleaving.
+    return create_engine(url, pool_size=1, max_overflow=1, pool_pre_ping=True, isolation_level="SERIALIZABLE")
+
+
+def _sqlite_engine(url: URL) -> Engine:
     in_memory = url.database in (None, "", ":memory:")
     options: dict[str, Any] = {"poolclass": StaticPool} if in_memory else {"pool_size": 1, "max_overflow": 1}
     arguments = {"check_same_thread": False, "timeout": BUSY_TIMEOUT_SECONDS}
