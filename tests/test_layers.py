@@ -32,10 +32,11 @@ LAYERS = (
     Layer("ports, options and decisions; pure", ("ports", "options", "qualify", "agenda", "planner", "retention")),
     Layer(
         "what holds state: the window in memory, the catalog on disk; and rules tried on recorded commits",
-        ("window", "schema", "commit_index", "point_index", "catalog", "metrics", "rehearse"),
+        ("window", "schema", "commit_index", "point_index", "catalog", "clone_records", "metrics", "rehearse"),
     ),
     Layer(
-        "the acts; no I/O of their own, all through ports and catalog", ("pipeline", "reconcile", "restore", "expire")
+        "the acts; no I/O of their own, all through ports and catalog",
+        ("pipeline", "reconcile", "target", "locate", "restore", "expire"),
     ),
     Layer("the door to the drivers; proof by restoring", ("connect", "verify", "watch")),
     Layer("what runs: tasks, signals, and the socket to talk to it", ("control", "service")),
