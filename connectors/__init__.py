@@ -2,6 +2,9 @@
 
 DRIVERS = {
     "database/postgres": "connectors.databases.postgres:Postgres",
+    "journal/receivewal": "connectors.databases.postgres.assembly:received_journal",
+    "journal/archive": "connectors.databases.postgres.assembly:archived_journal",
+    "recovery/postgres": "connectors.databases.postgres.assembly:recovery",
     "agent/local": "connectors.hosts.local:LocalAgent",
     "storage/directory": "connectors.storage.directory:DirectoryStorage",
     "storage/btrfs": "connectors.storage.btrfs:BtrfsStorage",

@@ -57,6 +57,10 @@ class Agenda:
     """Where a replay would begin if the snapshot were cut now; kept up to date by whoever watches the checkpoints."""
     _in_round: list[Demand] = field(default_factory=list)
     _rounds: deque[float] = field(default_factory=deque)
+    _began: tuple[float, datetime] | None = None
+    """When the round at hand began, by both clocks."""
+    _last: float | None = None
+    """When the last round began that ended well; before it the first look at the agenda."""
     _failures: int = 0
     _not_before: float = 0.0
     _cron_after: datetime | None = None
@@ -83,15 +87,16 @@ class Agenda:
         return None
 
     def _planned(self, now: float, wall: datetime, log_end: Position | None) -> Iterator[Due]:
-        last = self._rounds[-1] if self._rounds else now
+        if self._last is None:
+            self._last = now
         if self.options.interval_seconds is not None:
-            yield Due(Cause.INTERVAL, last + self.options.interval_seconds)
+            yield Due(Cause.INTERVAL, self._last + self.options.interval_seconds)
         if self.options.cron is not None:
             yield Due(Cause.CRON, now + self._seconds_to_cron(wall))
         if self.base is None or self.base.ceiling is None or log_end is None:
             return
         if self.options.catch_all_seconds is not None and distance(log_end, self.base.ceiling) > IDLE_NOISE_BYTES:
-            yield Due(Cause.CATCH_ALL, last + self.options.catch_all_seconds)
+            yield Due(Cause.CATCH_ALL, self._last + self.options.catch_all_seconds)
         if self._replay_is_long(log_end):
             yield Due(Cause.REPLAY, now)
 
@@ -121,7 +126,7 @@ class Agenda:
     def began(self, now: float, wall: datetime) -> None:
         """Note that a round begins."""
         self._rounds.append(now)
-        self._cron_after = wall
+        self._began = (now, wall)
         self._in_round.extend(self.demands)
         self.demands.clear()
 
@@ -129,12 +134,14 @@ class Agenda:
         """Note that a round ended well."""
         self.base = point
         self._failures = 0
+        if self._began is not None:  # a schedule is met by a point, not by an attempt
+            self._last, self._cron_after = self._began
         self.open_gap = False
         self._answer(point)
 
     def failed(self, now: float, point: RecoveryPoint | None) -> float:
         """Note that a round failed, with the failed point if there is one; gives the seconds until the next."""
-        pause = min(self.options.retry_seconds * 2**self._failures, LONGEST_RETRY_SECONDS)
+        pause: float = min(self.options.retry_seconds * 2**self._failures, LONGEST_RETRY_SECONDS)
         self._failures = min(self._failures + 1, 10)
         self._not_before = now + pause
         if point is not None:

@@ -43,7 +43,7 @@ async def expire(catalog: Catalog, storage: Storage, point: RecoveryPoint) -> Re
 
 async def release_log(catalog: Catalog, journal: Journal) -> int:
     """Give how many journal segments were deleted because no kept point needs them."""
-    starts = [start for point in await catalog.bases() if (start := point.redo or point.floor) is not None]
+    starts = [point.redo or point.floor for point in await catalog.bases()]
     histories = {start.history for start in starts}
     if len(histories) != 1:
         return 0  # nothing kept, or several timelines: keep everything rather than reason across them

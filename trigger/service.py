@@ -12,11 +12,11 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from trigger.agenda import Agenda
-from trigger.connect import Parts, connect
+from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
 from trigger.errors import JournalError, PreflightError, TrigpointError
 from trigger.expire import make_room, release_log
@@ -26,7 +26,6 @@ from trigger.pipeline import Protected, protect, take
 from trigger.position import distance
 from trigger.qualify import Rules
 from trigger.reconcile import reconcile
-from trigger.restore import clones_in_use
 from trigger.shape import data
 from trigger.window import Collected, Window
 
@@ -37,14 +36,6 @@ GRACE_SECONDS = 30.0
 WATCH_SECONDS = 5.0
 AUDIT_SECONDS = 60.0
 JOURNAL_START_SECONDS = 20.0
-
-
-class SystemClock:
-    """The time of day of this machine."""
-
-    def now(self) -> datetime:
-        """Give the present time, aware UTC."""
-        return datetime.now(UTC)
 
 
 @dataclass(slots=True)
@@ -139,7 +130,7 @@ async def opened(options: Options) -> AsyncIterator[Parts]:
 
 async def preflight(parts: Parts, *, force: bool) -> None:
     """Look at everything that must hold before a point may be promised; raises `PreflightError` where it does not."""
-    findings = await parts.check()
+    findings = await check(parts)
     refused = [finding for finding in findings if finding.severity is Severity.REFUSED]
     for finding in findings:
         if finding.severity in (Severity.WARNING, Severity.REFUSED):
@@ -169,7 +160,8 @@ async def begin(parts: Parts) -> Service:
     )
     settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
     window = Window(parts.sources, settled, Rules(options.rules).judge)
-    return Service(parts, cluster, window, Agenda(options.points, await _base(parts)), clock.now())
+    agenda = Agenda(options.points, await _base(parts), open_gap=bool(await parts.catalog.gaps(open_only=True)))
+    return Service(parts, cluster, window, agenda, clock.now())
 
 
 async def _base(parts: Parts) -> RecoveryPoint | None:
@@ -278,7 +270,7 @@ async def watch_checkpoints(service: Service) -> None:
 async def keep_room(service: Service) -> None:
     """Thin snapshots before the storage's budget is used up, and let go of log that no kept point needs."""
     parts, agenda = service.parts, service.agenda
-    pinned = await clones_in_use(parts.storage)
+    pinned = {clone.point for clone in await parts.storage.clones()}
     gone = await make_room(parts.catalog, parts.storage, agenda.replay_limit_bytes, pinned)
     if gone:
         log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
