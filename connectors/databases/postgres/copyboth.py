@@ -93,19 +93,24 @@ class CopyBoth:
             SourceError: refused (a `StreamRefusedError`, which has the SQLSTATE), or no answer within the deadline.
         """
         try:
-            self._pgconn.send_query(command.encode())
             async with asyncio.timeout(deadline_seconds):
-                while self._pgconn.is_busy():
-                    await self.readable(deadline_seconds)
-                    self._pgconn.consume_input()
+                self._pgconn.send_query(command.encode())
+                result = await self._result(deadline_seconds)
+                if result is None or result.status != pq.ExecStatus.COPY_BOTH:
+                    while await self._result(deadline_seconds) is not None:
+                        pass  # so that the next command can be sent
+                    raise _explained("START_REPLICATION", result)
         except TimeoutError:
             raise SourceError(f"the server did not begin to stream within {deadline_seconds:g} s") from None
         except psycopg.Error as error:
             raise refused("START_REPLICATION", error) from error
-        result = self._pgconn.get_result()
-        if result is None or result.status != pq.ExecStatus.COPY_BOTH:
-            raise _explained("START_REPLICATION", result)
         self._pgconn.nonblocking = 1
+
+    async def _result(self, deadline_seconds: float) -> pq.abc.PGresult | None:
+        while self._pgconn.is_busy():
+            await self.readable(deadline_seconds)
+            self._pgconn.consume_input()
+        return self._pgconn.get_result()
 
     def drain(self, feed: Callable[[memoryview], None], messages_limit: int) -> int:
         """Pass what has arrived to `feed`, message by message, up to a limit; gives how many there were.

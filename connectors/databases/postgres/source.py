@@ -26,8 +26,6 @@ from trigger.position import History, Lineage, Lsn, Position
 
 _MESSAGES_A_SLICE = 2_000
 """Messages drained before other tasks get their turn: about 4 ms."""
-_SILENCE_SECONDS = 60.0
-"""How long the server may owe us an answer before the connection counts as dead."""
 _MAINTENANCE_SECONDS = 10.0
 _RETRY_SECONDS = 0.2
 _LOCK_TIMEOUT_MS = 250
@@ -49,6 +47,7 @@ class PostgresSource:
         name: prefix of the slot, and name of the publications.
         deadline_seconds: bound of every wait on the server, but for creating a slot.
         slot_deadline_seconds: how long creating a slot may wait for running transactions.
+        silence_seconds: how long the server may owe us an answer before the connection counts as dead.
 
     Attributes:
         duplicates_suppressed: commits that the server sent again and that were not delivered again.
@@ -63,6 +62,7 @@ class PostgresSource:
         *,
         deadline_seconds: float = 10.0,
         slot_deadline_seconds: float = 60.0,
+        silence_seconds: float = 60.0,
     ) -> None:
         self.name = database
         self.slot = slot.slot_name(name, database)
@@ -73,6 +73,7 @@ class PostgresSource:
         self._dsn = conninfo.make_conninfo(dsn, dbname=database, application_name=self.slot)
         self._deadline_seconds = deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
+        self._silence_seconds = silence_seconds
         self._side: psycopg.AsyncConnection[Any] | None = None
         self._stream: CopyBoth | None = None
         self._decoder = Decoder()
@@ -94,10 +95,13 @@ class PostgresSource:
         await self.close()
         try:
             return await self._open(after)
-        except psycopg.Error as error:
-            raise refused(f"database {self.name}", error) from error
-        except TimeoutError:
-            raise SourceError(f"database {self.name} did not answer within {self._deadline_seconds:g} s") from None
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, psycopg.Error):
+                raise refused(f"database {self.name}", error) from error
+            if isinstance(error, TimeoutError):
+                raise SourceError(f"database {self.name} did not answer within {self._deadline_seconds:g} s") from None
+            raise
 
     async def _open(self, after: Position | None) -> Break | None:
         side = await self._connect_side()
@@ -275,8 +279,8 @@ class PostgresSource:
         now = asyncio.get_running_loop().time()
         if heard:
             self._asked_at = None
-        elif self._asked_at is not None and now - self._asked_at > _SILENCE_SECONDS:
-            raise SourceError(f"the server of database {self.name} has been silent for {_SILENCE_SECONDS:g} s")
+        elif self._asked_at is not None and now - self._asked_at > self._silence_seconds:
+            raise SourceError(f"the server of database {self.name} has been silent for {self._silence_seconds:g} s")
         if self._decoder.reply_wanted or now - self._reported_at >= self.heartbeat_seconds:
             self._report(stream)
 
