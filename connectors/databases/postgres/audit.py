@@ -1,0 +1,187 @@
+"""The audit of a journal's chain: every complete segment is looked at once, and what was found is remembered.
+
+A segment is damaged where it is not whole, does not say what its name says, belongs to another cluster, or holds a
+record that fails its checksum. Headers are read here, records by PostgreSQL's own `pg_waldump`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from connectors.databases.postgres.segments import SegmentFolder
+from connectors.databases.postgres.wal import SegmentName, page_faults, page_header
+from connectors.databases.postgres.waldump import Stretch, WalDump
+from trigger.errors import JournalError
+from trigger.model import Finding, Severity
+from trigger.position import Lsn
+
+_STATE_FILE = "audit.json"
+_MISSING = "missing"
+_REMEDY = (
+    "commits whose replay needs it cannot be restored: take a point now, and bring a sound copy of the file back if"
+    " the server's pg_wal or another archive still has it"
+)
+
+
+@dataclass(slots=True)
+class _Timeline:
+    """How far the audit of one timeline has come."""
+
+    first: int
+    """The oldest segment that must still be there."""
+    following: int
+    """The first that was not looked at yet."""
+    resume: int
+    """Where the first record begins that was not looked at yet."""
+
+
+@dataclass(slots=True)
+class _State:
+    system: str = ""
+    timelines: dict[int, _Timeline] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+class Audit:
+    """Looks at the segments of one folder; what it found survives a restart, in a file beside them."""
+
+    def __init__(self, segments: SegmentFolder, dump: WalDump) -> None:
+        self._segments = segments
+        self._dump = dump
+        self._state: _State | None = None
+
+    async def run(self) -> list[Finding]:
+        """Give what is wrong with the segments that are new since the last audit, or gone or cut short since."""
+        state = await asyncio.to_thread(self.load)
+        names = [name for name in await asyncio.to_thread(self._segments.names) if not name.partial]
+        before = dict(state.damaged)
+        await asyncio.to_thread(self._look_at_known, state, names)
+        for name in names:
+            await self._look_at_new(state, name)
+        await asyncio.to_thread(self._keep)
+        found = {name: why for name, why in state.damaged.items() if before.get(name) != why}
+        return [
+            Finding(name, Severity.REFUSED, f"segment {name} is damaged: {why}", _REMEDY)
+            if why != _MISSING
+            else Finding(name, Severity.REFUSED, f"segment {name} is missing", _REMEDY)
+            for name, why in sorted(found.items())
+        ]
+
+    def load(self) -> _State:
+        """Give what earlier audits found; blocks on a small file."""
+        if self._state is None:
+            self._state = self._read()
+            self._segments.damaged = self._state.damaged
+        return self._state
+
+    def released(self, before: Lsn) -> None:
+        """Forget what lies wholly before `before`; it was deleted on purpose."""
+        state = self.load()
+        oldest = before // self._segments.segment_bytes
+        for timeline in state.timelines.values():
+            timeline.first = max(timeline.first, min(oldest, timeline.following))
+        for name in list(state.damaged):
+            parsed = SegmentName.parse(name, self._segments.segment_bytes)
+            if parsed is not None and parsed.number < oldest:
+                del state.damaged[name]
+        self._keep()
+
+    def _look_at_known(self, state: _State, names: list[SegmentName]) -> None:
+        """See that what was looked at before is still there, and whole."""
+        held = {name: self._segments.file(name).stat().st_size for name in names}
+        for timeline, known in state.timelines.items():
+            for number in range(known.first, known.following):
+                name = SegmentName(timeline, number)
+                text, size = name.text(self._segments.segment_bytes), held.get(name)
+                if size is None:
+                    state.damaged[text] = _MISSING
+                elif size != self._segments.segment_bytes:
+                    state.damaged[text] = _truncated(size, self._segments.segment_bytes)
+                elif state.damaged.get(text) == _MISSING:
+                    known.following = number  # it was brought back: look at it, and at all behind it
+                    del state.damaged[text]
+                    break
+
+    async def _look_at_new(self, state: _State, name: SegmentName) -> None:
+        segment_bytes = self._segments.segment_bytes
+        known = state.timelines.get(name.timeline)
+        if known is None:
+            known = state.timelines[name.timeline] = _Timeline(name.number, name.number, 0)
+        if name.number < known.following:
+            return
+        for number in range(known.following, name.number):
+            state.damaged[SegmentName(name.timeline, number).text(segment_bytes)] = _MISSING
+        text, start = name.text(segment_bytes), name.start(segment_bytes)
+        follows = known.following == name.number and known.resume
+        why = await asyncio.to_thread(self._headers, state, name)
+        if not why:
+            begin = Lsn(known.resume if follows else start)
+            stretch = Stretch(self._segments.path, name.timeline, begin, Lsn(start + segment_bytes))
+            why = await self._dump.fault(stretch)
+        state.damaged.pop(text, None)
+        if why:
+            state.damaged[text] = why
+        known.following = name.number + 1
+        known.resume = 0 if why else (await asyncio.to_thread(self._segments.tail, name)).end
+
+    def _headers(self, state: _State, name: SegmentName) -> str:
+        """Give what the size and the page headers of a segment say against it; "" for nothing."""
+        size = self._segments.file(name).stat().st_size
+        if size != self._segments.segment_bytes:
+            return _truncated(size, self._segments.segment_bytes)
+        with self._segments.mapped(name) as segment:
+            first = page_header(segment[:64])
+            if not state.system and first is not None:
+                state.system = first.system
+            return "; ".join(page_faults(segment, name, self._segments.segment_bytes, state.system))
+
+    def _read(self) -> _State:
+        path = self._segments.path / _STATE_FILE
+        try:
+            found = json.loads(path.read_text())
+            timelines = {int(number): _Timeline(*fields) for number, fields in found["timelines"].items()}
+            return _State(found["system"], timelines, dict(found["damaged"]))
+        except FileNotFoundError:
+            return _State()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise JournalError(
+                f"what the audit of the journal found cannot be read from {path}: {error}",
+                hint="delete the file; the next audit looks at every segment again",
+            ) from error
+
+    def _keep(self) -> None:
+        state = self.load()
+        text = json.dumps(
+            {
+                "system": state.system,
+                "timelines": {
+                    number: [one.first, one.following, one.resume] for number, one in state.timelines.items()
+                },
+                "damaged": state.damaged,
+            }
+        )
+        path = self._segments.path / _STATE_FILE
+        try:
+            _replace(path, text)
+        except OSError as error:
+            raise JournalError(f"what the audit found cannot be kept in {path}: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a small file at once: the old text or the new one, never half of it."""
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _truncated(size: int, wanted: int) -> str:
+    return f"truncated: {size} of {wanted} bytes"

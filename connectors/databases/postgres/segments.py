@@ -1,0 +1,296 @@
+"""A folder of write-ahead log segments and timeline history files: what it holds, staging from it, thinning it.
+
+All calls block on small file operations; the journals run them in threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectors.databases.postgres.wal import SegmentName, Tail, history_timeline, page_header, tail
+from trigger.errors import JournalError
+from trigger.model import StopKind, Target
+from trigger.ports import Extent, Progress
+from trigger.position import History, Lineage, Lsn, Position
+
+_FICLONE = 0x40049409
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """One segment of a replay: the files that hold it, newest timeline first, and whether it may be missing."""
+
+    number: int
+    timelines: tuple[int, ...]
+    required: bool
+
+
+class SegmentFolder:
+    """Segments and history files as PostgreSQL names them, in one folder.
+
+    Args:
+        path: the folder; made where it is missing.
+        segment_bytes: the cluster's WAL segment size.
+        owner: user and group id that must be able to read what is staged; ignored where we are not root.
+    """
+
+    def __init__(self, path: Path, segment_bytes: int, owner: tuple[int, int] | None = None) -> None:
+        self.path = path
+        self.aside = path / "left"
+        self.segment_bytes = segment_bytes
+        self.owner = owner
+        self.damaged: dict[str, str] = {}
+        """Segments in which the audit found damage, and what; they are not held."""
+
+    def make(self) -> None:
+        """Make the folder, readable by its owner only."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            give(self.path, self.owner)
+        except OSError as error:
+            raise JournalError(f"the journal folder {self.path} cannot be made: {error.strerror}") from error
+
+    def names(self) -> list[SegmentName]:
+        """Give the segments by timeline and number; a complete one hides a partial one of the same stretch."""
+        found: dict[tuple[int, int], SegmentName] = {}
+        for entry in self._entries():
+            name = SegmentName.parse(entry, self.segment_bytes)
+            if name is not None and (not name.partial or (name.timeline, name.number) not in found):
+                found[name.timeline, name.number] = name
+        return sorted(found.values())
+
+    def file(self, name: SegmentName) -> Path:
+        """Give the path of a segment, whether it is there or not."""
+        text = name.text(self.segment_bytes) + (".partial" if name.partial else "")
+        return self.locate(text) or self.path / text
+
+    def locate(self, name: str) -> Path | None:
+        """Give the path of a file that is there, by name."""
+        return next((found for folder in (self.path, self.aside) if (found := folder / name).exists()), None)
+
+    def set_aside(self, name: SegmentName) -> None:
+        """Move a segment out of the sight of a program that resumes behind the newest file; it is still held."""
+        self.aside.mkdir(mode=0o700, exist_ok=True)
+        give(self.aside, self.owner)
+        self.file(name).rename(self.aside / self.file(name).name)
+
+    def system(self) -> str:
+        """Give the system identifier of the cluster whose log this is; "" where nothing says it yet."""
+        for name in reversed(self.names()):
+            with contextlib.suppress(OSError), self.file(name).open("rb") as file:
+                header = page_header(file.read(64))
+                if header is not None and header.system:
+                    return header.system
+        return ""
+
+    def histories(self) -> dict[int, str]:
+        """Give the text of every timeline history file by timeline."""
+        found = {}
+        for entry in self._entries():
+            timeline = history_timeline(entry)
+            if timeline is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    found[timeline] = (self.locate(entry) or self.path / entry).read_text()
+        return found
+
+    def lineage(self, history: History) -> Lineage:
+        """Give the past of a history by its history file; raises `JournalError` where that is not held."""
+        if history.timeline == 1:
+            return Lineage(history)
+        text = self.histories().get(history.timeline)
+        if text is None:
+            raise JournalError(
+                f"{history.timeline:08X}.history is not in {self.path}",
+                hint="the journal never saw that timeline, or the file was deleted; fetch it from the server's pg_wal",
+            )
+        return Lineage.from_history_file(history, text)
+
+    def extents(self) -> list[Extent]:
+        """Give the stretches that are held without a hole, damaged segments left out."""
+        found: list[Extent] = []
+        for name in self.names():
+            system, end = self._held(name)
+            if end is None:
+                continue
+            history, start = History(system, name.timeline), name.start(self.segment_bytes)
+            if found and found[-1].history == history and found[-1].end == start:
+                found[-1] = Extent(history, found[-1].start, end)
+            else:
+                found.append(Extent(history, start, end))
+        return found
+
+    def tail(self, name: SegmentName) -> Tail:
+        """Give where the complete records of a segment end."""
+        with self.mapped(name) as segment:
+            return tail(segment, name.start(self.segment_bytes))
+
+    @contextlib.contextmanager
+    def mapped(self, name: SegmentName) -> Iterator[memoryview]:
+        """Give the bytes of a segment without reading them all."""
+        with (
+            self.file(name).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping,
+            memoryview(mapping) as view,
+        ):
+            yield view
+
+    def _held(self, name: SegmentName) -> tuple[str, Lsn | None]:
+        """Give the system identifier of a segment and where what it holds ends; None for nothing usable."""
+        if self.file(name).name in self.damaged:
+            return "", None
+        start = name.start(self.segment_bytes)
+        try:
+            with self.file(name).open("rb") as file:
+                whole = os.fstat(file.fileno()).st_size == self.segment_bytes
+                header = page_header(file.read(64)) if whole else None
+            if header is None or header.address != start:
+                return "", None
+            end = self.tail(name).end if name.partial else Lsn(start + self.segment_bytes)
+        except (FileNotFoundError, ValueError):  # released, completed or re-made in this moment
+            return "", None
+        return header.system, end if end > start else None
+
+    def _entries(self) -> list[str]:
+        found: set[str] = set()
+        for folder in (self.path, self.aside):
+            with contextlib.suppress(FileNotFoundError):
+                found.update(entry.name for entry in folder.iterdir())
+        return sorted(found)
+
+    def stage(
+        self,
+        start: Position,
+        target: Target,
+        folder: Path,
+        progress: Progress,
+        fetch: Callable[[str], bool] = lambda _: False,
+    ) -> int:
+        """Put the files that a replay from `start` to `target` asks for into `folder`; gives the bytes.
+
+        Args:
+            start: where the replay begins, on the target's timeline or an ancestor of it.
+            target: for an LSN the segments through the one behind it; for a time or the end all that is held.
+            folder: made where it is missing; complete segments are linked or cloned where possible, a partial one
+                is copied under its full name.
+            progress: told in bytes.
+            fetch: asked for a file by name where the folder does not have it; true if it has it now.
+
+        Raises:
+            JournalError: a segment is missing or damaged; the message names the first.
+        """
+        lineage = self._lineage_with(target.history, fetch)
+        if not lineage.includes(start):
+            raise JournalError(f"{start} is not in the past of {target.history}")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        give(folder, self.owner)
+        for timeline in self.histories():
+            held = self.locate(f"{timeline:08X}.history")
+            if held is not None:
+                self._put(held, folder / held.name)
+        needed = self._needed(lineage, start, target)
+        for count, segment in enumerate(needed):
+            if not self._stage_one(segment, folder, fetch) and segment.required:
+                raise self._missing(segment)
+            progress("stage the log", (count + 1) * self.segment_bytes, len(needed) * self.segment_bytes)
+        return sum(entry.stat().st_size for entry in folder.iterdir())
+
+    def _lineage_with(self, history: History, fetch: Callable[[str], bool]) -> Lineage:
+        if history.timeline > 1:
+            wanted = f"{history.timeline:08X}.history"
+            _ = self.locate(wanted) or fetch(wanted)
+        return self.lineage(history)
+
+    def _needed(self, lineage: Lineage, start: Position, target: Target) -> list[Needed]:
+        """Give the segments of a replay in order.
+
+        PostgreSQL looks for a segment on the newest timeline first that had begun by then (`XLogFileReadAnyTLI`): the
+        segment in which a timeline was left exists on both, and the newer file holds the older one's part too.
+        """
+        first, until = start.at // self.segment_bytes, int(target.at)
+        if target.kind is StopKind.LSN:  # the record that begins there has to be read, whole if it is replayed
+            until = max(until + 1, target.commit.end if target.commit and target.inclusive else 0)
+        required = range(first, (until - 1) // self.segment_bytes + 1 if until > start.at else first)
+        last = max(first, required.stop)
+        if target.kind is not StopKind.LSN:
+            last = max([last, *(name.number for name in self.names() if name.timeline == lineage.history.timeline)])
+        return [Needed(number, self._owners(lineage, number), number in required) for number in range(first, last + 1)]
+
+    def _owners(self, lineage: Lineage, number: int) -> tuple[int, ...]:
+        """Give the timelines on which a segment of a lineage may lie, newest first."""
+        owners, begin = [], 0
+        for timeline, left_at in (*lineage.forks, (lineage.history.timeline, None)):
+            if begin <= number and (left_at is None or number <= left_at // self.segment_bytes):
+                owners.append(timeline)
+            begin = left_at // self.segment_bytes if left_at is not None else 0
+        return tuple(reversed(owners))
+
+    def _stage_one(self, needed: Needed, folder: Path, fetch: Callable[[str], bool]) -> bool:
+        """Put every file of a segment that is held into `folder`; whether the newest one was."""
+        newest = False
+        for index, timeline in enumerate(needed.timelines):
+            for partial in (False, True):
+                name = SegmentName(timeline, needed.number, partial)
+                source = self.file(name)
+                if source.name in self.damaged:
+                    raise JournalError(
+                        f"segment {source.name} of the journal is damaged: {self.damaged[source.name]}",
+                        hint="restore from a point after it, or put a sound copy in its place and audit again",
+                    )
+                if (source.exists() or fetch(source.name)) and source.stat().st_size == self.segment_bytes:
+                    self._put(source, folder / name.text(self.segment_bytes), copy=partial)
+                    newest = newest or index == 0
+                    break
+        return newest
+
+    def _missing(self, needed: Needed) -> JournalError:
+        name = SegmentName(needed.timelines[0], needed.number).text(self.segment_bytes)
+        return JournalError(
+            f"segment {name} is not in the journal {self.path}",
+            hint="the log has a hole there; restore to a commit before it, or to a point after it",
+        )
+
+    def _put(self, source: Path, destination: Path, *, copy: bool = False) -> None:
+        """Link, clone or copy one file, so that the owner of the data can read it."""
+        destination.unlink(missing_ok=True)
+        try:
+            if not copy and self._readable_by_owner(source):
+                os.link(source, destination)
+                return
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+        with source.open("rb") as reading, destination.open("xb") as writing:
+            try:
+                fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
+            except OSError:
+                shutil.copyfileobj(reading, writing, 1 << 20)
+        destination.chmod(0o600)
+        give(destination, self.owner)
+
+    def _readable_by_owner(self, source: Path) -> bool:
+        return self.owner is None or os.geteuid() != 0 or source.stat().st_uid == self.owner[0]
+
+    def release(self, before: Lsn) -> int:
+        """Delete the complete segments that lie wholly before `before`, on every timeline; gives how many."""
+        count = 0
+        for name in self.names():
+            if not name.partial and name.start(self.segment_bytes) + self.segment_bytes <= before:
+                self.file(name).unlink(missing_ok=True)
+                self.damaged.pop(self.file(name).name, None)
+                count += 1
+        return count
+
+
+def give(path: Path, owner: tuple[int, int] | None) -> None:
+    """Make `path` belong to (user, group); nothing where we are not root."""
+    if owner is not None and os.geteuid() == 0:
+        os.chown(path, *owner, follow_symlinks=False)

@@ -1,0 +1,245 @@
+"""What the bytes of a write-ahead log segment say: names, page headers, where the records end. No I/O.
+
+Layouts are those of PostgreSQL's `access/xlog_internal.h` and `access/xlogrecord.h`, unchanged in size from version
+11 on: a page header of 24 bytes (40 on the first page of a segment), records of a 24-byte header plus data, aligned
+to 8. The log is written in the server's byte order, which has to be ours.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from trigger.position import Lsn
+
+PAGE_BYTES = 8192
+"""XLOG_BLCKSZ of every packaged server; the long page header says it, and another value is a finding."""
+
+MAGIC = {0xD110: 15, 0xD113: 16, 0xD116: 17, 0xD118: 18}
+"""XLOG_PAGE_MAGIC of the supported major versions."""
+
+_SHORT = struct.Struct("=HHIQI4x")
+_LONG = struct.Struct("=QII")
+_RECORD = struct.Struct("=IIQBB2xI")
+_CONTINUES = 0x0001
+_LONG_HEADER = 0x0002
+_RECORD_LIMIT = 1020 << 20  # XLogRecordMaxSize
+_RMGR_XLOG, _XLOG_SWITCH = 0, 0x40
+_SEGMENT_NAME = re.compile(r"([0-9A-F]{8})([0-9A-F]{8})([0-9A-F]{8})(\.partial)?")
+_HISTORY_NAME = re.compile(r"([0-9A-F]{8})\.history")
+
+
+class SegmentName(NamedTuple):
+    """Which stretch of which timeline a segment file holds; `number` counts segments from the start of the log."""
+
+    timeline: int
+    number: int
+    partial: bool = False
+
+    @classmethod
+    def parse(cls, name: str, segment_bytes: int) -> SegmentName | None:
+        """Give what the file name says; None where it is not the name of a segment."""
+        match = _SEGMENT_NAME.fullmatch(name)
+        if match is None:
+            return None
+        per_id = (1 << 32) // segment_bytes
+        low = int(match[3], 16)
+        if low >= per_id:
+            return None
+        return cls(int(match[1], 16), int(match[2], 16) * per_id + low, match[4] is not None)
+
+    def text(self, segment_bytes: int) -> str:
+        """Give the file's name as PostgreSQL writes it, without `.partial`."""
+        high, low = divmod(self.number, (1 << 32) // segment_bytes)
+        return f"{self.timeline:08X}{high:08X}{low:08X}"
+
+    def start(self, segment_bytes: int) -> Lsn:
+        """Give the position of the segment's first byte."""
+        return Lsn(self.number * segment_bytes)
+
+
+def history_timeline(name: str) -> int | None:
+    """Give the timeline of a history file's name (`00000002.history`); None where it is not one."""
+    match = _HISTORY_NAME.fullmatch(name)
+    return int(match[1], 16) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class PageHeader:
+    """The header of one page; the last three are known on the first page of a segment only."""
+
+    magic: int
+    timeline: int
+    address: Lsn
+    remaining_bytes: int
+    """How much of the record that was left unfinished on the page before follows here; 0 for none."""
+    header_bytes: int
+    system: str = ""
+    segment_bytes: int = 0
+    page_bytes: int = 0
+
+
+def page_header(page: bytes | memoryview) -> PageHeader | None:
+    """Give the header at the start of `page` (40 bytes suffice); None where no page of WAL begins there."""
+    if len(page) < _SHORT.size + _LONG.size:
+        return None
+    magic, info, timeline, address, remaining = _SHORT.unpack_from(page)
+    if magic >> 8 != 0xD1:
+        return None
+    remaining = remaining if info & _CONTINUES else 0
+    if not info & _LONG_HEADER:
+        return PageHeader(magic, timeline, Lsn(address), remaining, _SHORT.size)
+    system, segment, block = _LONG.unpack_from(page, _SHORT.size)
+    return PageHeader(magic, timeline, Lsn(address), remaining, _SHORT.size + _LONG.size, str(system), segment, block)
+
+
+def page_faults(segment: memoryview, name: SegmentName, segment_bytes: int, system: str) -> Iterator[str]:
+    """Give what is wrong with the page headers of a whole segment, in words; nothing where all is well.
+
+    The pages behind a log switch are zero up to the end of the segment. A segment made when a timeline was left
+    starts with pages of the timeline before, so a page may name an older timeline than the file, never a newer one.
+    """
+    first = page_header(segment[:64])
+    start = name.start(segment_bytes)
+    if first is None or not first.page_bytes:
+        yield "does not begin with a page of write-ahead log"
+        return
+    if system and first.system != system:
+        yield f"belongs to another cluster: system identifier {first.system}, not {system}"
+    if first.segment_bytes != segment_bytes or first.page_bytes != PAGE_BYTES:
+        yield f"has segments of {first.segment_bytes} and pages of {first.page_bytes} bytes"
+        return
+    timeline = first.timeline
+    for offset in range(0, segment_bytes, PAGE_BYTES):
+        header = page_header(segment[offset : offset + 64])
+        address = Lsn(start + offset)
+        if header is None:
+            if any(segment[offset:]):
+                yield f"page {address} has no valid header"
+            return
+        if header.address != address:
+            yield f"page {address} says that it is page {header.address}"
+            return
+        if header.magic != first.magic or not timeline <= header.timeline <= name.timeline:
+            yield f"page {address} is of timeline {header.timeline} and format {header.magic:#06x}"
+            return
+        timeline = header.timeline
+
+
+class Tail(NamedTuple):
+    """Where the complete records of a segment end."""
+
+    last_record: Lsn | None
+    """Where the last complete record that begins in the segment begins; None where there is none."""
+    end: Lsn
+    """Behind it; where the next record begins, or would begin."""
+
+
+def tail(segment: memoryview, start: Lsn) -> Tail:
+    """Find the end of the complete records in a segment that was written from its start and may be unfinished.
+
+    Only the end is looked at: the last written page is found by bisection, the records are followed from the last
+    page on which one begins, and the last of them must pass its checksum, since it may be half written. A record
+    that began in the segment before and fills all of this one leaves `end` at `start`.
+
+    Args:
+        segment: the file's bytes, zero where nothing has been written yet.
+        start: the position of its first byte.
+    """
+    pages = _written_pages(segment, start)
+    for page in range(pages - 1, -1, -1):
+        position = _first_record(segment, page)
+        if position is None:
+            continue
+        found = _follow(segment, start, pages * PAGE_BYTES, position)
+        if found.last_record is not None or page == 0:
+            return found
+    return Tail(None, start)
+
+
+def _written_pages(segment: memoryview, start: Lsn) -> int:
+    low, high = 0, len(segment) // PAGE_BYTES
+    while low < high:
+        middle = (low + high) // 2
+        header = page_header(segment[middle * PAGE_BYTES : middle * PAGE_BYTES + 64])
+        if header is not None and header.address == start + middle * PAGE_BYTES:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _first_record(segment: memoryview, page: int) -> int | None:
+    """Give the offset at which the first record of a page begins; None where one from before fills the page."""
+    offset = page * PAGE_BYTES
+    header = page_header(segment[offset : offset + 64])
+    if header is None:
+        return None
+    position = header.header_bytes + _aligned(header.remaining_bytes)
+    return offset + position if position < PAGE_BYTES else None
+
+
+def _follow(segment: memoryview, start: Lsn, limit: int, position: int) -> Tail:
+    """Follow the records from `position` (an offset) up to the last complete one before `limit`."""
+    records: list[tuple[int, int, bytes]] = []
+    while (head := _collect(segment, position, _RECORD.size, limit)) is not None:
+        total, _, previous, info, manager, _ = _RECORD.unpack(head[0])
+        if not _RECORD.size <= total <= _RECORD_LIMIT or (records and previous != start + records[-1][0]):
+            break
+        if (body := _collect(segment, position, total, limit)) is None:
+            break
+        records.append((position, body[1], body[0]))
+        position = _aligned(body[1])
+        if manager == _RMGR_XLOG and info & 0xF0 == _XLOG_SWITCH:
+            position = len(segment)
+            records[-1] = (records[-1][0], position, body[0])
+    while records and not checksum_holds(records[-1][2]):
+        position = records.pop()[0]
+    return Tail(Lsn(start + records[-1][0]) if records else None, Lsn(start + position))
+
+
+def _collect(segment: memoryview, position: int, count: int, limit: int) -> tuple[bytes, int] | None:
+    """Give `count` bytes of records from an offset on, leaping page headers, and the offset behind them."""
+    parts = []
+    while count:
+        if position >= limit:
+            return None
+        if position % PAGE_BYTES == 0:
+            position += _SHORT.size if position else _SHORT.size + _LONG.size
+        length = min(count, PAGE_BYTES - position % PAGE_BYTES)
+        parts.append(bytes(segment[position : position + length]))
+        position += length
+        count -= length
+    return b"".join(parts), position
+
+
+def _aligned(count: int) -> int:
+    return (count + 7) & ~7
+
+
+def checksum_holds(record: bytes) -> bool:
+    """Whether a whole record passes its CRC-32C, which covers its data first and then its header."""
+    header = record[: _RECORD.size]
+    return _crc32c(header[:-4], _crc32c(record[_RECORD.size :])) == int(_RECORD.unpack(header)[5])
+
+
+def _table() -> tuple[int, ...]:
+    entries = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # noqa: PLW2901 - eight steps of one division
+        entries.append(value)
+    return tuple(entries)
+
+
+_CRC_TABLE = _table()
+
+
+def _crc32c(data: bytes, crc: int = 0) -> int:
+    crc ^= 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _CRC_TABLE[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF

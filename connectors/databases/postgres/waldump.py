@@ -1,0 +1,154 @@
+"""What PostgreSQL's own `pg_waldump` says about a stretch of log: damage, commits, tablespaces that were made.
+
+It reads with the server's own reader, so it stops where a replay would stop, and passes every record's checksum.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from connectors.databases.postgres.programs import Programs, as_owner, minimal_environment
+from trigger.errors import JournalError
+from trigger.position import Lsn
+
+_LINE_LIMIT = 16 << 20  # a commit of many subtransactions is one line
+_RECORD = re.compile(r"rmgr: \w+ .*?tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: (\w+)(.*)", re.DOTALL)
+_PREPARED = re.compile(r" (\d+): ")
+_TABLESPACE = re.compile(r' (\d+) "(.*)"', re.DOTALL)
+
+
+class LoggedCommit(NamedTuple):
+    """One commit record: the 32-bit transaction id, and where the record begins."""
+
+    xid: int
+    start: Lsn
+
+
+class CreatedTablespace(NamedTuple):
+    """One tablespace made in the log, and the folder that a replay of it would empty and use."""
+
+    oid: int
+    location: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A stretch of one timeline whose whole segments lie in `folder`; to the end of the log there if `end` is None."""
+
+    folder: Path
+    timeline: int
+    start: Lsn
+    end: Lsn | None = None
+
+
+def parse_commit(line: str) -> LoggedCommit | None:
+    """Give the commit that a line of pg_waldump prints; of a prepared transaction the id it was prepared under."""
+    match = _RECORD.match(line)
+    if match is None or match[3] not in ("COMMIT", "COMMIT_PREPARED"):
+        return None
+    prepared = _PREPARED.match(match[4]) if match[3] == "COMMIT_PREPARED" else None
+    return LoggedCommit(int(prepared[1] if prepared else match[1]), Lsn.parse(match[2]))
+
+
+def parse_tablespace(line: str) -> CreatedTablespace | None:
+    """Give the tablespace that a line of pg_waldump makes, except one inside the data directory."""
+    match = _RECORD.match(line)
+    if match is None or match[3] != "CREATE":
+        return None
+    made = _TABLESPACE.match(match[4])
+    return CreatedTablespace(int(made[1]), made[2]) if made and made[2] else None
+
+
+class WalDump:
+    """`pg_waldump` of one version, run as `owner`; every call ends within `deadline_seconds`."""
+
+    def __init__(
+        self, programs: Programs, owner: tuple[int, int] | None = None, deadline_seconds: float = 600.0
+    ) -> None:
+        self._program = programs.path("pg_waldump")
+        self._owner = owner
+        self._deadline_seconds = deadline_seconds
+
+    async def fault(self, stretch: Stretch) -> str:
+        """Give what is wrong with the records of a stretch, in pg_waldump's words; "" where nothing is."""
+        try:
+            async with aclosing(self._lines(stretch, "--quiet")) as lines:
+                async for _ in lines:
+                    pass
+        except _EndOfLog as end:
+            return str(end) or "unreadable"
+        return ""
+
+    async def commits(self, stretch: Stretch, limit: int) -> list[LoggedCommit]:
+        """Give the first `limit` commits whose records begin in a stretch; fewer where its log ends before."""
+        found: list[LoggedCommit] = []
+        with contextlib.suppress(_EndOfLog):
+            async with aclosing(self._lines(stretch, "--rmgr=Transaction")) as lines:
+                async for line in lines:
+                    commit = parse_commit(line)
+                    if commit is not None and commit.start >= stretch.start:
+                        found.append(commit)
+                    if len(found) >= limit:
+                        break
+        return found
+
+    async def tablespaces(self, stretch: Stretch) -> list[CreatedTablespace]:
+        """Give the tablespaces outside the data directory that a replay of a stretch would make."""
+        found: list[CreatedTablespace] = []
+        with contextlib.suppress(_EndOfLog):
+            async with aclosing(self._lines(stretch, "--rmgr=Tablespace")) as lines:
+                async for line in lines:
+                    made = parse_tablespace(line)
+                    found += [made] if made else []
+        return found
+
+    async def _lines(self, stretch: Stretch, *options: str) -> AsyncGenerator[str, None]:
+        """Give the lines printed; raises `_EndOfLog` with the program's words where it stops on an error."""
+        end = [f"--end={stretch.end}"] if stretch.end is not None else []
+        process = await asyncio.create_subprocess_exec(
+            self._program,
+            f"--path={stretch.folder}",
+            f"--timeline={stretch.timeline}",
+            f"--start={stretch.start}",
+            *end,
+            *options,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=_LINE_LIMIT,
+            env=minimal_environment(),
+            cwd="/",
+            start_new_session=True,
+            **as_owner(self._owner),
+        )
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(self._deadline_seconds):
+                error = ""
+                while line := (await process.stdout.readline()).decode(errors="replace").rstrip("\n"):
+                    if line.startswith("pg_waldump: error"):
+                        error = line.removeprefix("pg_waldump: error: ")
+                    elif line.startswith("rmgr:"):
+                        yield line
+                if await process.wait() != 0:
+                    raise _EndOfLog(error)
+        except TimeoutError:
+            raise JournalError(f"pg_waldump did not end within {self._deadline_seconds:g} s") from None
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await asyncio.shield(process.wait())
+
+
+class _EndOfLog(Exception):  # noqa: N818 - the usual end of a log that is still written
+    """The reader stopped: at the end of the log that is there, or at damage."""
