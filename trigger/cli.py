@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trigger.commands import arguments, configuration, rules
+from trigger.commands import arguments, configuration, points, restores, rules, service, setup
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """What Typer raises for a command line that it cannot read; it has `format_message`."""
@@ -58,5 +58,18 @@ def root(
     arguments.before_command.set(config)
 
 
-app.add_typer(configuration.app, name="config")
+app.command("init")(setup.init)
+app.command("check")(setup.check)
+app.command("explain")(setup.explain)
+app.command("run")(service.run)
+app.command("point")(service.point)
+app.command("status")(service.status)
+app.command("list")(points.list_points)
+app.command("show")(points.show_point)
+app.command("find")(points.find)
+app.command("restore")(restores.restore_state)
+app.add_typer(restores.clones, name="clones")
+app.command("verify")(restores.verify_point)
+app.command("reconcile")(service.reconcile)
 app.add_typer(rules.app, name="rules")
+app.add_typer(configuration.app, name="config")

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from trigger.model import Finding
 from trigger.shape import data
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -83,6 +84,20 @@ def facts(rows: Sequence[tuple[str, object]]) -> None:
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         say(f"{name.ljust(width)}  {value}")
+
+
+def finding(found: Finding) -> None:
+    """Print one finding: how bad, about what, what was seen; the remedy below."""
+    severity = (f"{found.severity:<8}", _COLOURS[found.severity])
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text.assemble(severity, f" {found.subject}: {found.message}"))
+    if found.remedy:
+        console.print(Text(f"{'':8} -> {found.remedy}"))
+
+
+def raw(text: str) -> None:
+    """Print `text` as it is."""
+    sys.stdout.write(text)
 
 
 def size(count: int | None) -> str | None:

@@ -47,6 +47,11 @@ SELECT current_setting('server_version_num')::int,
 """
 
 
+_PRESENT: LiteralString = (
+    "SELECT array(SELECT datname::text FROM pg_database WHERE datallowconn AND NOT datistemplate ORDER BY datname)"
+)
+
+
 class Postgres:
     """A PostgreSQL cluster, version 15 or later; implements port `Database`.
 
@@ -196,6 +201,11 @@ class Postgres:
         """
         version, data, segment_bytes, spaces, files = await self._ask(_LAYOUT)
         return await asyncio.to_thread(_look_at_files, version, data, segment_bytes, spaces, files)
+
+    async def present(self) -> list[str]:
+        """Give the databases that may be connected to, templates aside, by name; raises `DatabaseError`."""
+        (names,) = await self._ask(_PRESENT)
+        return list(names)
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give everything that a pre-flight check of settings, roles, slots and paths has to say."""

@@ -1,0 +1,183 @@
+"""The service: run it, ask it for a point, ask it how it is; and put catalog and storage in agreement without it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from trigger import show
+from trigger.commands.arguments import Config, Json, options
+from trigger.control import NotRunningError, ask
+from trigger.errors import TrigpointError
+from trigger.options import Options
+from trigger.shape import data
+
+POINT_SECONDS = 3600.0
+"""How long `trigpoint point` waits for the service: a round has deadlines of its own, and may be tried again."""
+STATUS_SECONDS = 15.0
+
+
+def run(
+    force: Annotated[bool, typer.Option("--force", help="Go on where the pre-flight check refuses.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every step.")] = False,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Log JSON lines.")] = False,
+) -> None:
+    """Protect the cluster until told to stop.
+
+    SIGTERM and Ctrl-C end it after the round at hand. It logs to standard error; under systemd it says when it is
+    ready. The first point is taken at once.
+    """
+    chosen = options(config)
+    configure_logging(verbose=verbose, as_json=as_json)
+    from trigger import service
+
+    asyncio.run(service.run(chosen, force=force, ready=lambda _service: notify("READY=1")))
+
+
+def point(
+    note: Annotated[str, typer.Option("--note", "-n", help="Free text that is kept with the point.")] = "",
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Take a recovery point now; through the running service, or without one if none runs.
+
+    Ends when the point is sealed. Exit code 0 only then.
+    """
+    chosen = options(config)
+    taken = asyncio.run(_take(chosen, note))
+    if as_json:
+        show.print_json(taken)
+    if taken["state"] != "sealed":
+        raise TrigpointError(f"point {taken['number']} failed: {taken['failure']}", hint="see the service's log")
+    if not as_json:
+        at = (taken["ceiling"] or taken["floor"]).rpartition("@")[2]
+        show.say(f"point {taken['number']} sealed at {at} ({taken['id']})")
+
+
+async def _take(chosen: Options, note: str) -> Any:
+    try:
+        return (await ask(chosen.state_folder, {"do": "point", "note": note}, POINT_SECONDS))["point"]
+    except NotRunningError:
+        from trigger import service
+
+        return data(await service.take_one(chosen, note))
+
+
+def status(config: Config = None, as_json: Json = False) -> None:
+    """Say how the running service is: streams, last point, what waits, what a restore would replay, room.
+
+    Exit code 1 where no service runs; `trigpoint list` reads the catalog without one.
+    """
+    chosen = options(config)
+    answer = asyncio.run(ask(chosen.state_folder, {"do": "status"}, STATUS_SECONDS))["status"]
+    if as_json:
+        show.print_json(answer)
+        return
+    now, space, totals = datetime.now(UTC), answer["space"], answer["totals"]
+    streams = ", ".join(f"{name} {'connected' if up else 'NOT CONNECTED'}" for name, up in answer["streams"].items())
+    limit = show.size(answer["replay_limit_bytes"])
+    show.facts(
+        [
+            ("service", f"{answer['name']}, up {_ago(answer['started_at'], now)}"),
+            ("streams", streams),
+            ("log end", answer["log_end"]),
+            ("last point", f"{answer['last_point']}, sealed {_ago(answer['last_sealed_at'], now)} ago")
+            if answer["last_point"]
+            else ("last point", "none yet"),
+            ("log since then", show.size(answer["log_since_last_point_bytes"])),
+            ("replay", f"{show.size(answer['replay_bytes'])} of {limit} that the restore objective allows"),
+            ("waiting", f"{answer['pending_commits']} commits, {show.duration(answer['oldest_pending_seconds'])}"),
+            ("commits", _counts(answer["commits_by_rule"])),
+            ("points", ", ".join(f"{count} {state}" for state, count in totals["points"].items() if count)),
+            ("outcomes", ", ".join(f"{count} {outcome}" for outcome, count in totals["commits"].items() if count)),
+            ("open gaps", totals["open_gaps"]),
+            ("catalog", show.size(totals["bytes"])),
+            ("snapshots", f"{space['snapshots']} of {space['budget']}, {show.size(space['free_bytes'])} free"),
+            *(("journal", f"{finding['subject']}: {finding['message']}") for finding in answer["journal"]),
+        ]
+    )
+
+
+def _counts(by_rule: dict[str, int]) -> str:
+    return ", ".join(f"{count} {rule or 'taken by no rule'}" for rule, count in by_rule.items() if count) or "none yet"
+
+
+def _ago(then: str | None, now: datetime) -> str | None:
+    return None if then is None else show.duration(max(0.0, (now - datetime.fromisoformat(then)).total_seconds()))
+
+
+def reconcile(config: Config = None, as_json: Json = False) -> None:
+    """Make catalog and storage agree, as every start does: adopt, fail, remove what a crash left, report phantoms.
+
+    The service must not run. Snapshots that bear our names but that nobody can read are reported and left alone.
+    """
+    done = asyncio.run(_reconcile(options(config)))
+    if as_json:
+        show.print_json(done)
+        return
+    rows = [(what, ", ".join(ids)) for what, ids in data(done).items() if ids]
+    show.facts(rows or [("reconciled", "catalog and storage agree; nothing to do")])
+
+
+async def _reconcile(chosen: Options) -> Any:
+    from trigger import service
+    from trigger.control import only_one
+    from trigger.reconcile import reconcile as settle
+
+    with only_one(chosen.state_folder):
+        async with service.opened(chosen) as parts:
+            return await settle(parts.catalog, parts.storage)
+
+
+def configure_logging(*, verbose: bool, as_json: bool) -> None:
+    """Log to standard error: for people, for the journal of systemd, or as JSON lines."""
+    handler = logging.StreamHandler()
+    if as_json:
+        handler.setFormatter(_JsonLines())
+    elif "JOURNAL_STREAM" in os.environ:
+        handler.setFormatter(_ForJournald("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
+    for library in ("asyncio", "sqlalchemy"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": data(datetime.fromtimestamp(record.created, UTC)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+class _ForJournald(logging.Formatter):
+    """Puts the priority in front as sd-daemon(3) says; the journal has time and unit itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def notify(state: str) -> None:
+    """Tell systemd `state` as sd_notify(3) says; nothing happens outside systemd."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address or sys.platform != "linux":
+        return
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)

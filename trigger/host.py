@@ -1,0 +1,164 @@
+"""This host, as the service finds it: filesystems, the clock, permissions; and what a pre-flight check says of them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trigger.model import Finding, Severity, Volume
+from trigger.options import Options
+
+_BTRFS_ROOT_INODE = 256
+"""The inode number of the root of every btrfs subvolume (BTRFS_FIRST_FREE_OBJECTID in the kernel's btrfs_tree.h)."""
+_TIME_ERROR = 5
+"""What adjtimex(2) gives while the clock is not synchronised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo, as far as it matters here."""
+
+    point: Path
+    filesystem: str
+    """`ext4`, `btrfs`, …"""
+
+
+def mounts(mountinfo: str) -> list[Mount]:
+    """Give the mounts in the text of /proc/self/mountinfo (proc(5)), in its order."""
+    found = []
+    for line in mountinfo.splitlines():
+        left, separator, right = line.partition(" - ")
+        fields, kind = left.split(), right.split()
+        if separator and len(fields) > 4 and kind:
+            point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+            found.append(Mount(Path(point), kind[0]))
+    return found
+
+
+def mount_of(path: Path, table: Sequence[Mount]) -> Mount:
+    """Give the mount that `path` (real) lies on: the longest mount point above it, of equals the last."""
+    above = [mount for mount in table if path.is_relative_to(mount.point)]
+    return max(reversed(above), key=lambda mount: len(mount.point.parts), default=Mount(Path("/"), "unknown"))
+
+
+def subvolume_of(path: Path) -> Path:
+    """Give the root of the btrfs subvolume that `path` (existing, on btrfs) lies in."""
+    for folder in (path, *path.parents):
+        if folder.stat().st_ino == _BTRFS_ROOT_INODE:
+            return folder
+    return Path("/")
+
+
+def read_mounts() -> list[Mount]:
+    """Give the mounts that this process sees."""
+    return mounts(Path("/proc/self/mountinfo").read_text(errors="replace"))
+
+
+# ------------------------------------------------------------------------------------------------------ findings
+
+
+def check(options: Options, volumes: Sequence[Volume]) -> list[Finding]:
+    """Give what the pre-flight check has to say of our own places, their permissions, and the clock."""
+    places = {
+        "state folder": options.state_folder,
+        "catalog": options.catalog_path.parent,
+        "journal": options.journal_folder,
+        "storage folder": options.storage.folder,
+    }
+    return [
+        *check_places(places, volumes),
+        *check_secrets([path for path in (options.database.password_file, options.agent.hooks) if path]),
+        *check_state_folder(options.state_folder),
+        check_clock(clock_is_synchronised()),
+    ]
+
+
+def check_places(places: dict[str, Path], volumes: Sequence[Volume]) -> Iterator[Finding]:
+    """Refuse what we write where it lies on a protected volume, by whatever name, link or mount it is reached."""
+    roots = {_identity(Path(volume.path)): volume for volume in volumes if Path(volume.path).exists()}
+    for what, path in places.items():
+        inside = next((roots[i] for i in map(_identity, _with_parents(path)) if i in roots), None)
+        if inside is not None:
+            yield Finding(
+                what,
+                Severity.REFUSED,
+                f"{path} lies on the protected volume {inside.name} ({inside.path})",
+                "put it elsewhere: an in-place restore would take it back in time together with the data",
+            )
+        else:
+            yield Finding(what, Severity.OK, f"{path} lies on no protected volume")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Give device and inode, which are the same through links and bind mounts; on btrfs each subvolume is a device."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _with_parents(path: Path) -> Iterator[Path]:
+    """Give the part of `path` that exists, without links, and all folders above it."""
+    while not path.exists():
+        path = path.parent
+    real = path.resolve()
+    yield from (real, *real.parents)
+
+
+def check_secrets(paths: Sequence[Path]) -> Iterator[Finding]:
+    """Judge files that hold secrets, or that say what is run: nobody else may read or write them."""
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError as error:
+            yield Finding(str(path), Severity.REFUSED, f"it cannot be read: {error.strerror}", "see the configuration")
+            continue
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+            owner = f"owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}"
+            yield Finding(str(path), Severity.REFUSED, f"others may write it ({owner})", f"chown and chmod 0600 {path}")
+        else:
+            yield Finding(str(path), Severity.OK, "nobody else may write it")
+
+
+def check_state_folder(folder: Path) -> Iterator[Finding]:
+    """Judge whether we may write the state folder, and nobody else may."""
+    if not folder.exists():
+        parent = next(above for above in folder.parents if above.exists())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            message = f"{folder} is not there and cannot be made in {parent}"
+            yield Finding(
+                "state folder", Severity.REFUSED, message, f"make it, owned by user {os.geteuid()}, mode 0700"
+            )
+        return
+    found = folder.stat()
+    if not os.access(folder, os.W_OK | os.X_OK):
+        yield Finding("state folder", Severity.REFUSED, f"{folder} cannot be written", f"chown {os.geteuid()} {folder}")
+    elif found.st_mode & 0o022:
+        message = f"{folder} can be written by others (mode {stat.S_IMODE(found.st_mode):04o})"
+        yield Finding("state folder", Severity.REFUSED, message, f"chmod 0700 {folder}: whoever may write it is us")
+
+
+def check_clock(synchronised: bool | None) -> Finding:
+    """Judge the clock; None where the kernel does not say."""
+    if synchronised is None:
+        return Finding("clock", Severity.NOTE, "the kernel does not say whether the clock is synchronised")
+    if synchronised:
+        return Finding("clock", Severity.OK, "synchronised")
+    return Finding(
+        "clock",
+        Severity.NOTE,
+        "not synchronised: --to-time is as exact as the clock; order is by position and does not depend on it",
+        "run chrony or systemd-timesyncd",
+    )
+
+
+def clock_is_synchronised() -> bool | None:
+    """Ask the kernel with adjtimex(2), which changes nothing when asked so; None where it cannot be asked."""
+    try:
+        answer = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(1024))  # struct timex, zeroed: modes = 0
+    except (OSError, AttributeError):
+        return None
+    return None if answer < 0 else bool(answer != _TIME_ERROR)
