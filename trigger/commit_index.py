@@ -14,7 +14,7 @@ from datetime import datetime
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, insert, or_, select, true, update
+from sqlalchemy import BigInteger, ColumnElement, Connection, Select, and_, bindparam, insert, or_, select, true, update
 
 from trigger.errors import CatalogError
 from trigger.model import CommitRecord, Outcome, to_microseconds
@@ -78,37 +78,50 @@ def record_all(
     """Write the outcome of `records` in as few blocks as possible and give how many were new.
 
     A stream's records lie in the history of its position in `through`, or else in `history`. Dropped are those that
-    end at or before what the stream has settled there, or before the end of its last block there.
+    end at or before what the stream has settled there, and those that lie in a block already. Blocks may lie behind
+    the new records: what a failover left behind was missed before what is kept of that history is protected.
 
     Raises:
-        CatalogError: the records of a stream are not in log order.
+        CatalogError: the records of a stream are not in log order, or one overlaps a block without lying in it.
     """
     new = 0
     for stream, mine in _by_stream(records).items():
         owner = through[stream].history if stream in through else history
-        done, last_block = _settled_at(connection, stream, owner), _last_block_at(connection, stream, owner)
-        kept = [record for record in mine if record.end > max(done, last_block)]
-        if kept and kept[0].start < last_block:
-            raise CatalogError(f"commit {kept[0]} overlaps one that is recorded, up to {Lsn(last_block)}")
-        count(connection, REPEATED, len(mine) - len(kept))
-        _insert(connection, kept, owner, point=point, reason=reason)
-        new += len(kept)
+        done = _settled_at(connection, stream, owner)
+        for run in _unrecorded(connection, [record for record in mine if record.end > done], owner, strict=True):
+            _insert(connection, run, owner, point=point, reason=reason)
+            new += len(run)
+    count(connection, REPEATED, len(records) - new)
     return new
 
 
 def record_missing(connection: Connection, records: Sequence[CommitRecord], history: History, *, point: int) -> int:
     """Write those `records` that lie in no block yet, wherever in the log that is, and give how many were new."""
     new = 0
-    for stream, mine in _by_stream(records).items():
-        there = _stretches_of(connection, stream, history, mine[0].start, mine[-1].end)
-        firsts = [first for first, _ in there]
-        for place, run in groupby(mine, key=lambda record: bisect_right(firsts, record.start)):
-            last = there[place - 1][1] if place else -1
-            kept = [record for record in run if record.start >= last]
-            _insert(connection, kept, history, point=point, reason=None)
-            new += len(kept)
+    for mine in _by_stream(records).values():
+        for run in _unrecorded(connection, mine, history, strict=False):
+            _insert(connection, run, history, point=point, reason=None)
+            new += len(run)
     count(connection, REPEATED, len(records) - new)
     return new
+
+
+def _unrecorded(
+    connection: Connection, mine: Sequence[CommitRecord], history: History, *, strict: bool
+) -> list[list[CommitRecord]]:
+    """Give those of a stream's records that lie in no block yet, in runs with no block between."""
+    if not mine:
+        return []
+    there = _stretches_of(connection, mine[0].stream, history, mine[0].start, mine[-1].end)
+    firsts = [first for first, _ in there]
+    runs = []
+    for place, run in groupby(mine, key=lambda record: bisect_right(firsts, record.start)):
+        last = there[place - 1][1] if place else -1
+        whole = list(run)
+        if strict and (crossing := next((r for r in whole if r.start < last < r.end), None)):
+            raise CatalogError(f"commit {crossing} overlaps one that is recorded, up to {Lsn(last)}")
+        runs.append([record for record in whole if record.start >= last])
+    return [run for run in runs if run]
 
 
 def settle(connection: Connection, stream: str, through: Position) -> None:
@@ -270,18 +283,20 @@ def find(connection: Connection, query: Query, limit: int) -> list[Found]:
 
     Only blocks that can hold a match are unpacked; the narrowest key that was given picks them.
     """
-    candidates = select(blocks.c.id).order_by(blocks.c.id.desc())
+    keys: Iterable[Any]
+    if max(query.lsn or 0, query.xid or 0) > _BIGINT_MAX:
+        return []
     if query.lsn is not None:
         keys = _around(connection, query.lsn)
     elif query.xid is not None:
-        keys = list(connection.scalars(candidates.where(_holds_xid(query.xid))))
+        keys = connection.scalars(_WITH_XID, _range(query.xid, query.xid)).all()
     elif query.marker is not None:
-        with_marker = select(markers.c.block).where(markers.c.digest == _digest(query.marker))
-        keys = list(connection.scalars(with_marker.order_by(markers.c.block.desc())))
+        digest = markers.c.digest == _digest(query.marker)
+        keys = connection.scalars(select(markers.c.block).where(digest).order_by(markers.c.block.desc())).all()
     elif query.first_us is not None and query.last_us is not None:
-        keys = list(connection.scalars(candidates.where(_holds_time(query.first_us, query.last_us))))
+        keys = connection.scalars(_IN_TIME, _range(query.first_us, query.last_us)).all()
     else:
-        keys = list(connection.scalars(_newest(candidates, query.stream).limit(limit)))
+        keys = connection.scalars(_newest(query.stream, limit)).all()
     matches = (found for key in keys for found in reversed(_unpacked(connection, key)) if query.matches(found.record))
     return sorted(islice(matches, limit), key=log_order)
 
@@ -297,13 +312,12 @@ def commits_of(connection: Connection, point: int) -> list[CommitRecord]:
 def before(connection: Connection, lsn: int, line: History | Lineage) -> Found | None:
     """Give the last commit of all streams whose record begins before `lsn`."""
     for history, low, high in reversed(_stretches(line)):
-        bound = min(lsn, high)
-        there = [
-            found
-            for key in _last_blocks(connection, history, blocks.c.first < bound)
-            for found in _unpacked(connection, key)
-            if low <= found.record.start < bound
-        ]
+        earlier = blocks.c.first < min(lsn, high)
+        keys = {  # the last block may hold nothing but a commit that reaches beyond the stretch
+            *_last_blocks(connection, history, earlier),
+            *_last_blocks(connection, history, and_(earlier, blocks.c.last <= high)),
+        }
+        there = [found for found in _inside(connection, keys, low, high) if found.record.start < lsn]
         if there:
             return max(there, key=log_order)
     return None
@@ -312,12 +326,12 @@ def before(connection: Connection, lsn: int, line: History | Lineage) -> Found |
 def after(connection: Connection, lsn: int, line: History | Lineage) -> Found | None:
     """Give the first commit of all streams whose record begins behind `lsn`."""
     for history, low, high in _stretches(line):
-        bound = max(lsn + 1, low)
+        bound = min(max(lsn + 1, low), _BIGINT_MAX)
         keys = {
             *_last_blocks(connection, history, blocks.c.first < bound),
             *_first_blocks(connection, history, blocks.c.first >= bound),
         }
-        there = [found for key in keys for found in _unpacked(connection, key) if bound <= found.record.start < high]
+        there = [found for found in _inside(connection, keys, low, high) if found.record.start > lsn]
         if there:
             return min(there, key=log_order)
     return None
@@ -330,14 +344,10 @@ def as_of(connection: Connection, time: datetime, line: History | Lineage | None
         return None
     time_us = to_microseconds(time)
     for history, low, high in _stretches(line):
-        later = [
-            found.record.start
-            for key in _first_later(connection, history, time_us)
-            for found in _unpacked(connection, key)
-            if found.record.time_us > time_us and low <= found.record.start < high
-        ]
+        keys = _first_later(connection, history, time_us)
+        later = [found.record for found in _inside(connection, keys, low, high) if found.record.time_us > time_us]
         if later:
-            return before(connection, min(later), line)
+            return before(connection, min(record.start for record in later), line)
     return before(connection, _BIGINT_MAX, line)
 
 
@@ -346,15 +356,28 @@ def log_order(found: Found) -> tuple[str, int, int]:
     return found.history.system, found.history.timeline, found.record.start
 
 
+_BLOCK = (
+    select(blocks.c.point, blocks.c.reason, blocks.c.data, streams.c.name, histories.c.system, histories.c.timeline)
+    .join_from(blocks, streams, streams.c.id == blocks.c.stream)
+    .join(histories, histories.c.id == blocks.c.history)
+    .where(blocks.c.id == bindparam("key"))
+)
+
+
 def _unpacked(connection: Connection, key: int) -> list[Found]:
-    row = connection.execute(
-        select(blocks.c.point, blocks.c.reason, blocks.c.data, streams.c.name, histories.c.system, histories.c.timeline)
-        .join_from(blocks, streams, streams.c.id == blocks.c.stream)
-        .join(histories, histories.c.id == blocks.c.history)
-        .where(blocks.c.id == key)
-    ).one()
+    row = connection.execute(_BLOCK, {"key": key}).one()
     history = History(row.system, row.timeline)
     return [Found(record, row.point, row.reason or "", history) for record in unpack_data(row.name, row.data)]
+
+
+def _inside(connection: Connection, keys: Iterable[int], low: int, high: int) -> list[Found]:
+    """Give the commits of the blocks `keys` whose records lie between `low` and `high`."""
+    return [
+        found
+        for key in keys
+        for found in _unpacked(connection, key)
+        if low <= found.record.start and found.record.end <= high
+    ]
 
 
 def _stretches(line: History | Lineage) -> list[tuple[History, int, int]]:
@@ -410,35 +433,48 @@ def _around(connection: Connection, lsn: Lsn) -> list[int]:
     return sorted({*touching, *ending}, reverse=True)
 
 
-def _holds_xid(xid: int) -> ColumnElement[bool]:
-    outlying = select(xid_outliers.c.block).where(xid_outliers.c.xid == xid)
-    return or_(_in_range(blocks.c.xid_level, blocks.c.xid_low, blocks.c.xid_high, xid, xid), blocks.c.id.in_(outlying))
-
-
-def _holds_time(first_us: int, last_us: int) -> ColumnElement[bool]:
-    return _in_range(blocks.c.time_level, blocks.c.time_low_us, blocks.c.time_high_us, first_us, last_us)
-
-
-def _in_range(
-    level: ColumnElement[int], low: ColumnElement[int], high: ColumnElement[int], first: int, last: int
-) -> ColumnElement[bool]:
-    """Give the condition that a block's range meets [first, last]: a short stretch of the index for each level."""
+def _in_range(level: ColumnElement[int], low: ColumnElement[int], high: ColumnElement[int]) -> ColumnElement[bool]:
+    """Give the condition that a block's range meets [:first, :last]: a short stretch of the index for each level."""
+    first, last = bindparam("first", type_=BigInteger), bindparam("last", type_=BigInteger)
     return or_(
         *(
-            and_(level == k, low.between(max(first - 16**k + 1, _BIGINT_MIN), last), high >= first)
+            and_(level == k, low.between(bindparam(f"from_{k}", type_=BigInteger), last), high >= first)
             for k in range(_LEVELS)
         )
     )
 
 
-def _newest(candidates: Select[tuple[int]], stream: str | None) -> Select[tuple[int]]:
+_OUTLYING = select(xid_outliers.c.block).where(xid_outliers.c.xid == bindparam("first", type_=BigInteger))
+_WITH_XID = (
+    select(blocks.c.id)
+    .where(or_(_in_range(blocks.c.xid_level, blocks.c.xid_low, blocks.c.xid_high), blocks.c.id.in_(_OUTLYING)))
+    .order_by(blocks.c.id.desc())
+)
+_IN_TIME = (
+    select(blocks.c.id)
+    .where(_in_range(blocks.c.time_level, blocks.c.time_low_us, blocks.c.time_high_us))
+    .order_by(blocks.c.id.desc())
+)
+
+
+def _range(first: int, last: int) -> dict[str, int]:
+    """Give the parameters for `_in_range`."""
+    starts = {f"from_{k}": max(first - 16**k + 1, _BIGINT_MIN) for k in range(_LEVELS)}
+    return {"first": first, "last": last, **starts}
+
+
+def _newest(stream: str | None, limit: int) -> Select[Any]:
+    newest = select(blocks.c.id).order_by(blocks.c.id.desc()).limit(limit)
     if stream is None:
-        return candidates
-    return candidates.join(streams, streams.c.id == blocks.c.stream).where(streams.c.name == stream)
+        return newest
+    return newest.join(streams, streams.c.id == blocks.c.stream).where(streams.c.name == stream)
 
 
 def _newest_history(connection: Connection) -> History | None:
     row = connection.execute(
-        select(histories.c.system, histories.c.timeline).order_by(histories.c.timeline.desc()).limit(1)
+        select(histories.c.system, histories.c.timeline)
+        .join_from(blocks, histories, histories.c.id == blocks.c.history)
+        .order_by(blocks.c.id.desc())
+        .limit(1)
     ).one_or_none()
     return History(row.system, row.timeline) if row else None
