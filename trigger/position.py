@@ -137,3 +137,8 @@ class Lineage:
                 raise PositionError(f"not a line of a timeline history file: {line!r}")
             forks.append((int(words[0]), Lsn.parse(words[1])))
         return cls(history, tuple(forks))
+
+
+def distance(later: Position, earlier: Position) -> int:
+    """Give the bytes of log between two positions of one lineage; 0 where the first is not the later one."""
+    return max(0, int(later.at) - int(earlier.at))

@@ -36,6 +36,7 @@ GRACE_SECONDS = 30.0
 WATCH_SECONDS = 5.0
 AUDIT_SECONDS = 60.0
 JOURNAL_START_SECONDS = 20.0
+STREAMS_START_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class Service:
         ceiling = base.ceiling if base else None
         return {
             "name": self.parts.options.name,
+            "ready": base is not None and all(self.window.connected().values()),
             "started_at": data(self.started_at),
             "now": data(self.cluster.clock.now()),
             "streams": dict(self.window.connected()),
@@ -105,7 +107,7 @@ async def run(options: Options, *, force: bool = False, ready: Callable[[Service
     Args:
         options: the configuration.
         force: go on where the pre-flight check refuses; what it said is logged.
-        ready: called once with the service when the first point may be taken.
+        ready: called once with the service when commits are protected: streams open, a base sealed.
 
     Raises:
         TrigpointError: what no waiting can help, of whatever part it came.
@@ -187,10 +189,10 @@ async def work(service: Service, ready: Callable[[Service], None] | None = None)
                     ("control", serve(parts.options.state_folder, service.answer)),
                 )
             ]
+            await _streams_open(window)
             main = tasks.create_task(protect(service.cluster, window, service.agenda), name="protect")
             background.append(tasks.create_task(_give_up_after_grace(service, main), name="grace"))
-            if ready is not None:
-                ready(service)
+            background.append(tasks.create_task(_announce(service, ready), name="announce"))
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([main])
             for task in background:
@@ -254,6 +256,25 @@ async def _journal_begun(parts: Parts) -> None:
                 await asyncio.sleep(0.05)
             return
     log.error("the journal has not begun within %.0f s; points are taken all the same", JOURNAL_START_SECONDS)
+
+
+async def _streams_open(window: Window) -> None:
+    """Wait until every stream is connected, so that the first point lies behind its slot; but not for ever."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(STREAMS_START_SECONDS):
+            while not all(window.connected().values()):
+                await window.more(None)
+            return
+    log.error("not every stream is connected within %.0f s; points are taken all the same", STREAMS_START_SECONDS)
+
+
+async def _announce(service: Service, ready: Callable[[Service], None] | None) -> None:
+    """Say once that commits are protected from now on: the streams are open and a base stands."""
+    while service.agenda.base is None:
+        await service.window.more(asyncio.get_running_loop().time() + 1)
+    log.info("protecting %s: the newest base is point %d", service.parts.options.name, service.agenda.base.number)
+    if ready is not None:
+        ready(service)
 
 
 async def watch_checkpoints(service: Service) -> None:
