@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trigger.commands import arguments, configuration, points, restores, rules, service, setup
+from trigger.errors import ConfigError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """What Typer raises for a command line that it cannot read; it has `format_message`."""
@@ -56,6 +57,23 @@ def root(
 ) -> None:
     """A recovery point for every database transaction that matters, and back to exactly that commit."""
     arguments.before_command.set(config)
+
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("demo", add_help_option=False, context_settings=_PASSED_ON)
+def demo(context: typer.Context) -> None:
+    """Show it: a bank on a PostgreSQL of its own, an accident, and back to the commit right before it, proven."""
+    try:
+        from trigger.demo.app import demo as play  # it needs the extra `demo`, and time to load
+    except ImportError as error:
+        raise ConfigError(f"the demo needs the package {error.name}", hint="pip install 'trigpoint[demo]'") from error
+    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    inner.command()(play)
+    code = inner(args=context.args, prog_name="trigpoint demo", standalone_mode=False)
+    if isinstance(code, int):
+        raise typer.Exit(code)
 
 
 app.command("init")(setup.init)

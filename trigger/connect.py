@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from socket import gethostname
 from typing import Any
 
 from connectors import DRIVERS
+from trigger import host
 from trigger.catalog import Catalog
 from trigger.errors import AgentError, ConfigError, DatabaseError
 from trigger.model import Finding, Severity, Volume
@@ -178,6 +180,7 @@ async def check(parts: Parts) -> list[Finding]:
     """Give what every part has to say before the cluster may be protected; changes nothing."""
     findings = await parts.database.check(parts.volumes)
     findings += await parts.storage.check(parts.volumes)
+    findings += await asyncio.to_thread(host.check, parts.options, parts.volumes)
     for agent in parts.agents:
         try:
             await agent.prepare(parts.volumes)

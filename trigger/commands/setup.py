@@ -14,7 +14,6 @@ from trigger.commands.arguments import LOCAL_CONFIG, SYSTEM_CONFIG, Config, Json
 from trigger.connect import check as check_parts
 from trigger.connect import driver
 from trigger.errors import ConfigError, PreflightError
-from trigger.host import check as check_host
 from trigger.host import read_mounts, subvolume_of
 from trigger.initialise import Proposal, propose, text
 from trigger.model import Finding, Severity
@@ -145,7 +144,7 @@ def check(config: Config = None, as_json: Json = False) -> None:
 
 async def _check(chosen: Options) -> list[Finding]:
     async with opened(chosen) as parts:
-        return await check_parts(parts) + check_host(chosen, parts.volumes)
+        return await check_parts(parts)
 
 
 def explain(config: Config = None, as_json: Json = False) -> None:
