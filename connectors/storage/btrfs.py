@@ -4,6 +4,9 @@ The sidecar with the tag is written before the cut: the snapshot call commits bo
 snapshot of a subvolume is there whole or not at all. So at any moment a crash leaves nothing, a sidecar without its
 volumes (unfinished), or a whole point.
 
+What was flushed before is in the snapshot, whole and in order. Of writes that were not flushed a later one may be in
+it and an earlier one not, as after a power cut (seen on Linux 6.18); databases are made for that.
+
 The filesystem is never frozen around the call: it would hang, and the snapshot would appear after the thaw.
 A full btrfs still makes snapshots and stops the database a moment later, so room is asked for before each.
 """

@@ -1,0 +1,138 @@
+"""The agents that the suite is run against: each a rig that can write to a volume and look at its disk."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from connectors.hosts.local import LocalAgent
+from connectors.memory import MemoryAgent, World
+from trigger.model import Volume
+from trigger.ports import Agent
+
+
+class ClearableAgent(Agent, Protocol):
+    """An agent whose poisoned volumes an operator can clear; every agent has that, outside of the port."""
+
+    async def clear(self, volume: str) -> None:
+        """Trust a volume again."""
+        ...
+
+
+class AgentRig(Protocol):
+    """One agent under test, with a volume that it flushes."""
+
+    volumes: tuple[Volume, ...]
+
+    def driver(self) -> ClearableAgent:
+        """Give the agent, built anew as after a restart."""
+        ...
+
+    def write(self, text: str) -> None:
+        """Write into the last volume, into the cache of the host only."""
+        ...
+
+    def on_disk(self) -> str:
+        """Give what the disk of the last volume would hold after a power cut right now."""
+        ...
+
+    def break_writes(self) -> None:
+        """Make the host's next write-back of the last volume fail."""
+        ...
+
+
+@dataclass
+class MemoryAgentRig:
+    """The reference driver."""
+
+    build: Callable[[World], ClearableAgent] = MemoryAgent
+    world: World = field(default_factory=World)
+    volumes: tuple[Volume, ...] = (Volume("data", "/data"), Volume("wal", "/wal"))
+
+    def driver(self) -> ClearableAgent:
+        return self.build(self.world)
+
+    def write(self, text: str) -> None:
+        self.world.cluster.commit("bank", markers=(text,))
+
+    def on_disk(self) -> str:
+        cluster = self.world.cluster
+        held = [entry.commit for entry in cluster.entries(cluster.lineage()) if entry.end <= cluster.stable]
+        markers = [commit.markers[0] for commit in held if commit is not None]
+        return markers[-1] if markers else ""
+
+    def break_writes(self) -> None:
+        self.world.write_errors.add("wal")
+
+
+@dataclass
+class LocalAgentRig:
+    """The local agent on an ext4 of its own, whose image lies on a small tmpfs that can be filled up."""
+
+    root: Path
+    build: Callable[..., ClearableAgent] = LocalAgent
+
+    def __post_init__(self) -> None:
+        self.mount = self.root / "mount"
+        self.volumes = (Volume("data", str(self.mount / "data")), Volume("wal", str(self.mount / "wal")))
+        self.state = self.root / "state"
+        self.state.mkdir()
+        for volume in self.volumes:
+            Path(volume.path).mkdir()
+
+    def driver(self) -> ClearableAgent:
+        return self.build("host", state_folder=self.state)
+
+    def write(self, text: str) -> None:
+        (Path(self.volumes[-1].path) / "row").write_text(text)
+
+    def on_disk(self) -> str:
+        with tempfile.TemporaryDirectory(dir=self.root) as folder:
+            copy, mount = Path(folder) / "copy", Path(folder) / "mount"
+            mount.mkdir()
+            run("cp", "--sparse=always", self.root / "small" / "image", copy)
+            run("mount", "-o", "loop", copy, mount)
+            try:
+                found = mount / "wal" / "row"
+                return found.read_text() if found.exists() else ""
+            finally:
+                run("umount", mount)
+
+    def break_writes(self) -> None:
+        with contextlib.suppress(OSError), (self.root / "small" / "filler").open("wb") as filler:
+            while True:
+                filler.write(bytes(1 << 16))
+        (Path(self.volumes[-1].path) / "large").write_bytes(b"x" * (2 << 20))
+
+
+@contextlib.contextmanager
+def small_ext4() -> Iterator[Path]:
+    """Give a folder with `mount`, an ext4 of 24 MB whose image lies on a tmpfs of 16 MB at `small`."""
+    root = Path(tempfile.mkdtemp(prefix="trg-agent-", dir="/var/tmp"))
+    (root / "small").mkdir()
+    (root / "mount").mkdir()
+    try:
+        run("mount", "-t", "tmpfs", "-o", "size=16m", "none", root / "small")
+        try:
+            with (root / "small" / "image").open("wb") as image:
+                image.truncate(24 << 20)
+            run("mkfs.ext4", "-q", "-O", "^has_journal", root / "small" / "image")
+            run("mount", "-o", "loop", root / "small" / "image", root / "mount")
+            try:
+                yield root
+            finally:
+                run("umount", "--lazy", root / "mount")
+        finally:
+            run("umount", "--lazy", root / "small")
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=60)

@@ -1,0 +1,29 @@
+"""Every agent keeps every claim of the port."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from tests.conformance.agent_claims import EVERY, LOCAL
+from tests.conformance.agent_rigs import LocalAgentRig, MemoryAgentRig, small_ext4
+
+
+@pytest.mark.parametrize("claim", EVERY, ids=lambda claim: claim.__name__)
+def test_the_agent_in_memory(claim: Callable[[Any], Awaitable[None]]) -> None:
+    asyncio.run(_run(claim, MemoryAgentRig()))
+
+
+@pytest.mark.volume
+@pytest.mark.parametrize("claim", [*EVERY, *LOCAL], ids=lambda claim: claim.__name__)
+def test_the_local_agent(claim: Callable[[Any], Awaitable[None]]) -> None:
+    with small_ext4() as root:
+        asyncio.run(_run(claim, LocalAgentRig(root)))
+
+
+async def _run(claim: Callable[[Any], Awaitable[None]], rig: object) -> None:
+    async with asyncio.timeout(60):
+        await claim(rig)

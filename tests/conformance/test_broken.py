@@ -1,0 +1,247 @@
+"""The suites catch drivers that break a promise: each of these does, in a way that real drivers have done."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from connectors.hosts import local as local_module
+from connectors.hosts.local import LocalAgent
+from connectors.storage.copying import Copier, Manifest, Seen
+from connectors.storage.directory import DirectoryStorage
+from connectors.syncfs import flush
+from tests.conformance import agent_claims, storage_claims
+from tests.conformance.agent_rigs import LocalAgentRig, small_ext4
+from tests.conformance.storage_rigs import directory
+from trigger.errors import AgentError
+from trigger.model import Flush, Snapshot, Volume, tag_name
+from trigger.ports import Capability, Clone, Progress, Tagged
+
+CAUGHT = (AssertionError, pytest.fail.Exception, KeyError)
+"""A claim that does not hold, an error that should have come, an error that is not the port's."""
+
+
+class ForgetsTheTag(DirectoryStorage):
+    async def tagged(self) -> list[Tagged]:
+        return [replace(found, tag=None) for found in await super().tagged()]
+
+
+class KeepsTheTagInItsHead(DirectoryStorage):
+    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+        made = await super().snapshot(volumes, point, "")
+        self._tags = getattr(self, "_tags", {}) | {point: tag}
+        return made
+
+    async def tagged(self) -> list[Tagged]:
+        tags: dict[str, str] = getattr(self, "_tags", {})
+        return [replace(found, tag=tags.get(found.point)) for found in await super().tagged()]
+
+
+class CutsAgainWhenRepeated(DirectoryStorage):
+    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+        await self.delete(point)
+        return await super().snapshot(volumes, point, tag)
+
+
+class CallsTheUnfinishedComplete(DirectoryStorage):
+    async def tagged(self) -> list[Tagged]:
+        return [replace(found, complete=True) for found in await super().tagged()]
+
+
+class ClonesByHardLink(DirectoryStorage):
+    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+        clone = await super().clone(point, name, progress)
+        for volume, path in clone.paths:
+            shutil.rmtree(path)
+            kept = self._shelf.point_folder(point) / volume
+            shutil.copytree(kept, path, copy_function=os.link, symlinks=True)
+        return clone
+
+
+class OverwritesAClone(DirectoryStorage):
+    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+        await self.drop_clone(name)
+        return await super().clone(point, name, progress)
+
+
+class LeavesAFailedClone(DirectoryStorage):
+    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+        if not self._shelf.point_folder(point).exists():
+            self._shelf.begin_clone(name, point, [])
+        return await super().clone(point, name, progress)
+
+
+class DeletesWhatBeginsLikeOurs(DirectoryStorage):
+    async def delete(self, point: str) -> None:
+        for found in self._shelf.folder.glob(f"{tag_name(point)}*"):
+            shutil.rmtree(found)
+
+
+class ListsWhatBeginsLikeOurs(DirectoryStorage):
+    async def tagged(self) -> list[Tagged]:
+        folders = self._shelf.folder.glob("trg-*")
+        return [Tagged(folder.name[4:], None, (), complete=False) for folder in folders]
+
+
+class TrustsTheModificationTime(DirectoryStorage):
+    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+        def holds_unchanged(self: Manifest, name: str, seen: Seen) -> bool:
+            known = self.files.get(name)
+            return known is not None and (known.size, known.modified_ns) == (seen.size, seen.modified_ns)
+
+        with patch.object(Manifest, "holds_unchanged", holds_unchanged):
+            return await super().snapshot(volumes, point, tag)
+
+
+class SharesWithTheSource(DirectoryStorage):
+    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+        def copy(self: Copier, source: Path, target: Path) -> None:
+            shutil.copytree(source, target, copy_function=os.link, symlinks=True)
+
+        with patch.object(Copier, "copy", copy):
+            return await super().snapshot(volumes, point, tag)
+
+
+class ForgetsTheSecondVolume(DirectoryStorage):
+    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+        return await super().snapshot(volumes[:1], point, tag)
+
+
+class TakesNoNoticeOfRoom(DirectoryStorage):
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self._shelf.require_room = lambda: None  # type: ignore[method-assign]
+        self._shelf.require_free = lambda more_bytes=0: None  # type: ignore[method-assign]
+
+
+class ClaimsToBeAtomic(DirectoryStorage):
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.capabilities = self.capabilities | {Capability.ATOMIC}
+
+
+class RaisesWhatItLikes(DirectoryStorage):
+    async def retag(self, point: str, tag: str) -> None:
+        if self._shelf.read(point) is None:
+            raise KeyError(point)
+        await super().retag(point, tag)
+
+
+class HoldsUpTheLoop(DirectoryStorage):
+    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+        time.sleep(0.6)  # noqa: ASYNC251 - that is the point
+        return await super().snapshot(volumes, point, tag)
+
+
+BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[None]]]] = [
+    (ForgetsTheTag, storage_claims.a_tag_comes_back_as_it_was_given_from_the_storage_alone),
+    (KeepsTheTagInItsHead, storage_claims.a_tag_comes_back_as_it_was_given_from_the_storage_alone),
+    (CutsAgainWhenRepeated, storage_claims.the_same_point_twice_is_the_same_snapshot),
+    (CallsTheUnfinishedComplete, storage_claims.what_a_crash_left_is_shown_as_unfinished_and_deleted),
+    (ClonesByHardLink, storage_claims.what_is_written_to_a_clone_reaches_neither_snapshot_nor_volume),
+    (OverwritesAClone, storage_claims.the_name_of_a_clone_is_taken_once),
+    (LeavesAFailedClone, storage_claims.a_clone_that_fails_leaves_nothing_behind),
+    (DeletesWhatBeginsLikeOurs, storage_claims.what_is_not_ours_is_neither_listed_nor_deleted),
+    (ListsWhatBeginsLikeOurs, storage_claims.what_is_not_ours_is_neither_listed_nor_deleted),
+    (TrustsTheModificationTime, storage_claims.a_change_that_hides_its_time_is_in_the_next_snapshot),
+    (SharesWithTheSource, storage_claims.a_snapshot_holds_what_was_written_before_it_and_nothing_after),
+    (ForgetsTheSecondVolume, storage_claims.every_volume_has_a_snapshot_of_its_own),
+    (TakesNoNoticeOfRoom, storage_claims.no_snapshot_is_made_beyond_the_budget),
+    (TakesNoNoticeOfRoom, storage_claims.no_snapshot_is_made_while_too_little_is_free),
+    (ClaimsToBeAtomic, storage_claims.an_atomic_snapshot_holds_no_write_without_those_flushed_before_it),
+    (RaisesWhatItLikes, storage_claims.a_tag_without_a_snapshot_is_refused),
+    (HoldsUpTheLoop, storage_claims.the_loop_goes_on_while_a_snapshot_is_made),
+]
+
+
+@pytest.mark.parametrize(
+    ("driver", "claim"), BROKEN_STORAGES, ids=[f"{d.__name__}-{c.__name__}" for d, c in BROKEN_STORAGES]
+)
+def test_the_suite_catches_a_storage_that(
+    driver: type[DirectoryStorage], claim: Callable[[Any], Awaitable[None]], tmp_path: Path
+) -> None:
+    with pytest.raises(CAUGHT):
+        asyncio.run(_run(claim, directory(tmp_path, driver)))
+
+
+class ReportsBeforeItFlushed(LocalAgent):
+    async def flush(self, point: str, deadline_seconds: float) -> tuple[Flush, ...]:
+        with patch.object(local_module, "syncfs", lambda _: None):
+            return await super().flush(point, deadline_seconds)
+
+
+class SwallowsTheError(LocalAgent):
+    async def flush(self, point: str, deadline_seconds: float) -> tuple[Flush, ...]:
+        try:
+            return await super().flush(point, deadline_seconds)
+        except AgentError:
+            for volume in self.poisoned:
+                await self.clear(volume)
+            return await super().flush(point, deadline_seconds)
+
+
+class ForgetsTheErrorOverARestart(LocalAgent):
+    async def prepare(self, volumes: Sequence[Volume]) -> None:
+        for volume in volumes:
+            await self.clear(volume.name)
+        await super().prepare(volumes)
+
+
+class OpensItsDescriptorTooLate(LocalAgent):
+    async def prepare(self, volumes: Sequence[Volume]) -> None:
+        self._wanted = volumes
+        await super().prepare(volumes)
+
+    async def flush(self, point: str, deadline_seconds: float) -> tuple[Flush, ...]:
+        if self._filesystems is not None:
+            with contextlib.suppress(OSError):
+                flush(Path(self._wanted[0].path))  # somebody else asks, and is told of the error
+            await super().prepare(self._wanted)
+        return await super().flush(point, deadline_seconds)
+
+
+class BelievesAFrozenFilesystem(LocalAgent):
+    async def flush(self, point: str, deadline_seconds: float) -> tuple[Flush, ...]:
+        with patch.object(local_module, "_require_writable", lambda *_: None):
+            return await super().flush(point, deadline_seconds)
+
+
+class TrustsThePath(LocalAgent):
+    async def flush(self, point: str, deadline_seconds: float) -> tuple[Flush, ...]:
+        with patch.object(local_module, "_require_same", lambda *_: None):
+            return await super().flush(point, deadline_seconds)
+
+
+BROKEN_AGENTS: list[tuple[type[LocalAgent], Callable[[Any], Awaitable[None]]]] = [
+    (ReportsBeforeItFlushed, agent_claims.what_was_written_before_the_flush_survives_a_power_cut_after_it),
+    (SwallowsTheError, agent_claims.a_write_back_error_fails_every_flush_until_it_is_cleared),
+    (OpensItsDescriptorTooLate, agent_claims.a_write_back_error_fails_every_flush_until_it_is_cleared),
+    (ForgetsTheErrorOverARestart, agent_claims.a_write_back_error_fails_every_flush_until_it_is_cleared),
+    (BelievesAFrozenFilesystem, agent_claims.a_frozen_filesystem_is_no_success_and_holds_up_nothing),
+    (BelievesAFrozenFilesystem, agent_claims.a_read_only_filesystem_is_no_success),
+    (TrustsThePath, agent_claims.a_volume_that_was_mounted_over_is_not_flushed_as_the_old_one),
+]
+
+
+@pytest.mark.volume
+@pytest.mark.parametrize(
+    ("driver", "claim"), BROKEN_AGENTS, ids=[f"{d.__name__}-{c.__name__}" for d, c in BROKEN_AGENTS]
+)
+def test_the_suite_catches_an_agent_that(driver: type[LocalAgent], claim: Callable[[Any], Awaitable[None]]) -> None:
+    with small_ext4() as root, pytest.raises(CAUGHT):
+        asyncio.run(_run(claim, LocalAgentRig(root, driver)))
+
+
+async def _run(claim: Callable[[Any], Awaitable[None]], rig: object) -> None:
+    async with asyncio.timeout(60):
+        await claim(rig)
