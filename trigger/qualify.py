@@ -10,17 +10,28 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
-
-import cel
+from typing import TYPE_CHECKING, Any
 
 from trigger.errors import ConfigError
 from trigger.model import Cause, Changes, Commit
 from trigger.options import PointOptions, RuleOptions
 from trigger.position import History, Lsn
 
-FACTS = ("database", "tables", "changes", "operations", "rows", "markers", "origin", "xid", "time")
-"""What an expression can ask about a commit."""
+if TYPE_CHECKING:
+    import cel
+
+FACTS = {
+    "database": "text",
+    "tables": "list of texts, `schema.table`",
+    "changes": "map of a table to its counts: inserted, updated, deleted, truncated, rows",
+    "operations": "list of those that occur: insert, update, delete, truncate",
+    "rows": "int, in all tables",
+    "markers": "list of texts",
+    "origin": "text, empty for a commit made here",
+    "xid": "int, 64 bits",
+    "time": "timestamp of the commit",
+}
+"""What an expression can ask about a commit, and of which type it is."""
 
 FUNCTIONS = frozenset(
     {
@@ -137,6 +148,8 @@ def _compile(index: int, rule: RuleOptions) -> cel.Program | None:
         return None
     place = f"rules.{index}.expression (rule {rule.name})"
     try:
+        import cel  # a third of a second that only rules with expressions should cost
+
         program = cel.compile(rule.expression)
     except ValueError as error:
         raise ConfigError(f"{place}: {_syntax(str(error))}", hint="expressions are written in CEL") from None
@@ -159,13 +172,20 @@ def _try_once(place: str, program: cel.Program) -> None:
     """Refuse an expression that cannot give true or false; what only some commits make it do is no reason."""
     try:
         answer = program.execute(facts(_EXAMPLE))
-    except TypeError as error:
-        raise ConfigError(f"{place}: {str(error).partition('.')[0]}", hint="see the types of the facts") from None
-    except Exception:  # noqa: BLE001 - a table or marker that the example does not have; another commit may
+    except Exception as error:  # noqa: BLE001 - most are a table or marker that the example lacks; another commit may not
+        if isinstance(error, TypeError) or str(error).startswith(_WRONG_FOR_EVERY_COMMIT):
+            words = " ".join(str(error).partition(". ")[0].split())
+            raise ConfigError(
+                f"{place}: {words}",
+                hint=f"the facts are {', '.join(f'{fact} ({kind})' for fact, kind in FACTS.items())}",
+            ) from None
         return
     if not isinstance(answer, bool):
         raise ConfigError(f"{place}: it gives {answer!r}, which is neither true nor false")
 
+
+_WRONG_FOR_EVERY_COMMIT = ("Undefined variable or function", "Function 'matches' error")
+"""How the library's messages begin where arguments, or a regular expression, are wrong whatever the commit."""
 
 _EXAMPLE = Commit(
     "database", History("", 1), Lsn(0), Lsn(0), 1, 0, tables={"public.example": Changes(1)}, markers=("example",)
