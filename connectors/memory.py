@@ -293,7 +293,7 @@ class World:
         self.started_at = started_at
         self.skew = timedelta()
         """How wrong the clock is; a test may step it."""
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: dict[asyncio.Future[None], None] = {}  # woken in the order in which they came
         self.cluster = Cluster(self.now, self.notify)
         self.kept: dict[str, Kept] = {}
         self.clones: dict[str, tuple[Clone, dict[str, Content]]] = {}
@@ -317,7 +317,7 @@ class World:
 
     def notify(self) -> None:
         """Wake whoever waits for something to happen in the cluster."""
-        waiting, self._waiting = self._waiting, set()
+        waiting, self._waiting = self._waiting, {}
         for future in waiting:
             if not future.done():
                 future.set_result(None)
@@ -325,11 +325,11 @@ class World:
     async def changed(self) -> None:
         """Wait until something happens in the cluster."""
         future = asyncio.get_running_loop().create_future()
-        self._waiting.add(future)
+        self._waiting[future] = None
         try:
             await future
         finally:
-            self._waiting.discard(future)
+            self._waiting.pop(future, None)
 
     def kill_service(self) -> None:
         """Forget whoever waited: the process that they belonged to is gone, and its event loop with it."""
@@ -899,7 +899,7 @@ class MemoryRecovery:
         restored = self._world.restored.get(clone.name)
         return restored.running if restored else None
 
-    async def release(self, clone: Clone) -> None:
+    async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:  # noqa: ARG002 - the port's
         """Refuse for a clone that runs; there is no configuration to give back."""
         await asyncio.sleep(0)
         if clone.name in self._world.restored:

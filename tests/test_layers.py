@@ -36,7 +36,7 @@ LAYERS = (
     ),
     Layer(
         "the acts; no I/O of their own, all through ports and catalog",
-        ("pipeline", "reconcile", "target", "locate", "restore", "expire"),
+        ("pipeline", "reconcile", "target", "locate", "restore", "inplace", "expire"),
     ),
     Layer("the door to the drivers; proof by restoring", ("connect", "verify", "watch")),
     Layer("what runs: tasks, signals, and the socket to talk to it", ("control", "service")),

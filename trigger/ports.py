@@ -408,11 +408,11 @@ class Recovery(Protocol):
         """Give the server of a clone if it runs."""
         ...
 
-    async def release(self, clone: Clone) -> None:
+    async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:
         """Make a stopped clone fit to take the place of the cluster it was made of.
 
-        It gets back the configuration, the tablespace links and the log directory as its snapshot had them, all of
-        which name the places of the original; what isolated it is taken away. Repeating the call changes nothing.
+        It gets back the configuration, and the links into `volumes`, as its snapshot had them, and what isolated it
+        is taken away; so it works only where the volumes lie. Repeating the call changes nothing.
 
         Raises:
             RestoreError: its server still runs, or what was put aside is not there.
