@@ -301,7 +301,11 @@ def _begin_sqlite(connection: Connection) -> None:
 
 _SQLITE_WORDS = {
     "SQLITE_FULL": ("no room left", "free some space on its filesystem", True),
-    "SQLITE_READONLY": ("it cannot be written", "mount it read-write, and give the service's user the right", False),
+    "SQLITE_READONLY": (
+        "it cannot be written",
+        "mount it read-write, and give the service's user the right to it and to its -wal and -shm files",
+        False,
+    ),
     "SQLITE_BUSY": ("another process holds it", "see which Trigpoint is writing to it; tried for 5 s", True),
     "SQLITE_LOCKED": ("another call holds it", "see which Trigpoint is writing to it; tried for 5 s", True),
     "SQLITE_CORRUPT": ("it is damaged", "set it aside and run: trigpoint catalog rebuild", False),

@@ -242,3 +242,15 @@ def test_the_password_of_a_server_is_not_shown() -> None:
     catalog = Catalog(make_engine("postgresql+psycopg://trig:geheim@db/catalog"), None, owns_engine=True)
     assert "geheim" not in catalog.where
     assert "db/catalog" in catalog.where
+
+
+def test_a_catalog_file_is_written_with_a_log_and_synced_at_every_commit(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path / "catalog.db")
+    with_catalog(nothing, engine)
+    with engine.connect() as connection:
+        asked = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")
+        }
+        assert asked == {"journal_mode": "wal", "synchronous": 2}
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+    engine.dispose()
