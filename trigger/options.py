@@ -59,9 +59,9 @@ class DatabaseOptions(_Section):
     """How to reach it, as libpq says it, without a password: `host=/var/run/postgresql user=trigpoint`."""
     databases: list[DatabaseName] = Field(min_length=1, examples=[["bank"]])
     """The databases whose commits are watched, one stream each."""
-    password_file: WholePath | None = Field(None, examples=["/etc/trigpoint/pgpass"])
+    password_file: WholePath | None = Field(default=None, examples=["/etc/trigpoint/pgpass"])
     """A file in libpq's password-file format, readable by us alone."""
-    bin_directory: WholePath | None = Field(None, examples=["/usr/lib/postgresql/15/bin"])
+    bin_directory: WholePath | None = Field(default=None, examples=["/usr/lib/postgresql/15/bin"])
     """Where the server's own programs lie (pg_receivewal, postgres, pg_amcheck); found by itself if not given."""
     slot_prefix: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,30}$")] = "trigpoint"
     """Slots and publications are called `<prefix>_<database>`, the journal's slot `<prefix>_journal`."""
@@ -92,7 +92,7 @@ class AgentOptions(_Section):
     """How the host is reached."""
     deadline_seconds: Seconds = 30
     """How long a flush may take before the round is given up."""
-    hooks: WholePath | None = Field(None, examples=["/etc/trigpoint/hooks.toml"])
+    hooks: WholePath | None = Field(default=None, examples=["/etc/trigpoint/hooks.toml"])
     """A root-owned TOML file that names programs to run before or after the flush."""
 
 
@@ -114,7 +114,7 @@ class StorageOptions(_Section):
 class CatalogOptions(_Section):
     """The durable index of recovery points."""
 
-    path: WholePath | None = Field(None, examples=["/var/lib/trigpoint/catalog.sqlite"])
+    path: WholePath | None = Field(default=None, examples=["/var/lib/trigpoint/catalog.sqlite"])
     """The SQLite file; `<state_folder>/catalog.sqlite` if not given. Never on a protected volume."""
 
 
@@ -123,9 +123,9 @@ class JournalOptions(_Section):
 
     driver: Literal["receivewal", "archive"] = "receivewal"
     """`receivewal` keeps it with PostgreSQL's own program; `archive` reads an archive that exists already."""
-    folder: WholePath | None = Field(None, examples=["/var/lib/trigpoint/journal"])
+    folder: WholePath | None = Field(default=None, examples=["/var/lib/trigpoint/journal"])
     """Where segments are kept; `<state_folder>/journal` if not given. Never on a protected volume."""
-    restore_command: str | None = Field(None, examples=["cp /srv/archive/%f %p"])
+    restore_command: str | None = Field(default=None, examples=["cp /srv/archive/%f %p"])
     """`archive` only: the archive's own command with %f and %p, as PostgreSQL would run it."""
 
     @model_validator(mode="after")
@@ -144,9 +144,9 @@ class PointOptions(_Section):
     """The longest that a budget may keep a qualifying commit waiting; it wins over the two other limits."""
     per_minute: Annotated[int, Field(ge=1, le=6000)] = 60
     """At most this many points in any sixty seconds."""
-    interval_seconds: Seconds | None = Field(None, examples=[900])
+    interval_seconds: Seconds | None = Field(default=None, examples=[900])
     """Take a point this long after the last one began, whatever was committed."""
-    cron: str | None = Field(None, examples=["0 3 * * *"])
+    cron: str | None = Field(default=None, examples=["0 3 * * *"])
     """Take points by this cron schedule (five fields, UTC)."""
     catch_all_seconds: Seconds | None = 300
     """Take a point where the log moved for this long without a point: it holds what no source can see."""
@@ -181,17 +181,17 @@ class RuleOptions(_Section):
     """What the catalog says took the commit."""
     database: Glob = "*"
     """A glob over the name of the database."""
-    tables: list[Glob] = Field(["*"], min_length=1)
+    tables: list[Glob] = Field(default=["*"], min_length=1)
     """Globs over `schema.table`; a commit counts with the changes in tables that match one of them."""
     operations: list[Literal["insert", "update", "delete", "truncate"]] = Field(
-        ["insert", "update", "delete", "truncate"], min_length=1
+        default=["insert", "update", "delete", "truncate"], min_length=1
     )
     """Only these operations count."""
     least_rows: Annotated[int, Field(ge=0)] = 0
     """At least this many counting rows; a counting TRUNCATE is always enough."""
-    markers: Annotated[list[Glob], Field(min_length=1)] | None = Field(None, examples=[["payroll-*"]])
+    markers: Annotated[list[Glob], Field(min_length=1)] | None = Field(default=None, examples=[["payroll-*"]])
     """Globs over markers; at least one of the commit's markers must match one."""
-    expression: str | None = Field(None, examples=["rows > 1000 || markers.exists(m, m == 'close-of-day')"])
+    expression: str | None = Field(default=None, examples=["rows > 1000 || markers.exists(m, m == 'close-of-day')"])
     """A CEL expression over the facts of the commit that must be true."""
 
 

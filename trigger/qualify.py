@@ -174,14 +174,17 @@ def _try_once(place: str, program: cel.Program) -> None:
         answer = program.execute(facts(_EXAMPLE))
     except Exception as error:  # noqa: BLE001 - most are a table or marker that the example lacks; another commit may not
         if isinstance(error, TypeError) or str(error).startswith(_WRONG_FOR_EVERY_COMMIT):
-            words = " ".join(str(error).partition(". ")[0].split())
+            words = " ".join(str(error).partition(". ")[0].split()).replace("Undefined variable or", "no such fact or")
             raise ConfigError(
                 f"{place}: {words}",
                 hint=f"the facts are {', '.join(f'{fact} ({kind})' for fact, kind in FACTS.items())}",
             ) from None
         return
     if not isinstance(answer, bool):
-        raise ConfigError(f"{place}: it gives {answer!r}, which is neither true nor false")
+        raise ConfigError(
+            f"{place}: it gives {answer!r}, which is neither true nor false",
+            hint="compare it with something: `rows > 100`",
+        )
 
 
 _WRONG_FOR_EVERY_COMMIT = ("Undefined variable or function", "Function 'matches' error")
