@@ -128,7 +128,7 @@ class BtrfsStorage:
         try:
             now = datetime.now(UTC)
             planned = [Snapshot(each.name, self.name, str(folder / each.name), now, now) for each in volumes]
-            self._shelf.write(point, Sidecar(tag, tuple(planned)))
+            self._shelf.write_ahead(point, Sidecar(tag, tuple(planned)))  # the cut commits its name
             return tuple(_cut(Path(each.path), kept) for each, kept in zip(volumes, planned, strict=True))
         except BaseException:
             with contextlib.suppress(OSError):  # what is left is unfinished, and is shown as that

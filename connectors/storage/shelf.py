@@ -82,8 +82,11 @@ class Shelf:
 
     def write(self, point: str, sidecar: Sidecar) -> None:
         """Write or replace a point's sidecar durably."""
-        content = {"tag": sidecar.tag, "snapshots": [_snapshot_out(kept) for kept in sidecar.snapshots]}
-        _write(self.point_folder(point) / "point.json", content)
+        _write(self.point_folder(point) / "point.json", _sidecar_out(sidecar))
+
+    def write_ahead(self, point: str, sidecar: Sidecar) -> None:
+        """Write a point's first sidecar; its content is durable, its name with the filesystem's next commit."""
+        _write_flushed(self.point_folder(point) / "point.json", _sidecar_out(sidecar))
 
     def forget(self, point: str) -> None:
         """Remove a point's sidecar durably: from here on the point is unfinished."""
@@ -223,14 +226,17 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps({"content": content, "sha256": _digest(content)})
     fresh = path.with_suffix(".new")
-    with fresh.open("w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    _write_flushed(fresh, content)
     fresh.replace(path)
     _flush_folder(path.parent)
+
+
+def _write_flushed(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        file.write(json.dumps({"content": content, "sha256": _digest(content)}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -244,6 +250,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _sidecar_out(sidecar: Sidecar) -> dict[str, Any]:
+    return {"tag": sidecar.tag, "snapshots": [_snapshot_out(kept) for kept in sidecar.snapshots]}
 
 
 def _snapshot_out(snapshot: Snapshot) -> dict[str, Any]:
