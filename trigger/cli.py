@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trigger.commands import arguments, configuration, points, restores, rules, service, setup
+from trigger.commands import arguments, catalog, configuration, points, restores, rules, service, setup
 from trigger.errors import ConfigError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES) + ".",
+    epilog="Exit codes:\n\n" + "\n\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES),
 )
 
 
@@ -89,5 +89,6 @@ app.command("restore")(restores.restore_state)
 app.add_typer(restores.clones, name="clones")
 app.command("verify")(restores.verify_point)
 app.command("reconcile")(service.reconcile)
+app.add_typer(catalog.app, name="catalog")
 app.add_typer(rules.app, name="rules")
 app.add_typer(configuration.app, name="config")
