@@ -116,11 +116,13 @@ class Audit:
         for number in range(known.following, name.number):
             state.damaged[SegmentName(name.timeline, number).text(segment_bytes)] = _MISSING
         text, start = name.text(segment_bytes), name.start(segment_bytes)
-        follows = known.following == name.number and known.resume
+        folder = self._segments.file(name).parent
+        before = SegmentName(name.timeline, name.number - 1)
+        follows = known.following == name.number and known.resume and self._segments.file(before).parent == folder
         why = await asyncio.to_thread(self._headers, state, name)
         if not why:
             begin = Lsn(known.resume if follows else start)
-            stretch = Stretch(self._segments.path, name.timeline, begin, Lsn(start + segment_bytes))
+            stretch = Stretch(folder, name.timeline, begin, Lsn(start + segment_bytes))
             why = await self._dump.fault(stretch)
         state.damaged.pop(text, None)
         if why:

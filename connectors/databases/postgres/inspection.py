@@ -54,7 +54,8 @@ async def holds_target(subject: Subject, dump: WalDump) -> Result:
         return "the target is committed", status == "committed", f"transaction {wanted.xid}: {status}"
     before = await _commits_before(subject, dump)
     if not before:
-        return "the target is committed", True, f"not checked: no commit in the staged log before {subject.boundary}"
+        seen = f"nothing to compare with: the staged log has no commit before {subject.boundary}"
+        return "the last commit before the target is committed", True, seen
     status = await _logged_status(subject, before[-1])
     return "the last commit before the target is committed", status == "committed", _said(before[-1], status)
 
@@ -65,7 +66,7 @@ async def lacks_next(subject: Subject, dump: WalDump) -> Result:
     stretch = _stretch(subject, subject.boundary)
     behind = await dump.commits(stretch, limit=1) if stretch else []
     if not behind:
-        return what, True, f"not checked: no commit in the staged log behind {subject.boundary}"
+        return what, True, f"no commit follows in the staged log behind {subject.boundary}"
     status = await _logged_status(subject, behind[0])
     return what, status != "committed", _said(behind[0], status)
 
@@ -132,7 +133,11 @@ def _stretch(subject: Subject, start: Lsn, back: int = 0) -> Stretch | None:
     if number not in held:
         return None
     if not back:
-        return Stretch(subject.log_folder, timeline, start)
+        last = number
+        while last + 1 in held:
+            last += 1
+        # Without an end pg_waldump waits five seconds for a segment that does not come (`WALDumpOpenSegment`).
+        return Stretch(subject.log_folder, timeline, start, Lsn((last + 1) * segment_bytes))
     first = max(number - back, min(held)) if number - back in held else number
     return Stretch(subject.log_folder, timeline, SegmentName(timeline, first).start(segment_bytes), start)
 

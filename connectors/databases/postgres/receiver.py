@@ -155,9 +155,10 @@ class Receiver:
     async def _until_stall(self, segments: SegmentFolder, process: asyncio.subprocess.Process) -> None:
         """End the program when the server was ahead for `stall_seconds` and nothing arrived."""
         clock = asyncio.get_running_loop().time
-        arrived, since = Lsn(0), clock()
+        arrived, since, pause = Lsn(0), clock(), 0.5
         while True:
-            await asyncio.sleep(min(self._stall_seconds / 4, 5.0))
+            await asyncio.sleep(pause)
+            pause = min(self._stall_seconds / 4, 5.0)
             ours = await asyncio.to_thread(_end_of_log, segments)
             try:
                 head = await self._head()

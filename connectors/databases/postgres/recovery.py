@@ -26,6 +26,7 @@ from psycopg.conninfo import make_conninfo
 from connectors.databases.postgres import inspection, isolation
 from connectors.databases.postgres.isolation import Isolated, Placement
 from connectors.databases.postgres.programs import Programs, last_lines, run
+from connectors.databases.postgres.release import release
 from connectors.databases.postgres.scrub import scrub
 from connectors.databases.postgres.segments import SegmentFolder, give
 from connectors.databases.postgres.wal import history_timeline
@@ -153,10 +154,11 @@ class PostgresRecovery:
                 make_conninfo(running.conninfo, dbname=database), autocommit=True
             ) as connection:
                 cursor = await connection.execute(sql.encode())
-                row = await cursor.fetchone() if cursor.description else None
+                found = cursor.pgresult  # the server's own text: `t` for true, every digit of a number
+                value = found.get_value(0, 0) if found is not None and found.ntuples and found.nfields else None
         except psycopg.Error as error:
             raise RestoreError(f"the clone refused {sql!r} in database {database}: {error}") from error
-        return "" if row is None or row[0] is None else str(row[0])
+        return "" if value is None else value.decode(errors="replace")
 
     async def stop(self, clone: Clone) -> None:
         """Stop the server of a clone; one that does not run is no error."""
@@ -176,6 +178,15 @@ class PostgresRecovery:
             return _State.read(data).running(data, server.pid)
         except RestoreError:  # it is up, and its start is not finished
             return None
+
+    async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:
+        """Make a stopped clone fit to take the place of the cluster it was made of; see `release`."""
+        data = self._data(clone)
+        if data is None:
+            raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
+        if _server(data) is not None:
+            raise RestoreError(f"the server of {clone.name} still runs", hint="stop it first")
+        await asyncio.to_thread(release, data, clone, volumes)
 
     def _data(self, clone: Clone) -> Path | None:
         copy = dict(clone.paths).get(self._placement.data.volume)
@@ -285,7 +296,7 @@ class PostgresRecovery:
         isolated = Isolated(data, _owner_of(data), programs.major, ())
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
         if control.get("Data page checksum version", "0") == "0":
-            return "page checksums", True, "not checked: they are switched off in this cluster"
+            return "page checksums, which are switched off in this cluster", True, "nothing to check"
         await _end(data, signal.SIGINT)
         try:
             output = await _ask(programs, isolated, "pg_checksums", "--check", "-D", data, seconds=3600.0)

@@ -27,11 +27,12 @@ _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP)
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """One segment of a replay: the files that hold it, newest timeline first, and whether it may be missing."""
+    """One segment of a replay: on which timelines it may lie, newest first, and up to where it has to be held."""
 
     number: int
     timelines: tuple[int, ...]
-    required: bool
+    until: Lsn | None
+    """None where the replay can do without it."""
 
 
 class SegmentFolder:
@@ -198,7 +199,7 @@ class SegmentFolder:
                 self._put(held, folder / held.name)
         needed = self._needed(lineage, start, target)
         for count, segment in enumerate(needed):
-            if not self._stage_one(segment, folder, fetch) and segment.required:
+            if not self._stage_one(segment, folder, fetch) and segment.until:
                 raise self._missing(segment)
             progress("stage the log", (count + 1) * self.segment_bytes, len(needed) * self.segment_bytes)
         return sum(entry.stat().st_size for entry in folder.iterdir())
@@ -222,7 +223,14 @@ class SegmentFolder:
         last = max(first, required.stop)
         if target.kind is not StopKind.LSN:
             last = max([last, *(name.number for name in self.names() if name.timeline == lineage.history.timeline)])
-        return [Needed(number, self._owners(lineage, number), number in required) for number in range(first, last + 1)]
+        return [
+            Needed(
+                number,
+                self._owners(lineage, number),
+                Lsn(min(until, (number + 1) * self.segment_bytes)) if number in required else None,
+            )
+            for number in range(first, last + 1)
+        ]
 
     def _owners(self, lineage: Lineage, number: int) -> tuple[int, ...]:
         """Give the timelines on which a segment of a lineage may lie, newest first."""
@@ -247,9 +255,20 @@ class SegmentFolder:
                     )
                 if (source.exists() or fetch(source.name)) and source.stat().st_size == self.segment_bytes:
                     self._put(source, folder / name.text(self.segment_bytes), copy=partial)
-                    newest = newest or index == 0
+                    if index == 0:
+                        self._require_reaches(name, needed.until)
+                        newest = True
                     break
         return newest
+
+    def _require_reaches(self, name: SegmentName, until: Lsn | None) -> None:
+        """Refuse an unfinished segment that ends before what the replay needs of it."""
+        if name.partial and until is not None and (end := self.tail(name).end) < until:
+            raise JournalError(
+                f"the journal ends at {end} in segment {self.file(name).name}, before {until}",
+                hint="wait until it has received the log up to there, or see in `trigpoint status` why it does not",
+                retryable=True,
+            )
 
     def _missing(self, needed: Needed) -> JournalError:
         name = SegmentName(needed.timelines[0], needed.number).text(self.segment_bytes)

@@ -1,0 +1,411 @@
+"""The journal follows the server through kills, restarts and timelines, and says of each fault which file it is in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from connectors.databases.postgres.archive import ArchiveReader
+from connectors.databases.postgres.journal import PostgresJournal
+from connectors.databases.postgres.programs import Programs
+from connectors.databases.postgres.receiver import Receiver
+from connectors.databases.postgres.segments import SegmentFolder
+from connectors.databases.postgres.wal import SegmentName
+from connectors.databases.postgres.waldump import WalDump
+from tests.fixtures.postgres import Cluster
+from tests.fixtures.restores import SEGMENT_BYTES, Ground, ground, silent
+from tests.fixtures.volumes import plain_folder
+from trigger.errors import JournalError
+from trigger.model import Severity, StopKind, Target
+from trigger.position import Lsn, Position
+
+pytestmark = [pytest.mark.server]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with plain_folder() as made:
+        yield made
+
+
+@pytest.fixture(params=[15, 18])
+def here(request: pytest.FixtureRequest, folder: Path) -> Iterator[Ground]:
+    with ground(int(request.param), folder, btrfs=False) as made:
+        yield made
+
+
+@pytest.fixture
+def newest(folder: Path) -> Iterator[Ground]:
+    with ground(18, folder, btrfs=False) as made:
+        yield made
+
+
+def receivers(slot: str = "trigpoint_journal") -> dict[int, str]:
+    """Give the running pg_receivewal programs of a slot, with their argument vectors."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if "pg_receivewal" in words and f"--slot={slot}" in words:
+                found[int(entry.parent.name)] = words
+    return found
+
+
+async def damage(journal: PostgresJournal) -> list[str]:
+    """Give what a fresh audit has against the segments, apart from what hinders the feed."""
+    return [finding.message for finding in await journal.audit() if finding.severity is Severity.REFUSED]
+
+
+def fill(cluster: Cluster, segments: int) -> None:
+    """Complete a number of segments, each with something in it."""
+    for _ in range(segments):
+        cluster.sql("INSERT INTO ledger VALUES (pg_current_xact_id())")
+        cluster.sql("SELECT pg_logical_emit_message(false, 'fill', repeat('x', 100000))")
+        cluster.sql("SELECT pg_switch_wal()")
+
+
+def test_a_commit_is_in_the_journal_within_a_second(here: Ground) -> None:
+    async def run() -> None:
+        async with here.journaling():
+            lags = []
+            for _ in range(5):
+                end = here.durable()
+                began = time.monotonic()
+                await here.journal_reaches(end)
+                lags.append(time.monotonic() - began)
+            assert max(lags) < 1.0
+        assert not receivers()
+
+    asyncio.run(run())
+
+
+def test_a_receiver_that_is_killed_is_started_again(here: Ground) -> None:
+    async def run() -> None:
+        async with here.journaling():
+            fill(here.cluster, 2)
+            await here.journal_reaches(here.durable())
+            (pid,) = receivers()
+            os.kill(pid, signal.SIGKILL)
+            fill(here.cluster, 2)
+            await here.journal_reaches(here.durable())
+            assert pid not in receivers()
+            (extent,) = await here.journal.extents()
+            assert extent.end >= here.inserted().at - SEGMENT_BYTES
+            assert await damage(here.journal) == []
+
+    asyncio.run(run())
+
+
+def test_a_half_made_segment_does_not_stop_the_journal(newest: Ground) -> None:
+    async def run() -> None:
+        async with newest.journaling():
+            pass
+        (partial,) = [entry for entry in newest.segments.path.iterdir() if entry.suffix == ".partial"]
+        os.truncate(partial, 12345)
+        async with newest.journaling():
+            assert await damage(newest.journal) == []
+
+    asyncio.run(run())
+
+
+def test_a_receiver_that_stands_still_is_replaced(newest: Ground) -> None:
+    async def run() -> None:
+        async with newest.journaling():
+            (pid,) = receivers()
+            os.kill(pid, signal.SIGSTOP)
+            await newest.journal_reaches(newest.durable())
+            assert pid not in receivers()
+
+    asyncio.run(run())
+
+
+def test_the_journal_goes_on_behind_a_restart_of_the_server(here: Ground) -> None:
+    async def run() -> None:
+        async with here.journaling():
+            fill(here.cluster, 1)
+            await asyncio.to_thread(here.cluster.stop)
+            await asyncio.sleep(0.3)
+            findings = await here.journal.audit()
+            assert [finding.subject for finding in findings] == ["pg_receivewal"]
+            await asyncio.to_thread(here.cluster.start)
+            fill(here.cluster, 1)
+            await here.journal_reaches(here.durable())
+            assert len(await here.journal.extents()) == 1
+
+    asyncio.run(run())
+
+
+def _fork_production(here: Ground, target: Position) -> None:
+    """Restore production in place to an earlier position, as an operator would, so that it changes its timeline."""
+    here.cluster.stop()
+    data = here.cluster.data
+    shutil.rmtree(data)
+    subprocess.run(["cp", "-a", here.folder / "base", data], check=True)
+    subprocess.run(["chown", "-R", "{}:{}".format(*here.cluster.owner), data], check=True)
+    staged = here.folder / f"fork{target.history.timeline}"
+    here.cluster.configure(
+        {
+            "restore_command": f"cp {staged}/%f %p",
+            "recovery_target_lsn": str(target.at),
+            "recovery_target_timeline": str(target.history.timeline),
+            "recovery_target_action": "promote",
+        }
+    )
+    (data / "recovery.signal").touch()
+    os.chown(data / "recovery.signal", *here.cluster.owner)
+    here.cluster.start()
+    deadline = time.monotonic() + 20
+    while here.cluster.sql("SELECT pg_is_in_recovery()")[0][0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_journal_follows_production_to_another_timeline(newest: Ground) -> None:
+    async def run() -> None:
+        here = newest
+        async with here.journaling():
+            here.cluster.stop()
+            await asyncio.to_thread(shutil.copytree, here.cluster.data, here.folder / "base", symlinks=True)
+            here.cluster.start()
+            fill(here.cluster, 2)
+            fork = here.durable()
+            fill(here.cluster, 3)  # lost on the new timeline: its segments have higher numbers than the fork
+            lost = here.durable()
+            await here.journal_reaches(lost)
+            target = Target(fork.history, StopKind.LSN, fork.at, True, "fork")
+            await here.journal.stage(Position(fork.history, Lsn(SEGMENT_BYTES)), target, here.folder / "fork1", silent)
+            await asyncio.to_thread(_fork_production, here, fork)
+            assert here.history().timeline == 2
+            fill(here.cluster, 1)
+            await here.journal_reaches(here.durable())
+            extents = {extent.history.timeline: extent for extent in await here.journal.extents()}
+            assert extents[1].end >= lost.at
+            assert extents[2].start <= fork.at
+            lineage = await here.journal.lineage(here.history())
+            assert lineage.includes(Position(fork.history, Lsn(fork.at - 100)))
+            assert not lineage.includes(lost)
+            assert await damage(here.journal) == []
+
+    asyncio.run(run())
+
+
+def test_a_hole_that_the_server_cannot_fill_is_crossed_and_reported(newest: Ground) -> None:
+    async def run() -> None:
+        here = newest
+        async with here.journaling():
+            fill(here.cluster, 1)
+            await here.journal_reaches(here.durable())
+        assert await here.journal.audit() == []
+        here.cluster.sql("SELECT pg_drop_replication_slot('trigpoint_journal')")
+        here.cluster.configure({"max_wal_size": "32MB", "min_wal_size": "32MB", "wal_keep_size": "0"})
+        here.cluster.restart()
+        fill(here.cluster, 6)
+        here.cluster.sql("CHECKPOINT")
+        async with here.journaling():
+            fill(here.cluster, 2)
+            await here.journal_reaches(here.durable())
+            before, behind = await here.journal.extents()
+            assert before.end < behind.start
+            missing = [f for f in await here.journal.audit() if "missing" in f.message]
+            hole = range(before.end // SEGMENT_BYTES, behind.start // SEGMENT_BYTES)
+            assert {f.subject for f in missing} >= {SegmentName(1, n).text(SEGMENT_BYTES) for n in list(hole)[1:]}
+
+    asyncio.run(run())
+
+
+def test_a_password_is_in_no_argument_vector(newest: Ground) -> None:
+    async def run() -> None:
+        here = newest
+        here.cluster.sql("CREATE ROLE keeper LOGIN REPLICATION PASSWORD 'open:se\\same'")
+        hba = here.cluster.data / "pg_hba.conf"
+        hba.write_text("host replication keeper 127.0.0.1/32 scram-sha-256\n" + hba.read_text())
+        here.cluster.sql("SELECT pg_reload_conf()")
+        conninfo = psycopg.conninfo.make_conninfo(
+            host="127.0.0.1", port=here.cluster.port, user="keeper", password="open:se\\same"
+        )
+        receiver = Receiver(conninfo, here.programs, "keeper", owner=here.cluster.owner)
+        here.journal = PostgresJournal(here.segments, receiver, here.dump)
+        async with here.journaling():
+            (arguments,) = receivers("keeper").values()
+            assert "same" not in arguments
+
+    asyncio.run(run())
+
+
+def test_a_folder_with_the_log_of_another_cluster_is_refused(newest: Ground) -> None:
+    async def run() -> None:
+        async with newest.journaling():
+            pass
+        with ground(18, newest.folder / "other", btrfs=False) as other:
+            feed = Receiver(other.cluster.conninfo, other.programs, "other", owner=other.cluster.owner)
+            with pytest.raises(JournalError, match="holds the log of cluster"):
+                await asyncio.wait_for(PostgresJournal(newest.segments, feed, newest.dump).run(), 20)
+
+    (newest.folder / "other").mkdir()
+    asyncio.run(run())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A journal of a handful of complete segments, audited and found sound, that a test may damage."""
+
+    journal: PostgresJournal
+    segments: SegmentFolder
+    dump: WalDump
+    folder: Path
+
+    def again(self) -> PostgresJournal:
+        """Give another service's journal over the same folder."""
+        segments = SegmentFolder(self.segments.path, SEGMENT_BYTES, self.segments.owner)
+        return PostgresJournal(segments, Receiver("", Programs(self.folder, 18), "none"), self.dump)
+
+    def unaudited(self) -> PostgresJournal:
+        (self.segments.path / "audit.json").unlink()
+        return self.again()
+
+    def complete(self) -> list[Path]:
+        return [self.segments.file(name) for name in self.segments.names() if not name.partial]
+
+
+@pytest.fixture(scope="module")
+def sound() -> Iterator[Ground]:
+    async def run(here: Ground) -> None:
+        async with here.journaling():
+            fill(here.cluster, 5)
+            await here.journal_reaches(here.durable())
+        assert await damage(here.journal) == []
+
+    with plain_folder() as folder, ground(18, folder, btrfs=False) as here:
+        asyncio.run(run(here))
+        here.cluster.stop()
+        yield here
+
+
+@pytest.fixture
+def kept(sound: Ground, folder: Path) -> Kept:
+    subprocess.run(["cp", "-a", sound.segments.path, folder / "journal"], check=True)
+    segments = SegmentFolder(folder / "journal", SEGMENT_BYTES, sound.cluster.owner)
+    return Kept(PostgresJournal(segments, sound.receiver, sound.dump), segments, sound.dump, folder)
+
+
+def _flip(file: Path) -> None:
+    """Flip one bit inside a record's data."""
+    with file.open("r+b") as handle:
+        handle.seek(60_000)
+        byte = handle.read(1)
+        handle.seek(60_000)
+        handle.write(bytes([byte[0] ^ 0x10]))
+
+
+def _make_foreign(file: Path) -> None:
+    with file.open("r+b") as handle:
+        handle.seek(24)
+        handle.write((42).to_bytes(8, "little"))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "missing"),
+    "truncated": (lambda file: os.truncate(file, 4_000_000), "truncated: 4000000 of 16777216"),
+    "foreign": (_make_foreign, "another cluster"),
+    "flipped": (_flip, "checksum"),
+    "swapped": (lambda file: shutil.copy(file.with_name("000000010000000000000002"), file), "says that it is"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_chain_is_found_and_names_its_file(kept: Kept, fault: str) -> None:
+    do, words = FAULTS[fault]
+    victim = kept.complete()[3]
+    do(victim)
+
+    async def run() -> None:
+        journal = kept.unaudited()
+        findings = await journal.audit()
+        assert [finding.subject for finding in findings] == [victim.name]
+        assert words in findings[0].message
+        assert await journal.audit() == []  # said once
+        held = await journal.extents()
+        number = int(victim.name[-2:], 16)
+        assert held[0].end == number * SEGMENT_BYTES
+        assert held[1].start == (number + 1) * SEGMENT_BYTES
+        start = Position(held[0].history, held[0].start)
+        target = Target(held[0].history, StopKind.LSN, Lsn(held[1].start + 100), True, "behind")
+        with pytest.raises(JournalError, match=victim.name):
+            await journal.stage(start, target, kept.folder / "staged", silent)
+
+    asyncio.run(run())
+
+
+def test_a_segment_that_vanishes_after_its_audit_is_reported(kept: Kept) -> None:
+    victim = kept.complete()[2]
+    victim.unlink()
+    (finding,) = asyncio.run(kept.journal.audit())
+    assert finding.subject == victim.name
+
+
+def test_what_the_audit_found_survives_a_restart(kept: Kept) -> None:
+    victim = kept.complete()[2]
+    _flip(victim)
+    asyncio.run(kept.unaudited().audit())
+    reopened = kept.again()
+    assert len(asyncio.run(reopened.extents())) == 2
+    assert asyncio.run(reopened.audit()) == []
+
+
+def test_release_lets_go_of_whole_segments_before_a_position_and_is_no_fault(kept: Kept) -> None:
+    names = kept.complete()
+    number = int(names[2].name[-2:], 16)
+    assert asyncio.run(kept.journal.release(Lsn(number * SEGMENT_BYTES + 5))) == 2
+    assert kept.complete() == names[2:]
+    assert asyncio.run(kept.journal.audit()) == []
+
+
+def test_a_missing_first_segment_is_named(kept: Kept) -> None:
+    (extent,) = asyncio.run(kept.journal.extents())
+    target = Target(extent.history, StopKind.LSN, Lsn(extent.end + 3 * SEGMENT_BYTES), True, "the future")
+    with pytest.raises(JournalError, match=SegmentName(1, extent.end // SEGMENT_BYTES).text(SEGMENT_BYTES)):
+        asyncio.run(kept.journal.stage(Position(extent.history, extent.start), target, kept.folder / "s", silent))
+
+
+def test_an_archive_is_followed_and_asked_for_what_a_restore_needs(folder: Path) -> None:
+    archive = folder / "archive"
+    archive.mkdir()
+    archive.chmod(0o777)
+
+    async def run() -> None:
+        command = f"test ! -f {archive}/%f && cp %p {archive}/%f"
+        with ground(15, folder, btrfs=False, archive_mode="on", archive_command=command) as here:
+            begin = here.durable()
+
+            async def first() -> Position:
+                return begin
+
+            reader = ArchiveReader(f"cp {archive}/%f %p", first, owner=here.cluster.owner, poll_seconds=0.1)
+            here.journal = PostgresJournal(here.segments, reader, here.dump)
+            task = asyncio.create_task(here.journal.run())
+            fill(here.cluster, 3)
+            end = here.durable()
+            here.cluster.sql("SELECT pg_switch_wal()")
+            await here.journal_reaches(end)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            assert await here.journal.audit() == []
+            lost = next(name for name in here.segments.names() if not name.partial)
+            here.segments.file(lost).unlink()
+            target = Target(end.history, StopKind.LSN, end.at, True, "end")
+            await here.journal.stage(begin, target, folder / "staged", silent)
+            assert (folder / "staged" / lost.text(SEGMENT_BYTES)).exists()
+
+    asyncio.run(run())
