@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from trigger.errors import ConfigError, PositionError
@@ -124,4 +124,4 @@ def _time(text: str) -> datetime:
         raise ValueError(f"time {text!r} is not ISO-8601") from None
     if time.tzinfo is None:
         raise ValueError(f"time {text!r} has no zone; add Z for UTC")
-    return time
+    return time.astimezone(UTC)  # what lies before year 1 in UTC is an OverflowError here, not later
