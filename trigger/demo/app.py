@@ -116,9 +116,9 @@ def _show_figures(told: Told) -> None:
 _NAMES = {"flush": "flush", "snapshot": "snapshot", "tag": "tag and seal", "total": "commit to seal"}
 _MEANINGS = {
     "flush": " (what the host still held, to disk)",
-    "snapshot": " (the volume, cut)",
+    "snapshot": " (durable up to the commit, volume cut)",
     "tag": " (ceiling, tag, catalog)",
-    "total": " (with the budget's wait)",
+    "total": " (with what the budget let it wait)",
 }
 
 

@@ -12,14 +12,18 @@ from trigger.model import RecoveryPoint, State
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """How long the steps of one point took, in milliseconds; the clocks of database and service are one machine's."""
+    """How long the steps of one point took, in milliseconds; they follow one another and add up to `total`.
+
+    The clocks of database and service are one machine's.
+    """
 
     wait: float
-    """From the commit (its time is taken just before it is durable) to the beginning of the round."""
+    """From the commit (its time is taken just before it is durable) to the flush."""
     flush: float
     snapshot: float
+    """From the flush until the volume is cut: the log is durable up to the commit, the bracket begins, the cut."""
     tag: float
-    """From the snapshot to the seal: ceiling, tag, catalog."""
+    """From the cut to the seal: the bracket ends, ceiling, tag, catalog."""
     total: float
     """From the commit to its sealed point."""
 
@@ -39,12 +43,11 @@ def steps(point: RecoveryPoint) -> Steps | None:
     committed = point.commit.time_us
     flushed_from = min(flush.began_at for flush in point.flushes)
     flushed = max(flush.ended_at for flush in point.flushes)
-    cut_from = min(snapshot.began_at for snapshot in point.snapshots)
     cut = max(snapshot.ended_at for snapshot in point.snapshots)
     return Steps(
         wait=(_microseconds(flushed_from) - committed) / 1000,
         flush=_milliseconds(flushed_from, flushed),
-        snapshot=_milliseconds(cut_from, cut),
+        snapshot=_milliseconds(flushed, cut),
         tag=_milliseconds(cut, point.sealed_at),
         total=(_microseconds(point.sealed_at) - committed) / 1000,
     )

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from trigger.demo.figures import steps
-from trigger.model import RecoveryPoint, State
+from trigger.model import CommitRecord, RecoveryPoint, State
 
 _ROWS = 12
-_COLUMNS = ("point", "taken for", "holds", "commit →", "flush →", "snapshot →", "tag", "sealed after")
+_COLUMNS = ("point", "commit", "holds", "marked", "wait", "flush", "snapshot", "tag", "total")
+_TITLE = "from the commit: wait, flush, snapshot, tag and seal, in milliseconds"
 _PLAIN_EVERY_SECONDS = 0.5
 
 
@@ -33,7 +34,7 @@ class Screen:
         self._console = Console(file=sys.stderr if to_errors else sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._plain = plain or not self._console.is_terminal
-        self._rows: deque[RecoveryPoint] = deque(maxlen=_ROWS)
+        self._rows: deque[tuple[str, ...]] = deque(maxlen=_ROWS)
         self._began = time.monotonic()
         self._shown_at = 0.0
 
@@ -50,9 +51,8 @@ class Screen:
     def check(self, claim: str, seen: str, *, held: bool) -> None:
         """Print whether something holds that must."""
         mark = ("✔ ", "green") if held else ("✘ ", "bold red")
-        self._console.print(
-            Text.assemble("         ", mark, (claim, "" if held else "bold red"), (f"  ({seen})", "dim"))
-        )
+        self._console.print(Text.assemble("         ", mark, (claim, "" if held else "bold red")))
+        self.line(f"  {seen}", "dim")
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -67,18 +67,14 @@ class Screen:
             finally:
                 self._live = None
 
-    def point(self, point: RecoveryPoint) -> None:
-        """Show a point that was taken."""
-        self._rows.append(point)
+    def point(self, point: RecoveryPoint, records: Sequence[CommitRecord]) -> None:
+        """Show a point that was taken, with the commits that it protects."""
+        cells = _cells(point, [marker for record in records for marker in record.markers])
+        self._rows.append(cells)
         now = time.monotonic()
         if self._live is None and now - self._shown_at >= _PLAIN_EVERY_SECONDS:
             self._shown_at = now
-            names = ("", "", "holds ", "commit → ", "flush → ", "snapshot → ", "tag, ", "sealed after ")
-            number, reason, holds, *times = _cells(point)
-            lines = [f"{name}{time}" for name, time in zip(names[3:], times, strict=True)]
-            self.line(
-                f"point {number}  {reason}, holds {holds}  {'  '.join(lines) if times[0] != '-' else ''}".rstrip()
-            )
+            self.line(_sentence(*cells))
 
     def pulse(self, words: str) -> None:
         """Refresh the live table, with `words` above it."""
@@ -86,24 +82,30 @@ class Screen:
             self._live.update(self._table(words))
 
     def _table(self, words: str) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 2), title=words, title_justify="left", title_style="dim")
-        for number, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="left" if number == 1 else "right", header_style="bold", no_wrap=True)
-        for point in self._rows:
-            marked = point.rule == "marked"
-            table.add_row(*_cells(point), style="green" if marked else "")
+        title = f"{words}\n{_TITLE}"
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="dim"
+        )
+        for name in _COLUMNS:
+            table.add_column(name, justify="left" if name == "marked" else "right", header_style="bold", no_wrap=True)
+        for cells in self._rows:
+            table.add_row(*cells, style="green" if cells[3] else "")
         return table
 
 
-def _cells(point: RecoveryPoint) -> tuple[str, ...]:
+def _sentence(*cells: str) -> str:
+    """Give what is shown of a point, in one line."""
+    number, commit, holds, marked, wait, flush, snapshot, tag, total = cells
+    times = f": wait {wait}, flush {flush}, snapshot {snapshot}, tag {tag} = {total} ms" if total else ""
+    return f"point {number} for {commit}, holds {holds}{f' with {marked}' if marked else ''}{times}"
+
+
+def _cells(point: RecoveryPoint, markers: Sequence[str]) -> tuple[str, ...]:
     """Give what is shown of a point, in the order of the columns."""
-    commit = point.commit
-    reason = f"{', '.join(commit.markers) or 'transaction'} {commit.xid}" if commit else str(point.cause)
-    holds = f"{point.commits} commit{'' if point.commits == 1 else 's'}"
+    number, holds = str(point.number), str(point.commits)
+    commit = f"xid {point.commit.xid}" if point.commit else f"the {point.cause}"
     taken = steps(point)
-    if point.state is State.FAILED:
-        return str(point.number), f"{reason}: failed", "-", "-", "-", "-", "-", "-"
-    if taken is None:
-        return str(point.number), reason, holds, "-", "-", "-", "-", "-"
+    if point.state is State.FAILED or taken is None:
+        return number, commit, "failed" if point.state is State.FAILED else holds, "", "", "", "", "", ""
     times = (taken.wait, taken.flush, taken.snapshot, taken.tag, taken.total)
-    return str(point.number), reason, holds, *(f"{milliseconds:.1f} ms" for milliseconds in times)
+    return number, commit, holds, ", ".join(markers), *(f"{milliseconds:.1f}" for milliseconds in times)

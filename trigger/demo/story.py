@@ -147,7 +147,7 @@ async def _watch(catalog: Catalog, bank: Bank, work: asyncio.Task[None], seconds
         while (passed := loop.time() - began) < seconds:
             for point in await _points_behind(catalog, shown):
                 shown = point.number
-                screen.point(point)
+                screen.point(point, await catalog.commits_of(point.number))
             screen.pulse(f"{bank.commits} commits, {bank.commits / max(passed, 0.1):.0f} a second; {shown} points")
             await asyncio.wait([work], timeout=_POLL_SECONDS)
             if work.done():
