@@ -33,7 +33,9 @@ SELECT pg_is_in_recovery(),
        (SELECT count(*) FROM pg_stat_replication WHERE application_name <> ALL (%s)),
        array(SELECT datname::text FROM pg_database WHERE datallowconn AND NOT datistemplate),
        array(SELECT application_name FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid
-              WHERE s.slot_type = 'physical')
+              WHERE s.slot_type = 'physical'),
+       array(SELECT format('%%L in %%s', gid, database) FROM pg_prepared_xacts ORDER BY prepared LIMIT 5),
+       (SELECT count(*) FROM pg_replication_slots WHERE slot_name = ANY (%s))
 """
 _OK, _NOTE, _WARNING, _REFUSED = Severity.OK, Severity.NOTE, Severity.WARNING, Severity.REFUSED
 
@@ -43,10 +45,10 @@ async def check_cluster(connection: psycopg.AsyncConnection[Any], databases: Seq
     settings = dict(await (await connection.execute(_SETTINGS)).fetchall())
     role = await (await connection.execute(_ROLE)).fetchone()
     ours = [slot.slot_name(name, database) for database in databases]
-    use = await (await connection.execute(_USE, [ours, ours])).fetchone()
+    use = await (await connection.execute(_USE, [ours, ours, ours])).fetchone()
     assert role is not None
     assert use is not None
-    standby, slots_used, senders_used, present, standbys = use
+    standby, slots_used, senders_used, present, standbys, prepared, slots_made = use
     findings = [*check_settings(settings), *check_synchronous(settings["synchronous_standby_names"], [name, *ours])]
     if standby:
         findings.append(
@@ -58,6 +60,11 @@ async def check_cluster(connection: psycopg.AsyncConnection[Any], databases: Seq
     findings += check_room("max_wal_senders", int(settings["max_wal_senders"]) - senders_used, len(ours) + 2)
     findings += check_databases(databases, present)
     findings += check_role(*role)
+    if prepared and slots_made < len(ours):
+        message = f"no slot can be made while transactions are in doubt: {', '.join(prepared)}"
+        findings.append(
+            Finding("prepared transactions", _REFUSED, message, "COMMIT PREPARED or ROLLBACK PREPARED them")
+        )
     if standbys:
         findings.append(
             Finding(
@@ -350,9 +357,32 @@ BLIND_SPOTS: tuple[tuple[str, str, str], ...] = (
 """(what was committed, whether a stream of ours shows it, what is done about it); held by a test on each version."""
 
 
+LIMITS: tuple[tuple[str, str], ...] = (
+    (
+        "time of a commit that came by replication",
+        "it is the origin's own commit time, not this server's; a restore to a time goes by this server's",
+    ),
+    (
+        "marker in a savepoint that was rolled back",
+        "in a transaction larger than logical_decoding_work_mem it may still be shown, for the server does not say "
+        "which savepoint it belonged to",
+    ),
+    (
+        "table whose primary key or replica identity is dropped",
+        "its UPDATE and DELETE fail (as under any logical replication) until it is taken out of our publication: "
+        "within 10 s while the service runs; before a longer stop, run the DDL first or drop the publication",
+    ),
+    (
+        "prepared transaction",
+        "while one is in doubt, in any database, no slot can be made; check names it",
+    ),
+)
+"""What is true of every version beside the table above."""
+
+
 def blind_spots(major: int) -> list[Finding]:
     """Give what a stream of PostgreSQL `major` shows and what not; the same from 15 to 18, as measured."""
     subject = f"PostgreSQL {major}: "
     return [
         Finding(subject + what, _OK if seen == _SEEN else _NOTE, seen, remedy) for what, seen, remedy in BLIND_SPOTS
-    ]
+    ] + [Finding(subject + what, _NOTE, message) for what, message in LIMITS]

@@ -20,8 +20,11 @@ SELECT plugin, database, confirmed_flush_lsn::text, wal_status, active_pid, to_j
 """
 _CREATE = "SELECT lsn::text FROM pg_create_logical_replication_slot(%s, 'pgoutput', false, false{failover})"
 _OLDEST = """
-SELECT pid, extract(epoch FROM now() - xact_start)::int, coalesce(usename, backend_type)
-  FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start LIMIT 1
+SELECT what FROM (
+    SELECT format('process %s (%s)', pid, coalesce(usename, backend_type)), xact_start
+      FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()
+    UNION ALL SELECT format('prepared transaction %L in database %s', gid, database), prepared FROM pg_prepared_xacts
+) AS running(what, since) ORDER BY since LIMIT 1
 """
 
 
@@ -68,7 +71,8 @@ async def look(connection: psycopg.AsyncConnection[Any], name: str, database: st
 async def create(connection: psycopg.AsyncConnection[Any], name: str) -> Lsn:
     """Make the slot and give its consistent point: every commit whose record begins at or after it is seen.
 
-    The server first waits for the transactions that run now; how long, `statement_timeout` of the connection says.
+    The server first waits for the transactions that run or stand prepared now; how long, `statement_timeout` and
+    `lock_timeout` of the connection say.
     Two-phase decoding stays off: COMMIT PREPARED then arrives as a commit with its rows, whatever was acknowledged
     between the two phases. From version 17 on the slot may be carried over to standbys (failover).
 
@@ -78,9 +82,9 @@ async def create(connection: psycopg.AsyncConnection[Any], name: str) -> Lsn:
     failover = ", failover => true" if connection.info.server_version >= 170000 else ""
     try:
         row = await (await connection.execute(_CREATE.format(failover=failover).encode(), [name])).fetchone()
-    except psycopg.errors.QueryCanceled as error:
+    except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:
         oldest = await (await connection.execute(_OLDEST)).fetchone()
-        who = f"process {oldest[0]} ({oldest[2]}) writes since {oldest[1]} s" if oldest else "it has just ended"
+        who = oldest[0] if oldest else "it has just ended"
         raise SourceError(
             f"replication slot {name} was not made in time, since a running transaction must end first: {who}",
             hint="wait for that transaction to end, or end it",

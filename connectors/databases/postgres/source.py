@@ -28,7 +28,8 @@ _MESSAGES_A_SLICE = 2_000
 """Messages drained before other tasks get their turn: about 4 ms."""
 _MAINTENANCE_SECONDS = 10.0
 _RETRY_SECONDS = 0.2
-_LOCK_TIMEOUT_MS = 250
+_LOCK_SECONDS = 0.25
+"""How long the upkeep of the publication waits for a table that somebody has locked."""
 _SLOT_IN_USE = "55006"
 _NO_SUCH_PUBLICATION = "42704"
 _SKIPPED_PUBLICATION = "skipped loading publication"
@@ -123,7 +124,7 @@ class PostgresSource:
         async with asyncio.timeout(self._deadline_seconds):
             self._side = side = await psycopg.AsyncConnection.connect(self._dsn, autocommit=True)
             await side.execute("SELECT set_config('search_path', 'pg_catalog', false)")
-            await self._patience(side, self._deadline_seconds)
+            await self._patience(side, self._deadline_seconds, _LOCK_SECONDS)
             cursor = await side.execute(
                 "SELECT pg_is_in_recovery(), (SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'),"
                 " pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
@@ -139,11 +140,11 @@ class PostgresSource:
         self.heartbeat_seconds = min(10.0, timeout_ms / 4000) if timeout_ms else 10.0
         return side
 
-    async def _patience(self, side: psycopg.AsyncConnection[Any], seconds: float) -> None:
-        """Have the server give up statements after `seconds`, and locks that others hold much earlier."""
+    async def _patience(self, side: psycopg.AsyncConnection[Any], seconds: float, lock_seconds: float) -> None:
+        """Have the server give up statements after `seconds`, and what others hold locked after `lock_seconds`."""
         await side.execute(
             "SELECT set_config('statement_timeout', %s, false), set_config('lock_timeout', %s, false)",
-            [str(int(seconds * 1000)), str(_LOCK_TIMEOUT_MS)],
+            [str(int(seconds * 1000)), str(int(lock_seconds * 1000))],
         )
 
     async def _publish(self, side: psycopg.AsyncConnection[Any]) -> tuple[list[str], str]:
@@ -169,10 +170,10 @@ class PostgresSource:
         if found is not None:
             reason = useless or f"the slot was {found.lost}"
             await self._unless_in_use(lambda: slot.drop(side, self.slot))
-        await self._patience(side, self._slot_deadline_seconds)
+        await self._patience(side, self._slot_deadline_seconds, self._slot_deadline_seconds)
         async with asyncio.timeout(self._slot_deadline_seconds + self._deadline_seconds):
             confirmed = await slot.create(side, self.slot)
-        await self._patience(side, self._deadline_seconds)
+        await self._patience(side, self._deadline_seconds, _LOCK_SECONDS)
         self._publications_broken = False
         return confirmed, reason
 
