@@ -37,6 +37,8 @@ from trigger.errors import StorageError
 from trigger.model import Finding, Severity, Snapshot, Volume, tag_name
 from trigger.ports import Capability, Clone, Progress, Space, Tagged
 
+_DELETION_DENIED = "run as root, or mount the filesystem with user_subvol_rm_allowed"
+
 
 class BtrfsStorage:
     """Port `Storage` on a btrfs filesystem.
@@ -154,7 +156,7 @@ class BtrfsStorage:
 
     async def delete(self, point: str) -> None:
         """Remove the snapshots and the tag of a point, the tag first; their space comes back some time later."""
-        with as_storage_error(f"deletion of {point}"):
+        with as_storage_error(f"deletion of {point}", denied=_DELETION_DENIED):
             await self._threads.run(partial(self._delete, point), alone=point)
 
     def _delete(self, point: str) -> None:
@@ -193,7 +195,7 @@ class BtrfsStorage:
 
     async def drop_clone(self, name: str) -> None:
         """Remove a clone."""
-        with as_storage_error(f"removal of the clone {name}"):
+        with as_storage_error(f"removal of the clone {name}", denied=_DELETION_DENIED):
             await self._threads.run(lambda: _remove(self._shelf.clone_folder(name)))
 
     async def space(self) -> Space:

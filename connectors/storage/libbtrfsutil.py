@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_long, c_uint8, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_long, c_uint8, c_uint64, c_void_p
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -75,6 +75,7 @@ def _library() -> ctypes.CDLL:
     library.btrfs_util_strerror.restype = c_char_p
     library.btrfs_util_is_subvolume.argtypes = [c_char_p]
     library.btrfs_util_create_snapshot.argtypes = [c_char_p, c_char_p, c_int, POINTER(c_uint64), c_void_p]
+    library.btrfs_util_set_subvolume_read_only.argtypes = [c_char_p, c_bool]
     library.btrfs_util_delete_subvolume.argtypes = [c_char_p, c_int]
     library.btrfs_util_subvolume_info.argtypes = [c_char_p, c_uint64, POINTER(_Info)]
     library.btrfs_util_create_subvolume_iterator.argtypes = [c_char_p, c_uint64, c_int, POINTER(c_void_p)]
@@ -118,8 +119,13 @@ def create_snapshot(source: Path, path: Path, *, read_only: bool) -> None:
 
 
 def delete_subvolume(path: Path, *, recursive: bool) -> None:
-    """Delete a subvolume, with `recursive` also those inside it; its space comes back some time later."""
+    """Delete a subvolume, with `recursive` also those inside it; its space comes back some time later.
+
+    Only root deletes a read-only one; for an ordinary user it is made writable first.
+    """
     flags = _DELETE_RECURSIVE if recursive else 0
+    if os.geteuid() != 0:
+        _require_ok(_library().btrfs_util_set_subvolume_read_only(os.fsencode(path), False), path)
     _require_ok(_library().btrfs_util_delete_subvolume(os.fsencode(path), flags), path)
 
 

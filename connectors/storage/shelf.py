@@ -193,15 +193,17 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def as_storage_error(doing: str) -> Iterator[None]:
-    """Turn an error of the operating system into a `StorageError` that says what was being done."""
+def as_storage_error(doing: str, *, denied: str = "run as root, or as the owner of the files") -> Iterator[None]:
+    """Turn an error of the operating system into a `StorageError` that says what was being done.
+
+    `denied` is the hint where permission is missing.
+    """
     try:
         yield
     except FileNotFoundError as error:
         raise StorageError(f"{doing}: {_words(error)}", retryable=False) from error
     except PermissionError as error:
-        hint = "run as root, or as the owner of the files on a filesystem that allows it"
-        raise StorageError(f"{doing}: {_words(error)}", hint=hint, retryable=False) from error
+        raise StorageError(f"{doing}: {_words(error)}", hint=denied, retryable=False) from error
     except OSError as error:
         raise StorageError(f"{doing}: {_words(error)}") from error
 
