@@ -24,8 +24,8 @@ from typing import Protocol, Self, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from trigger import commit_index, point_index, schema
-from trigger.commit_index import Found, Query
+from trigger import commit_index, commit_search, point_index, schema
+from trigger.commit_search import Found, Query
 from trigger.errors import CatalogError
 from trigger.failpoint import reached
 from trigger.model import (
@@ -305,7 +305,7 @@ class Catalog:
 
     async def commits_of(self, point_number: int) -> list[CommitRecord]:
         """Give the commits that a point protects, by stream and in log order."""
-        return await self._read(partial(commit_index.commits_of, point=point_number))
+        return await self._read(partial(commit_search.commits_of, point=point_number))
 
     # ---- looking for commits
 
@@ -328,15 +328,15 @@ class Catalog:
         first_us = None if time is None else to_microseconds(time)
         last_us = None if time is None else to_microseconds(time + within)
         query = Query(xid, lsn, first_us, last_us, marker, stream)
-        return await self._read(partial(commit_index.find, query=query, limit=limit))
+        return await self._read(partial(commit_search.find, query=query, limit=limit))
 
     async def commit_before(self, lsn: Lsn, line: History | Lineage) -> Found | None:
         """Give the last qualifying commit, over all streams, whose record begins before `lsn`."""
-        return await self._read(partial(commit_index.before, lsn=lsn, line=line))
+        return await self._read(partial(commit_search.before, lsn=lsn, line=line))
 
     async def commit_after(self, lsn: Lsn, line: History | Lineage) -> Found | None:
         """Give the first qualifying commit, over all streams, whose record begins behind `lsn`."""
-        return await self._read(partial(commit_index.after, lsn=lsn, line=line))
+        return await self._read(partial(commit_search.after, lsn=lsn, line=line))
 
     async def as_of(self, time: datetime, line: History | Lineage | None = None) -> Found | None:
         """Give the last commit of the longest run, in log order, of commits made at or before `time`.
@@ -344,7 +344,7 @@ class Catalog:
         Commit times do not always rise along the log, so a commit behind the run may be older than `time`. Without
         a line it is the history of the commit recorded last.
         """
-        return await self._read(partial(commit_index.as_of, time=time, line=line))
+        return await self._read(partial(commit_search.as_of, time=time, line=line))
 
     # ---- gaps
 

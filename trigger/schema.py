@@ -58,6 +58,11 @@ MIGRATIONS: Sequence[Callable[[Connection], None]] = ()
 BUSY_TIMEOUT_SECONDS = 5.0
 """How long a call waits for another process that is writing."""
 
+BIGINT_MAX = (1 << 63) - 1
+BIGINT_MIN = -(1 << 63)
+LEVELS = 17
+"""A block's range has a level from 0 to 16: it is narrower than 16^level."""
+
 metadata = MetaData()
 
 _Serial = BigInteger().with_variant(Integer, "sqlite")  # only INTEGER PRIMARY KEY numbers rows by itself in SQLite

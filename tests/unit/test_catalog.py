@@ -180,8 +180,22 @@ def test_a_commit_that_overlaps_a_recorded_one_is_refused_and_nothing_is_kept() 
         point = await opened(catalog, 2)
         with pytest.raises(CatalogError, match="overlaps"):
             await catalog.seal(proven(point), [record(110, length=20)], {"bank": at(200)})
+        await catalog.miss([record(300)], "left behind", HISTORY)
+        with pytest.raises(CatalogError, match="overlaps"):
+            await catalog.seal(proven(point), [record(290, length=20)], {"bank": at(400)})
         assert (await catalog.point(2)).state is State.OPEN
         assert await catalog.settled("bank") == at(120)
+
+    with_catalog(work)
+
+
+def test_commits_kept_by_a_failover_are_protected_after_those_behind_them_were_missed() -> None:
+    async def work(catalog: Catalog) -> None:
+        await sealed(catalog, 1, [record(100)])
+        await catalog.miss([record(300), record(310)], "left behind by the failover", HISTORY)
+        kept = await sealed(catalog, 2, [record(110), record(120)])
+        assert kept.commits == 2
+        assert [(await catalog.find(xid=xid))[0].point for xid in (110, 120, 300, 310)] == [2, 2, None, None]
 
     with_catalog(work)
 

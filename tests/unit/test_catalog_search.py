@@ -17,7 +17,7 @@ from sqlalchemy import event
 from tests.unit.test_catalog import BASE_US, at, inline, opened, proven, record, sealed, with_catalog
 from trigger import packing
 from trigger.catalog import Catalog, Found, make_engine
-from trigger.commit_index import log_order
+from trigger.commit_search import log_order
 from trigger.model import CommitRecord, Outcome, from_microseconds
 from trigger.position import History, Lineage, Lsn, Position
 

@@ -1,0 +1,291 @@
+"""The commits that have an outcome, found by log position, id, time, marker, and by their neighbours.
+
+Every function works inside the caller's transaction. The indexes give the few blocks that can hold an answer (see
+`trigger.schema` for why they are few); these are opened, and only the commits that match are made.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from itertools import islice
+from typing import Any, NamedTuple
+
+from sqlalchemy import BigInteger, ColumnElement, Connection, Select, and_, bindparam, or_, select, true
+
+from trigger.commit_index import marker_digest
+from trigger.model import CommitRecord, to_microseconds
+from trigger.packing import Contents, open_data
+from trigger.position import History, Lineage, Lsn
+from trigger.schema import BIGINT_MAX, BIGINT_MIN, LEVELS, blocks, histories, markers, streams, xid_outliers
+
+
+class Found(NamedTuple):
+    """A commit that the catalog knows, and what holds it."""
+
+    record: CommitRecord
+    point: int | None
+    """The number of the point that protects it; None where it was missed."""
+    reason: str
+    """Why it was missed; "" where it was not."""
+    history: History
+
+
+class Query(NamedTuple):
+    """What to look for; a commit must match everything that is not None."""
+
+    xid: int | None
+    lsn: Lsn | None
+    first_us: int | None
+    last_us: int | None
+    marker: str | None
+    stream: str | None
+
+    def places(self, contents: Contents) -> list[int]:
+        """Give where in a block the commits are that match; markers and streams are not looked at."""
+        places = list(range(len(contents)))
+        if self.xid is not None:
+            places = [place for place in places if contents.xids[place] == self.xid]
+        if self.lsn is not None:
+            places = [place for place in places if contents.starts[place] <= self.lsn <= contents.ends[place]]
+        if self.first_us is not None:
+            places = [place for place in places if contents.times_us[place] >= self.first_us]
+        if self.last_us is not None:
+            places = [place for place in places if contents.times_us[place] <= self.last_us]
+        return places
+
+    def matches(self, record: CommitRecord) -> bool:
+        """Whether `record`, of one of `places`, is one that was looked for."""
+        return (self.marker is None or self.marker in record.markers) and self.stream in (None, record.stream)
+
+
+def find(connection: Connection, query: Query, limit: int) -> list[Found]:
+    """Give the `limit` most lately recorded commits that match, by history and in log order.
+
+    Only blocks that can hold a match are unpacked; the narrowest key that was given picks them.
+    """
+    keys: Iterable[Any]
+    if max(query.lsn or 0, query.xid or 0) > BIGINT_MAX:
+        return []
+    if query.lsn is not None:
+        keys = _around(connection, query.lsn)
+    elif query.xid is not None:
+        keys = connection.scalars(_WITH_XID, _range(query.xid, query.xid)).all()
+    elif query.marker is not None:
+        digest = markers.c.digest == marker_digest(query.marker)
+        keys = connection.scalars(select(markers.c.block).where(digest).order_by(markers.c.block.desc())).all()
+    elif query.first_us is not None and query.last_us is not None:
+        keys = connection.scalars(_IN_TIME, _range(query.first_us, query.last_us)).all()
+    else:
+        keys = connection.scalars(_newest(query.stream, limit)).all()
+    matches = (found for key in keys for found in _matching(_opened(connection, key), query))
+    return sorted(islice(matches, limit), key=log_order)
+
+
+def commits_of(connection: Connection, point: int) -> list[CommitRecord]:
+    """Give the commits that `point` protects, by stream and in log order."""
+    keys = connection.scalars(
+        select(blocks.c.id).where(blocks.c.point == point).order_by(blocks.c.stream, blocks.c.first)
+    )
+    opened = (_opened(connection, key).contents for key in keys.all())
+    return [contents.record(place) for contents in opened for place in range(len(contents))]
+
+
+def before(connection: Connection, lsn: int, line: History | Lineage) -> Found | None:
+    """Give the last commit of all streams whose record begins before `lsn`."""
+    for history, low, high in reversed(_stretches(line)):
+        earlier = blocks.c.first < min(lsn, high)
+        keys = {  # the last block may hold nothing but a commit that reaches beyond the stretch
+            *_last_blocks(connection, history, earlier),
+            *_last_blocks(connection, history, and_(earlier, blocks.c.last <= high)),
+        }
+        there = []
+        for block in (_opened(connection, key) for key in keys):
+            inside = block.inside(low, high)
+            place = min(inside.stop, bisect_left(block.contents.starts, lsn)) - 1
+            if place in inside:
+                there.append(block.found(place))
+        if there:
+            return max(there, key=log_order)
+    return None
+
+
+def after(connection: Connection, lsn: int, line: History | Lineage) -> Found | None:
+    """Give the first commit of all streams whose record begins behind `lsn`."""
+    for history, low, high in _stretches(line):
+        bound = min(max(lsn + 1, low), BIGINT_MAX)
+        keys = {
+            *_last_blocks(connection, history, blocks.c.first < bound),
+            *_first_blocks(connection, history, blocks.c.first >= bound),
+        }
+        there = []
+        for block in (_opened(connection, key) for key in keys):
+            inside = block.inside(low, high)
+            place = max(inside.start, bisect_right(block.contents.starts, lsn))
+            if place in inside:
+                there.append(block.found(place))
+        if there:
+            return min(there, key=log_order)
+    return None
+
+
+def as_of(connection: Connection, time: datetime, line: History | Lineage | None) -> Found | None:
+    """Give the last commit of the longest run, from the first one in log order, made at or before `time`."""
+    line = line or _newest_history(connection)
+    if line is None:
+        return None
+    time_us = to_microseconds(time)
+    for history, low, high in _stretches(line):
+        later = []
+        for block in (_opened(connection, key) for key in _first_later(connection, history, time_us)):
+            starts, times_us = block.contents.starts, block.contents.times_us
+            later += [starts[place] for place in block.inside(low, high) if times_us[place] > time_us]
+        if later:
+            return before(connection, min(later), line)
+    return before(connection, BIGINT_MAX, line)
+
+
+def log_order(found: Found) -> tuple[str, int, int]:
+    """Give what sorts commits by history and in log order."""
+    return found.history.system, found.history.timeline, found.record.start
+
+
+_BLOCK = (
+    select(blocks.c.point, blocks.c.reason, blocks.c.data, streams.c.name, histories.c.system, histories.c.timeline)
+    .join_from(blocks, streams, streams.c.id == blocks.c.stream)
+    .join(histories, histories.c.id == blocks.c.history)
+    .where(blocks.c.id == bindparam("key"))
+)
+
+
+class _Opened(NamedTuple):
+    """One block, read and open."""
+
+    contents: Contents
+    point: int | None
+    reason: str
+    history: History
+
+    def found(self, place: int) -> Found:
+        """Give the commit at `place` with what holds it."""
+        return Found(self.contents.record(place), self.point, self.reason, self.history)
+
+    def inside(self, low: int, high: int) -> range:
+        """Give the places of the commits whose records lie between `low` and `high`."""
+        return range(bisect_left(self.contents.starts, low), bisect_right(self.contents.ends, high))
+
+
+def _opened(connection: Connection, key: int) -> _Opened:
+    row = connection.execute(_BLOCK, {"key": key}).one()
+    contents = open_data(row.name, row.data)
+    return _Opened(contents, row.point, row.reason or "", History(row.system, row.timeline))
+
+
+def _matching(block: _Opened, query: Query) -> Iterator[Found]:
+    """Give the commits of `block` that match, the last one first."""
+    found = map(block.found, reversed(query.places(block.contents)))
+    return (one for one in found if query.matches(one.record))
+
+
+def _stretches(line: History | Lineage) -> list[tuple[History, int, int]]:
+    """Give (history, from, up to) of each stretch of log that leads to the present of `line`, oldest first."""
+    if isinstance(line, History):
+        return [(line, 0, BIGINT_MAX)]
+    low, stretches = 0, []
+    for timeline, left_at in line.forks:
+        stretches.append((History(line.history.system, timeline), low, int(left_at)))
+        low = int(left_at)
+    return [*stretches, (line.history, low, BIGINT_MAX)]
+
+
+def _last_blocks(connection: Connection, history: History | None, where: ColumnElement[bool]) -> list[int]:
+    """Give the last block, in log order, for which `where` holds, of each stream (in each history where None)."""
+    return _one_a_stream(connection, history, where, blocks.c.first.desc())
+
+
+def _first_blocks(connection: Connection, history: History, where: ColumnElement[bool]) -> list[int]:
+    """Give the first block, in log order, for which `where` holds, of each stream."""
+    return _one_a_stream(connection, history, where, blocks.c.first)
+
+
+def _first_later(connection: Connection, history: History, time_us: int) -> list[int]:
+    """Give the first block that holds a commit made after `time_us`, of each stream.
+
+    Peaks never fall along the log, so the lowest peak above the time is that of the first such block.
+    """
+    return _one_a_stream(connection, history, blocks.c.time_peak_us > time_us, blocks.c.time_peak_us, blocks.c.first)
+
+
+def _one_a_stream(
+    connection: Connection, history: History | None, where: ColumnElement[bool], *order: ColumnElement[Any]
+) -> list[int]:
+    block = (
+        select(blocks.c.id)
+        .where(blocks.c.history == histories.c.id, blocks.c.stream == streams.c.id, where)
+        .order_by(*order)
+        .limit(1)
+        .correlate(histories, streams)
+        .scalar_subquery()
+    )
+    query = select(block).select_from(histories.join(streams, true()))
+    if history is not None:
+        query = query.where(histories.c.system == history.system, histories.c.timeline == history.timeline)
+    return [key for key in connection.scalars(query) if key is not None]
+
+
+def _around(connection: Connection, lsn: Lsn) -> list[int]:
+    """Give the blocks that can hold a commit record which begins, ends, or lies at `lsn`."""
+    near = {
+        *_last_blocks(connection, None, blocks.c.first <= int(lsn)),
+        *_last_blocks(connection, None, blocks.c.first < int(lsn)),
+    }
+    reaching = select(blocks.c.id).where(blocks.c.id.in_(near), blocks.c.last >= int(lsn))
+    return list(connection.scalars(reaching.order_by(blocks.c.id.desc())))
+
+
+def _in_range(level: ColumnElement[int], low: ColumnElement[int], high: ColumnElement[int]) -> ColumnElement[bool]:
+    """Give the condition that a block's range meets [:first, :last]: a short stretch of the index for each level."""
+    first, last = bindparam("first", type_=BigInteger), bindparam("last", type_=BigInteger)
+    return or_(
+        *(
+            and_(level == k, low.between(bindparam(f"from_{k}", type_=BigInteger), last), high >= first)
+            for k in range(LEVELS)
+        )
+    )
+
+
+_OUTLYING = select(xid_outliers.c.block).where(xid_outliers.c.xid == bindparam("first", type_=BigInteger))
+_WITH_XID = (
+    select(blocks.c.id)
+    .where(or_(_in_range(blocks.c.xid_level, blocks.c.xid_low, blocks.c.xid_high), blocks.c.id.in_(_OUTLYING)))
+    .order_by(blocks.c.id.desc())
+)
+_IN_TIME = (
+    select(blocks.c.id)
+    .where(_in_range(blocks.c.time_level, blocks.c.time_low_us, blocks.c.time_high_us))
+    .order_by(blocks.c.id.desc())
+)
+
+
+def _range(first: int, last: int) -> dict[str, int]:
+    """Give the parameters for `_in_range`."""
+    starts = {f"from_{k}": max(first - 16**k + 1, BIGINT_MIN) for k in range(LEVELS)}
+    return {"first": first, "last": last, **starts}
+
+
+def _newest(stream: str | None, limit: int) -> Select[Any]:
+    newest = select(blocks.c.id).order_by(blocks.c.id.desc()).limit(limit)
+    if stream is None:
+        return newest
+    return newest.join(streams, streams.c.id == blocks.c.stream).where(streams.c.name == stream)
+
+
+def _newest_history(connection: Connection) -> History | None:
+    row = connection.execute(
+        select(histories.c.system, histories.c.timeline)
+        .join_from(blocks, histories, histories.c.id == blocks.c.history)
+        .order_by(blocks.c.id.desc())
+        .limit(1)
+    ).one_or_none()
+    return History(row.system, row.timeline) if row else None
