@@ -1,0 +1,144 @@
+"""The service is killed with SIGKILL between any two steps, under load, and started again: P1, P3 and P5 must hold.
+
+Each failpoint is hit once in the usual suite, at a moment that differs from run to run, and twenty-five times in the
+campaign. One cluster and one catalog see all of it, so that what an early kill left behind meets the later ones.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from tests.fixtures import judge
+from tests.fixtures.service import Deployment, deployment
+
+FAILPOINTS = (
+    "after-open",
+    "after-flush",
+    "after-cover",
+    "after-snapshot",
+    "after-ceiling",
+    "after-retag",
+    "after-seal",
+    "after-expiring",
+    "after-delete",
+    "catalog-point-opened",
+    "catalog-open-committed",
+    "catalog-seal-begun",
+    "catalog-blocks-written",
+    "catalog-point-sealed",
+    "catalog-settled-written",
+    "catalog-seal-committed",
+)
+_POINTS = """
+[points]
+min_interval_seconds = 0.1
+per_minute = 6000
+catch_all_seconds = 2
+"""
+_DEADLY_SECONDS = 40
+
+
+class Load:
+    """Connections that commit, each transaction with its own id in the truth table, until told to stop."""
+
+    def __init__(self, deployed: Deployment, connections: int = 2) -> None:
+        self._deployed = deployed
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._commit, daemon=True) for _ in range(connections)]
+        for thread in self._threads:
+            thread.start()
+
+    def _commit(self) -> None:
+        with psycopg.connect(f"{self._deployed.cluster.conninfo} dbname=postgres", autocommit=True) as connection:
+            while not self._over.is_set():
+                connection.execute("INSERT INTO truth (what) VALUES ('load')")
+                time.sleep(random.uniform(0, 0.02))
+
+    def end(self) -> None:
+        """Stop and wait for the last commit."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(30)
+
+
+@pytest.fixture(scope="module", params=["btrfs", "directory"])
+def deployed(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    """A service on PostgreSQL 18 (btrfs) or 15 (directory), whose storage bears few snapshots, so that it thins."""
+    storage = str(request.param)
+    with deployment(18 if storage == "btrfs" else 15, storage) as found:
+        found.configure(_POINTS)
+        found.config.write_text(found.config.read_text().replace("keep_free", "budget = 12\nkeep_free"))
+        found.cluster.sql(judge.TRUTH_TABLE)
+        yield found
+
+
+def _die_at(deployed: Deployment, failpoint: str) -> None:
+    """Run the service until the failpoint kills it."""
+    deployed.start({"TRIGPOINT_FAILPOINT": f"{failpoint}:kill@{random.randint(1, 4)}"}, wait=False)
+    assert deployed.process is not None
+    try:
+        assert deployed.process.wait(_DEADLY_SECONDS) == -signal.SIGKILL, deployed.log.read_text()[-3000:]
+    finally:
+        deployed.process.kill()
+
+
+def _assert_sound(deployed: Deployment) -> None:
+    """Start the service once more, let it settle, end it, and judge what is there."""
+    deployed.start()
+    deployed.settle()
+    assert deployed.stop() == 0
+    left = judge.read(deployed)
+    judge.assert_every_commit_has_one_outcome(left, judge.written_ids(deployed.cluster))
+    judge.assert_nothing_is_left_over(deployed, left)
+    judge.assert_bounds_hold(left)
+
+
+def _matrix(deployed: Deployment, rounds: int) -> None:
+    deployed.start()  # the slot is there before the first commit that is judged
+    deployed.stop()
+    for _ in range(rounds):
+        for failpoint in random.sample(FAILPOINTS, len(FAILPOINTS)):
+            load = Load(deployed)
+            try:
+                _die_at(deployed, failpoint)
+            finally:
+                load.end()
+        _assert_sound(deployed)
+
+
+@pytest.mark.server
+@pytest.mark.volume
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_service_killed_between_any_two_steps_loses_nothing_and_leaves_nothing_over(deployed: Deployment) -> None:
+    _matrix(deployed, rounds=1)
+
+
+@pytest.mark.server
+@pytest.mark.volume
+@pytest.mark.campaign
+@pytest.mark.timeout(14_400)
+def test_four_hundred_kills_between_any_two_steps_lose_nothing_and_leave_nothing_over(deployed: Deployment) -> None:
+    _matrix(deployed, rounds=25)
+
+
+@pytest.mark.server
+@pytest.mark.volume
+@pytest.mark.slow
+def test_a_term_signal_under_load_ends_between_two_rounds_with_nothing_left_to_undo(deployed: Deployment) -> None:
+    for _ in range(3):
+        load = Load(deployed)
+        try:
+            deployed.start()
+            time.sleep(random.uniform(0.2, 1.5))
+            assert deployed.stop() == 0
+        finally:
+            load.end()
+        judge.assert_nothing_is_left_over(deployed, judge.read(deployed))
