@@ -114,6 +114,7 @@ class Decoder:
         self._streams: dict[int, _Transaction] = {}
         self._prepared: dict[str, _Transaction] = {}
         self._open: _Transaction | None = None
+        self._ends_with = ""  # the kind of message that ends what is open
         self._in_stream = False
         self._counts: Counts | None = None  # of the (sub)transaction that rows belong to now
         self._subxid = 0
@@ -188,13 +189,17 @@ class Decoder:
         if self._open is not None:
             raise _damaged(f"transaction {self._open.xid} was not ended")
 
-    def _enter(self, transaction: _Transaction, *, in_stream: bool) -> None:
-        self._open, self._in_stream = transaction, in_stream
+    def _enter(self, transaction: _Transaction, ends_with: str) -> None:
+        self._open, self._ends_with, self._in_stream = transaction, ends_with, ends_with == "E"
         self._subxid = transaction.xid
         self._counts = transaction.counts.setdefault(transaction.xid, {})
 
-    def _leave(self) -> None:
-        self._open, self._in_stream, self._counts, self._subxid = None, False, None, 0
+    def _leave(self, kind: str) -> _Transaction:
+        transaction = self._transaction()
+        if kind != self._ends_with:
+            raise _damaged(f"transaction {transaction.xid} ends with {kind} instead of {self._ends_with}")
+        self._open, self._ends_with, self._in_stream, self._counts, self._subxid = None, "", False, None, 0
+        return transaction
 
     def _switch(self, xid: int) -> Counts:
         """Count for another subtransaction of the streamed transaction from now on."""
@@ -300,14 +305,13 @@ class Decoder:
     def _begin(self, message: memoryview) -> None:
         self._idle()
         start, time, xid = _fixed(_BEGIN, message)
-        self._enter(_Transaction(xid, start, time), in_stream=False)
+        self._enter(_Transaction(xid, start, time), "C")
 
     def _commit(self, message: memoryview) -> None:
-        transaction = self._transaction()
         flags, start, end, time = _fixed(_COMMIT, message)
-        if self._in_stream or flags or (start, time) != (transaction.start, transaction.time):
+        transaction = self._leave("C")
+        if flags or (start, time) != (transaction.start, transaction.time):
             raise _damaged(f"the commit of transaction {transaction.xid} does not fit its begin")
-        self._leave()
         self._give(transaction, message, start, end, time)
 
     # ---- transactions streamed while they run
@@ -318,13 +322,11 @@ class Decoder:
         if first not in {0, 1} or bool(first) == (xid in self._streams):
             raise _damaged(f"a part of streamed transaction {xid} out of order")
         transaction = self._streams.setdefault(xid, _Transaction(xid))
-        self._enter(transaction, in_stream=True)
+        self._enter(transaction, "E")
 
     def _stream_stop(self, message: memoryview) -> None:
         _ends(message, _BODY)
-        if not self._in_stream:
-            raise _damaged("the end of a streamed part that was not begun")
-        self._leave()
+        self._leave("E")
 
     def _stream_commit(self, message: memoryview) -> None:
         self._idle()
@@ -347,15 +349,13 @@ class Decoder:
     def _begin_prepare(self, message: memoryview) -> None:
         self._idle()
         (start, _end, time, xid), _gid = _with_gid(_BEGIN_PREPARE, message)
-        self._enter(_Transaction(xid, start, time), in_stream=False)
+        self._enter(_Transaction(xid, start, time), "P")
 
     def _prepare(self, message: memoryview) -> None:
-        transaction = self._transaction()
         (flags, start, _end, time, xid), gid = _with_gid(_PREPARE, message)
-        known = (transaction.start, transaction.time, transaction.xid)
-        if self._in_stream or flags or (start, time, xid) != known:
+        transaction = self._leave("P")
+        if flags or (start, time, xid) != (transaction.start, transaction.time, transaction.xid):
             raise _damaged(f"the prepare of transaction {transaction.xid} does not fit its begin")
-        self._leave()
         self._prepared[gid] = transaction
 
     def _stream_prepare(self, message: memoryview) -> None:
