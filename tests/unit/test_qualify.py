@@ -101,6 +101,10 @@ def test_a_rule_that_asks_for_changes_takes_no_commit_that_shows_none(asked: dic
     assert not takes(commit(), **asked)
 
 
+def test_one_row_is_enough_for_a_rule_that_asks_for_changes() -> None:
+    assert takes(commit({"public.a": Changes(updated=1)}), tables=["public.*"])
+
+
 @pytest.mark.parametrize(("least", "taken"), [(0, True), (2, True), (3, True), (4, False)])
 def test_least_rows_is_the_smallest_number_that_is_taken(least: int, taken: bool) -> None:
     assert takes(INSERTED, least_rows=least) is taken
@@ -178,6 +182,11 @@ def test_an_expression_sees_every_fact_of_the_commit(expression: str) -> None:
     one = commit({"public.a": Changes(3, 2)}, markers=["close-12"], xid=2**32 + 9)
     assert takes(one, expression=expression)
     assert not takes(one, expression=f"!({expression})")
+
+
+def test_an_operation_of_one_table_is_an_operation_of_the_commit() -> None:
+    one = commit({"public.a": Changes(inserted=1), "public.b": Changes(deleted=1, truncated=1)})
+    assert facts(one)["operations"] == ["insert", "delete", "truncate"]
 
 
 def test_the_facts_are_those_that_are_described() -> None:

@@ -50,7 +50,7 @@ def try_rules(
     if (file is None) == (minutes is None):
         raise ConfigError("give either --file or --minutes", hint="`trigpoint rules test --help` tells what they do")
     if record is not None and minutes is None:
-        raise ConfigError("--record goes with --minutes")
+        raise ConfigError("--record goes with --minutes", hint="a file of commits is a record already")
     chosen = options(config)
     rules = Rules(chosen.rules)
     commits = from_file(file, chosen) if file is not None else watched(chosen, timedelta(minutes=minutes or 0))

@@ -78,7 +78,7 @@ def init(
 
 async def look(conninfo: str, databases: list[str], state_folder: Path) -> Proposal:
     """Give the proposal for the cluster behind `conninfo`; raises `DatabaseError` where it does not answer."""
-    database = driver("database", "postgres")(conninfo, databases or ["postgres"])
+    database = driver("database", "postgres")(conninfo, ["postgres"])
     try:
         present = await database.present()
         missing = [name for name in databases if name not in present]
