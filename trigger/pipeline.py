@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -52,9 +53,13 @@ async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
     """Leave a sealed recovery point behind every commit that qualifies; ends between two rounds when told to stop."""
     loop = asyncio.get_running_loop()
     settle_at = loop.time()
+    untidy = False
     while not agenda.stopping:
         now = loop.time()
         try:
+            if untidy:
+                await tidy(cluster, window, agenda)
+                untidy = False
             await record_breaks(cluster, window, agenda)
             due = agenda.next(now, cluster.clock.now(), window.log_end)
             match qualify(window.oldest, due, agenda.pace(now), cluster.options, now):
@@ -71,8 +76,8 @@ async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
         except (TrigpointError, OSError) as error:
             pause = agenda.failed(loop.time(), None)
             log.error("not protected now, trying again in %.0f s: %s", pause, error)
-            await window.more(loop.time() + pause)
-            await tidy(cluster, window, agenda)
+            untidy = True  # what the failed call did or did not do is found out before anything new is begun
+            await rest(window, agenda, loop.time() + pause)
 
 
 async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, cause: Cause) -> None:
@@ -103,7 +108,7 @@ async def take(cluster: Protected, cause: Cause, collected: Collected, note: str
             snapshots = await storage.snapshot(cluster.volumes, point.id, tag.encode(point))
             reached("after-snapshot")
             bracket = await finish()
-        ceiling = await require_ceiling(database, durable)
+        ceiling = await require_ceiling(database, durable, bracket)
         reached("after-ceiling")
         records = collected.records()
         point = replace(
@@ -157,9 +162,12 @@ async def require_cover(database: Database, floor: Position) -> Position:
     return durable
 
 
-async def require_ceiling(database: Database, durable: Position) -> Position:
-    """Give the ceiling of a snapshot just made; raises `DatabaseError` if the history changed during the round."""
-    ceiling = await database.ceiling()
+async def require_ceiling(database: Database, durable: Position, bracket: Bracket | None) -> Position:
+    """Give the ceiling of a snapshot just made; raises `DatabaseError` if the history changed during the round.
+
+    A bracketed copy was complete before its bracket ended, so the end of the bracket is the ceiling.
+    """
+    ceiling = bracket.stop if bracket else await database.ceiling()
     if ceiling.history != durable.history:
         raise DatabaseError(f"the history changed during the round, from {durable} to {ceiling}")
     return ceiling
@@ -192,16 +200,17 @@ async def abandon(cluster: Protected, point: RecoveryPoint, error: Exception) ->
 
 async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> None:
     """Put every break of a stream into the catalog as a gap, and what was lost with it as missed."""
-    for broken in window.breaks:
+    while window.breaks:  # others may come while one is written down
+        broken = window.breaks[0]
         lineage = await cluster.database.lineage()
+        lost = window.lost(broken, lineage)
+        reason = f"not in the history of timeline {lineage.history.timeline}: {broken.seen.reason}"
+        for history, left in itertools.groupby(lost, key=lambda pending: pending.commit.history):
+            await cluster.catalog.miss([record(pending.commit, Outcome.MISSED) for pending in left], reason, history)
         await cluster.catalog.record_gap(
             Gap(broken.stream, broken.after, broken.seen.until, broken.seen.reason, cluster.clock.now())
         )
-        lost = window.take_break(broken, lineage)
-        if lost:
-            records = [record(pending.commit, Outcome.MISSED) for pending in lost]
-            reason = f"not in the history of timeline {lineage.history.timeline}: {broken.seen.reason}"
-            await cluster.catalog.miss(records, reason, lost[0].commit.history)
+        window.forget(broken, lost)
         agenda.open_gap = True
         log.error(
             "stream %s: gap from %s to %s: %s", broken.stream, broken.after, broken.seen.until, broken.seen.reason
@@ -220,10 +229,18 @@ async def settle_idle(cluster: Protected, window: Window) -> None:
 
 async def tidy(cluster: Protected, window: Window, agenda: Agenda) -> None:
     """After a failure: finish or undo what was begun, and settle what the catalog has the outcome of by now."""
-    try:
-        await reconcile(cluster.catalog, cluster.storage)
-        agenda.base = await cluster.catalog.latest()
-        settled = {stream: await cluster.catalog.settled(stream) for stream in window.connected()}
-        await window.settle({stream: through for stream, through in settled.items() if through is not None})
-    except (TrigpointError, OSError) as error:
-        log.warning("not reconciled, trying again after the next failure: %s", error)
+    await reconcile(cluster.catalog, cluster.storage)
+    newest = await cluster.catalog.latest()
+    if newest is not None and (agenda.base is None or newest.number > agenda.base.number):
+        await cluster.catalog.close_gaps(newest.number)
+        agenda.sealed(newest)
+    agenda.base = newest
+    agenda.open_gap = bool(await cluster.catalog.gaps(open_only=True))
+    settled = {stream: await cluster.catalog.settled(stream) for stream in window.connected()}
+    await window.settle({stream: through for stream, through in settled.items() if through is not None})
+
+
+async def rest(window: Window, agenda: Agenda, until: float) -> None:
+    """Wait until a moment of the loop's clock, whatever arrives meanwhile; a stop is not kept waiting."""
+    while asyncio.get_running_loop().time() < until and not agenda.stopping:
+        await window.more(until)

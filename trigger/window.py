@@ -17,7 +17,7 @@ from typing import NamedTuple
 from trigger.errors import SourceError
 from trigger.model import Changes, Commit, CommitRecord, Outcome
 from trigger.ports import Break, Source
-from trigger.position import Lineage, Position
+from trigger.position import History, Lineage, Lsn, Position
 from trigger.qualify import Pending, Tally
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Collected:
     """What was pending at one moment, and what may be settled once it has an outcome."""
 
     pending: Sequence[Pending]
+    """In log order, all of one history."""
     settled: Mapping[str, Position]
     """By stream: everything up to there is in `pending`, or did not qualify."""
 
@@ -78,7 +79,20 @@ class _Stream:
     """Everything up to here was delivered to the window."""
     settled: Position | None
     pending: deque[Pending] = field(default_factory=deque)
+    delivered: dict[History, Lsn] = field(default_factory=dict)
+    """By history, up to where commits have come; what comes again at or before it is a repetition."""
     connected: bool = False
+
+    def is_new(self, commit: Commit) -> bool:
+        """Whether `commit` comes for the first time; if so, note it."""
+        if commit.end <= self.delivered.get(commit.history, -1):
+            return False
+        self.delivered[commit.history] = commit.end
+        return True
+
+
+def _stream(source: Source, settled: Position | None) -> _Stream:
+    return _Stream(source, settled, settled, delivered={settled.history: settled.at} if settled else {})
 
 
 class Window:
@@ -98,7 +112,7 @@ class Window:
         judge: Callable[[Commit], str | None],
         bound: int = BOUND,
     ) -> None:
-        self._streams = {s.name: _Stream(s, settled.get(s.name), settled.get(s.name)) for s in sources}
+        self._streams = {s.name: _stream(s, settled.get(s.name)) for s in sources}
         self._judge = judge
         self._bound = bound
         self._changed = asyncio.Event()
@@ -130,10 +144,25 @@ class Window:
         return sum(len(stream.pending) for stream in self._streams.values())
 
     def collect(self) -> Collected:
-        """Give all that is pending now, in log order; it stays in the window until `settle`."""
+        """Give all that is pending now in the earliest history, in log order; it stays in the window until `settle`.
+
+        A round is of one history, since one point is: where a stream has gone on to a new timeline, what is pending
+        there waits for the next round.
+        """
         streams = self._streams.values()
-        pending = sorted(itertools.chain(*(s.pending for s in streams)), key=lambda p: p.commit.end)
-        return Collected(pending, {s.source.name: s.through for s in streams if s.through is not None})
+        heads = [s.pending[0].commit.history for s in streams if s.pending]
+        history = min(heads, key=lambda head: head.timeline, default=None)
+        pending: list[Pending] = []
+        settled: dict[str, Position] = {}
+        for stream in streams:
+            mine = list(itertools.takewhile(lambda p: p.commit.history == history, stream.pending))
+            pending += mine
+            through = stream.through
+            if len(mine) < len(stream.pending) or (mine and through is not None and through.history != history):
+                through = mine[-1].commit.position if mine else None
+            if through is not None:
+                settled[stream.source.name] = through
+        return Collected(sorted(pending, key=lambda p: p.commit.end), settled)
 
     async def more(self, until: float | None) -> None:
         """Wait until something has changed since the last call, or the loop's clock shows `until`."""
@@ -155,7 +184,7 @@ class Window:
             while stream.pending and _at_or_before(stream.pending[0].commit.position, through):
                 stream.pending.popleft()
             stream.settled = through
-            if stream.connected:
+            if stream.connected and not any(broken.stream == name for broken in self._breaks):
                 try:
                     await stream.source.acknowledge(through)
                 except SourceError as error:
@@ -163,14 +192,15 @@ class Window:
         if len(self) < self._bound:
             self._room.set()
 
-    def take_break(self, broken: Broken, lineage: Lineage) -> list[Pending]:
-        """Forget a break that was recorded; give the pending commits of its stream that `lineage` does not hold."""
-        stream = self._streams[broken.stream]
-        lost = [p for p in stream.pending if not lineage.includes(p.commit.position)]
-        gone = set(map(id, lost))
+    def lost(self, broken: Broken, lineage: Lineage) -> list[Pending]:
+        """Give the pending commits of a broken stream that `lineage` does not hold."""
+        return [p for p in self._streams[broken.stream].pending if not lineage.includes(p.commit.position)]
+
+    def forget(self, broken: Broken, lost: Iterable[Pending]) -> None:
+        """Let go of a break, and of what was lost with it: the catalog has both."""
+        stream, gone = self._streams[broken.stream], set(map(id, lost))
         stream.pending = deque(p for p in stream.pending if id(p) not in gone)
         self._breaks.remove(broken)
-        return lost
 
     def connected(self) -> Mapping[str, bool]:
         """Give by stream whether it is connected."""
@@ -203,11 +233,11 @@ class Window:
         """Connect behind what was delivered; a break is put down for the pipeline."""
         seen = await stream.source.open(stream.through)
         stream.connected = True
+        self._changed.set()
         if seen is not None:
             after = stream.through if stream.through is not None else seen.until
             self._breaks.append(Broken(stream.source.name, after, seen))
             stream.through = seen.until
-            self._changed.set()
 
     async def _wait_for_room(self, stream: _Stream) -> None:
         while len(self) >= self._bound:
@@ -222,6 +252,8 @@ class Window:
         """Judge what has arrived; what no rule takes is counted and not kept."""
         now = asyncio.get_running_loop().time()
         for commit in commits:
+            if not stream.is_new(commit):
+                continue
             rule = self._judge(commit)
             self.tally.count(rule)
             if rule is not None:
