@@ -146,46 +146,17 @@ def test_the_journal_goes_on_behind_a_restart_of_the_server(here: Ground) -> Non
     asyncio.run(run())
 
 
-def _fork_production(here: Ground, target: Position) -> None:
-    """Restore production in place to an earlier position, as an operator would, so that it changes its timeline."""
-    here.cluster.stop()
-    data = here.cluster.data
-    shutil.rmtree(data)
-    subprocess.run(["cp", "-a", here.folder / "base", data], check=True)
-    subprocess.run(["chown", "-R", "{}:{}".format(*here.cluster.owner), data], check=True)
-    staged = here.folder / f"fork{target.history.timeline}"
-    here.cluster.configure(
-        {
-            "restore_command": f"cp {staged}/%f %p",
-            "recovery_target_lsn": str(target.at),
-            "recovery_target_timeline": str(target.history.timeline),
-            "recovery_target_action": "promote",
-        }
-    )
-    (data / "recovery.signal").touch()
-    os.chown(data / "recovery.signal", *here.cluster.owner)
-    here.cluster.start()
-    deadline = time.monotonic() + 20
-    while here.cluster.sql("SELECT pg_is_in_recovery()")[0][0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_the_journal_follows_production_to_another_timeline(newest: Ground) -> None:
     async def run() -> None:
         here = newest
         async with here.journaling():
-            here.cluster.stop()
-            await asyncio.to_thread(shutil.copytree, here.cluster.data, here.folder / "base", symlinks=True)
-            here.cluster.start()
+            await asyncio.to_thread(here.keep_for_fork)
             fill(here.cluster, 2)
             fork = here.durable()
             fill(here.cluster, 3)  # lost on the new timeline: its segments have higher numbers than the fork
             lost = here.durable()
             await here.journal_reaches(lost)
-            target = Target(fork.history, StopKind.LSN, fork.at, True, "fork")
-            await here.journal.stage(Position(fork.history, Lsn(SEGMENT_BYTES)), target, here.folder / "fork1", silent)
-            await asyncio.to_thread(_fork_production, here, fork)
+            await here.fork(Target(fork.history, StopKind.LSN, fork.at, True, "fork"))
             assert here.history().timeline == 2
             fill(here.cluster, 1)
             await here.journal_reaches(here.durable())

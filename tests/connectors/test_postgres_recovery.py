@@ -13,6 +13,7 @@ from tests.fixtures.postgres import MAJORS
 from tests.fixtures.restores import Ground, at_commit, before_commit, ground, load
 from tests.fixtures.volumes import loop_volume, plain_folder
 from trigger.model import StopKind, Target
+from trigger.position import Position
 
 pytestmark = [pytest.mark.server]
 
@@ -117,3 +118,91 @@ def test_a_copy_made_under_load_starts_from_its_label_and_is_exact(on_any: Groun
         await here.drop(clone)
 
     asyncio.run(run())
+
+
+@pytest.mark.volume
+def test_a_commit_is_found_again_on_whichever_timeline_it_was_made() -> None:
+    """Production is restored in place twice; commits of all three timelines, the lost ones too, come back exactly."""
+
+    async def run(here: Ground) -> None:
+        made: list[tuple[int, str, Position]] = []  # (timeline, word, before its commit)
+
+        def write(word: str) -> Position:
+            before = here.inserted()
+            here.cluster.sql(f"INSERT INTO words VALUES ('{word}')")
+            made.append((before.history.timeline, word, before))
+            return before
+
+        here.cluster.sql("CREATE TABLE words (word text)")
+        async with here.journaling():
+            await asyncio.to_thread(here.keep_for_fork)
+            cut = here.cut()
+            write("one")
+            second = write("two")
+            write("lost on 1")
+            here.cluster.sql("SELECT pg_switch_wal()")
+            write("lost behind a switch")
+            await here.journal_reaches(here.durable())
+            await here.fork(await _to(here, second))
+            write("three on 2")
+            fork = write("four on 2")
+            write("lost on 2")
+            await here.journal_reaches(here.durable())
+            await here.fork(await _to(here, fork))
+            write("five on 3")
+            here.cluster.sql("SELECT pg_switch_wal()")
+            write("six on 3")
+            await here.journal_reaches(here.durable())
+        wanted = {
+            "two": "one,two",
+            "lost behind a switch": "one,two,lost on 1,lost behind a switch",
+            "three on 2": "one,two,three on 2",
+            "lost on 2": "one,two,three on 2,four on 2,lost on 2",
+            "five on 3": "one,two,three on 2,four on 2,five on 3",
+            "six on 3": "one,two,three on 2,four on 2,five on 3,six on 3",
+        }
+        for timeline, word, before in made:
+            if word in wanted:
+                clone, running, staged = await here.restore(cut, target := await _to(here, before))
+                text = await here.recovery.query(running, "postgres", "SELECT string_agg(word, ',') FROM words")
+                assert text == wanted[word]
+                assert before.history.timeline == timeline
+                assert running.history.timeline == 4  # behind every timeline that production ever had
+                async for what, held, seen in here.recovery.inspect(running, target, staged, deep=False):
+                    assert held, f"{what}: {seen}"
+                await here.drop(clone)
+
+    with loop_volume("btrfs", 4096) as folder, ground(18, folder, btrfs=True) as made:
+        asyncio.run(run(made))
+
+
+async def _to(here: Ground, before: Position) -> Target:
+    """Give the first commit behind a position as a target, read from the journal."""
+    staged = here.folder / "looked-up"
+    whole = Target(before.history, StopKind.LSN, before.at, False, "to look it up")
+    await here.journal.stage(before, whole, staged, lambda *_: None)
+    commits = await here.commits(before, staged)
+    return at_commit(before.history, commits[0])
+
+
+@pytest.mark.volume
+def test_a_restore_by_time_holds_every_commit_up_to_that_time_and_no_other() -> None:
+    async def run(here: Ground) -> None:
+        async with here.journaling():
+            cut = here.cut()
+            for _ in range(6):
+                here.cluster.sql("INSERT INTO ledger VALUES (pg_current_xact_id())")
+            end = here.durable()
+            await here.journal_reaches(end)
+        rows = here.cluster.sql("SELECT xid::text::int, pg_xact_commit_timestamp(xid::xid) FROM ledger ORDER BY 1")
+        for inclusive in (True, False):
+            target = Target(end.history, StopKind.TIME, cut.ceiling.at, inclusive, "that time", rows[3][1])
+            clone, running, staged = await here.restore(cut, target)
+            assert await here.ledger(running) == {row[0] for row in rows[: 3 + inclusive]}
+            assert inclusive is (running.last_commit_at == rows[3][1])
+            async for what, held, seen in here.recovery.inspect(running, target, staged, deep=False):
+                assert held, f"{what}: {seen}"
+            await here.drop(clone)
+
+    with loop_volume("btrfs", 4096) as folder, ground(16, folder, btrfs=True, track_commit_timestamp="on") as made:
+        asyncio.run(run(made))
