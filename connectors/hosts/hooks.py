@@ -122,25 +122,37 @@ async def run_hook(hook: Hook, point: str) -> None:
     program = Path(hook.command[0]).resolve()
     await asyncio.to_thread(require_trusted, program)
     with _captured() as (pipe, output):
-        try:
-            process = await asyncio.create_subprocess_exec(
-                program,
-                *hook.command[1:],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=pipe,
-                stderr=pipe,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C", "TRIGPOINT_POINT": point},
-                cwd="/",
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise AgentError(f"hook {hook.id} did not start: {error.strerror}", retryable=False) from error
+        process = await _started(hook, program, point, pipe)
         ended = await _ended(process, hook.deadline_seconds)
     words = f": {last}" if (last := _last_lines(output)) else ""
     if not ended:
         raise AgentError(f"hook {hook.id} did not end within {hook.deadline_seconds:g} s{words}")
     if process.returncode != 0:
         raise AgentError(f"hook {hook.id} failed with exit code {process.returncode}{words}")
+
+
+async def _started(hook: Hook, program: Path, point: str, pipe: int) -> asyncio.subprocess.Process:
+    """Give the running program; a cancellation while it starts waits for it, and kills it."""
+    starting = asyncio.create_task(
+        asyncio.create_subprocess_exec(
+            program,
+            *hook.command[1:],
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C", "TRIGPOINT_POINT": point},
+            cwd="/",
+            start_new_session=True,
+        )
+    )
+    try:
+        return await asyncio.shield(starting)
+    except OSError as error:
+        raise AgentError(f"hook {hook.id} did not start: {error.strerror}", retryable=False) from error
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            await _ended(await starting, 0)
+        raise
 
 
 async def _ended(process: asyncio.subprocess.Process, deadline_seconds: float) -> bool:

@@ -13,13 +13,13 @@ from tests.conformance.agent_rigs import LocalAgentRig, MemoryAgentRig, small_ex
 
 
 @pytest.mark.parametrize("claim", EVERY, ids=lambda claim: claim.__name__)
-def test_the_agent_in_memory(claim: Callable[[Any], Awaitable[None]]) -> None:
+def test_the_agent_in_memory_keeps_every_claim(claim: Callable[[Any], Awaitable[None]]) -> None:
     asyncio.run(_run(claim, MemoryAgentRig()))
 
 
 @pytest.mark.volume
 @pytest.mark.parametrize("claim", [*EVERY, *LOCAL], ids=lambda claim: claim.__name__)
-def test_the_local_agent(claim: Callable[[Any], Awaitable[None]]) -> None:
+def test_the_local_agent_keeps_every_claim(claim: Callable[[Any], Awaitable[None]]) -> None:
     with small_ext4() as root:
         asyncio.run(_run(claim, LocalAgentRig(root)))
 

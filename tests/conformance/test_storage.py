@@ -51,7 +51,9 @@ def _cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("driver", "claim"), _cases())
-def test_storage(driver: str, claim: Callable[[Any], Awaitable[None]], request: pytest.FixtureRequest) -> None:
+def test_every_storage_keeps_every_claim(
+    driver: str, claim: Callable[[Any], Awaitable[None]], request: pytest.FixtureRequest
+) -> None:
     rig: Rig = MemoryRig()
     if driver != "memory":
         place, make = FILE_RIGS[driver]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pwd
 import shutil
@@ -125,7 +126,7 @@ def test_a_symbolic_link_to_the_file_or_above_it_is_refused(trusted: Path) -> No
             read_hooks(wrong)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.volume
 def test_a_file_or_program_of_another_user_is_refused(trusted: Path) -> None:
     nobody = pwd.getpwnam("nobody").pw_uid
     program = trusted / "program"
@@ -327,3 +328,30 @@ def test_a_bad_hook_file_is_refused_by_prepare(trusted: Path) -> None:
     (trusted / "hooks.toml").chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IWOTH)
     with pytest.raises(AgentError, match="can be written by others"):
         asyncio.run(_flush(agent, trusted))
+
+
+def test_a_hook_that_is_cancelled_while_it_starts_leaves_nothing_running() -> None:
+    seconds = f"61.{os.getpid()}"
+
+    async def cancel_early() -> None:
+        for delay in (0, 0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.02):
+            task = asyncio.create_task(run_hook(shell(f"sleep {seconds} & sleep {seconds}"), POINT))
+            await asyncio.sleep(delay)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(cancel_early())
+    deadline = time.monotonic() + 3
+    while (left := _commands_with(seconds)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert left == []
+
+
+def _commands_with(word: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if word in command:
+                found.append(command)
+    return found

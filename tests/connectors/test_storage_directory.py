@@ -298,12 +298,14 @@ def test_where_the_filesystem_can_changed_files_share_their_blocks(kind: str) ->
         assert "share their blocks" in finding.message
 
 
-def test_ext4_cannot_reflink_and_the_storage_says_so(tmp_path: Path) -> None:
-    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
-    if kind.strip() in ("btrfs", "xfs"):
-        pytest.skip("this machine's temporary folder can reflink")
-    assert not can_reflink(tmp_path)
-    assert House(tmp_path).storage.capabilities == frozenset()
+@pytest.mark.volume
+def test_where_the_filesystem_cannot_reflink_the_storage_says_so() -> None:
+    with loop_volume("ext4", 64) as mount:
+        assert not can_reflink(mount)
+        house = House(mount)
+        assert house.storage.capabilities == frozenset()
+        (finding,) = asyncio.run(house.storage.check([house.volume]))
+        assert "are copied" in finding.message
 
 
 KILLED = """
