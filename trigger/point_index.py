@@ -66,12 +66,12 @@ def bind(connection: Connection, system: str) -> None:
 def _settle_all(
     connection: Connection, records: Sequence[CommitRecord], settled: Mapping[str, Position], history: History
 ) -> None:
-    ends = {record.stream: record.end for record in records}  # in log order, so the last one stays
-    for stream, end in ends.items():
-        owner = settled[stream].history if stream in settled else history
-        commit_index.settle(connection, stream, Position(owner, end))
-    for stream, through in settled.items():
-        commit_index.settle(connection, stream, through)
+    through = dict(settled)
+    for stream, end in {record.stream: record.end for record in records}.items():  # in log order: the last one stays
+        mine = settled.get(stream, Position(history, end))
+        through[stream] = Position(mine.history, max(mine.at, end))
+    for stream, position in through.items():
+        commit_index.settle(connection, stream, position)
 
 
 def miss(connection: Connection, records: Sequence[CommitRecord], reason: str, history: History) -> None:

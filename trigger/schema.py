@@ -45,7 +45,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from trigger.errors import CatalogError, TrigpointError
@@ -304,6 +304,9 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+_RETRYABLE_STATES = ("40001", "40P01", "53100", "53300", "57P01", "57P02", "57P03")
+"""PostgreSQL's codes for: conflict, deadlock, disk full, too many connections, and three kinds of shutting down."""
+
 _SQLITE_WORDS = {
     "SQLITE_FULL": ("no room left", "free some space on its filesystem", True),
     "SQLITE_READONLY": (
@@ -347,8 +350,10 @@ def _explained(where: str, error: Exception) -> CatalogError:
     for beginning, (what, hint, retryable) in _SQLITE_WORDS.items():
         if name.startswith(beginning):
             return CatalogError(_named(where, f"{what} ({origin})"), hint=hint, retryable=retryable)
-    disconnected = isinstance(error, DBAPIError) and error.connection_invalidated
-    again = disconnected or getattr(origin, "sqlstate", "") in ("40001", "40P01", "53100", "57P01", "57P03")
+    state = getattr(origin, "sqlstate", None)
+    unreached = isinstance(error, OperationalError) and state is None  # a server that cannot be connected to
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    again = unreached or lost or state in _RETRYABLE_STATES
     words = str(origin or error).strip().splitlines() or [type(error).__name__]
     return CatalogError(_named(where, words[0]), hint="see the database's own log", retryable=again)
 
