@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("tests.conformance.storage_claims", "tests.conformance.agent_claims")
+pytest.register_assert_rewrite(*(f"tests.conformance.{port}_claims" for port in ("storage", "agent", "source")))
