@@ -1,0 +1,367 @@
+"""The command line on a real cluster, from `init` to `catalog rebuild`, as a person or a script types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.postgres import running_cluster, server_owner
+from tests.fixtures.service import CHECKOUT, Deployment, deployment
+from tests.fixtures.volumes import loop_volume, plain_folder
+
+pytestmark = pytest.mark.server
+
+RULES = """
+[points]
+min_interval_seconds = 0.3
+catch_all_seconds = 3600
+[[rules]]
+name = "money"
+tables = ["public.account"]
+[[rules]]
+name = "marked"
+markers = ["close-*"]
+"""
+
+
+@pytest.fixture(scope="module")
+def bank() -> Iterator[Deployment]:
+    """A cluster with a service that has protected seven commits of the bank and one that is marked."""
+    with deployment(15, "directory", extra=RULES) as deployed:
+        deployed.cluster.sql("CREATE TABLE account (id int PRIMARY KEY, balance int); CREATE TABLE noise (id int)")
+        deployed.start()
+        for number in range(7):
+            deployed.cluster.sql(f"INSERT INTO account VALUES ({number}, 100)")
+            deployed.cluster.sql(f"INSERT INTO noise VALUES ({number})")
+        deployed.cluster.sql("SELECT pg_logical_emit_message(true, 'trigpoint', 'close-of-day')")
+        deployed.settle()
+        yield deployed
+
+
+def xid_of(deployed: Deployment, number: int) -> int:
+    return int(deployed.cluster.sql(f"SELECT xmin::text FROM account WHERE id = {number}")[0][0])
+
+
+def fails(deployed: Deployment, *command: str) -> subprocess.CompletedProcess[str]:
+    done = deployed.trigpoint(*command, check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done
+
+
+# ------------------------------------------------------------------------------------------ before the first run
+
+
+def test_init_writes_a_configuration_that_every_check_accepts(tmp_path: Path) -> None:
+    with plain_folder() as folder, running_cluster(15, folder / "data") as cluster:
+        written = folder / "trigpoint.toml"
+        command = ("init", "--conninfo", cluster.conninfo, "--state-folder", str(folder / "state"), "-o", str(written))
+        cluster.sql("CREATE DATABASE shop")
+        done = typed(*command)
+        assert done.returncode == 0, done.stderr
+        assert "trigpoint check" in done.stdout
+        assert written.stat().st_mode & 0o777 == 0o600
+        assert 'databases = ["shop"]' in written.read_text()
+        assert typed("config", "check", "-c", str(written)).returncode == 0
+        checked = typed("check", "-c", str(written), "--json")
+        assert checked.returncode == 0, checked.stdout
+        assert {finding["severity"] for finding in json.loads(checked.stdout)} <= {"ok", "note", "warning"}
+        assert typed(*command).returncode == 2
+        assert typed(*command, "--force", "--database", "postgres").returncode == 0
+        assert 'databases = ["postgres"]' in written.read_text()
+        missing = typed(*command, "--force", "--database", "nowhere")
+        assert missing.returncode == 2
+        assert "there are: postgres, shop" in missing.stderr
+
+
+@pytest.mark.volume
+def test_init_finds_a_btrfs_subvolume_and_tablespaces_outside() -> None:
+    with loop_volume("btrfs") as mount, plain_folder() as folder:
+        subprocess.run(["btrfs", "subvolume", "create", str(mount / "data")], check=True, capture_output=True)
+        with running_cluster(15, mount / "data") as cluster:
+            command = ("init", "--conninfo", cluster.conninfo, "--state-folder", str(folder / "state"), "-o", "-")
+            assert f'driver = "btrfs"\n' in (text := typed(*command).stdout)  # noqa: F541
+            assert f'folder = "{mount}/trigpoint"' in text
+            space = folder / "space"
+            space.mkdir()
+            os.chown(space, *cluster.owner)
+            cluster.sql(f"CREATE TABLESPACE elsewhere LOCATION '{space}'")
+            text = typed(*command).stdout
+            assert 'driver = "directory"' in text
+            assert f'path = "{space}"' in text
+            cluster.sql("DROP TABLESPACE elsewhere")
+
+
+def test_check_refuses_what_would_lose_commits_with_its_remedy() -> None:
+    with deployment(15, "directory", fsync="off") as deployed:
+        done = fails(deployed, "check")
+        assert done.returncode == 3
+        assert "refused  fsync: fsync is off" in done.stdout
+        assert "-> ALTER SYSTEM SET fsync = on" in done.stdout
+        assert "refused: the service would not start" in done.stdout
+        started = fails(deployed, "run")
+        assert started.returncode == 3
+        assert "error: fsync" in started.stderr
+
+
+def test_check_refuses_a_state_folder_that_a_link_puts_on_the_protected_volume() -> None:
+    with deployment(15, "directory") as deployed:
+        inside = deployed.cluster.data / "sneaky"
+        inside.mkdir(mode=0o700)
+        (deployed.state / "link").symlink_to(inside)
+        text = deployed.config.read_text().replace(f'"{deployed.state}"', f'"{deployed.state}/link"', 1)
+        deployed.config.write_text(text)
+        done = fails(deployed, "check")
+        assert done.returncode == 3
+        assert "lies on the protected volume data" in done.stdout
+
+
+def test_explain_says_what_is_not_seen(bank: Deployment) -> None:
+    done = bank.trigpoint("explain")
+    assert "DDL" in done.stdout
+    assert {"note", "ok"} <= {finding["severity"] for finding in bank.ask("explain")}
+
+
+# ------------------------------------------------------------------------------------------- looking at a service
+
+
+def test_status_list_show_and_find_agree(bank: Deployment) -> None:
+    status, points = bank.ask("status"), bank.ask("list")
+    assert status["last_point"] == points[0]["number"]
+    assert status["commits_by_rule"] == {"money": 7, "marked": 2, "": 9} | status["commits_by_rule"]
+    (where,) = bank.ask("find", "--xid", str(xid_of(bank, 4)))
+    assert where["where"] in ("point", "interval")
+    shown = bank.ask("show", str(where["point"]))
+    assert shown["point"]["number"] == where["point"]
+    assert where["record"] in shown["commits"]
+    (marked,) = bank.ask("find", "--marker", "close-of-day")
+    assert marked["record"]["markers"] == ["close-of-day"]
+    assert bank.ask("find", "--lsn", where["record"]["start"])[0]["record"] == where["record"]
+    for ref in (shown["point"]["id"], f"trg-{shown['point']['id']}"):
+        assert bank.ask("show", ref) == shown
+
+
+def test_a_pipe_gets_plain_lines(bank: Deployment) -> None:
+    lines = bank.trigpoint("list").stdout.splitlines()
+    assert lines[0].split()[:4] == ["NUMBER", "STATE", "CAUSE", "OPENED"]
+    assert all("\x1b" not in line and "│" not in line for line in lines)
+    assert bank.trigpoint("list", "--limit", "1").stdout.count("\n") == 2
+    assert bank.trigpoint("list", "--state", "failed").stdout == "there are no recovery points\n"
+    assert bank.trigpoint("list", "--gaps").stdout == "there are no gaps\n"
+
+
+def test_what_is_not_known_is_exit_code_11(bank: Deployment) -> None:
+    noise = int(bank.cluster.sql("SELECT xmin::text FROM noise LIMIT 1")[0][0])
+    done = fails(bank, "find", "--xid", str(noise))
+    assert done.returncode == 11
+    assert "did not qualify" in done.stdout
+    assert fails(bank, "show", "999").returncode == 7
+
+
+def test_a_point_on_demand_carries_its_note(bank: Deployment) -> None:
+    taken = bank.ask("point", "--note", "before the migration")
+    assert (taken["state"], taken["cause"], taken["note"]) == ("sealed", "demand", "before the migration")
+    assert bank.ask("list", "--limit", "1")[0]["id"] == taken["id"]
+
+
+def test_only_one_service_works_in_a_state_folder(bank: Deployment) -> None:
+    for command in (("run",), ("reconcile",), ("catalog", "rebuild")):
+        done = fails(bank, *command)
+        assert done.returncode == 2
+        assert "another trigpoint works in" in done.stderr
+
+
+def test_what_pgoutput_shows_can_be_watched_recorded_and_tried(bank: Deployment, tmp_path: Path) -> None:
+    record = tmp_path / "seen.jsonl"
+    command = [sys.executable, "-m", "trigger", "rules", "test", "--minutes", "0.08", "--record", str(record), "--json"]
+    watching = subprocess.Popen(
+        command, env=environment(bank), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: slots(bank, "trigpoint_try_postgres"), "the slot of the watcher")
+    for number in range(3):
+        bank.cluster.sql(f"INSERT INTO account VALUES ({100 + number}, 1)")
+        bank.cluster.sql("INSERT INTO noise VALUES (1)")
+    out, err = watching.communicate(timeout=60)
+    assert watching.returncode == 0, err
+    answer = json.loads(out)
+    assert answer["seen"] == len(record.read_text().splitlines())
+    assert answer["by_rule"] == {"money": 3}
+    assert answer["passed_over"] == 3
+    assert bank.ask("rules", "test", "--file", str(record)) == answer
+    assert not slots(bank, "trigpoint_try_postgres")
+    assert not bank.cluster.sql("SELECT 1 FROM pg_publication WHERE pubname LIKE 'trigpoint_try%'")
+
+
+def test_ctrl_c_ends_a_watch_with_130_and_leaves_no_slot(bank: Deployment) -> None:
+    command = [sys.executable, "-m", "trigger", "rules", "test", "--minutes", "10"]
+    watching = subprocess.Popen(
+        command, env=environment(bank), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: slots(bank, "trigpoint_try_postgres"), "the slot of the watcher")
+    watching.send_signal(signal.SIGINT)
+    _, err = watching.communicate(timeout=30)
+    assert watching.returncode == 130
+    assert "Traceback" not in err
+    assert not slots(bank, "trigpoint_try_postgres")
+
+
+# ------------------------------------------------------------------------------------------------- bringing back
+
+
+def test_a_state_is_planned_restored_listed_and_dropped(bank: Deployment) -> None:
+    xid = xid_of(bank, 5)
+    plan = bank.trigpoint("restore", "--to-xid", str(xid), "--dry-run").stdout
+    assert f"commit {xid} of postgres" in plan
+    assert bank.ask("clones", "list") == []
+    report = bank.ask("restore", "--to-xid", str(xid), "--name", "look")
+    assert report["name"] == "look"
+    assert all(held for _, held, _ in report["checks"])
+    assert count_in(report["conninfo"]) == 6
+    assert [clone["state"] for clone in bank.ask("clones")] == ["running"]
+    again = fails(bank, "restore", "--to-xid", str(xid), "--name", "look")
+    assert again.returncode == 9
+    assert "there is a clone look already" in again.stderr
+    assert bank.trigpoint("clones", "drop", "look").stdout == "dropped look\n"
+    assert bank.ask("clones", "list") == []
+    assert fails(bank, "clones", "drop", "look").returncode == 9
+
+
+def test_before_a_transaction_is_the_state_without_it(bank: Deployment) -> None:
+    report = bank.ask("restore", "--before-xid", str(xid_of(bank, 5)), "--name", "before")
+    assert count_in(report["conninfo"]) == 5
+    bank.trigpoint("clones", "drop", "before")
+
+
+def test_a_target_that_cannot_be_reached_is_exit_code_9_with_the_reason(bank: Deployment) -> None:
+    for target in (("--to-lsn", "0/28"), ("--to-xid", "4000000000"), ("--to-marker", "nothing")):
+        done = fails(bank, "restore", *target)
+        assert done.returncode in (8, 9), done.stderr
+        assert done.stderr.startswith("error: ")
+
+
+def test_ctrl_c_during_a_restore_leaves_no_clone(bank: Deployment) -> None:
+    command = [sys.executable, "-m", "trigger", "restore", "--to-xid", str(xid_of(bank, 3)), "--name", "cut"]
+    restoring = subprocess.Popen(
+        command, env=environment(bank), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: bank.ask("clones", "list"), "the clone that is being made")
+    restoring.send_signal(signal.SIGINT)
+    _, err = restoring.communicate(timeout=60)
+    assert restoring.returncode == 130, err
+    assert bank.ask("clones", "list") == []
+
+
+def test_verify_stores_its_result_with_the_point(bank: Deployment) -> None:
+    result = bank.ask("verify")
+    assert result["passed"], result["checks"]
+    assert bank.ask("list", "--limit", "1")[0]["verification"]["passed"]
+    assert "passed" in bank.trigpoint("list", "--limit", "1").stdout
+
+
+# -------------------------------------------------------------------------------------------- without the service
+
+
+def test_a_catalog_that_is_lost_comes_back_from_the_tags() -> None:
+    with deployment(15, "directory", extra=RULES) as deployed:
+        deployed.cluster.sql("CREATE TABLE account (id int PRIMARY KEY, balance int)")
+        first = deployed.ask("point", "--note", "without a service")
+        assert (first["state"], first["note"]) == ("sealed", "without a service")
+        deployed.start()
+        for number in range(3):
+            deployed.cluster.sql(f"INSERT INTO account VALUES ({number}, 100)")
+        deployed.settle()
+        assert deployed.stop() == 0
+        before = deployed.ask("list")
+        rebuilt = deployed.ask("catalog", "rebuild")
+        assert rebuilt["changed_points"] == {}
+        assert rebuilt["lost_points"] == []
+        assert Path(rebuilt["set_aside"]).exists()
+        assert deployed.ask("list") == before
+        for path in deployed.state.glob("catalog.sqlite*"):
+            path.unlink()
+        assert fails(deployed, "list").returncode == 7
+        assert deployed.ask("catalog", "rebuild")["set_aside"] is None
+        assert deployed.ask("list") == before
+        (deployed.state / "catalog.sqlite").write_bytes(b"not a catalog at all" * 1000)
+        assert "not a catalog, or damaged" in fails(deployed, "list").stderr
+        assert "not a catalog" in deployed.ask("catalog", "rebuild")["unreadable"]
+        assert deployed.ask("list") == before
+        assert deployed.trigpoint("reconcile").stdout.startswith("reconciled  catalog and storage agree")
+
+
+def test_sigterm_ends_the_service_in_order_and_systemd_is_told_when_it_is_ready(tmp_path: Path) -> None:
+    import socket
+
+    with deployment(15, "directory") as deployed, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        deployed.start({"NOTIFY_SOCKET": str(tmp_path / "notify"), "JOURNAL_STREAM": "8:1"}, wait=False)
+        assert systemd.recv(100) == b"READY=1"
+        assert deployed.stop(signal.SIGTERM) == 0
+        assert all(line.startswith("<") for line in deployed.log.read_text().splitlines())
+
+
+def test_the_owner_of_the_data_needs_no_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("the whole run is without root")
+    user = pwd.getpwuid(server_owner()[0]).pw_name
+    with deployment(15, "directory") as deployed:
+        for folder in (deployed.root, deployed.state):
+            os.chown(folder, *deployed.cluster.owner)
+        deployed.config.chmod(0o644)
+        as_user = ["setpriv", f"--reuid={user}", f"--regid={deployed.cluster.owner[1]}", "--clear-groups"]
+        for command in (("check",), ("point",), ("list",)):
+            done = subprocess.run(
+                [*as_user, sys.executable, "-m", "trigger", *command],
+                env=environment(deployed) | {"HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"},
+                cwd="/",
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert "sealed" in done.stdout
+
+
+def environment(deployed: Deployment) -> dict[str, str]:
+    return dict(os.environ) | {"TRIGPOINT_CONFIG": str(deployed.config), "PYTHONPATH": str(CHECKOUT)}
+
+
+def typed(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "trigger", *command],
+        env=dict(os.environ) | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def slots(deployed: Deployment, name: str) -> list[Any]:
+    return deployed.cluster.sql(f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{name}'")
+
+
+def count_in(conninfo: str) -> int:
+    import psycopg
+
+    with psycopg.connect(f"{conninfo} dbname=postgres") as connection:
+        row = connection.execute("SELECT count(*) FROM account").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def wait_until(condition: Any, what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
+        time.sleep(0.02)
