@@ -20,9 +20,9 @@ from typing import Any, Protocol
 from trigger import clone_records
 from trigger.catalog import Catalog
 from trigger.clone_records import CloneRecord, Written, clone_name, new_name
-from trigger.errors import RestoreError, TrigpointError
+from trigger.errors import RestoreError, StorageError, TrigpointError
 from trigger.failpoint import reached
-from trigger.model import Target, Volume
+from trigger.model import State, Target, Volume
 from trigger.planner import WAL_SEGMENT_BYTES, Plan, plan
 from trigger.ports import Clock, Clone, Journal, Progress, Recovery, Running, Storage
 from trigger.position import History, Lsn
@@ -130,13 +130,28 @@ async def restore(target: Target, site: Site, *, progress: Progress, name: str =
         TrigpointError: it cannot be done or was not proven; nothing is left behind. So after a cancellation.
     """
     name = clone_name(name) if name else new_name("clone")
-    found = await prepare(target, site)
-    await require_room(found, site)
+    while True:
+        found = await prepare(target, site)
+        await require_room(found, site)
+        try:
+            return await _restored(found, site, name, progress)
+        except StorageError:
+            if not await _expired(found, site):
+                raise
+            log.info("point %d expired while it was to be cloned; planning anew", found.base.number)
+
+
+async def _restored(found: Plan, site: Site, name: str, progress: Progress) -> Report:
     async with raised(found, site, name, progress) as up:
         checks = await prove(up, site)
         await asyncio.to_thread(clone_records.remove_folder, up.log_folder)  # replayed; the clone goes on without it
         await asyncio.to_thread(clone_records.finish, site.records_folder, _record(up, site))
     return _report(up, checks)
+
+
+async def _expired(found: Plan, site: Site) -> bool:
+    """Whether the base went away between the plan and the clone; the next plan has another, so this ends."""
+    return (await site.catalog.point(found.base.id)).state is not State.SEALED
 
 
 @contextlib.asynccontextmanager

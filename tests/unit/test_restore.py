@@ -22,6 +22,7 @@ from tests.fixtures.bank import Bank, bank
 from trigger import clone_records
 from trigger.clone_records import CloneRecord, clone_name
 from trigger.errors import JournalError, RestoreError, StorageError
+from trigger.expire import expire
 from trigger.model import EPOCH, Cause, StopKind
 from trigger.ports import Capability
 from trigger.position import Lsn
@@ -305,6 +306,34 @@ async def two_points(it: Bank) -> Any:
     it.commit(data_bytes=0)
     await it.point()
     return await it.resolve(Named(xid=wanted.xid))
+
+
+def test_a_base_that_expires_between_plan_and_clone_gives_way_to_an_older_one(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        older = await it.point()
+        it.commit()
+        newer = await it.point()
+        wanted = it.commit()
+        it.commit(data_bytes=0)
+        await it.point()
+
+        class Thinned:
+            """Loses the newest base at the moment in which it is to be cloned."""
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(it.site.storage, name)
+
+            async def clone(self, point: str, name: str, progress: Any) -> Any:
+                if point == newer.id:
+                    await expire(it.catalog, it.site.storage, newer)
+                return await it.site.storage.clone(point, name, progress)
+
+        target = await it.resolve(Named(xid=wanted.xid))
+        report = await restore(target, with_port(it.site, "storage", Thinned()), progress=quiet, name="one")
+        assert (report.base, it.held("one")) == (older.number, it.at_or_before(wanted))
+
+    run(tmp_path, story)
 
 
 def test_a_clone_that_is_not_the_target_is_refused_and_removed(tmp_path: Path) -> None:
