@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, insert, select, update
+from sqlalchemy import BigInteger, Connection, and_, bindparam, insert, select, update
 
 from trigger.errors import CatalogError
 from trigger.model import CommitRecord, Outcome
@@ -23,6 +23,35 @@ from trigger.schema import BIGINT_MAX, BIGINT_MIN, blocks, count, histories, mar
 
 REPEATED = "repeated"
 """The counter of records that were dropped because their commit already had an outcome."""
+
+
+# Statements are built once: to put one together takes SQLAlchemy longer than SQLite needs to run it.
+_STREAM = select(streams.c.id).where(streams.c.name == bindparam("name"))
+_HISTORY = select(histories.c.id).where(
+    histories.c.system == bindparam("system"), histories.c.timeline == bindparam("timeline")
+)
+_SETTLED = (
+    select(histories.c.system, histories.c.timeline, settled.c.through)
+    .join_from(settled, histories)
+    .join(streams, streams.c.id == settled.c.stream)
+    .where(streams.c.name == bindparam("name"))
+)
+_OF_STREAM = (
+    select(blocks.c.first, blocks.c.last)
+    .join_from(blocks, streams, streams.c.id == blocks.c.stream)
+    .join(histories, histories.c.id == blocks.c.history)
+    .where(streams.c.name == bindparam("name"))
+    .where(histories.c.system == bindparam("system"), histories.c.timeline == bindparam("timeline"))
+)
+_LOW, _HIGH = bindparam("low", type_=BigInteger), bindparam("high", type_=BigInteger)
+_BLOCK_AT = _OF_STREAM.where(blocks.c.first <= _LOW).order_by(blocks.c.first.desc()).limit(1)
+_BLOCKS_INSIDE = _OF_STREAM.where(blocks.c.first > _LOW, blocks.c.first < _HIGH).order_by(blocks.c.first)
+_MINE = and_(blocks.c.history == bindparam("history"), blocks.c.stream == bindparam("stream"))
+_AT = bindparam("at", type_=BigInteger)
+_PEAK_BEFORE = select(blocks.c.time_peak_us).where(_MINE, blocks.c.first < _AT).order_by(blocks.c.first.desc()).limit(1)
+_PEAK_BEHIND = select(blocks.c.time_peak_us).where(_MINE, blocks.c.first > _AT).order_by(blocks.c.first).limit(1)
+_INSERT_BLOCK = insert(blocks).returning(blocks.c.id)
+_UPDATE_SETTLED = update(settled).where(settled.c.stream == bindparam("key"))
 
 
 def record_all(
@@ -92,26 +121,20 @@ def settle(connection: Connection, stream: str, through: Position) -> None:
     values = {"history": history_id(connection, through.history), "through": _bigint("LSN", through.at)}
     key = _stream_id(connection, stream)
     if current is None:
-        connection.execute(insert(settled).values(stream=key, **values))
+        connection.execute(insert(settled), {"stream": key, **values})
     else:
-        connection.execute(update(settled).where(settled.c.stream == key).values(**values))
+        connection.execute(_UPDATE_SETTLED, {"key": key, **values})
 
 
 def settled_through(connection: Connection, stream: str) -> Position | None:
     """Give the last position up to which every commit of `stream` has an outcome."""
-    row = connection.execute(
-        select(histories.c.system, histories.c.timeline, settled.c.through)
-        .join_from(settled, histories)
-        .join(streams, streams.c.id == settled.c.stream)
-        .where(streams.c.name == stream)
-    ).one_or_none()
+    row = connection.execute(_SETTLED, {"name": stream}).one_or_none()
     return Position(History(row.system, row.timeline), Lsn(row.through)) if row else None
 
 
 def history_id(connection: Connection, history: History) -> int:
     """Give the key of `history`, which gets one where it has none."""
-    where = and_(histories.c.system == history.system, histories.c.timeline == history.timeline)
-    found = connection.scalar(select(histories.c.id).where(where))
+    found = connection.scalar(_HISTORY, {"system": history.system, "timeline": history.timeline})
     if found is None:
         values = {"system": history.system, "timeline": _bigint("timeline", history.timeline)}
         found = connection.scalar(insert(histories).values(values).returning(histories.c.id))
@@ -119,7 +142,7 @@ def history_id(connection: Connection, history: History) -> int:
 
 
 def _stream_id(connection: Connection, stream: str) -> int:
-    found = connection.scalar(select(streams.c.id).where(streams.c.name == stream))
+    found = connection.scalar(_STREAM, {"name": stream})
     if found is None:
         found = connection.scalar(insert(streams).values(name=stream).returning(streams.c.id))
     return int(found or 0)
@@ -137,27 +160,11 @@ def _settled_at(connection: Connection, stream: str, history: History) -> int:
     return done.at if done and done.history == history else -1
 
 
-def _last_block_at(connection: Connection, stream: str, history: History) -> int:
-    query = _of_stream(select(blocks.c.last), stream, history).order_by(blocks.c.first.desc()).limit(1)
-    last = connection.scalar(query)
-    return -1 if last is None else int(last)
-
-
-def _of_stream(query: Select[Any], stream: str, history: History) -> Select[Any]:
-    return (
-        query.join(streams, streams.c.id == blocks.c.stream)
-        .join(histories, histories.c.id == blocks.c.history)
-        .where(streams.c.name == stream)
-        .where(histories.c.system == history.system, histories.c.timeline == history.timeline)
-    )
-
-
 def _stretches_of(connection: Connection, stream: str, history: History, low: Lsn, high: Lsn) -> list[tuple[int, int]]:
     """Give where the blocks that touch the log between `low` and `high` begin and end, in log order."""
-    query = _of_stream(select(blocks.c.first, blocks.c.last), stream, history)
-    inside = query.where(blocks.c.first > _bigint("LSN", low), blocks.c.first < _bigint("LSN", high))
-    before = query.where(blocks.c.first <= int(low)).order_by(blocks.c.first.desc()).limit(1)
-    rows = [*connection.execute(before), *connection.execute(inside.order_by(blocks.c.first))]
+    owner = {"name": stream, "system": history.system, "timeline": history.timeline}
+    bounds = {"low": _bigint("LSN", low), "high": _bigint("LSN", high)}
+    rows = [*connection.execute(_BLOCK_AT, owner | bounds), *connection.execute(_BLOCKS_INSIDE, owner | bounds)]
     return [(row.first, row.last) for row in rows]
 
 
@@ -176,7 +183,7 @@ def _insert(
     for block in pack(records):
         values = block_row(block) | keys | {"point": point, "reason": reason}
         values["time_peak_us"] = _peak(connection, keys, block)
-        row = connection.scalar(insert(blocks).values(values).returning(blocks.c.id))
+        row = connection.scalar(_INSERT_BLOCK, values)
         inside = records[done : done + block.commits]
         done += block.commits
         outliers = [{"xid": _bigint("transaction id", xid), "block": row} for xid in sorted(set(block.xid_outliers))]
@@ -207,16 +214,13 @@ def block_row(block: Block) -> dict[str, Any]:
 
 def _peak(connection: Connection, keys: Mapping[str, int], block: Block) -> int:
     """Give the latest time up to the end of `block` in its stream, and raise the peaks behind it to its own."""
-    mine = and_(blocks.c.history == keys["history"], blocks.c.stream == keys["stream"])
-    before = (
-        select(blocks.c.time_peak_us)
-        .where(mine, blocks.c.first < int(block.first))
-        .order_by(blocks.c.first.desc())
-        .limit(1)
-    )
-    peak = max(block.time_high_us, connection.scalar(before) or BIGINT_MIN)
-    lower = and_(mine, blocks.c.first > int(block.first), blocks.c.time_peak_us < peak)
-    connection.execute(update(blocks).where(lower).values(time_peak_us=peak))
+    place = {**keys, "at": int(block.first)}
+    before, behind = connection.scalar(_PEAK_BEFORE, place), connection.scalar(_PEAK_BEHIND, place)
+    peak = block.time_high_us if before is None else max(block.time_high_us, int(before))
+    if behind is not None and behind < peak:  # only where a block is put in among others
+        mine = and_(blocks.c.history == keys["history"], blocks.c.stream == keys["stream"])
+        lower = and_(mine, blocks.c.first > int(block.first), blocks.c.time_peak_us < peak)
+        connection.execute(update(blocks).where(lower).values(time_peak_us=peak))
     return peak
 
 

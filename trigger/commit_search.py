@@ -7,7 +7,7 @@ Every function works inside the caller's transaction. The indexes give the few b
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import datetime
 from itertools import islice
 from typing import Any, NamedTuple
@@ -42,9 +42,11 @@ class Query(NamedTuple):
     marker: str | None
     stream: str | None
 
-    def places(self, contents: Contents) -> list[int]:
-        """Give where in a block the commits are that match; markers and streams are not looked at."""
-        places = list(range(len(contents)))
+    def places(self, contents: Contents) -> Iterable[int]:
+        """Give where in a block the commits are that match, in log order."""
+        if self.stream not in (None, contents.stream):
+            return []
+        places: Iterable[int] = range(len(contents)) if self.marker is None else contents.marked(self.marker)
         if self.xid is not None:
             places = [place for place in places if contents.xids[place] == self.xid]
         if self.lsn is not None:
@@ -54,10 +56,6 @@ class Query(NamedTuple):
         if self.last_us is not None:
             places = [place for place in places if contents.times_us[place] <= self.last_us]
         return places
-
-    def matches(self, record: CommitRecord) -> bool:
-        """Whether `record`, of one of `places`, is one that was looked for."""
-        return (self.marker is None or self.marker in record.markers) and self.stream in (None, record.stream)
 
 
 def find(connection: Connection, query: Query, limit: int) -> list[Found]:
@@ -69,7 +67,7 @@ def find(connection: Connection, query: Query, limit: int) -> list[Found]:
     if max(query.lsn or 0, query.xid or 0) > BIGINT_MAX:
         return []
     if query.lsn is not None:
-        keys = _around(connection, query.lsn)
+        keys = _around(connection, int(query.lsn))
     elif query.xid is not None:
         keys = connection.scalars(_WITH_XID, _range(query.xid, query.xid)).all()
     elif query.marker is not None:
@@ -79,7 +77,8 @@ def find(connection: Connection, query: Query, limit: int) -> list[Found]:
         keys = connection.scalars(_IN_TIME, _range(query.first_us, query.last_us)).all()
     else:
         keys = connection.scalars(_newest(query.stream, limit)).all()
-    matches = (found for key in keys for found in _matching(_opened(connection, key), query))
+    opened = (_opened(connection, key) for key in keys)
+    matches = (block.found(place) for block in opened for place in reversed([*query.places(block.contents)]))
     return sorted(islice(matches, limit), key=log_order)
 
 
@@ -95,10 +94,10 @@ def commits_of(connection: Connection, point: int) -> list[CommitRecord]:
 def before(connection: Connection, lsn: int, line: History | Lineage) -> Found | None:
     """Give the last commit of all streams whose record begins before `lsn`."""
     for history, low, high in reversed(_stretches(line)):
-        earlier = blocks.c.first < min(lsn, high)
+        bound = min(lsn, high)
         keys = {  # the last block may hold nothing but a commit that reaches beyond the stretch
-            *_last_blocks(connection, history, earlier),
-            *_last_blocks(connection, history, and_(earlier, blocks.c.last <= high)),
+            *_one_a_stream(connection, _LAST_BEFORE, history, bound=bound),
+            *(_one_a_stream(connection, _LAST_WITHIN, history, bound=bound, high=high) if high < BIGINT_MAX else ()),
         }
         there = []
         for block in (_opened(connection, key) for key in keys):
@@ -116,8 +115,8 @@ def after(connection: Connection, lsn: int, line: History | Lineage) -> Found | 
     for history, low, high in _stretches(line):
         bound = min(max(lsn + 1, low), BIGINT_MAX)
         keys = {
-            *_last_blocks(connection, history, blocks.c.first < bound),
-            *_first_blocks(connection, history, blocks.c.first >= bound),
+            *_one_a_stream(connection, _LAST_BEFORE, history, bound=bound),
+            *_one_a_stream(connection, _FIRST_FROM, history, bound=bound),
         }
         there = []
         for block in (_opened(connection, key) for key in keys):
@@ -138,7 +137,8 @@ def as_of(connection: Connection, time: datetime, line: History | Lineage | None
     time_us = to_microseconds(time)
     for history, low, high in _stretches(line):
         later = []
-        for block in (_opened(connection, key) for key in _first_later(connection, history, time_us)):
+        keys = _one_a_stream(connection, _FIRST_LATER, history, bound=time_us)
+        for block in (_opened(connection, key) for key in keys):
             starts, times_us = block.contents.starts, block.contents.times_us
             later += [starts[place] for place in block.inside(low, high) if times_us[place] > time_us]
         if later:
@@ -182,12 +182,6 @@ def _opened(connection: Connection, key: int) -> _Opened:
     return _Opened(contents, row.point, row.reason or "", History(row.system, row.timeline))
 
 
-def _matching(block: _Opened, query: Query) -> Iterator[Found]:
-    """Give the commits of `block` that match, the last one first."""
-    found = map(block.found, reversed(query.places(block.contents)))
-    return (one for one in found if query.matches(one.record))
-
-
 def _stretches(line: History | Lineage) -> list[tuple[History, int, int]]:
     """Give (history, from, up to) of each stretch of log that leads to the present of `line`, oldest first."""
     if isinstance(line, History):
@@ -199,27 +193,11 @@ def _stretches(line: History | Lineage) -> list[tuple[History, int, int]]:
     return [*stretches, (line.history, low, BIGINT_MAX)]
 
 
-def _last_blocks(connection: Connection, history: History | None, where: ColumnElement[bool]) -> list[int]:
-    """Give the last block, in log order, for which `where` holds, of each stream (in each history where None)."""
-    return _one_a_stream(connection, history, where, blocks.c.first.desc())
+_BOUND = bindparam("bound", type_=BigInteger)
 
 
-def _first_blocks(connection: Connection, history: History, where: ColumnElement[bool]) -> list[int]:
-    """Give the first block, in log order, for which `where` holds, of each stream."""
-    return _one_a_stream(connection, history, where, blocks.c.first)
-
-
-def _first_later(connection: Connection, history: History, time_us: int) -> list[int]:
-    """Give the first block that holds a commit made after `time_us`, of each stream.
-
-    Peaks never fall along the log, so the lowest peak above the time is that of the first such block.
-    """
-    return _one_a_stream(connection, history, blocks.c.time_peak_us > time_us, blocks.c.time_peak_us, blocks.c.first)
-
-
-def _one_a_stream(
-    connection: Connection, history: History | None, where: ColumnElement[bool], *order: ColumnElement[Any]
-) -> list[int]:
+def _first_of_each(where: ColumnElement[bool], *order: ColumnElement[Any]) -> Select[Any]:
+    """Give the query for the first block, in some order, of each stream in each history for which `where` holds."""
     block = (
         select(blocks.c.id)
         .where(blocks.c.history == histories.c.id, blocks.c.stream == streams.c.id, where)
@@ -228,19 +206,36 @@ def _one_a_stream(
         .correlate(histories, streams)
         .scalar_subquery()
     )
-    query = select(block).select_from(histories.join(streams, true()))
-    if history is not None:
-        query = query.where(histories.c.system == history.system, histories.c.timeline == history.timeline)
-    return [key for key in connection.scalars(query) if key is not None]
+    return select(block).select_from(histories.join(streams, true()))
 
 
-def _around(connection: Connection, lsn: Lsn) -> list[int]:
+def _in_history(query: Select[Any]) -> Select[Any]:
+    return query.where(histories.c.system == bindparam("system"), histories.c.timeline == bindparam("timeline"))
+
+
+_LAST_ANYWHERE = _first_of_each(blocks.c.first < _BOUND, blocks.c.first.desc())
+_LAST_BEFORE = _in_history(_LAST_ANYWHERE)
+_LAST_WITHIN = _in_history(
+    _first_of_each(
+        and_(blocks.c.first < _BOUND, blocks.c.last <= bindparam("high", type_=BigInteger)), blocks.c.first.desc()
+    )
+)
+_FIRST_FROM = _in_history(_first_of_each(blocks.c.first >= _BOUND, blocks.c.first))
+_FIRST_LATER = _in_history(  # peaks never fall along the log: the lowest above a time is the first above it
+    _first_of_each(blocks.c.time_peak_us > _BOUND, blocks.c.time_peak_us, blocks.c.first)
+)
+
+
+def _one_a_stream(connection: Connection, query: Select[Any], history: History, **bounds: int) -> list[int]:
+    where = {"system": history.system, "timeline": history.timeline, **bounds}
+    return [key for key in connection.scalars(query, where) if key is not None]
+
+
+def _around(connection: Connection, lsn: int) -> list[int]:
     """Give the blocks that can hold a commit record which begins, ends, or lies at `lsn`."""
-    near = {
-        *_last_blocks(connection, None, blocks.c.first <= int(lsn)),
-        *_last_blocks(connection, None, blocks.c.first < int(lsn)),
-    }
-    reaching = select(blocks.c.id).where(blocks.c.id.in_(near), blocks.c.last >= int(lsn))
+    bounds = (lsn, min(lsn + 1, BIGINT_MAX))  # the block that begins there, and the one before that may end there
+    near = {key for bound in bounds for key in connection.scalars(_LAST_ANYWHERE, {"bound": bound}) if key is not None}
+    reaching = select(blocks.c.id).where(blocks.c.id.in_(near), blocks.c.last >= lsn)
     return list(connection.scalars(reaching.order_by(blocks.c.id.desc())))
 
 

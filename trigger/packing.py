@@ -120,6 +120,10 @@ class Contents:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def marked(self, marker: str) -> list[int]:
+        """Give the places of the commits that carry `marker`."""
+        return [place for place, mine in self._markers.items() if marker in mine]
+
     def record(self, place: int) -> CommitRecord:
         """Give the commit at `place`, counted from 0."""
         return CommitRecord(

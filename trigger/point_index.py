@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select, update
 
 from trigger import commit_index, schema, tag
 from trigger.errors import CatalogError, StorageError
@@ -31,6 +31,12 @@ from trigger.position import History, Lsn, Position
 from trigger.schema import gaps, points
 
 _SYSTEM = "system"
+
+_BY_ID = select(points.c.number, points.c.document).where(points.c.id == bindparam("key"))
+_BY_NUMBER = select(points.c.number, points.c.document).where(points.c.number == bindparam("key"))
+_UPDATE = update(points).where(points.c.number == bindparam("key"))
+_LAST_NUMBER = select(func.max(points.c.number))
+_LAST_GAP = select(func.max(gaps.c.id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +88,11 @@ def miss(connection: Connection, records: Sequence[CommitRecord], reason: str, h
 
 def open_point(connection: Connection, draft: RecoveryPoint) -> RecoveryPoint:
     """Insert `draft` with the next number, unless its id is there already; give the point as it is stored."""
-    there = _row(connection, points.c.id == draft.id)
+    there = _row(connection, _BY_ID, draft.id)
     if there is not None:
         return _parsed(there)
     point = replace(draft, number=_next_number(connection))
-    known = connection.scalar(select(func.max(gaps.c.id))) or 0
+    known = connection.scalar(_LAST_GAP) or 0
     _insert_point(connection, point, gaps_before=known)
     reached("catalog-point-opened")
     return point
@@ -144,9 +150,9 @@ def verify(connection: Connection, key: str, verification: Verification) -> Reco
 
 def adopt(connection: Connection, point: RecoveryPoint, records: Sequence[CommitRecord]) -> bool:
     """Insert a point with those of its commits that have no outcome yet; give whether its id was new."""
-    if _row(connection, points.c.id == point.id) is not None:
+    if _row(connection, _BY_ID, point.id) is not None:
         return False
-    taken = point.number < 1 or _row(connection, points.c.number == point.number) is not None
+    taken = point.number < 1 or _row(connection, _BY_NUMBER, point.number) is not None
     number = _next_number(connection) if taken else point.number
     adopted = replace(point, number=number)
     _insert_point(connection, adopted, gaps_before=0)
@@ -154,7 +160,7 @@ def adopt(connection: Connection, point: RecoveryPoint, records: Sequence[Commit
     history = point.floor.history
     commit_index.record_missing(connection, records, history, point=number)
     reached("catalog-adopted-written")
-    newest = number == connection.scalar(select(func.max(points.c.number)))
+    newest = number == connection.scalar(_LAST_NUMBER)
     for stream, end in {record.stream: Position(history, record.end) for record in records}.items():
         current = commit_index.settled_through(connection, stream)
         if newest or current is None or current.history == history:
@@ -169,7 +175,7 @@ def _require_step(point: RecoveryPoint, state: State) -> None:
 
 
 def _next_number(connection: Connection) -> int:
-    return int(connection.scalar(select(func.max(points.c.number))) or 0) + 1
+    return int(connection.scalar(_LAST_NUMBER) or 0) + 1
 
 
 def _values(point: RecoveryPoint) -> dict[str, Any]:
@@ -178,15 +184,15 @@ def _values(point: RecoveryPoint) -> dict[str, Any]:
 
 def _insert_point(connection: Connection, point: RecoveryPoint, gaps_before: int) -> None:
     key = {"number": point.number, "id": point.id, "gaps_before": gaps_before}
-    connection.execute(insert(points).values(key | _values(point)))
+    connection.execute(insert(points), key | _values(point))
 
 
 def _store(connection: Connection, point: RecoveryPoint) -> None:
-    connection.execute(update(points).where(points.c.number == point.number).values(_values(point)))
+    connection.execute(_UPDATE, {"key": point.number, **_values(point)})
 
 
-def _row(connection: Connection, where: ColumnElement[bool]) -> Row[*tuple[Any, ...]] | None:
-    return connection.execute(select(points.c.number, points.c.document).where(where)).one_or_none()
+def _row(connection: Connection, query: Select[*tuple[Any, ...]], key: str | int) -> Row[*tuple[Any, ...]] | None:
+    return connection.execute(query, {"key": key}).one_or_none()
 
 
 def _parsed(row: Row[*tuple[Any, ...]]) -> RecoveryPoint:
@@ -199,7 +205,7 @@ def _parsed(row: Row[*tuple[Any, ...]]) -> RecoveryPoint:
 
 
 def _stored(connection: Connection, key: str) -> RecoveryPoint:
-    row = _row(connection, points.c.id == key)
+    row = _row(connection, _BY_ID, key)
     if row is None:
         raise CatalogError(f"there is no point {key}")
     return _parsed(row)
@@ -210,9 +216,9 @@ def find_point(connection: Connection, ref: str | int) -> RecoveryPoint:
     text = str(ref)
     key = text.lower().removeprefix("trg-")
     if text.isascii() and text.isdigit() and len(text) < 19:
-        row = _row(connection, points.c.number == int(text))
+        row = _row(connection, _BY_NUMBER, int(text))
     else:
-        row = _row(connection, points.c.id == key) if is_point_id(key) else None
+        row = _row(connection, _BY_ID, key) if is_point_id(key) else None
     if row is None:
         raise CatalogError(
             f"there is no point {text!r}", hint="give a number, an id or a name that `trigpoint list` shows"

@@ -35,6 +35,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    bindparam,
     create_engine,
     event,
     func,
@@ -274,13 +275,19 @@ def _version(connection: Connection) -> int | None:
     return version
 
 
+_COUNT = (
+    update(counters)
+    .where(counters.c.name == bindparam("key"))
+    .values(value=counters.c.value + bindparam("more", type_=BigInteger))
+)
+
+
 def count(connection: Connection, name: str, more: int) -> None:
     """Add `more` to the counter `name`."""
     if more == 0:
         return
-    added = connection.execute(update(counters).where(counters.c.name == name).values(value=counters.c.value + more))
-    if added.rowcount == 0:
-        connection.execute(insert(counters).values(name=name, value=more))
+    if connection.execute(_COUNT, {"key": name, "more": more}).rowcount == 0:
+        connection.execute(insert(counters), {"name": name, "value": more})
 
 
 def size_bytes(connection: Connection) -> int:

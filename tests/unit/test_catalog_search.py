@@ -221,7 +221,7 @@ def test_more_matches_than_the_limit_give_those_recorded_last() -> None:
     with_catalog(work)
 
 
-def test_no_look_up_reads_the_blocks_from_end_to_end() -> None:
+def test_no_look_up_and_no_seal_reads_the_blocks_from_end_to_end() -> None:
     engine = make_engine(":memory:")
     asked: list[tuple[str, Any]] = []
 
@@ -240,11 +240,15 @@ def test_no_look_up_reads_the_blocks_from_end_to_end() -> None:
         await catalog.commit_after(Lsn(2), MAIN)
         await catalog.as_of(time, LINEAGE)
         await catalog.commits_of(1)
+        await catalog.latest()
+        await sealed(catalog, 2, [record(200, markers=("payroll",)), record(300, stream="shop")])
         event.remove(engine, "before_cursor_execute", listen)
 
     with_catalog(work, engine)
     with engine.connect() as connection:
-        selects = [(statement, parameters) for statement, parameters in asked if statement.startswith("SELECT")]
+        selects = [
+            (statement, parameters) for statement, parameters in asked if statement.startswith(("SELECT", "UPDATE"))
+        ]
         plans = [
             str(row[3])
             for query in selects
@@ -252,4 +256,6 @@ def test_no_look_up_reads_the_blocks_from_end_to_end() -> None:
         ]
     engine.dispose()
     assert any(plan.startswith("SEARCH blocks") for plan in plans)
-    assert [plan for plan in plans if plan.startswith(("SCAN blocks", "SCAN markers", "SCAN xid_outliers"))] == []
+    assert [
+        plan for plan in plans if plan.startswith(("SCAN blocks", "SCAN markers", "SCAN xid_outliers", "SCAN points"))
+    ] == []
