@@ -1,0 +1,186 @@
+"""How long it takes to have one random commit back and running, against pgBackRest's point-in-time restore of it.
+
+Method: for each size a PostgreSQL 15 with `pgbench` data of about that many gigabytes lies on btrfs on a loop device;
+the service protects it and pgBackRest (Debian's, default compression, repository on the same disk outside the volume)
+archives its log and has a full backup taken right after the service's first point. Then pgbench writes for
+`--seconds`. Of the commits that the catalog knows `--restores` random ones are brought back in turn by both:
+
+- ours: the process `trigpoint restore --to-xid` from its start to its end: clone, log, replay, promotion, proof;
+- pgBackRest: `restore --type=lsn` of the same commit record into an empty folder, then the server started and waited
+  for until it is promoted and answers.
+
+Both clones are dropped before the next. Given are medians in seconds, how ours divides into steps, and the ratio
+pgBackRest : ours. Needs root and pgBackRest (`apt-get install pgbackrest`).
+
+    python -m benchmarks.restore_time --sizes 0.1 1 10 --restores 5 --json FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from connectors.databases.postgres.programs import as_owner
+from tests.fixtures import judge
+from tests.fixtures.postgres import Cluster, server_owner
+from tests.fixtures.service import Deployment, deployment
+from trigger.model import CommitRecord
+
+STANZA = "bench"
+SCALE_OF_A_GIGABYTE = 68
+"""pgbench's scale 68 makes about a gigabyte of tables and indexes."""
+
+
+class PgBackRest:
+    """One repository and stanza for a cluster."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.config = folder / "pgbackrest.conf"
+        for part in (folder, folder / "repo", folder / "log", folder / "lock"):
+            part.mkdir(exist_ok=True)
+            os.chown(part, *server_owner())
+        self.config.write_text(
+            f"[global]\nrepo1-path={folder}/repo\nlog-path={folder}/log\nlock-path={folder}/lock\n"
+            f"start-fast=y\nprocess-max=2\nlog-level-console=warn\nlog-level-file=off\n"
+            f"[{STANZA}]\npg1-path={cluster.data}\npg1-port={cluster.port}\npg1-socket-path={cluster.sockets}\n"
+            f"pg1-user=postgres\n"
+        )
+
+    def command(self, *arguments: str) -> list[str]:
+        """Give the argument vector of one of its commands."""
+        return ["pgbackrest", f"--config={self.config}", f"--stanza={STANZA}", *arguments]
+
+    def run(self, *arguments: str) -> None:
+        """Run one of its commands as the owner of the data; raises with its words where it fails."""
+        done = subprocess.run(
+            self.command(*arguments),
+            check=False,
+            text=True,
+            capture_output=True,
+            cwd="/",
+            timeout=3600,
+            **as_owner(server_owner()),
+        )
+        if done.returncode:
+            raise RuntimeError(f"pgbackrest {arguments}: {done.stdout}{done.stderr}")
+
+    def restore(self, commit: CommitRecord, folder: Path) -> float:
+        """Give the seconds until a server with that commit answers from `folder`; all of it is removed afterwards."""
+        clone = Cluster(self.cluster.major, folder)
+        for part in (clone.sockets, folder):
+            part.mkdir(mode=0o700)
+            os.chown(part, *server_owner())
+        began = time.monotonic()
+        try:
+            self.run(
+                f"--pg1-path={folder}", "--type=lsn", f"--target={commit.start}", "--target-action=promote",
+                "--archive-mode=off", "restore",
+            )  # fmt: skip
+            clone.configure({"port": str(clone.port), "unix_socket_directories": str(clone.sockets)})
+            clone.start()
+            while clone.sql("SELECT pg_is_in_recovery()")[0][0]:
+                time.sleep(0.01)
+            took = time.monotonic() - began
+            state = clone.sql(f"SELECT pg_xact_status('{commit.xid}')")[0][0]
+            if state != "committed":
+                raise RuntimeError(f"pgBackRest restored without transaction {commit.xid}: {state}")
+            return took
+        finally:
+            clone.destroy()
+
+
+@contextlib.contextmanager
+def prepared(gigabytes: float, seconds: int) -> Iterator[tuple[Deployment, PgBackRest]]:
+    """Give a protected and backed-up cluster of a size, after some seconds of load."""
+    megabytes = int(gigabytes * 6000) + 8000
+    folder = Path(f"/var/tmp/trg-pgbackrest-{os.getpid()}")
+    with deployment(15, "btrfs", megabytes=megabytes, archive_mode="on", max_wal_size="1GB") as deployed:
+        cluster = deployed.cluster
+        backup = PgBackRest(cluster, folder)
+        try:
+            cluster.configure(
+                {"archive_command": " ".join(backup.command("archive-push", "%p")), "wal_level": "logical"}
+            )
+            cluster.restart()
+            where: list[str | Path] = ["-h", cluster.sockets, "-p", str(cluster.port), "-U", "postgres"]
+            scale = max(1, round(gigabytes * SCALE_OF_A_GIGABYTE))
+            cluster.run("pgbench", *where, "-i", "-q", "-s", str(scale), "postgres", seconds=3000)
+            backup.run("stanza-create")
+            cluster.sql("CHECKPOINT")
+            deployed.start()
+            backup.run("--type=full", "backup")
+            cluster.run("pgbench", *where, "-n", "-N", "-c", "4", "-T", str(seconds), "postgres", seconds=3000)
+            deployed.settle()
+            cluster.sql("SELECT pg_switch_wal()")
+            yield deployed, backup
+        finally:
+            deployed.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def ours(deployed: Deployment, commit: CommitRecord) -> dict[str, float]:
+    """Give the seconds of one restore by us, whole and by step; the clone is dropped afterwards."""
+    began = time.monotonic()
+    report: dict[str, Any] = deployed.ask("restore", "--to-xid", str(commit.xid))
+    took = time.monotonic() - began
+    deployed.trigpoint("clones", "drop", report["name"])
+    return {"all": took, **report["seconds"], "replay_mb": report["replay_bytes"] / 1e6}
+
+
+def measure(gigabytes: float, restores: int, seconds: int) -> dict[str, float]:
+    """Give medians for one size."""
+    with prepared(gigabytes, seconds) as (deployed, backup):
+        known = [record for records in judge.read(deployed).commits.values() for record in records]
+        mine, theirs = [], []
+        for commit in random.sample(known, restores):
+            mine.append(ours(deployed, commit))
+            theirs.append(backup.restore(commit, deployed.root / "pgbackrest-clone"))
+            print(f"{gigabytes:6} GB: ours {mine[-1]}, pgBackRest {theirs[-1]:.2f} s", flush=True)
+    found = {f"ours_{step}": statistics.median(one[step] for one in mine) for step in mine[0]}
+    found["pgbackrest"] = statistics.median(theirs)
+    found["ratio"] = statistics.median(b / a["all"] for a, b in zip(mine, theirs, strict=True))
+    return found
+
+
+def main() -> None:
+    """Measure, print, and write the figures where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.1, 1.0])
+    parser.add_argument("--restores", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if shutil.which("pgbackrest") is None:
+        sys.exit("pgBackRest is not installed: apt-get install pgbackrest")
+    figures = {str(size): measure(size, options.restores, options.seconds) for size in options.sizes}
+    for size, found in figures.items():
+        ours_and_theirs = f"ours {found['ours_all']:.2f} s, pgBackRest {found['pgbackrest']:.2f} s"
+        print(f"{size:>6} GB: {ours_and_theirs}, {found['ratio']:.1f} x")
+    if options.json:
+        about = {
+            "benchmark": "restore_time",
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{platform.machine()}, Linux {platform.release()}",
+            "python": sys.version.split()[0],
+            "settings": {"restores": options.restores, "seconds": options.seconds},
+        }
+        options.json.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
