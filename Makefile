@@ -15,6 +15,8 @@ ARGS ?=
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest $(if $(filter all,$(REQUIRE)),,--leave-out-missing)
 
+BENCHMARKS := $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py))
+
 .PHONY: help demo test quick lint campaign bench wheel clean packages
 
 help: ## list what there is to do
@@ -37,8 +39,12 @@ lint: .venv/.dev ## style and types
 campaign: packages .venv/.dev ## the full counts, in hours; prints each figure
 	@$(PYTEST) -m campaign --timeout 0 -s $(ARGS)
 
-bench: packages .venv/.dev ## the benchmarks; results into benchmarks/results
-	@for program in benchmarks/bench_*.py; do $(BIN)/python $$program $(ARGS); done
+bench: packages .venv/.dev ## the benchmarks; figures into benchmarks/results, by date
+	@mkdir -p benchmarks/results
+	@for name in $(BENCHMARKS); do \
+	    echo "== $$name"; \
+	    $(BIN)/python -m benchmarks.$$name --json "benchmarks/results/$$(date -u +%F)-$$name.json" $(ARGS); \
+	done
 
 wheel: .venv/.dev ## build the wheel into dist
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

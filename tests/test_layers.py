@@ -26,24 +26,26 @@ class Layer(NamedTuple):
 
 
 LAYERS = (
-    Layer("what everything may use; the standard library only", ("errors", "position", "failpoint")),
+    Layer("what everything may use; the standard library only", ("errors", "position", "failpoint", "toml_lines")),
     Layer("what we talk about; does nothing", ("model",)),
-    Layer("the grammars: how it is written down; pure", ("packing", "tag", "toml_lines", "commit_lines")),
-    Layer("ports, options and decisions; pure", ("ports", "options", "qualify", "agenda", "planner", "retention")),
+    Layer("the grammars: how it is written down; pure", ("shape", "packing", "tag", "commit_lines")),
+    Layer("ports and options; what they say is all that drivers and operators need", ("ports", "options", "reference")),
+    Layer("decisions; pure", ("qualify", "agenda", "planner", "retention", "rehearse")),
+    Layer("what this host says of itself, and a configuration made of it", ("host", "initialise")),
     Layer(
-        "what holds state: the window in memory, the catalog on disk; and rules tried on recorded commits",
-        ("window", "schema", "commit_index", "point_index", "catalog", "clone_records", "metrics", "rehearse"),
+        "what keeps state: commits in memory, the index and its tables, the list of clones",
+        ("window", "schema", "commit_index", "commit_search", "point_index", "catalog", "clone_records"),
     ),
     Layer(
         "the acts; no I/O of their own, all through ports and catalog",
-        ("pipeline", "reconcile", "target", "locate", "restore", "inplace", "expire"),
+        ("pipeline", "reconcile", "rebuild", "expire", "target", "locate", "restore", "inplace", "verify"),
     ),
-    Layer("the door to the drivers; proof by restoring", ("connect", "verify", "watch")),
-    Layer("what runs: tasks, signals, and the socket to talk to it", ("control", "service")),
-    Layer("what people see", ("show", "reference", "cli", "commands", "demo", "__main__")),
+    Layer("the door to the drivers", ("connect",)),
+    Layer("what runs: tasks, signals, and the socket to talk to it", ("control", "service", "watch")),
+    Layer("what people see", ("show", "commands", "demo", "cli", "__main__")),
 )
 
-PURE = frozenset(LAYERS[1].modules + LAYERS[2].modules + LAYERS[3].modules) | {"position", "errors"}
+PURE = frozenset({"position", "errors"}).union(*(layer.modules for layer in LAYERS[1:5]))
 """Modules that neither wait nor touch the world, so that they can be tested without one."""
 
 IMPURE = frozenset({"socket", "subprocess", "sqlite3", "threading", "tempfile", "shutil", "signal", "urllib", "http"})
@@ -55,11 +57,10 @@ LIBRARIES = {
     "pydantic": (("options",), "one description of the configuration"),
     "pydantic_core": (("options",), "the mistakes that pydantic reports"),
     "sqlalchemy": (
-        ("schema", "commit_index", "point_index", "catalog"),
+        ("schema", "commit_index", "commit_search", "point_index", "catalog"),
         "the only SQL: tables, look-ups of commits, and the rest",
     ),
-    "typer": (("cli", "commands"), "the command line"),
-    "click": (("cli",), "what typer raises for a wrong command line"),
+    "typer": (("cli", "commands", "demo"), "the command line"),
     "rich": (("show", "demo"), "output for people; the demo draws while it runs"),
     "psycopg": (("demo",), "the bank of the demo is a client like any other"),
 }

@@ -24,10 +24,10 @@ from tests.fixtures.volumes import plain_folder
 ROOT = Path(__file__).resolve().parents[2]
 BANK = "/var/tmp/bank"
 """Where the README puts the demo that is kept; a test has its own place."""
-DEADLINE_SECONDS = 280
+DEADLINE_SECONDS = 540
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @dataclass
@@ -145,6 +145,13 @@ def test_the_readme_holds_as_an_ordinary_user_in_a_fresh_clone(clone: Path) -> N
         for path in (clone.parent, *clone.parent.rglob("*")):
             shutil.chown(path, *user) if not path.is_symlink() else None
     assert play(clone, clone.parent / "home", user) == []
+
+
+def test_a_promise_of_the_readme_that_is_not_kept_is_found_out() -> None:
+    (step,) = steps("```console\n$ trigpoint demo\n  done in 1.5 s, from … 33\n✔ all\n```\n")
+    assert missing(step, "x\ndone in 22 s, from point 4\n✔ all") == []
+    assert missing(step, "✔ all\ndone in 22 s, from point 4") == ["✔ all"]
+    assert missing(step, "done in no time, from point 4\n✔ all") == ["  done in 1.5 s, from … 33"]
 
 
 def test_the_make_targets_that_the_readme_names_exist() -> None:
