@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,13 +52,13 @@ def newest(folder: Path) -> Iterator[Ground]:
         yield made
 
 
-def receivers(slot: str = "trigpoint_journal") -> dict[int, str]:
-    """Give the running pg_receivewal programs of a slot, with their argument vectors."""
+def receivers(folder: Path) -> dict[int, str]:
+    """Give the running pg_receivewal programs that write into a folder, with their argument vectors."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if "pg_receivewal" in words and f"--slot={slot}" in words:
+            if "/pg_receivewal " in words and f"--directory={folder} " in words:
                 found[int(entry.parent.name)] = words
     return found
 
@@ -85,7 +86,7 @@ def test_a_commit_is_in_the_journal_within_a_second(here: Ground) -> None:
                 await here.journal_reaches(end)
                 lags.append(time.monotonic() - began)
             assert max(lags) < 1.0
-        assert not receivers()
+        assert not receivers(here.segments.path)
 
     asyncio.run(run())
 
@@ -95,14 +96,45 @@ def test_a_receiver_that_is_killed_is_started_again(here: Ground) -> None:
         async with here.journaling():
             fill(here.cluster, 2)
             await here.journal_reaches(here.durable())
-            (pid,) = receivers()
+            (pid,) = receivers(here.segments.path)
             os.kill(pid, signal.SIGKILL)
             fill(here.cluster, 2)
             await here.journal_reaches(here.durable())
-            assert pid not in receivers()
+            assert pid not in receivers(here.segments.path)
             (extent,) = await here.journal.extents()
             assert extent.end >= here.inserted().at - SEGMENT_BYTES
             assert await damage(here.journal) == []
+
+    asyncio.run(run())
+
+
+def test_a_receiver_ends_with_the_service_that_is_killed_and_its_successor_goes_on(newest: Ground) -> None:
+    script = f"""
+import asyncio
+from pathlib import Path
+from connectors.databases.postgres.programs import Programs
+from connectors.databases.postgres.receiver import Receiver
+from connectors.databases.postgres.segments import SegmentFolder
+segments = SegmentFolder(Path({str(newest.segments.path)!r}), {SEGMENT_BYTES})
+segments.make({newest.cluster.owner})
+programs = Programs(Path({str(newest.programs.folder)!r}), 18)
+receiver = Receiver({newest.cluster.conninfo!r}, programs, "trigpoint_journal", owner={newest.cluster.owner})
+asyncio.run(receiver.run(segments))
+"""
+
+    async def run() -> None:
+        service = await asyncio.create_subprocess_exec(sys.executable, "-c", script, cwd=Path(__file__).parents[2])
+        try:
+            await newest.journal_reaches(newest.durable())
+            assert receivers(newest.segments.path)
+        finally:
+            service.kill()
+            await service.wait()
+        async with asyncio.timeout(5):
+            while receivers(newest.segments.path):  # noqa: ASYNC110 - another program
+                await asyncio.sleep(0.05)
+        async with newest.journaling():
+            assert await damage(newest.journal) == []
 
     asyncio.run(run())
 
@@ -122,10 +154,10 @@ def test_a_half_made_segment_does_not_stop_the_journal(newest: Ground) -> None:
 def test_a_receiver_that_stands_still_is_replaced(newest: Ground) -> None:
     async def run() -> None:
         async with newest.journaling():
-            (pid,) = receivers()
+            (pid,) = receivers(newest.segments.path)
             os.kill(pid, signal.SIGSTOP)
             await newest.journal_reaches(newest.durable())
-            assert pid not in receivers()
+            assert pid not in receivers(newest.segments.path)
 
     asyncio.run(run())
 
@@ -208,7 +240,7 @@ def test_a_password_is_in_no_argument_vector(newest: Ground) -> None:
         receiver = Receiver(conninfo, here.programs, "keeper", owner=here.cluster.owner)
         here.journal = PostgresJournal(here.segments, receiver, here.dump)
         async with here.journaling():
-            (arguments,) = receivers("keeper").values()
+            (arguments,) = receivers(here.segments.path).values()
             assert "same" not in arguments
 
     asyncio.run(run())

@@ -46,7 +46,7 @@ class ArchiveReader:
             raise ConfigError(f"not a restore_command: {command!r}", hint="it needs %f and %p, as in cp /archive/%f %p")
         self._command = command
         self._begin = begin
-        self._owner = owner
+        self.owner = owner
         self._poll_seconds = poll_seconds
         self._fetch_seconds = fetch_seconds
         self._words = ""
@@ -72,7 +72,7 @@ class ArchiveReader:
                 timeout=self._fetch_seconds,
                 env=minimal_environment(),
                 cwd=segments.path,
-                **as_owner(self._owner),
+                **as_owner(self.owner),
             )
         except subprocess.TimeoutExpired:
             path.unlink(missing_ok=True)

@@ -22,6 +22,9 @@ from trigger.position import History, Lineage, Lsn, Position
 class Feed(Protocol):
     """What brings the log into the folder."""
 
+    owner: tuple[int, int] | None
+    """User and group id under which it writes into the folder; None for ours."""
+
     async def run(self, segments: SegmentFolder) -> None:
         """Bring the log until cancelled; raises `JournalError` where that is no longer possible."""
         ...
@@ -58,7 +61,7 @@ class PostgresJournal:
         Raises:
             JournalError: the folder holds the log of another cluster, or cannot be made.
         """
-        await asyncio.to_thread(self._segments.make)
+        await asyncio.to_thread(self._segments.make, self._feed.owner)
         await self._feed.run(self._segments)
 
     async def extents(self) -> list[Extent]:

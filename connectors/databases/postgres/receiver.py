@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator
@@ -80,7 +81,7 @@ class Receiver:
         self._conninfo = conninfo
         self._programs = programs
         self._slot = slot
-        self._owner = owner
+        self.owner = owner
         self._stall_seconds = stall_seconds
         self._trouble = ""
 
@@ -128,6 +129,7 @@ class Receiver:
 
     async def _supervise(self, segments: SegmentFolder, option: list[str], environment: dict[str, str]) -> str:
         process = await asyncio.create_subprocess_exec(
+            *_dies_with_us(),
             self._programs.path("pg_receivewal"),
             f"--directory={segments.path}",
             f"--slot={self._slot}",
@@ -140,7 +142,7 @@ class Receiver:
             env=minimal_environment() | environment,
             cwd="/",
             start_new_session=True,
-            **as_owner(self._owner),
+            **as_owner(self.owner),
         )
         assert process.stderr is not None
         try:
@@ -187,7 +189,7 @@ class Receiver:
                     await connection.execute(f"DROP_REPLICATION_SLOT {self._slot} WAIT".encode())
                     begin = await _make_slot(connection, self._slot) or head.written
             number = begin // segments.segment_bytes
-            await asyncio.to_thread(_mark, segments, SegmentName(head.timeline, number, partial=True), self._owner)
+            await asyncio.to_thread(_mark, segments, SegmentName(head.timeline, number, partial=True), self.owner)
         except (psycopg.Error, OSError) as error:
             self._trouble = last_lines(str(error))
 
@@ -221,7 +223,7 @@ class Receiver:
             file.touch(mode=0o600)
             file.write_text(f"*:*:*:*:{escaped}\n")
             for path in (file, folder):
-                give(path, self._owner)
+                give(path, self.owner)
             yield option, {"PGPASSFILE": str(file)}
         finally:
             file.unlink(missing_ok=True)
@@ -250,6 +252,12 @@ async def _fork(connection: psycopg.AsyncConnection[Any], head: _Head) -> Lsn | 
     text = row[1] if isinstance(row[1], str) else bytes(row[1]).decode(errors="replace")
     forks = Lineage.from_history_file(History(head.system, head.timeline), text).forks
     return forks[-1][1] if forks else None
+
+
+def _dies_with_us() -> list[str]:
+    """Give what, put before a program, ends it when we are killed: it would hold the slot against our successor."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig=INT", "--"] if setpriv else []
 
 
 def _require_same_cluster(segments: SegmentFolder, head: _Head) -> None:

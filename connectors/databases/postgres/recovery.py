@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -202,7 +203,15 @@ class PostgresRecovery:
             raise RestoreError(f"the folder of sockets {self._sockets} is too long for a socket's path")
         self._sockets.mkdir(mode=0o755, parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
+        for folder in (self._sockets, path):
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid(), isolated.owner[0]):
+                raise RestoreError(
+                    f"{folder} is not ours: it belongs to user id {found.st_uid}",
+                    hint="another user made it, who could pass off a server as the clone; remove it",
+                )
         give(path, isolated.owner)
+        path.chmod(0o700)
         return path
 
     async def _launch(self, programs: Programs, isolated: Isolated) -> None:
@@ -454,18 +463,39 @@ def _server(data: Path) -> _Server | None:
 
 
 async def _end(data: Path, how: signal.Signals, seconds: float = 60.0) -> None:
-    """End the server of a data directory and wait until it is gone; fast first, at once where that takes too long."""
+    """End the server of a data directory and wait until it is gone; at once where it takes too long.
+
+    A server that has only just been started is found too, by its command line: it has no lock file yet.
+    """
+    clock = asyncio.get_running_loop().time
     for attempt in (how, signal.SIGQUIT):
-        deadline = asyncio.get_running_loop().time() + seconds
-        server = _server(data)
-        if server is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(server.pid, attempt)
-        while _server(data) is not None and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+        asked: set[int] = set()
+        deadline = clock() + seconds
+        while found := await asyncio.to_thread(_processes, data):
+            for pid in found - asked:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, attempt)
+            asked |= found
+            if clock() > deadline:
+                break
             await asyncio.sleep(_POLL_SECONDS)
-        if _server(data) is None:
+        else:
             return
     raise RestoreError(f"the server of {data} did not end within {2 * seconds:g} s")
+
+
+def _processes(data: Path) -> set[int]:
+    """Give the postmaster of a data directory, and whatever is about to become it."""
+    server = _server(data)
+    found = {server.pid} if server else set()
+    configuration = os.fsencode(data / isolation.OWN_FOLDER / "postgresql.conf")
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes()
+            program = words.partition(b"\0")[0].rpartition(b"/")[2]
+            if program in (b"postgres", b"pg_ctl", b"sh") and configuration in words:
+                found.add(int(entry.parent.name))
+    return found
 
 
 def _failure(target: Target, words: str, why: str) -> RestoreError:

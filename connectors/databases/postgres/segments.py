@@ -41,7 +41,7 @@ class SegmentFolder:
     Args:
         path: the folder; made where it is missing.
         segment_bytes: the cluster's WAL segment size.
-        owner: user and group id that must be able to read what is staged; ignored where we are not root.
+        owner: user and group id of the data, who must be able to read what is staged; ignored where we are not root.
     """
 
     def __init__(self, path: Path, segment_bytes: int, owner: tuple[int, int] | None = None) -> None:
@@ -52,11 +52,11 @@ class SegmentFolder:
         self.damaged: dict[str, str] = {}
         """Segments in which the audit found damage, and what; they are not held."""
 
-    def make(self) -> None:
-        """Make the folder, readable by its owner only."""
+    def make(self, writer: tuple[int, int] | None) -> None:
+        """Make the folder, for (user, group) who write into it, or for us; closed to everybody else."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            give(self.path, self.owner)
+            give(self.path, writer)
         except OSError as error:
             raise JournalError(f"the journal folder {self.path} cannot be made: {error.strerror}") from error
 
@@ -81,7 +81,8 @@ class SegmentFolder:
     def set_aside(self, name: SegmentName) -> None:
         """Move a segment out of the sight of a program that resumes behind the newest file; it is still held."""
         self.aside.mkdir(mode=0o700, exist_ok=True)
-        give(self.aside, self.owner)
+        status = self.path.stat()
+        give(self.aside, (status.st_uid, status.st_gid))
         self.file(name).rename(self.aside / self.file(name).name)
 
     def system(self) -> str:
@@ -280,13 +281,14 @@ class SegmentFolder:
     def _put(self, source: Path, destination: Path, *, copy: bool = False) -> None:
         """Link, clone or copy one file, so that the owner of the data can read it."""
         destination.unlink(missing_ok=True)
-        try:
-            if not copy and self._readable_by_owner(source):
+        if not copy:
+            self._let_owner_read(source)
+            try:
                 os.link(source, destination)
                 return
-        except OSError as error:
-            if error.errno not in _NO_LINK:
-                raise
+            except OSError as error:
+                if error.errno not in _NO_LINK:
+                    raise
         with source.open("rb") as reading, destination.open("xb") as writing:
             try:
                 fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
@@ -295,8 +297,12 @@ class SegmentFolder:
         destination.chmod(0o600)
         give(destination, self.owner)
 
-    def _readable_by_owner(self, source: Path) -> bool:
-        return self.owner is None or os.geteuid() != 0 or source.stat().st_uid == self.owner[0]
+    def _let_owner_read(self, source: Path) -> None:
+        """Let the owner of the data read, by group, a segment that somebody else wrote; never write it."""
+        status = source.stat()
+        if self.owner is not None and os.geteuid() == 0 and self.owner[0] not in (0, status.st_uid):
+            os.chown(source, -1, self.owner[1], follow_symlinks=False)
+            source.chmod(0o640)
 
     def release(self, before: Lsn) -> int:
         """Delete the complete segments that lie wholly before `before`, on every timeline; gives how many."""

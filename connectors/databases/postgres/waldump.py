@@ -22,6 +22,7 @@ from trigger.position import Lsn
 
 _LINE_LIMIT = 16 << 20  # a commit of many subtransactions is one line
 _RECORD = re.compile(r"rmgr: \w+ .*?tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: (\w+)(.*)", re.DOTALL)
+_DAMAGE = ("error in WAL record", "could not find a valid record")
 _PREPARED = re.compile(r" (\d+): ")
 _TABLESPACE = re.compile(r' (\d+) "(.*)"', re.DOTALL)
 
@@ -79,13 +80,19 @@ class WalDump:
         self._deadline_seconds = deadline_seconds
 
     async def fault(self, stretch: Stretch) -> str:
-        """Give what is wrong with the records of a stretch, in pg_waldump's words; "" where nothing is."""
+        """Give what is wrong with the records of a stretch, in pg_waldump's words; "" where nothing is.
+
+        Raises:
+            JournalError: it could not look; that says nothing about the log.
+        """
         try:
             async with aclosing(self._lines(stretch, "--quiet")) as lines:
                 async for _ in lines:
                     pass
         except _EndOfLog as end:
-            return str(end) or "unreadable"
+            if not str(end).startswith(_DAMAGE):
+                raise JournalError(f"pg_waldump cannot read {stretch.folder}: {end}") from end
+            return str(end)
         return ""
 
     async def commits(self, stretch: Stretch, limit: int) -> list[LoggedCommit]:
