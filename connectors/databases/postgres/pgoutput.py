@@ -15,7 +15,7 @@ was read off PostgreSQL 15, 16 and 18 and is held by tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from struct import Struct
 from struct import error as StructError  # noqa: N812 - the module's own name for it says nothing here
 from typing import NamedTuple
@@ -31,6 +31,7 @@ MARKER_BYTES_LIMIT = 1_024
 SUBTRANSACTIONS_LIMIT = 500_000
 """Subtransactions of streamed transactions that are counted apart (each may still be aborted)."""
 
+_NAMED_LIMIT = 1_024
 _POSTGRES_EPOCH_US = 946_684_800_000_000
 _XLOG_DATA, _KEEPALIVE = ord("w"), ord("k")
 _HEADER = 25  # of XLogData: kind, start, end, clock of the server
@@ -71,7 +72,7 @@ class Committed(NamedTuple):
     """Where its commit record ends."""
     time_us: int
     """Commit time in microseconds since 1970."""
-    tables: dict[str, Changes]
+    tables: Mapping[str, Changes]
     markers: tuple[str, ...]
     origin: str
 
@@ -111,6 +112,7 @@ class Decoder:
         self.relations_seen = 0
         self._abort = _STREAM_ABORT_PARALLEL if parallel else _STREAM_ABORT
         self._relations: dict[int, str] = {}
+        self._named: dict[tuple[tuple[int, int], ...], dict[str, Changes]] = {}
         self._streams: dict[int, _Transaction] = {}
         self._prepared: dict[str, _Transaction] = {}
         self._open: _Transaction | None = None
@@ -243,10 +245,22 @@ class Decoder:
         )
 
     def _name(self, by_subtransaction: dict[int, Counts]) -> dict[str, Changes]:
-        """Give the changes by the tables' names, all (sub)transactions that were not aborted together."""
+        """Give the changes by the tables' names; commits that changed the same share one (nobody changes it)."""
+        if len(by_subtransaction) > 1:
+            return self._sum(by_subtransaction.values())
+        (counts,) = by_subtransaction.values() or ({},)
+        alike = tuple(counts.items())
+        named = self._named.get(alike)
+        if named is None:
+            if len(self._named) >= _NAMED_LIMIT:
+                self._named.clear()
+            named = self._named[alike] = self._sum([counts])
+        return named
+
+    def _sum(self, all_counts: Iterable[Counts]) -> dict[str, Changes]:
         sums: dict[str, list[int]] = {}
         relations = self._relations
-        for counts in by_subtransaction.values():
+        for counts in all_counts:
             for key, count in counts.items():
                 name = relations.get(key >> 2)
                 if name is None:
@@ -268,6 +282,7 @@ class Decoder:
             raise _damaged(f"a description of relation {relation} that ends early")
         self._relations[relation] = f"{schema or 'pg_catalog'}.{table}"
         self.relations_seen += 1
+        self._named.clear()
 
     def _origin(self, message: memoryview) -> None:
         name, end = _text(message, _BODY + _ORIGIN_LSN_BYTES)

@@ -79,6 +79,7 @@ class PostgresSource:
         self._stream: CopyBoth | None = None
         self._decoder = Decoder()
         self._lineage = Lineage(History("", 0))
+        self._forked_at = 0  # where the present timeline begins
         self._publications_broken = False
         self._maintains = False
         self._after = 0  # commits that end here or before were settled
@@ -109,6 +110,7 @@ class PostgresSource:
         self._stream = stream = await CopyBoth.connect(self._dsn, self._deadline_seconds)
         system = await self._within(stream.identify())
         self._lineage = await self._within(stream.lineage(system.history))
+        self._forked_at = self._lineage.forks[-1][1] if self._lineage.forks else 0
         publications, useless = await self._publish(side)
         confirmed, made = await self._slot(side, useless)
         flushed = (await self._within(stream.identify())).flushed
@@ -310,7 +312,7 @@ class PostgresSource:
         self._xid, start = full_xid(one.xid, self._xid), Lsn(one.start)
         return Commit(
             self.name,
-            self._lineage.at(start).history,
+            self._lineage.history if start >= self._forked_at else self._lineage.at(start).history,
             start,
             Lsn(one.end),
             self._xid,
