@@ -1,0 +1,181 @@
+"""From the running service to restored, proven and put-back states of a real cluster, on both storages."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.fixtures.service import CHECKOUT, Deployment, deployment
+from trigger.connect import Parts, connect
+from trigger.inplace import restore_in_place, swaps, undo
+from trigger.options import load
+from trigger.target import Named, resolve
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+COMMITS = 12
+
+
+@pytest.fixture(scope="module", params=[pytest.param("btrfs", marks=pytest.mark.volume), "directory"])
+def bank(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    """Give a bank of `COMMITS` payments, each with a marker, protected while they were made."""
+    with deployment(15, str(request.param)) as here:
+        here.cluster.sql("CREATE TABLE paid (n int PRIMARY KEY, xid xid8 DEFAULT pg_current_xact_id())")
+        here.start()
+        for number in range(COMMITS):
+            here.cluster.sql(
+                f"BEGIN; INSERT INTO paid VALUES ({number});"
+                f" SELECT pg_logical_emit_message(true, 'trigpoint', 'payment-{number}'); COMMIT"
+            )
+        here.settle()
+        yield here
+
+
+def held(conninfo: str) -> list[int]:
+    """Give the numbers of the payments in a clone, or in production."""
+    with psycopg.connect(f"{conninfo} dbname=postgres") as connection:
+        return [row[0] for row in connection.execute("SELECT n FROM paid ORDER BY n")]
+
+
+def xid_of(here: Deployment, number: int) -> int:
+    return int(here.cluster.sql(f"SELECT xid::text FROM paid WHERE n = {number}")[0][0])
+
+
+def test_a_payment_comes_back_exactly_by_every_name_it_has(bank: Deployment) -> None:
+    newest = bank.ask("list", "--limit", "1")[0]["number"]
+    (found,) = bank.ask("find", "--marker", "payment-7")
+    assert found["where"] in ("point", "interval")
+    named = {
+        "--to-marker": ("payment-7", 8),
+        "--to-xid": (str(xid_of(bank, 4)), 5),
+        "--to-lsn": (found["record"]["end"], 8),
+        "--before-xid": (str(xid_of(bank, 9)), 9),
+        "--to-point": (str(newest), COMMITS),
+    }
+    for option, (value, count) in named.items():
+        began = time.monotonic()
+        report = bank.ask("restore", option, value, "--name", "one")
+        seconds = time.monotonic() - began
+        assert held(report["conninfo"]) == list(range(count)), option
+        assert report["checks"]
+        assert all(held_true for _, held_true, _ in report["checks"])
+        assert not list((bank.state / "staging").glob("*"))
+        bank.trigpoint("clones", "drop", "one")
+        print(f"{bank.storage} {option}: {seconds:.2f} s, {report['seconds']}")
+    assert bank.ask("clones", "list") == []
+    assert not list((bank.root / "snapshots" / "clones").glob("*"))
+
+
+def test_a_dry_run_prints_the_plan_or_why_not_and_makes_nothing(bank: Deployment) -> None:
+    lines = bank.trigpoint("restore", "--to-marker", "payment-7", "--dry-run").stdout
+    assert "point" in lines
+    assert "estimate" in lines
+    refused = bank.trigpoint("restore", "--to-lsn", "0/1", "--dry-run", check=False)
+    assert refused.returncode == 9
+    assert "no recovery point is early enough" in " ".join(refused.stderr.split())
+    assert bank.ask("clones", "list") == []
+
+
+def test_a_point_is_verified_in_a_sandbox_that_is_gone_afterwards(bank: Deployment) -> None:
+    bank.configure(
+        '[[verify.assertions]]\ndatabase = "postgres"\nsql = "select count(*) >= 1 from paid"\nexpect = "t"\n'
+    )
+    result = bank.ask("verify")
+    assert result["passed"], result
+    assert any("paid" in what for what, _, _ in result["checks"])
+    assert bank.ask("clones", "list") == []
+    assert bank.ask("list", "--limit", "1")[0]["verification"]["passed"]
+
+
+@pytest.mark.parametrize("place", ["after-clone", "after-replay"])
+def test_a_restore_that_is_killed_is_found_and_dropped_with_its_server(bank: Deployment, place: str) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-m", "trigger", "restore", "--to-marker", "payment-7", "--name", "one"],
+        env=os.environ
+        | {"TRIGPOINT_CONFIG": str(bank.config), "PYTHONPATH": str(CHECKOUT), "TRIGPOINT_FAILPOINT": f"{place}:kill"},
+        capture_output=True,
+        timeout=60,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = bank.ask("clones", "list")
+    assert (left["name"], left["state"]) == ("one", "unfinished")
+    bank.trigpoint("clones", "drop", "one")
+    assert bank.ask("clones", "list") == []
+    assert not list((bank.state / "staging").glob("*"))
+    assert not servers_in(bank.root / "snapshots")
+
+
+def servers_in(folder: Path) -> list[str]:
+    """Give the processes whose working directory lies in `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            work = (process / "cwd").readlink()
+        except OSError:
+            continue
+        if work.is_relative_to(folder):
+            found.append(f"{process.name}: {work}")
+    return found
+
+
+def test_production_is_put_back_in_place_and_the_accident_can_be_had_again(bank: Deployment) -> None:
+    cluster = bank.cluster
+    cluster.sql("ALTER SYSTEM SET work_mem = '5MB'")
+    bank.settle()
+    cluster.sql("DELETE FROM paid")
+    bank.settle()
+    bank.stop()
+    cluster.stop()
+
+    async def back(parts: Parts) -> Any:
+        target = await resolve(Named(marker=f"payment-{COMMITS - 1}"), parts.catalog, parts.journal)
+        return await restore_in_place(target, parts.site, progress=lambda *_: None)
+
+    _, swap = with_parts(bank, back)
+    cluster.start()
+    assert held(cluster.conninfo) == list(range(COMMITS))
+    assert cluster.sql("SELECT timeline_id FROM pg_control_checkpoint()")[0][0] == 2
+    assert cluster.sql("SHOW port")[0][0] == str(cluster.port)
+    cluster.sql("INSERT INTO paid VALUES (100)")
+    cluster.stop()
+    assert bank.ask("clones", "list") == []
+
+    async def undone(parts: Parts) -> Any:
+        assert [found.name for found in await swaps(parts.site)] == [swap.name]
+        return await undo(swap.name, parts.site)
+
+    with_parts(bank, undone)
+    cluster.start()
+    assert held(cluster.conninfo) == []
+    assert cluster.sql("SHOW work_mem")[0][0] == "5MB"
+    for place in swap.places:
+        assert Path(place.restored).exists()
+        remove_copy(place.restored)
+
+
+def with_parts(here: Deployment, act: Callable[[Parts], Awaitable[Any]]) -> Any:
+    async def acted() -> Any:
+        parts = await connect(load(here.config))
+        try:
+            return await act(parts)
+        finally:
+            await parts.close()
+
+    return asyncio.run(acted())
+
+
+def remove_copy(path: str) -> None:
+    done = subprocess.run(["btrfs", "subvolume", "delete", path], capture_output=True)
+    if done.returncode != 0:
+        shutil.rmtree(path)
