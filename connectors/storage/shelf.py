@@ -48,6 +48,7 @@ class Shelf:
         self.folder = folder
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
+        self._was_there = False
 
     def point_folder(self, point: str) -> Path:
         """Give where a point's snapshots lie; raises `StorageError` for what is no point id."""
@@ -63,9 +64,17 @@ class Shelf:
         return self.folder / "clones" / name
 
     def points(self) -> list[str]:
-        """Give the id of everything that bears one of our names, oldest first."""
+        """Give the id of everything that bears one of our names, oldest first.
+
+        Raises:
+            StorageError: the folder was there before and is gone; points would seem lost, and new ones would be
+                made on whatever filesystem lies beneath.
+        """
         if not self.folder.exists():
+            if self._was_there:
+                raise StorageError(f"{self.folder} is gone", hint="mount its filesystem again")
             return []
+        self._was_there = True
         names = (found.name for found in self.folder.iterdir())
         return sorted(name[len(_PREFIX) :] for name in names if _is_ours(name))
 

@@ -358,3 +358,20 @@ def test_a_file_that_may_not_be_read_fails_the_snapshot_and_is_named(tmp_path: P
     assert str(house.source / "secret") in raised.value.message
     assert not raised.value.retryable
     assert not (tmp_path / "storage" / tag_name(POINTS[0])).exists()
+
+
+def test_a_folder_that_goes_away_is_an_error_and_is_not_made_anew(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.cut(0)
+    asyncio.run(house.storage.tagged())
+    (tmp_path / "storage").rename(tmp_path / "unmounted")
+    for call in (
+        house.storage.tagged,
+        house.storage.space,
+        lambda: house.storage.snapshot([house.volume], POINTS[1], ""),
+    ):
+        with pytest.raises(StorageError, match="is gone"):
+            asyncio.run(call())
+    assert not (tmp_path / "storage").exists()
+    (tmp_path / "unmounted").rename(tmp_path / "storage")
+    assert [found.complete for found in asyncio.run(house.storage.tagged())] == [True]
