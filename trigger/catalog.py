@@ -291,6 +291,14 @@ class Catalog:
             edge = page[-1].number
         return found
 
+    async def having(self, ids: Collection[str]) -> list[RecoveryPoint]:
+        """Give those points, in any state, whose id is among `ids`, by number."""
+        wanted, found = sorted(ids), list[RecoveryPoint]()
+        for first in range(0, len(wanted), _PAGE):
+            query = point_index.with_ids(wanted[first : first + _PAGE])
+            found += await self._read(partial(point_index.load, query=query))
+        return sorted(found, key=lambda point: point.number)
+
     async def point(self, ref: str | int) -> RecoveryPoint:
         """Give the point with a number, an id, or the name of its snapshots (`trg-…`).
 

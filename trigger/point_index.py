@@ -240,6 +240,11 @@ def page_of(
     return query.order_by(points.c.number.desc() if newest_first else points.c.number)
 
 
+def with_ids(ids: Collection[str]) -> Select[Any]:
+    """Give the query for the points that have one of `ids`."""
+    return select(points.c.number, points.c.document).where(points.c.id.in_(ids))
+
+
 def load(connection: Connection, query: Select[Any]) -> list[RecoveryPoint]:
     """Give the points that `query` selects."""
     return [_parsed(row) for row in connection.execute(query)]

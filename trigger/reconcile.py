@@ -8,7 +8,7 @@ anything is made, and a sealed tag stands in the storage before the catalog says
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from trigger import tag
@@ -49,7 +49,7 @@ async def reconcile(catalog: Catalog, storage: Storage) -> Reconciliation:
     """Make catalog and storage agree; gives what was done. Raises `CatalogError` or `StorageError`; may be repeated."""
     done = Reconciliation()
     in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
-    in_catalog = {point.id: point for point in await catalog.points()}
+    in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
     systems = {point.floor.history.system for point in in_catalog.values()}
@@ -59,6 +59,13 @@ async def reconcile(catalog: Catalog, storage: Storage) -> Reconciliation:
     if done:
         log.warning("reconciled: %s", done)
     return done
+
+
+async def _concerned(catalog: Catalog, in_storage: Collection[str]) -> list[RecoveryPoint]:
+    """Give the points that should have a snapshot, and those that have one; never all that ever were."""
+    living = await catalog.points(states={State.OPEN, State.SEALED, State.EXPIRING})
+    ended = await catalog.having(set(in_storage) - {point.id for point in living})
+    return [*living, *ended]
 
 
 async def _settle_point(
