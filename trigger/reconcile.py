@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from trigger import tag
 from trigger.catalog import Catalog
-from trigger.errors import TrigpointError
+from trigger.errors import StorageError, TrigpointError
 from trigger.model import CommitRecord, RecoveryPoint, State
 from trigger.ports import Storage, Tagged
 from trigger.position import Position
@@ -45,11 +45,28 @@ class Reconciliation:
         return any((self.adopted, self.failed, self.removed, self.phantoms, self.expired, self.strange))
 
 
-async def reconcile(catalog: Catalog, storage: Storage) -> Reconciliation:
-    """Make catalog and storage agree; gives what was done. Raises `CatalogError` or `StorageError`; may be repeated."""
+async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = False) -> Reconciliation:
+    """Make catalog and storage agree; gives what was done. May be repeated.
+
+    Args:
+        catalog: is brought to what the storage really has.
+        storage: is rid of what the catalog knows to be half made.
+        accept_loss: believe a storage that shows nothing at all, although several points are sealed.
+
+    Raises:
+        StorageError: the storage cannot be read, or shows nothing: more likely it is not mounted than emptied, and
+            every point would be given up for good.
+        CatalogError: the catalog cannot be read or written.
+    """
     done = Reconciliation()
     in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
     in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
+    sealed = sum(point.state is State.SEALED for point in in_catalog.values())
+    if sealed > 1 and not in_storage and not accept_loss:
+        raise StorageError(
+            f"the storage shows no snapshot at all, the catalog has {sealed} sealed points",
+            hint="mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss",
+        )
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
     systems = {point.floor.history.system for point in in_catalog.values()}
