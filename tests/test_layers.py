@@ -34,8 +34,19 @@ LAYERS = (
     ),
     Layer(
         "what keeps state, and what this host says of itself",
-        ("window", "agenda", "rehearse", "schema", "commit_index", "commit_search", "point_index", "catalog")
-        + ("clone_records", "control", "host"),
+        (
+            "window",
+            "agenda",
+            "rehearse",
+            "schema",
+            "commit_index",
+            "commit_search",
+            "point_index",
+            "catalog",
+            "clone_records",
+            "control",
+            "host",
+        ),
     ),
     Layer(
         "the acts; no I/O of their own, all through ports and catalog",
@@ -43,7 +54,7 @@ LAYERS = (
     ),
     Layer("the door to the drivers; proof by restoring", ("connect", "verify", "initialise")),
     Layer("what runs: tasks, signals, order of start and end", ("service", "watch")),
-    Layer("what people see", ("show", "commands", "demo", "cli", "__main__")),
+    Layer("what people see", ("show", "json_reference", "commands", "demo", "cli", "__main__")),
 )
 """From the bottom up, as in chapter 9 of the design."""
 
