@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from trigger.options import Options
+from trigger.qualify import FACTS, FUNCTIONS
 
 _NONE = "none"
 _MISSING: Any = object()
@@ -190,7 +191,17 @@ def markdown_text() -> str:
             lines += [f"`{option.key}`", f": {option.doc}  ", f"  *{facts(option)}*", ""]
             if not option.required and option.default is None:
                 lines[-1:] = [f"  Example: `{toml(option.example)}`", ""]
+    lines += ["## Expressions", "", *_EXPRESSIONS, ""]
+    lines += [f"- `{fact}`: {kind}" for fact, kind in FACTS.items()]
+    lines += ["", f"Functions: {', '.join(f'`{name}`' for name in sorted(FUNCTIONS))}."]
     return "\n".join(lines).rstrip() + "\n"
+
+
+_EXPRESSIONS = (
+    "`rules[].expression` is written in CEL (Common Expression Language) with its operators, and its macros `has`,",
+    "`all`, `exists`, `exists_one`, `filter` and `map`. It must give true or false. An expression that fails for a",
+    "commit (a table that is not there, a division by zero) takes it: rather a point too many. The facts:",
+)
 
 
 def man_text() -> str:
@@ -204,6 +215,10 @@ def man_text() -> str:
             lines += [".TP", rf"\fB{_roff(option.key)}\fR", _roff(option.doc), ".br", rf"\fI{_roff(facts(option))}\fR"]
             if not option.required and option.default is None:
                 lines += [".br", f"Example: {_roff(toml(option.example))}"]
+    lines += [".SH EXPRESSIONS", *map(_roff, _EXPRESSIONS)]
+    for fact, kind in FACTS.items():
+        lines += [".TP", rf"\fB{fact}\fR", _roff(kind)]
+    lines += [".PP", f"Functions: {', '.join(sorted(FUNCTIONS))}."]
     return "\n".join(lines) + "\n"
 
 

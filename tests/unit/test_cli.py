@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from trigger import __main__ as program
-from trigger import cli, errors
+from trigger import cli, errors, json_reference
 from trigger.commands import arguments
 from trigger.commands.restores import TARGETS
+from trigger.model import RecoveryPoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -245,10 +247,23 @@ def test_every_mistake_of_a_configuration_is_named(config: Path, capsys: pytest.
     assert lines[1] == f"error: {config}:11: storage.keepfree: there is no such key; did you mean keep_free?"
 
 
-@pytest.mark.parametrize("form", ["markdown", "man", "toml"])
+@pytest.mark.parametrize("form", ["markdown", "man", "toml", "json-shapes"])
 def test_the_reference_is_printed_in_every_form(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert trigpoint("config", "reference", "--format", form) == 0
-    assert "min_interval_seconds" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ("RecoveryPoint" if form == "json-shapes" else "min_interval_seconds") in out
+
+
+def test_every_field_of_an_answer_is_in_its_reference() -> None:
+    names = {shape.name: shape for shape in json_reference.shapes()}
+    assert {"RecoveryPoint", "CommitRecord", "Flush", "Snapshot", "Gap", "Report", "Plan", "Location"} <= set(names)
+    assert set(names["RecoveryPoint"].fields) == {field.name for field in dataclasses.fields(RecoveryPoint)}
+    assert names["RecoveryPoint"].fields["number"] == (
+        "number",
+        "Counts up from 1 in one catalog; what people say.",
+    )
+    assert names["CommitRecord"].fields["start"][0] == "LSN"
+    assert all(shape.doc for shape in names.values())
 
 
 def test_the_reference_is_data_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,14 +7,15 @@ import re
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trigger.errors import ConfigError
-from trigger.options import Options, load, place_in
 from trigger.position import Lsn
-from trigger.qualify import Rules
+
+if TYPE_CHECKING:  # pydantic and CEL take a while to load, and help and completion do without
+    from trigger.options import Options
 
 Config = Annotated[
     Path | None,
@@ -50,8 +51,14 @@ def options(given: Path | None) -> Options:
     Raises:
         ConfigError: the file cannot be read, or is wrong.
     """
+    from trigger.options import load, place_in
+
     path = config_path(given)
     loaded = load(path)
+    if not loaded.rules:
+        return loaded
+    from trigger.qualify import Rules
+
     try:
         Rules(loaded.rules)
     except ConfigError as error:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import typer
 
 from trigger import show
 from trigger.commands.arguments import Config, Json, options
 from trigger.control import only_one
-from trigger.options import Options
-from trigger.rebuild import Known, Rebuilt, known
-from trigger.rebuild import rebuild as make_anew
-from trigger.reconcile import Reconciliation, reconcile
-from trigger.service import opened
+
+if TYPE_CHECKING:
+    from trigger.options import Options
+    from trigger.rebuild import Known, Rebuilt
+    from trigger.reconcile import Reconciliation
 
 app = typer.Typer(no_args_is_help=True, help="Make the catalog anew from what the storage holds.")
 
@@ -48,6 +49,11 @@ def rebuild(config: Config = None, as_json: Json = False) -> None:
 
 
 async def _rebuild(chosen: Options) -> Rebuilt:
+    from trigger.rebuild import known
+    from trigger.rebuild import rebuild as make_anew
+    from trigger.reconcile import reconcile
+    from trigger.service import opened
+
     async def fill() -> tuple[Reconciliation, Known]:
         async with opened(chosen) as parts:
             return await reconcile(parts.catalog, parts.storage), await known(parts.catalog)

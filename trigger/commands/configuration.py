@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trigger import reference, show
+from trigger import show
 from trigger.commands.arguments import Config, Json, config_path, options
 
 app = typer.Typer(no_args_is_help=True, help="Check a configuration; show what can stand in one.")
@@ -44,21 +44,30 @@ class Format(StrEnum):
     MARKDOWN = "markdown"
     MAN = "man"
     TOML = "toml"
+    JSON_SHAPES = "json-shapes"
+    """Not of the configuration, but of what `--json` prints."""
 
 
 @app.command("reference")
 def show_reference(
-    form: Annotated[Format, typer.Option("--format", help="Markdown, a manual page, or a commented file.")] = (
-        Format.MARKDOWN
-    ),
+    form: Annotated[
+        Format, typer.Option("--format", help="Markdown, a manual page, a commented file; or what --json prints.")
+    ] = (Format.MARKDOWN),
     as_json: Json = False,
 ) -> None:
     """Print every option with type, unit, limits, default and meaning.
 
     `--format man | man -l -` reads as a manual page; `--format toml` is the file configs/reference.toml.
     """
+    from trigger import reference
+
     if as_json:
         show.print_json(reference.sections())
+        return
+    if form is Format.JSON_SHAPES:
+        from trigger import json_reference
+
+        sys.stdout.write(json_reference.text())
         return
     texts = {
         Format.MARKDOWN: reference.markdown_text,

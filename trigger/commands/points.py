@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from trigger import show
-from trigger.catalog import Catalog
 from trigger.commands.arguments import Config, Json, lsn, options, time, transaction
 from trigger.errors import CatalogError, ConfigError
-from trigger.locate import Location, Where, locate
 from trigger.model import CommitRecord, Gap, RecoveryPoint, State
-from trigger.options import Options
-from trigger.service import opened
+
+if TYPE_CHECKING:  # the catalog's library takes a while to load, and help and completion do without
+    from trigger.catalog import Catalog
+    from trigger.locate import Location
+    from trigger.options import Options
 
 NOT_FOUND = 11
 
@@ -26,6 +27,8 @@ T = TypeVar("T")
 @asynccontextmanager
 async def catalog(chosen: Options) -> AsyncIterator[Catalog]:
     """Hold the catalog of a configuration; raises `CatalogError` where there is none yet."""
+    from trigger.catalog import Catalog
+
     if not chosen.catalog_path.exists():
         raise CatalogError(f"there is no catalog at {chosen.catalog_path}", hint="`trigpoint run` makes it")
     opened = await Catalog.open(chosen.catalog_path)
@@ -221,6 +224,8 @@ def find(
 
     Exit code 11 where that is not known, with the reason.
     """
+    from trigger.locate import Where
+
     wanted = {
         "xid": transaction(xid) if xid is not None else None,
         "lsn": lsn(at) if at is not None else None,
@@ -239,11 +244,16 @@ def find(
 
 
 async def _locate(chosen: Options, database: str | None, wanted: dict[str, Any]) -> list[Location]:
+    from trigger.locate import locate
+    from trigger.service import opened
+
     async with opened(chosen) as parts:
         return await locate(parts.catalog, parts.journal, stream=database, **wanted)
 
 
 def _show_found(found: list[Location]) -> None:
+    from trigger.locate import Where
+
     for number, one in enumerate(found):
         if number:
             show.say()

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from trigger import show
-from trigger.commands.arguments import Config, Json, lsn, options, time, transaction
-from trigger.connect import Parts
-from trigger.errors import CatalogError, ConfigError, VerifyError
+from trigger.commands.arguments import Config, Json, Yes, lsn, options, time, transaction
+from trigger.errors import CatalogError, ConfigError, RestoreError, VerifyError
 from trigger.model import Verification
-from trigger.options import Options
-from trigger.planner import Plan
-from trigger.restore import CloneStatus, Report, drop, prepare, restore
-from trigger.restore import clones as all_clones
-from trigger.service import opened
-from trigger.target import Named, resolve
-from trigger.verify import verify
+
+if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
+    from trigger.connect import Parts
+    from trigger.inplace import Swap
+    from trigger.options import Options
+    from trigger.planner import Plan
+    from trigger.restore import CloneStatus, Report
+    from trigger.target import Named
 
 T = TypeVar("T")
 
 
 def at(chosen: Options, act: Callable[[Parts], Awaitable[T]]) -> T:
     """Give what `act` gives with the parts of a configuration; Ctrl-C cancels it and waits for its tidying up."""
+
+    from trigger.service import opened
 
     async def connected() -> T:
         async with opened(chosen) as parts:
@@ -34,31 +37,48 @@ def at(chosen: Options, act: Callable[[Parts], Awaitable[T]]) -> T:
     return asyncio.run(connected())
 
 
+def _target(flag: str, words: str) -> Any:
+    return typer.Option(flag, help=words, show_default=False, rich_help_panel="Which state (exactly one)")
+
+
+def _place(flag: str, words: str) -> Any:
+    return typer.Option(flag, help=words, metavar="NAME", show_default=False, rich_help_panel="In place")
+
+
+ToLsn = Annotated[str | None, _target("--to-lsn", "The commit whose record begins or ends there.")]
+ToXid = Annotated[str | None, _target("--to-xid", "Up to this transaction.")]
+ToTime = Annotated[str | None, _target("--to-time", "All commits up to then, ISO-8601 with a zone.")]
+ToPoint = Annotated[str | None, _target("--to-point", "What this point was taken for.")]
+ToMarker = Annotated[str | None, _target("--to-marker", "Up to the transaction with this marker.")]
+BeforeXid = Annotated[str | None, _target("--before-xid", "All before this transaction, not it.")]
+Database = Annotated[str | None, typer.Option("--database", help="Only commits of this one.", show_default=False)]
+Timeline = Annotated[
+    int | None, typer.Option("--timeline", min=1, help="Another than the present.", show_default=False)
+]
+Name = Annotated[str, typer.Option("--name", help="What the clone is called.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print how it would be done, or why not.")]
+InPlace = Annotated[
+    bool, typer.Option("--in-place", help="Put it where production lies, stopped.", rich_help_panel="In place")
+]
+Undo = Annotated[str | None, _place("--undo", "Take back this restore in place; `last` is the newest.")]
+Resume = Annotated[str | None, _place("--resume", "Finish a restore in place that was cut off.")]
+
+
 def restore_state(
-    to_lsn: Annotated[
-        str | None, typer.Option("--to-lsn", help="The commit whose record begins or ends there.", show_default=False)
-    ] = None,
-    to_xid: Annotated[str | None, typer.Option("--to-xid", help="Up to this transaction.", show_default=False)] = None,
-    to_time: Annotated[
-        str | None, typer.Option("--to-time", help="All commits up to then, ISO-8601 with a zone.", show_default=False)
-    ] = None,
-    to_point: Annotated[
-        str | None, typer.Option("--to-point", help="What this point was taken for.", show_default=False)
-    ] = None,
-    to_marker: Annotated[
-        str | None, typer.Option("--to-marker", help="Up to the transaction with this marker.", show_default=False)
-    ] = None,
-    before_xid: Annotated[
-        str | None, typer.Option("--before-xid", help="All before this transaction, not it.", show_default=False)
-    ] = None,
-    database: Annotated[
-        str | None, typer.Option("--database", help="Only commits of this one are meant.", show_default=False)
-    ] = None,
-    timeline: Annotated[
-        int | None, typer.Option("--timeline", min=1, help="Another than the present one.", show_default=False)
-    ] = None,
-    name: Annotated[str, typer.Option("--name", help="What the clone is called.", show_default=False)] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print how it would be done, or why not.")] = False,
+    to_lsn: ToLsn = None,
+    to_xid: ToXid = None,
+    to_time: ToTime = None,
+    to_point: ToPoint = None,
+    to_marker: ToMarker = None,
+    before_xid: BeforeXid = None,
+    database: Database = None,
+    timeline: Timeline = None,
+    name: Name = "",
+    in_place: InPlace = False,
+    undo: Undo = None,
+    resume: Resume = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -67,7 +87,16 @@ def restore_state(
     The state holds the commit and every one before it in the log, and none behind it; that is checked before the
     clone is reported. Its server listens on a Unix socket only, has no archive, no subscriptions and no slots, and
     runs on a timeline of its own. Nothing of the running cluster is touched.
+
+    With --in-place the proven clone takes the place of production, by renames: the old state stays beside it as
+    `<volume>.before-<time>`, and --undo puts it back. The server must be stopped for that, and its owner starts it.
     """
+    if undo is not None or resume is not None:
+        swap = at(options(config), lambda parts: _end_swap(undo, resume, parts))
+        show_swap(swap, undone=undo is not None, as_json=as_json)
+        return
+    from trigger.target import Named
+
     named = Named(
         lsn=lsn(to_lsn) if to_lsn is not None else None,
         xid=transaction(to_xid) if to_xid is not None else None,
@@ -82,6 +111,9 @@ def restore_state(
     chosen = options(config)
     if dry_run:
         show_plan(at(chosen, lambda parts: _plan(named, parts)), as_json=as_json)
+        return
+    if in_place:
+        _put_in_place(named, name, chosen, yes=yes, as_json=as_json)
         return
     show_report(at(chosen, lambda parts: _restore(named, name, parts)), as_json=as_json)
 
@@ -103,13 +135,80 @@ def _point(text: str) -> str | int:
 
 
 async def _plan(named: Named, parts: Parts) -> Plan:
+    from trigger.restore import prepare
+    from trigger.target import resolve
+
     return await prepare(await resolve(named, parts.catalog, parts.journal), parts.site)
 
 
 async def _restore(named: Named, name: str, parts: Parts) -> Report:
+    from trigger.restore import restore
+    from trigger.target import resolve
+
     target = await resolve(named, parts.catalog, parts.journal)
     with show.steps() as progress:
         return await restore(target, parts.site, progress=progress, name=name)
+
+
+def _put_in_place(named: Named, name: str, chosen: Options, *, yes: bool, as_json: bool) -> None:
+    """Restore in place and say what lies where."""
+    if name:
+        raise ConfigError("--name is for clones; a restore in place is called by its time", hint="leave it out")
+    confirm(f"put the state of then where production of {chosen.name} lies; the old state is kept beside it", yes=yes)
+    report, swap = at(chosen, lambda parts: _restore_in_place(named, parts))
+    if as_json:
+        show.print_json({"report": report, "swap": swap})
+    else:
+        show_report(report, as_json=False, clone=False)
+        show_swap(swap, undone=False, as_json=False)
+
+
+async def _restore_in_place(named: Named, parts: Parts) -> tuple[Report, Swap]:
+    from trigger.inplace import restore_in_place
+    from trigger.target import resolve
+
+    target = await resolve(named, parts.catalog, parts.journal)
+    with show.steps() as progress:
+        return await restore_in_place(target, parts.site, progress=progress)
+
+
+async def _end_swap(undo: str | None, resume: str | None, parts: Parts) -> Swap:
+    """Take a restore in place back, or finish it."""
+    from trigger import inplace
+
+    if undo is not None and resume is not None:
+        raise ConfigError("--undo and --resume are opposites", hint="give one of them")
+    known = await inplace.swaps(parts.site)
+    name = undo or resume or ""
+    if name == "last" and known:
+        name = known[-1].name
+    if name not in {swap.name for swap in known}:
+        there = ", ".join(f"{swap.name} ({swap.target})" for swap in known) or "none"
+        raise RestoreError(f"there is no restore in place called {name}", hint=f"there are: {there}")
+    return await (inplace.undo if undo is not None else inplace.resume)(name, parts.site)
+
+
+def confirm(what: str, *, yes: bool) -> None:
+    """Ask before something big; raises `ConfigError` where nobody can answer, `typer.Abort` on a no."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(f"this will {what}", hint="give --yes to do it without being asked")
+    typer.confirm(f"This will {what}. Go on?", abort=True, err=True)
+
+
+def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:
+    """Print what a restore in place put where."""
+    if as_json:
+        show.print_json(swap)
+        return
+    for place in swap.places:
+        if undone:
+            show.say(f"{place.path} is as it was before; what had taken its place is {place.restored}")
+        else:
+            show.say(f"{place.path} is {swap.target}; the old state is {place.kept}")
+    if not undone:
+        show.say(f"start the server when you are ready; take it back with: trigpoint restore --undo {swap.name}")
 
 
 def show_plan(plan: Plan, *, as_json: bool) -> None:
@@ -121,7 +220,7 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         show.say(line)
 
 
-def show_report(report: Report, *, as_json: bool) -> None:
+def show_report(report: Report, *, as_json: bool, clone: bool = True) -> None:
     """Print what was restored and how to reach it."""
     if as_json:
         show.print_json(report)
@@ -136,9 +235,9 @@ def show_report(report: Report, *, as_json: bool) -> None:
             ("took", ", ".join(f"{step} {show.duration(seconds)}" for step, seconds in report.seconds.items())),
             *((f"  {what}", f"{'held' if held else 'DID NOT HOLD'}: {seen}") for what, held, seen in report.checks),
             *(("note", note) for note in report.notes),
-            ("data", report.data_directory),
-            ("connect", f'psql "{report.conninfo}"'),
-            ("remove", f"trigpoint clones drop {report.name}"),
+            ("data", report.data_directory if clone else None),
+            ("connect", f'psql "{report.conninfo}"' if clone else None),
+            ("remove", f"trigpoint clones drop {report.name}" if clone else None),
         ]
     )
 
@@ -156,6 +255,8 @@ def list_by_default(context: typer.Context, config: Config = None, as_json: Json
 @clones.command("list")
 def list_clones(config: Config = None, as_json: Json = False) -> None:
     """List the clones: what each holds, whether its server runs, how to reach it."""
+    from trigger.restore import clones as all_clones
+
     found = at(options(config), lambda parts: all_clones(parts.site))
     if as_json:
         show.print_json(found)
@@ -182,6 +283,8 @@ def drop_clone(
     names: Annotated[list[str], typer.Argument(help="What they are called.")], config: Config = None
 ) -> None:
     """Stop the servers of clones and remove all there is of them. Production is not touched."""
+
+    from trigger.restore import drop
 
     async def drop_all(parts: Parts) -> None:
         for name in names:
@@ -218,6 +321,8 @@ def verify_point(
 
 
 async def _verify(ref: str | None, chosen: Options, parts: Parts) -> Verification:
+    from trigger.verify import verify
+
     point = await parts.catalog.latest() if ref is None else await parts.catalog.point(_point(ref))
     if point is None:
         raise CatalogError("there is no sealed recovery point yet", hint="`trigpoint run` takes the first at its start")

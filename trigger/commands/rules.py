@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,9 +14,10 @@ from trigger.commands.arguments import Config, Json, options
 from trigger.commit_lines import read, write
 from trigger.errors import ConfigError
 from trigger.model import Commit, Outcome
-from trigger.options import Options
-from trigger.qualify import Rules
-from trigger.rehearse import Rehearsal, rehearse
+
+if TYPE_CHECKING:
+    from trigger.options import Options
+    from trigger.rehearse import Rehearsal
 
 app = typer.Typer(no_args_is_help=True, help="Try rules before they decide.")
 
@@ -51,6 +52,9 @@ def try_rules(
         raise ConfigError("give either --file or --minutes", hint="`trigpoint rules test --help` tells what they do")
     if record is not None and minutes is None:
         raise ConfigError("--record goes with --minutes", hint="a file of commits is a record already")
+    from trigger.qualify import Rules
+    from trigger.rehearse import rehearse
+
     chosen = options(config)
     rules = Rules(chosen.rules)
     commits = from_file(file, chosen) if file is not None else watched(chosen, timedelta(minutes=minutes or 0))

@@ -10,7 +10,7 @@ import socket
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,8 +18,10 @@ from trigger import show
 from trigger.commands.arguments import Config, Json, options
 from trigger.control import NotRunningError, ask
 from trigger.errors import TrigpointError
-from trigger.options import Options
 from trigger.shape import data
+
+if TYPE_CHECKING:
+    from trigger.options import Options
 
 POINT_SECONDS = 3600.0
 """How long `trigpoint point` waits for the service: a round has deadlines of its own, and may be tried again."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trigger import show
 from trigger.commands.arguments import LOCAL_CONFIG, SYSTEM_CONFIG, Config, Json, options
-from trigger.connect import check as check_parts
-from trigger.connect import driver
 from trigger.errors import ConfigError, PreflightError
-from trigger.host import read_mounts, subvolume_of
-from trigger.initialise import Proposal, propose, text
 from trigger.model import Finding, Severity
-from trigger.options import Options, parse
-from trigger.service import opened
+
+if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
+    from trigger.initialise import Proposal
+    from trigger.options import Options
 
 
 def init(
@@ -46,6 +44,9 @@ def init(
     Run it on the database's host, as the user that will run the service (root, or the owner of the data). Nothing is
     changed but the file; one that is there is only replaced with --force.
     """
+    from trigger.initialise import text
+    from trigger.options import parse
+
     target = output or (SYSTEM_CONFIG if os.geteuid() == 0 else LOCAL_CONFIG)
     if str(target) != "-" and target.exists() and not force:
         raise ConfigError(f"{target} is there already", hint="--output writes elsewhere, --force replaces it")
@@ -78,6 +79,10 @@ def init(
 
 async def look(conninfo: str, databases: list[str], state_folder: Path) -> Proposal:
     """Give the proposal for the cluster behind `conninfo`; raises `DatabaseError` where it does not answer."""
+    from trigger.connect import driver
+    from trigger.host import read_mounts, subvolume_of
+    from trigger.initialise import propose
+
     database = driver("database", "postgres")(conninfo, ["postgres"])
     try:
         present = await database.present()
@@ -143,6 +148,9 @@ def check(config: Config = None, as_json: Json = False) -> None:
 
 
 async def _check(chosen: Options) -> list[Finding]:
+    from trigger.connect import check as check_parts
+    from trigger.service import opened
+
     async with opened(chosen) as parts:
         return await check_parts(parts)
 
@@ -154,6 +162,8 @@ def explain(config: Config = None, as_json: Json = False) -> None:
 
 
 async def _explain(chosen: Options) -> list[Finding]:
+    from trigger.service import opened
+
     async with opened(chosen) as parts:
         return await parts.database.explain()
 
