@@ -30,7 +30,7 @@ from trigger.model import Finding, Severity
 from trigger.position import History, Lineage, Lsn
 
 _FIRST_PAUSE_SECONDS = 0.2
-_LONGEST_PAUSE_SECONDS = 10.0
+_LONGEST_PAUSE_SECONDS = 5.0
 _GOOD_RUN_SECONDS = 30.0
 _CONNECT_SECONDS = 10
 _COMMAND_SECONDS = 30.0
@@ -113,6 +113,7 @@ class Receiver:
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
             if _CANNOT_SERVE.search(words) or _OTHER_PAST.search(words):
                 await self._lead_on(segments, words)
+                pause = _FIRST_PAUSE_SECONDS
 
     async def _receive_once(self, segments: SegmentFolder) -> str:
         """Run the program until it ends or stands still; gives its last words."""
