@@ -96,7 +96,7 @@ def _metadata(annotation: Any) -> list[Any]:
     """Give the constraints that an `Annotated` type carries, pydantic's `Field` in it unpacked."""
     if get_origin(annotation) is not Annotated:
         return []
-    found = []
+    found: list[Any] = []
     for part in get_args(annotation)[1:]:
         found += part.metadata if hasattr(part, "metadata") else [part]
     return found + _metadata(get_args(annotation)[0])

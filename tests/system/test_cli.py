@@ -291,6 +291,7 @@ def test_a_restore_in_place_keeps_the_old_state_and_is_undone() -> None:
         cluster.start()
         assert cluster.sql("SELECT count(*) FROM account") == [(2,)]
         cluster.stop()
+        assert f"trigpoint restore --undo {swap['name']}" in deployed.trigpoint("clones").stderr
         assert fails(deployed, "restore", "--undo", "20000101T000000Z").returncode == 9
         done = deployed.trigpoint("restore", "--undo", "last")
         assert f"{cluster.data} is as it was before" in done.stdout

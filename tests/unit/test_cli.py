@@ -84,7 +84,7 @@ def test_the_documented_exit_codes_are_those_of_the_errors(capsys: pytest.Captur
     assert raised <= {code for code, _ in cli.EXIT_CODES}
     trigpoint("--help")
     help_text = capsys.readouterr().out
-    assert all(re.search(rf"^ +{code}  ", help_text, re.MULTILINE) for code, _ in cli.EXIT_CODES)
+    assert all(re.search(rf"^ +• {code}: ", help_text, re.MULTILINE) for code, _ in cli.EXIT_CODES)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

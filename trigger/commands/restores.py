@@ -255,15 +255,22 @@ def list_by_default(context: typer.Context, config: Config = None, as_json: Json
 @clones.command("list")
 def list_clones(config: Config = None, as_json: Json = False) -> None:
     """List the clones: what each holds, whether its server runs, how to reach it."""
-    from trigger.restore import clones as all_clones
-
-    found = at(options(config), lambda parts: all_clones(parts.site))
+    found, swaps = at(options(config), _clones_and_swaps)
     if as_json:
         show.print_json(found)
         return
-    show.table(
-        ("name", "state", ">age", "holds", ">base", "connect"), [_clone(one) for one in found], empty="no clones"
-    )
+    columns = ("name", "state", ">age", "holds", ">base", "connect")
+    show.table(columns, [_clone(one) for one in found], empty="no clones")
+    for swap in swaps:
+        done = "stands in place of production" if swap.finished else "was cut off on the way into production's place"
+        show.note(f"{swap.target} {done}; trigpoint restore --undo {swap.name} puts the old state back")
+
+
+async def _clones_and_swaps(parts: Parts) -> tuple[list[CloneStatus], list[Swap]]:
+    from trigger.inplace import swaps
+    from trigger.restore import clones as all_clones
+
+    return await all_clones(parts.site), await swaps(parts.site)
 
 
 def _clone(one: CloneStatus) -> tuple[object, ...]:
