@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from connectors.databases.postgres.programs import as_owner, copy_programs, find_programs
+from tests.fixtures.postgres import server_owner
 from tests.fixtures.volumes import plain_folder
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -123,6 +125,18 @@ def trigpoint(told: dict[str, Any], *arguments: str) -> Any:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("major", [16, 18])
+def test_programs_run_where_they_were_copied_to(major: int, folder: Path) -> None:
+    """As root the server's own user may not reach the environment in which the wheel is installed."""
+    copy = copy_programs(find_programs(major), folder)
+    assert copy.folder.is_relative_to(folder)
+    for program in ("postgres", "initdb", "pg_ctl", "psql"):  # of which some need the wheel's own libpq
+        done = subprocess.run(
+            [copy.path(program), "--version"], capture_output=True, text=True, **as_owner(server_owner())
+        )
+        assert f"(PostgreSQL) {major}" in done.stdout, done.stderr
 
 
 def test_a_folder_that_is_no_demo_is_neither_taken_nor_removed(folder: Path) -> None:

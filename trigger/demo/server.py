@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-from pathlib import Path
 
-from connectors.databases.postgres.programs import Programs, find_programs, run
+from connectors.databases.postgres.programs import Programs, copy_programs, find_programs, run
 from trigger.demo.place import Place
 from trigger.errors import ConfigError, DatabaseError
 
@@ -41,18 +38,8 @@ async def programs_for(place: Place) -> Programs:
     try:
         await run([programs.path("postgres"), "--version"], owner=place.owner, deadline_seconds=_PROGRAM_SECONDS)
     except (OSError, DatabaseError):
-        copy = place.folder / "postgresql"
-        await asyncio.to_thread(shutil.copytree, programs.folder.parent, copy, symlinks=True)
-        await asyncio.to_thread(_open_to_all, copy)
-        return Programs(copy / "bin", MAJOR)
+        return await asyncio.to_thread(copy_programs, programs, place.folder / "postgresql")
     return programs
-
-
-def _open_to_all(folder: Path) -> None:
-    """Let everybody read what lies in `folder` and run what its owner may run, whatever the umask was."""
-    for path in (folder, *folder.rglob("*")):
-        if not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
 
 
 async def start(place: Place, programs: Programs) -> None:

