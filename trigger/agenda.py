@@ -82,7 +82,7 @@ class Agenda:
             return Due(Cause.GAP, now, urgent=True)
         if self.base is None:
             return Due(Cause.START, now, urgent=True)
-        if self.demands:
+        if self.demands or self._in_round:  # the latter where a round ended without a word on its point
             return Due(Cause.DEMAND, now, urgent=True)
         return None
 

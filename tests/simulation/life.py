@@ -1,0 +1,227 @@
+"""One life of the service: from its start to a stop, an error or a crash, over a world that survives it.
+
+It starts what `trigger.service` starts, in the same order, from the real parts: reconcile, window, agenda, main path,
+room, checkpoints. What is left out is what only a process has: the lock, the socket, signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from sqlalchemy import Engine
+
+from connectors.memory import (
+    MemoryAgent,
+    MemoryClock,
+    MemoryDatabase,
+    MemoryJournal,
+    MemorySource,
+    MemoryStorage,
+    World,
+)
+from tests.simulation.story import Story
+from tests.simulation.wire import Ended, Wire
+from trigger import expire, pipeline, reconcile
+from trigger.agenda import Agenda
+from trigger.catalog import Catalog
+from trigger.errors import TrigpointError
+from trigger.model import Commit, RecoveryPoint, Volume
+from trigger.pipeline import Protected
+from trigger.ports import Break
+from trigger.position import Position
+from trigger.qualify import Rules
+from trigger.window import Window
+
+WATCH_SECONDS = 5.0
+FLUSH_DEADLINE_SECONDS = 30.0
+
+
+@dataclass
+class Life:
+    """A service that lives until it is stopped, fails, or is killed.
+
+    Args:
+        world: what outlives it.
+        engine: the catalog's database, which outlives it too.
+        story: rules, options, volumes.
+        wire: what its calls pass through.
+        draw: for the ids of its points.
+    """
+
+    world: World
+    engine: Engine
+    story: Story
+    wire: Wire
+    draw: random.Random
+    budget: int
+    """How many snapshots the storage bears."""
+    begins: Callable[[str], None]
+    """Told that a stream was opened for the first time."""
+    window: Window | None = None
+    agenda: Agenda | None = None
+    delivered: list[Commit] = field(default_factory=list)
+    """What its sources have given it."""
+    answers: list[asyncio.Future[RecoveryPoint]] = field(default_factory=list)
+    storage: _Storage = field(init=False)
+    ended: str = ""
+    """How it ended; "" while it lives."""
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.storage = _Storage(self.world, capabilities=self.story.capabilities, budget=self.budget)
+
+    async def run(self) -> str:
+        """Live; gives how it ended."""
+        self.wire.end = self.kill
+        self._start(self._body)
+        await self._over.wait()
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            await _finish(task)
+        self.world.kill_service()
+        return self.ended
+
+    def kill(self, reason: str) -> None:
+        """End it at once, as SIGKILL does: nothing it does from here on has an effect."""
+        if not self.ended:
+            self.wire.log(f"killed {reason}")
+            self.wire.alive = False
+            self._end("killed")
+            present = asyncio.current_task()
+            for task in self._tasks:
+                if task is not present:  # the present one meets the end where it is
+                    task.cancel()
+
+    def stop(self) -> None:
+        """Ask it to end after the round at hand, as SIGTERM does."""
+        if self.agenda is not None and self.window is not None:
+            self.agenda.stopping = True
+            self.window.wake()
+
+    def ask(self) -> None:
+        """Ask for a point, as `trigpoint point` does."""
+        if self.agenda is not None and self.window is not None:
+            self.answers.append(self.agenda.ask("asked for"))
+            self.window.wake()
+
+    def _end(self, how: str) -> None:
+        if not self.ended:
+            self.ended = how
+            self._over.set()
+
+    def _start(self, act: Callable[[], Awaitable[None]]) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(self._watched(act)))
+
+    async def _watched(self, act: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await act()
+        except Ended:
+            self._end("killed")
+        except TrigpointError as error:
+            self.wire.log(f"the service fails: {error}")
+            self._end("failed")
+        except Exception:
+            self._end("broken")
+            raise
+
+    async def _body(self) -> None:
+        """Begin as the service begins, then work until the main path ends."""
+        cluster = await self._parts()
+        await reconcile.reconcile(cluster.catalog, cluster.storage)
+        for agent in cluster.agents:
+            await agent.prepare(cluster.volumes)
+        settled = {name: await cluster.catalog.settled(name) for name in self.story.streams}
+        sources = [self.wire.to("source", _Noted(self, name)) for name in self.story.streams]
+        self.window = Window(sources, settled, Rules(self.story.rules.rules).judge)
+        newest, lineage = await cluster.catalog.latest(), await cluster.database.lineage()
+        base = newest if newest and newest.ceiling and lineage.includes(newest.ceiling) else None
+        self.agenda = Agenda(cluster.options, base, open_gap=bool(await cluster.catalog.gaps(open_only=True)))
+        self._start(MemoryJournal(self.world).run)
+        for name in self.story.streams:
+            self._start(partial(self.window.follow, name))
+        self._start(partial(self._every, WATCH_SECONDS, partial(self._watch_checkpoints, cluster)))
+        self._start(partial(self._every, WATCH_SECONDS, partial(self._keep_room, cluster)))
+        await pipeline.protect(cluster, self.window, self.agenda)
+        self._end("stopped")
+
+    async def _parts(self) -> Protected:
+        catalog = await Catalog.open(self.engine, run=self.wire.run)
+        return Protected(
+            database=self.wire.to("database", MemoryDatabase(self.world)),
+            volumes=tuple(Volume(f"v{number}", f"/v{number}") for number in range(self.story.volumes)),
+            agents=(self.wire.to("agent", MemoryAgent(self.world)),),
+            storage=self.wire.to("storage", self.storage),
+            catalog=catalog,
+            clock=MemoryClock(self.world),
+            options=self.story.points,
+            flush_deadline_seconds=FLUSH_DEADLINE_SECONDS,
+            random=self.draw,
+        )
+
+    async def _watch_checkpoints(self, cluster: Protected) -> None:
+        assert self.agenda is not None
+        assert self.window is not None
+        self.agenda.redo = await cluster.database.redo()
+        if self.agenda.wants_checkpoint(self.window.log_end):
+            await cluster.database.checkpoint()
+            self.agenda.redo = await cluster.database.redo()
+        self.window.wake()
+
+    async def _keep_room(self, cluster: Protected) -> None:
+        assert self.agenda is not None
+        await expire.make_room(cluster.catalog, cluster.storage, self.agenda.replay_limit_bytes)
+
+    async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await act()
+            except (TrigpointError, OSError) as error:
+                self.wire.log(f"not now: {error}")
+            await asyncio.sleep(seconds)
+
+
+class _Storage(MemoryStorage):
+    """A storage whose budget an operator may raise."""
+
+    def raise_budget(self, budget: int) -> None:
+        self._budget = budget
+
+
+class _Noted(MemorySource):
+    """A source whose commits are noted as delivered."""
+
+    def __init__(self, life: Life, name: str) -> None:
+        super().__init__(life.world, name)
+        self._life = life
+
+    async def open(self, after: Position | None) -> Break | None:
+        """Connect; what the service is answerable for begins where a stream is opened for the first time."""
+        broken = await super().open(after)
+        if after is None:
+            self._life.begins(self.name)
+        return broken
+
+    async def read(self) -> Any:
+        """Give what has arrived, and note it."""
+        batch = await super().read()
+        self._life.delivered += batch.commits
+        self._life.wire.log(f"source.read {self.name} gives {len(batch.commits)} commits through {batch.through}")
+        return batch
+
+
+async def _finish(task: asyncio.Task[None]) -> None:
+    """Wait for a cancelled task; what it raised on its way out is raised here."""
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not task.cancelled():
+            raise
+    except Ended:
+        pass

@@ -1,0 +1,258 @@
+"""What happens in one simulated run, drawn from its seed before anything runs: load, options, and every mishap.
+
+A story is a list of acts with their times. Acts change the world, never the service, so they need no service to be
+alive. The weather says how often a call of a port is late, fails, or loses its answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pydantic import ByteSize
+
+from trigger.model import Changes, Commit
+from trigger.options import PointOptions, RuleOptions
+from trigger.ports import Capability
+
+STREAMS = ("bank", "shop", "audit")
+WANTED_TABLE, OTHER_TABLE = "public.accounts", "public.log"
+WANTED_MARKER = "payday"
+
+Matters = Callable[[Commit], bool]
+
+
+class RuleSet(NamedTuple):
+    """Rules, and what they mean in words that do not pass through the code under test."""
+
+    rules: tuple[RuleOptions, ...]
+    matters: Matters
+
+
+def _rows(commit: Commit) -> int:
+    return sum(changes.inserted + changes.updated + changes.deleted for changes in commit.tables.values())
+
+
+RULE_SETS = (
+    RuleSet((), lambda _: True),
+    RuleSet((RuleOptions(name="accounts", tables=["public.acc*"]),), lambda commit: WANTED_TABLE in commit.tables),
+    RuleSet((RuleOptions(name="marked", markers=["pay*"]),), lambda commit: WANTED_MARKER in commit.markers),
+    RuleSet(
+        (RuleOptions(name="big", expression="rows > 3"), RuleOptions(name="shop", database="shop")),
+        lambda commit: _rows(commit) > 3 or commit.stream == "shop",
+    ),
+)
+
+
+class Act(NamedTuple):
+    """One thing that happens to the world at a moment of virtual time."""
+
+    at: float
+    name: str
+    arguments: tuple[object, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """How likely each mishap of one call is; a crash of the service is counted in calls."""
+
+    late: float = 0.0
+    """The call takes up to `late_seconds`."""
+    late_seconds: float = 0.2
+    fails_before: float = 0.0
+    """It fails without any effect."""
+    fails_after: float = 0.0
+    """It has its effect, and fails: the answer was lost."""
+    hangs: float = 0.0
+    """It takes very long, then fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """Everything that a seed decides."""
+
+    seed: int
+    streams: tuple[str, ...]
+    rules: RuleSet
+    points: PointOptions
+    capabilities: frozenset[Capability]
+    volumes: int
+    budget: int
+    """How many snapshots the storage bears."""
+    weather: Weather
+    acts: tuple[Act, ...]
+    ends_at: float
+    """From here on nothing goes wrong any more."""
+    crash_after_calls: tuple[int, ...] = ()
+    """One a life: the life ends at this call, before, in the middle of, or behind its effect."""
+    crash_at_failpoint: tuple[tuple[str, int], ...] = ()
+    """(name, how often it is passed first); each crashes one life."""
+    targets: int = field(default=4)
+    """How many restores are tried at the end."""
+
+
+FAILPOINTS = (
+    "after-open",
+    "after-flush",
+    "after-cover",
+    "after-snapshot",
+    "after-ceiling",
+    "after-retag",
+    "after-seal",
+    "after-expiring",
+    "after-delete",
+    "catalog-open-committed",
+    "catalog-seal-begun",
+    "catalog-blocks-written",
+    "catalog-settled-written",
+    "catalog-point-sealed",
+    "catalog-seal-committed",
+    "catalog-point-opened",
+    "catalog-point-failed",
+    "catalog-gap-recorded",
+    "catalog-missed-written",
+)
+
+
+def tell(seed: int, *, commits: int = 28) -> Story:
+    """Give the story of a seed."""
+    draw = random.Random(seed)
+    ends_at = draw.uniform(8, 25)
+    streams = STREAMS[: draw.choice((1, 1, 2, 2, 3))]
+    calm = draw.random() < 0.15
+    acts = [*_load(draw, streams, ends_at, draw.randint(commits // 2, commits * 3 // 2))]
+    if not calm:
+        acts += _mishaps(draw, streams, ends_at)
+    return Story(
+        seed=seed,
+        streams=streams,
+        rules=draw.choice(RULE_SETS),
+        points=_point_options(draw),
+        capabilities=draw.choice(
+            (
+                frozenset(Capability),
+                frozenset(Capability),
+                frozenset({Capability.ATOMIC}),
+                frozenset[Capability](),
+            )
+        ),
+        volumes=draw.choice((1, 1, 2)),
+        budget=draw.choice((1000, 1000, 8)),
+        weather=Weather() if calm else _weather(draw),
+        acts=tuple(sorted((act for act in acts if act.at < ends_at), key=lambda act: act.at)),
+        ends_at=ends_at,
+        crash_after_calls=() if calm else tuple(draw.randint(1, 250) for _ in range(draw.choice((0, 0, 1, 1, 2)))),
+        crash_at_failpoint=()
+        if calm
+        else tuple((draw.choice(FAILPOINTS), draw.randint(0, 4)) for _ in range(draw.choice((0, 1, 1, 2)))),
+    )
+
+
+def _point_options(draw: random.Random) -> PointOptions:
+    min_interval = draw.choice((0.0, 0.2, 1.0))
+    return PointOptions(
+        min_interval_seconds=min_interval,
+        max_delay_seconds=max(min_interval, draw.choice((0.5, 2.0, 5.0))),
+        per_minute=draw.choice((6, 30, 600)),
+        interval_seconds=draw.choice((None, None, 4.0)),
+        cron=draw.choice((None, None, None, "* * * * *")),
+        catch_all_seconds=draw.choice((None, 3.0, 300.0)),
+        restore_objective_seconds=draw.choice((30.0, 30.0, 1.0)),
+        replay_bytes_per_second=ByteSize(draw.choice((50_000_000, 4000))),
+        retry_seconds=draw.choice((0.2, 1.0)),
+    )
+
+
+def _weather(draw: random.Random) -> Weather:
+    def one_of(*choices: float) -> float:
+        return draw.choice(choices)
+
+    return Weather(
+        late=one_of(0.0, 0.1, 0.5),
+        late_seconds=one_of(0.05, 0.5, 2.0),
+        fails_before=one_of(0.0, 0.0, 0.01, 0.05),
+        fails_after=one_of(0.0, 0.0, 0.01, 0.05),
+        hangs=one_of(0.0, 0.0, 0.0, 0.005),
+    )
+
+
+def _load(draw: random.Random, streams: tuple[str, ...], ends_at: float, commits: int) -> list[Act]:
+    """Bursts of commits with idle times between, visible or not, synchronous or not."""
+    acts: list[Act] = []
+    while len(acts) < commits:
+        at = draw.uniform(0, ends_at)
+        for _ in range(draw.choice((1, 1, 2, 5, 12))):
+            acts.append(_commit(draw, at, streams))
+            at += draw.choice((0.0, 0.001, 0.05, 0.4))
+        if draw.random() < 0.2:
+            acts.append(Act(at, "ddl", (draw.choice((40, 400, 4000)),)))
+        if draw.random() < 0.3:
+            acts.append(Act(at + draw.random(), draw.choice(("write", "write_back", "flush", "checkpoint"))))
+    if draw.random() < 0.4:
+        began = draw.uniform(0, ends_at / 2)
+        acts.append(Act(began, "begin_long"))
+        acts.append(Act(draw.uniform(began, ends_at), "end_long", (draw.choice(streams),)))
+    acts += [Act(draw.uniform(0, ends_at), "demand") for _ in range(draw.choice((0, 0, 1, 2)))]
+    return acts
+
+
+def _commit(draw: random.Random, at: float, streams: tuple[str, ...]) -> Act:
+    tables: dict[str, Changes] = {}
+    if draw.random() < 0.7:
+        tables[WANTED_TABLE] = Changes(inserted=draw.randint(0, 3), updated=draw.randint(1, 3))
+    if draw.random() < 0.4:
+        tables[OTHER_TABLE] = Changes(inserted=draw.randint(1, 2))
+    markers = (WANTED_MARKER,) if draw.random() < 0.3 else ()
+    size = draw.choice((0, 0, 80, 200, 2000))
+    how = draw.choice(("sync", "sync", "sync", "async", "written"))
+    return Act(at, "commit", (draw.choice(streams), tables, markers, size, how))
+
+
+def _mishaps(draw: random.Random, streams: tuple[str, ...], ends_at: float) -> list[Act]:
+    """What goes wrong outside the service; each story has a few kinds of it."""
+    acts: list[Act] = []
+    for _ in range(draw.choice((0, 1, 2, 3, 5))):
+        at = draw.uniform(0.1, ends_at)
+        acts += draw.choice((_slot, _outage, _failover, _failover, _storage, _elsewhere))(draw, streams, at)
+    return acts
+
+
+def _slot(draw: random.Random, streams: tuple[str, ...], at: float) -> list[Act]:
+    how = draw.choice(("drop_slot", "recreate_slot", "advance_slot", "lose_slot"))
+    return [Act(at, how, (draw.choice(streams),))]
+
+
+def _outage(draw: random.Random, _: tuple[str, ...], at: float) -> list[Act]:
+    return [Act(at, "server_crash", (draw.random() < 0.3,)), Act(at + _length(draw), "server_restart")]
+
+
+def _failover(draw: random.Random, _: tuple[str, ...], at: float) -> list[Act]:
+    return [Act(at, "promote", (draw.choice((0, 0, 1, 2, 4)), draw.random() < 0.6))]
+
+
+def _storage(draw: random.Random, _: tuple[str, ...], at: float) -> list[Act]:
+    begin, end = draw.choice(
+        (
+            ("lose_snapshot", ""),
+            ("lose_cut", ""),
+            ("storage_full", "storage_room"),
+            ("catalog_full", "catalog_room"),
+            ("write_error", "clear_write_error"),
+        )
+    )
+    if not end:
+        return [Act(at, begin, (draw.random(),))]
+    return [Act(at, begin), Act(at + _length(draw), end)]
+
+
+def _elsewhere(draw: random.Random, _: tuple[str, ...], at: float) -> list[Act]:
+    if draw.random() < 0.3:
+        return [Act(at, "skew", (draw.choice((-3600.0, -5.0, 5.0, 3600.0)),))]
+    return [Act(at, draw.choice(("cut_connections", "damage_journal", "stop", "crash", "crash")))]
+
+
+def _length(draw: random.Random) -> float:
+    """Give how long a mishap lasts."""
+    return draw.choice((0.05, 1.0, 5.0))
