@@ -13,6 +13,7 @@ from connectors.databases.postgres.source import PostgresSource
 from tests.connectors.reading import commit_records, everything, flushed, fresh_database, opened, settled
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
+from trigger.errors import SourceError
 from trigger.model import Changes, Commit, to_microseconds
 from trigger.position import Lsn
 
@@ -340,3 +341,25 @@ def test_removing_leaves_nothing_of_ours_in_the_cluster(cluster: Cluster, databa
     assert len(asyncio.run(run())) == 3
     assert cluster.sql("SELECT count(*) FROM pg_publication", database) == [(0,)]
     assert cluster.sql(f"SELECT count(*) FROM pg_replication_slots WHERE database = '{database}'") == [(0,)]
+
+
+def test_after_damage_nothing_more_is_given_until_the_stream_is_opened_anew(cluster: Cluster, database: str) -> None:
+    cluster.sql("CREATE TABLE t (v int)", database)
+
+    async def run() -> None:
+        async with opened(cluster, database) as source:
+            cluster.sql("INSERT INTO t VALUES (1)", database)
+            commits, through = await settled(cluster, source)
+            source._decoder._relations.clear()  # as if its description had been lost
+            source._decoder._named.clear()
+            cluster.sql("INSERT INTO t VALUES (2)", database)
+            with pytest.raises(SourceError, match="cannot be understood") as caught:
+                await everything(cluster, source)
+            assert not caught.value.retryable
+            cluster.sql("INSERT INTO t VALUES (3)", database)
+            with pytest.raises(SourceError, match="not open"):
+                await source.read()
+            assert await source.open(through) is None
+            assert (len(commits), len(await everything(cluster, source))) == (1, 2)
+
+    asyncio.run(run())

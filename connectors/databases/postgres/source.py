@@ -80,6 +80,7 @@ class PostgresSource:
         self._decoder = Decoder()
         self._lineage = Lineage(History("", 0))
         self._forked_at = 0  # where the present timeline begins
+        self._failed = False
         self._publications_broken = False
         self._maintains = False
         self._after = 0  # commits that end here or before were settled
@@ -117,7 +118,7 @@ class PostgresSource:
         behind, reason = slot.resume(after, self._lineage, confirmed, flushed, made)
         await self._start(stream, behind, publications)
         self._after = self._through = self._settled = behind
-        self._decoder, self._relations_seen = Decoder(), 0
+        self._decoder, self._relations_seen, self._failed = Decoder(), 0, False
         self._reported_at, self._asked_at = asyncio.get_running_loop().time(), None
         return Break(self._lineage.at(behind), reason) if reason else None
 
@@ -262,20 +263,25 @@ class PostgresSource:
                 self._report(stream, reply=True)
 
     def _connected(self) -> CopyBoth:
-        if self._stream is None:
+        if self._stream is None or self._failed:  # a decoder that has lost its place must not go on
             raise SourceError(f"the stream of database {self.name} is not open", hint="open it again")
         return self._stream
 
     def _drain(self, stream: CopyBoth) -> int:
         try:
             drained = stream.drain(self._decoder.feed, _MESSAGES_A_SLICE)
-        except StreamRefusedError as error:
-            self._publications_broken |= error.sqlstate == _NO_SUCH_PUBLICATION
+            self._refuse_holes(stream)
+        except SourceError as error:
+            self._failed = True
+            if isinstance(error, StreamRefusedError) and error.sqlstate == _NO_SUCH_PUBLICATION:
+                self._publications_broken = True
             raise
+        return drained
+
+    def _refuse_holes(self, stream: CopyBoth) -> None:
         if any(_SKIPPED_PUBLICATION in warning for warning in stream.warnings):
             self._publications_broken = True
             raise SourceError(f"the publication of database {self.name} was dropped and made again")
-        return drained
 
     def _stay_alive(self, stream: CopyBoth, *, heard: bool) -> None:
         """Report in time, also amid a transaction of many minutes, and notice a server that has gone silent."""
