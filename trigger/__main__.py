@@ -12,7 +12,7 @@ from trigger.errors import TrigpointError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; expected errors are printed, errors of the program keep their trace."""
-    from trigger.cli import UsageError, app
+    from trigger.cli import Abort, UsageError, app
 
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="trigpoint", standalone_mode=False)
@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has left; Python must not try to flush it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Abort:
+        return _fail("not done, as you wished", "", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", "", 130)
     except (TrigpointError, OSError, ExceptionGroup) as error:

@@ -13,6 +13,9 @@ from trigger.errors import ConfigError
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """What Typer raises for a command line that it cannot read; it has `format_message`."""
 
+Abort = typer.Abort
+"""What Typer raises where a question is answered with no."""
+
 EXIT_CODES = (
     (0, "done, and everything asked for holds"),
     (1, "failed in another way: a file, the control socket, the machine"),

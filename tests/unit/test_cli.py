@@ -180,6 +180,7 @@ DENIED = PermissionError(13, "Permission denied", "/x")
         (NESTED, 5, "error: a\nerror: b\n"),
         (DENIED, 1, "error: /x: Permission denied\nhint: run it as the user that may, or as root\n"),
         (OSError("odd"), 1, "error: odd\n"),
+        (cli.Abort(), 1, "error: not done, as you wished\n"),
     ],
 )
 def test_an_expected_error_is_a_message_and_its_exit_code(
