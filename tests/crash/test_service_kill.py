@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import random
 import signal
-import threading
 import time
 from collections.abc import Iterator
 
-import psycopg
 import pytest
 
 from tests.fixtures import judge
+from tests.fixtures.loading import Load
 from tests.fixtures.service import Deployment, deployment
 
 FAILPOINTS = (
@@ -43,29 +42,6 @@ per_minute = 6000
 catch_all_seconds = 2
 """
 _DEADLY_SECONDS = 40
-
-
-class Load:
-    """Connections that commit, each transaction with its own id in the truth table, until told to stop."""
-
-    def __init__(self, deployed: Deployment, connections: int = 2) -> None:
-        self._deployed = deployed
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._commit, daemon=True) for _ in range(connections)]
-        for thread in self._threads:
-            thread.start()
-
-    def _commit(self) -> None:
-        with psycopg.connect(f"{self._deployed.cluster.conninfo} dbname=postgres", autocommit=True) as connection:
-            while not self._over.is_set():
-                connection.execute("INSERT INTO truth (what) VALUES ('load')")
-                time.sleep(random.uniform(0, 0.02))
-
-    def end(self) -> None:
-        """Stop and wait for the last commit."""
-        self._over.set()
-        for thread in self._threads:
-            thread.join(30)
 
 
 @pytest.fixture(scope="module", params=["btrfs", "directory"])
