@@ -8,7 +8,6 @@ comes through `restore_command`. A snapshot that is not one instant starts from 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from connectors.databases.postgres import inspection, isolation
+from connectors.databases.postgres import inspection, isolation, postmaster
 from connectors.databases.postgres.isolation import Isolated, Placement
 from connectors.databases.postgres.programs import Programs, last_lines, run
 from connectors.databases.postgres.release import release
@@ -42,7 +41,6 @@ _SOCKET_PATH_LIMIT = 107 - len(f"/.s.PGSQL.{PORT}.lock")
 _POLL_SECONDS = 0.01
 _PROGRAM_SECONDS = 60.0
 _SYNC_SECONDS = 600.0
-_READY_LINE = 7  # of postmaster.pid, where the server writes its state (LOCK_FILE_LINE_PM_STATUS)
 _REPLAYING = re.compile(r"redo in progress, elapsed time: .*, current LSN: ([0-9A-F]+/[0-9A-F]+)")
 _LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+)\+00")
 _HINTS = {
@@ -52,14 +50,6 @@ _HINTS = {
     "could not create lock file": "another server already runs on this clone",
     "Permission denied": "the owner of the data must be able to reach the clone, the staged log and the programs",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Server:
-    """A postmaster by its lock file."""
-
-    pid: int
-    status: str
 
 
 class PostgresRecovery:
@@ -131,7 +121,7 @@ class PostgresRecovery:
                 await self._make_durable(clone, running, isolated, found)
             return running
         except BaseException:
-            await asyncio.shield(_end(isolated.data, signal.SIGQUIT))
+            await asyncio.shield(postmaster.end(isolated.data, signal.SIGQUIT))
             raise
 
     async def inspect(
@@ -166,13 +156,13 @@ class PostgresRecovery:
         data = self._data(clone)
         if data is None:
             return
-        await _end(data, signal.SIGINT)
+        await postmaster.end(data, signal.SIGINT)
         await asyncio.to_thread(shutil.rmtree, self._socket_path(data), ignore_errors=True)
 
     async def running(self, clone: Clone) -> Running | None:
         """Give the server of a clone if it runs."""
         data = self._data(clone)
-        server = _server(data) if data else None
+        server = postmaster.find(data) if data else None
         if data is None or server is None or server.status != "ready":
             return None
         try:
@@ -185,7 +175,7 @@ class PostgresRecovery:
         data = self._data(clone)
         if data is None:
             raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
-        if _server(data) is not None:
+        if postmaster.find(data) is not None:
             raise RestoreError(f"the server of {clone.name} still runs", hint="stop it first")
         await asyncio.to_thread(release, data, clone, volumes)
 
@@ -230,7 +220,7 @@ class PostgresRecovery:
         clock = asyncio.get_running_loop().time
         appear_by, deadline = clock() + _PROGRAM_SECONDS, clock() + self._start_deadline_seconds
         while True:
-            server = _server(isolated.data)
+            server = postmaster.find(isolated.data)
             if server is not None and server.status == "ready":
                 return
             words = await asyncio.to_thread(log.read_text, errors="replace")
@@ -271,7 +261,7 @@ class PostgresRecovery:
             next_xid=facts.next_xid,
         )
         isolation.write(isolated.folder / _State.FILE, state.as_json(), isolated.owner)
-        server = _server(isolated.data)
+        server = postmaster.find(isolated.data)
         if server is None:
             raise RestoreError(f"the server of {clone.name} ended: {last_lines(words)}")
         return state.running(isolated.data, server.pid)
@@ -306,7 +296,7 @@ class PostgresRecovery:
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
         if control.get("Data page checksum version", "0") == "0":
             return "page checksums, which are switched off in this cluster", True, "nothing to check"
-        await _end(data, signal.SIGINT)
+        await postmaster.end(data, signal.SIGINT)
         try:
             output = await _ask(programs, isolated, "pg_checksums", "--check", "-D", data, seconds=3600.0)
             result = ("page checksums", True, last_lines(output))
@@ -448,54 +438,6 @@ def _stretches(folder: Path, segment_bytes: int, redo: Lsn, target: Target) -> l
             start = max(redo, name.start(segment_bytes))
             found[name.timeline] = Stretch(folder, name.timeline, start, Lsn(target.at + 1) if last else None)
     return list(found.values())
-
-
-def _server(data: Path) -> _Server | None:
-    """Give the postmaster of a data directory if it lives: its lock file may be left over, and its pid another's."""
-    try:
-        lines = (data / "postmaster.pid").read_text().splitlines()
-        pid = int(lines[0])
-        if not Path(f"/proc/{pid}/cwd").samefile(data):
-            return None
-    except (OSError, ValueError, IndexError):
-        return None
-    return _Server(pid, lines[_READY_LINE].strip() if len(lines) > _READY_LINE else "")
-
-
-async def _end(data: Path, how: signal.Signals, seconds: float = 60.0) -> None:
-    """End the server of a data directory and wait until it is gone; at once where it takes too long.
-
-    A server that has only just been started is found too, by its command line: it has no lock file yet.
-    """
-    clock = asyncio.get_running_loop().time
-    for attempt in (how, signal.SIGQUIT):
-        asked: set[int] = set()
-        deadline = clock() + seconds
-        while found := await asyncio.to_thread(_processes, data):
-            for pid in found - asked:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, attempt)
-            asked |= found
-            if clock() > deadline:
-                break
-            await asyncio.sleep(_POLL_SECONDS)
-        else:
-            return
-    raise RestoreError(f"the server of {data} did not end within {2 * seconds:g} s")
-
-
-def _processes(data: Path) -> set[int]:
-    """Give the postmaster of a data directory, and whatever is about to become it."""
-    server = _server(data)
-    found = {server.pid} if server else set()
-    configuration = os.fsencode(data / isolation.OWN_FOLDER / "postgresql.conf")
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = entry.read_bytes()
-            program = words.partition(b"\0")[0].rpartition(b"/")[2]
-            if program in (b"postgres", b"pg_ctl", b"sh") and configuration in words:
-                found.add(int(entry.parent.name))
-    return found
 
 
 def _failure(target: Target, words: str, why: str) -> RestoreError:
