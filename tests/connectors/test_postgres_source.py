@@ -363,3 +363,28 @@ def test_after_damage_nothing_more_is_given_until_the_stream_is_opened_anew(clus
             assert (len(commits), len(await everything(cluster, source))) == (1, 2)
 
     asyncio.run(run())
+
+
+def test_a_marker_in_a_savepoint_that_was_rolled_back_is_never_given(cluster: Cluster, database: str) -> None:
+    cluster.sql("CREATE TABLE t (v text)", database)
+    big = "INSERT INTO t SELECT repeat('x', 500) FROM generate_series(1, 2000)"
+
+    async def run() -> None:
+        async with opened(cluster, database) as source:
+            with cluster.connect(database) as connection, connection.transaction():
+                connection.execute(big)
+                connection.execute("SELECT pg_logical_emit_message(true, 'trigpoint', 'kept')")
+                connection.execute("SAVEPOINT a")
+                connection.execute("SELECT pg_logical_emit_message(true, 'trigpoint', 'rolled back')")
+                connection.execute(big)
+                await asyncio.sleep(0.5)  # streamed by now
+                connection.execute("ROLLBACK TO a")
+                connection.execute(big)
+            with pytest.raises(SourceError, match="savepoint") as caught:
+                await everything(cluster, source)
+            assert caught.value.retryable
+            await source.open(None)
+            (commit,) = await everything(cluster, source)
+            assert (commit.markers, commit.rows) == (("kept",), 4000)
+
+    asyncio.run(run())

@@ -6,7 +6,14 @@ from struct import pack
 
 import pytest
 
-from connectors.databases.postgres.pgoutput import MARKER_BYTES_LIMIT, MARKERS_LIMIT, Committed, Decoder
+from connectors.databases.postgres.pgoutput import (
+    MARKER_BYTES_LIMIT,
+    MARKERS_LIMIT,
+    SUBTRANSACTIONS_LIMIT,
+    Committed,
+    Decoder,
+    UnstreamableError,
+)
 from tests.connectors.streams import GOLDEN, VARIANTS, decode, read
 from trigger.errors import SourceError
 from trigger.model import Changes
@@ -137,13 +144,13 @@ def test_of_a_streamed_transaction_aborted_subtransactions_do_not_count(*, paral
         row("I", 1, 7),
         row("I", 1, 8),
         row("I", 1, 9),
-        message(b"m", xid=7),
         STREAM_STOP,
         begin(20, 50),
         commit(50, 60),
         stream_abort(7, 8, parallel=parallel),
         stream_start(7, first=False),
         row("D", 1, 9),
+        message(b"m", xid=7),
         STREAM_STOP,
         stream_commit(7, 100, 140),
         decoder=Decoder(parallel=parallel),
@@ -151,6 +158,22 @@ def test_of_a_streamed_transaction_aborted_subtransactions_do_not_count(*, paral
     assert [one.xid for one in decoder.commits] == [20, 7]
     assert decoder.commits[1].tables == {"public.t": Changes(inserted=2, deleted=1)}
     assert decoder.commits[1].markers == ("m",)
+
+
+def test_a_marker_that_may_have_been_rolled_back_is_not_guessed_at() -> None:
+    decoder = fed(stream_start(7), row("I", 1, 8), message(b"m", xid=7), STREAM_STOP)
+    with pytest.raises(UnstreamableError) as caught:
+        decoder.feed(stream_abort(7, 8))
+    assert caught.value.retryable
+
+
+def test_a_streamed_transaction_with_countless_subtransactions_is_not_held_in_memory() -> None:
+    decoder = fed(stream_start(7))
+    for xid in range(8, SUBTRANSACTIONS_LIMIT + 7):
+        decoder.feed(row("I", 1, xid))
+    with pytest.raises(UnstreamableError) as caught:
+        decoder.feed(row("I", 1, SUBTRANSACTIONS_LIMIT + 8))
+    assert caught.value.retryable
 
 
 def test_a_streamed_transaction_that_is_aborted_leaves_nothing() -> None:

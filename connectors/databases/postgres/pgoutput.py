@@ -28,7 +28,7 @@ MARKERS_LIMIT = 1_000
 """Markers kept of one transaction; further ones are dropped, so that no application can fill our memory."""
 MARKER_BYTES_LIMIT = 1_024
 """Bytes kept of one marker."""
-SUBTRANSACTIONS_LIMIT = 500_000
+SUBTRANSACTIONS_LIMIT = 100_000
 """Subtransactions of streamed transactions that are counted apart (each may still be aborted)."""
 
 _NAMED_LIMIT = 1_024
@@ -92,6 +92,10 @@ class _Transaction:
         self.origin = ""
 
 
+class UnstreamableError(SourceError):
+    """A transaction cannot be told exactly while it is streamed; read again without streaming, it can."""
+
+
 class Decoder:
     """Turns the messages of one replication connection into committed transactions; a new connection, a new one.
 
@@ -145,6 +149,7 @@ class Decoder:
 
         Raises:
             SourceError: it cannot be understood (not retryable); the decoder must not be used any further.
+            UnstreamableError: all is well, but the stream must be opened anew with `streaming` off (retryable).
         """
         try:
             if message[0] != _XLOG_DATA:
@@ -207,11 +212,7 @@ class Decoder:
         """Count for another subtransaction of the streamed transaction from now on."""
         counts = self._transaction().counts
         if xid not in counts and len(counts) >= SUBTRANSACTIONS_LIMIT:
-            raise SourceError(
-                f"a transaction in the stream has more than {SUBTRANSACTIONS_LIMIT} subtransactions",
-                hint="raise logical_decoding_work_mem, so that it is not streamed before its end",
-                retryable=False,
-            )
+            raise UnstreamableError(f"a streamed transaction has more than {SUBTRANSACTIONS_LIMIT} subtransactions")
         self._subxid = xid
         self._counts = counts.setdefault(xid, {})
         return self._counts
@@ -356,8 +357,10 @@ class Decoder:
         transaction = self._streams[xid]
         if subxid == xid:
             del self._streams[xid]
-        else:
-            transaction.counts.pop(subxid, None)
+            return
+        transaction.counts.pop(subxid, None)
+        if transaction.markers:  # a streamed message names the whole transaction, never its subtransaction
+            raise UnstreamableError(f"a savepoint of streamed transaction {xid}, which has markers, was rolled back")
 
     # ---- transactions in two phases
 

@@ -363,11 +363,6 @@ LIMITS: tuple[tuple[str, str], ...] = (
         "it is the origin's own commit time, not this server's; a restore to a time goes by this server's",
     ),
     (
-        "marker in a savepoint that was rolled back",
-        "in a transaction larger than logical_decoding_work_mem it may still be shown, for the server does not say "
-        "which savepoint it belonged to",
-    ),
-    (
         "table whose primary key or replica identity is dropped",
         "its UPDATE and DELETE fail (as under any logical replication) until it is taken out of our publication: "
         "within 10 s while the service runs; before a longer stop, run the DDL first or drop the publication",

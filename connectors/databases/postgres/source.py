@@ -18,7 +18,7 @@ from psycopg import conninfo
 
 from connectors.databases.postgres import publication, slot
 from connectors.databases.postgres.copyboth import CopyBoth, StreamRefusedError, refused
-from connectors.databases.postgres.pgoutput import Committed, Decoder
+from connectors.databases.postgres.pgoutput import Committed, Decoder, UnstreamableError
 from trigger.errors import SourceError
 from trigger.model import Commit
 from trigger.ports import Batch, Break
@@ -81,6 +81,7 @@ class PostgresSource:
         self._lineage = Lineage(History("", 0))
         self._forked_at = 0  # where the present timeline begins
         self._failed = False
+        self._streaming = "on"  # off for the one connection after a transaction that cannot be streamed
         self._publications_broken = False
         self._maintains = False
         self._after = 0  # commits that end here or before were settled
@@ -183,7 +184,8 @@ class PostgresSource:
     async def _start(self, stream: CopyBoth, behind: Lsn, publications: list[str]) -> None:
         protocol = 4 if stream.server_version >= 160000 else 3
         names = ",".join(f'"{name}"' for name in publications)
-        options = {"proto_version": str(protocol), "publication_names": names, "messages": "true", "streaming": "on"}
+        options = {"proto_version": str(protocol), "publication_names": names, "messages": "true"}
+        options["streaming"] = self._streaming
         listed = ", ".join(f"{name} {_literal(value)}" for name, value in options.items())
         command = f"START_REPLICATION SLOT {self.slot} LOGICAL {behind} ({listed})"
         await self._unless_in_use(lambda: stream.start(command, self._deadline_seconds))
@@ -273,6 +275,7 @@ class PostgresSource:
             self._refuse_holes(stream)
         except SourceError as error:
             self._failed = True
+            self._streaming = "off" if isinstance(error, UnstreamableError) else "on"
             if isinstance(error, StreamRefusedError) and error.sqlstate == _NO_SUCH_PUBLICATION:
                 self._publications_broken = True
             raise
