@@ -58,6 +58,7 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("clones list", list[CloneStatus]),
     ("verify", Verification),
     ("reconcile", Reconciliation),
+    ("clear", {"cleared": str}),
     ("catalog rebuild", Rebuilt),
     ("rules test", {"commits": list[dict[str, Any]], "points": list[RehearsedPoint]}),
 )

@@ -188,6 +188,10 @@ class Agent(Protocol):
         """
         ...
 
+    async def clear(self, volume: str) -> None:
+        """Trust a poisoned volume again, on an operator's word; one that is not poisoned is no error."""
+        ...
+
     async def close(self) -> None:
         """Let go of the volumes. Never raises."""
         ...

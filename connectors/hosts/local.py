@@ -176,7 +176,7 @@ class LocalAgent:
     def _require_clean(self) -> None:
         if self._poisoned:
             name, words = next(iter(self._poisoned.items()))
-            hint = "look at the kernel's log and at the data, then clear the volume"
+            hint = "look at the kernel's log and at the data, then run: trigpoint clear"
             raise AgentError(f"{self.name}: volume {name} is poisoned: {words}", hint=hint, retryable=False)
 
     async def _run_hooks(self, when: str, point: str) -> None:
@@ -232,7 +232,7 @@ class LocalAgent:
             self._poisoned[name] = words
             with contextlib.suppress(OSError):  # the memory of this process still knows
                 self._write_poison(name, words)
-        hint = "look at the kernel's log and at the data, then clear the volume"
+        hint = "look at the kernel's log and at the data, then run: trigpoint clear"
         return AgentError(f"{self.name}: {words} ({', '.join(names)})", hint=hint, retryable=False)
 
     def _poison_file(self, volume: str) -> Path:

@@ -21,8 +21,8 @@ from trigger.model import RecoveryPoint
 ROOT = Path(__file__).parents[2]
 
 COMMANDS = (
-    *("init", "check", "explain", "run", "point", "status", "list", "show", "find", "restore", "verify", "reconcile"),
-    *("clones", "catalog", "rules", "config"),
+    *("init", "check", "explain", "run", "point", "status", "list", "show", "find", "restore", "verify"),
+    *("reconcile", "clear", "clones", "catalog", "rules", "config"),
 )
 BELOW = (("clones", "list"), ("clones", "drop"), ("catalog", "rebuild"), ("rules", "test"), ("config", "check"))
 

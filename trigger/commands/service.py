@@ -17,7 +17,7 @@ import typer
 from trigger import show
 from trigger.commands.arguments import Config, Json, options
 from trigger.control import NotRunningError, ask
-from trigger.errors import TrigpointError
+from trigger.errors import ConfigError, TrigpointError
 from trigger.shape import data
 
 if TYPE_CHECKING:
@@ -118,12 +118,18 @@ def _ago(then: str | None, now: datetime) -> str | None:
     return None if then is None else show.duration(max(0.0, (now - datetime.fromisoformat(then)).total_seconds()))
 
 
-def reconcile(config: Config = None, as_json: Json = False) -> None:
+def reconcile(
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Believe a storage that shows no snapshot at all.")
+    ] = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
     """Make catalog and storage agree, as every start does: adopt, fail, remove what a crash left, report phantoms.
 
     The service must not run. Snapshots that bear our names but that nobody can read are reported and left alone.
     """
-    done = asyncio.run(_reconcile(options(config)))
+    done = asyncio.run(_reconcile(options(config), accept_loss=accept_loss))
     if as_json:
         show.print_json(done)
         return
@@ -131,14 +137,45 @@ def reconcile(config: Config = None, as_json: Json = False) -> None:
     show.facts(rows or [("reconciled", "catalog and storage agree; nothing to do")])
 
 
-async def _reconcile(chosen: Options) -> Any:
+async def _reconcile(chosen: Options, *, accept_loss: bool) -> Any:
     from trigger import service
     from trigger.control import only_one
     from trigger.reconcile import reconcile as settle
 
     with only_one(chosen.state_folder):
         async with service.opened(chosen) as parts:
-            return await settle(parts.catalog, parts.storage)
+            return await settle(parts.catalog, parts.storage, accept_loss=accept_loss)
+
+
+def clear(
+    volume: Annotated[str, typer.Argument(help="The volume's name in the configuration.")],
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Trust a volume again whose flush has failed, after you have looked at its disk and at the data on it.
+
+    Until then every point is refused: a write-back error is reported once, and what it lost stays lost. The service
+    must not run.
+    """
+    chosen = options(config)
+    asyncio.run(_clear(chosen, volume))
+    if as_json:
+        show.print_json({"cleared": volume})
+    else:
+        show.say(f"volume {volume} is trusted again")
+
+
+async def _clear(chosen: Options, volume: str) -> None:
+    from trigger import service
+    from trigger.control import only_one
+
+    names = [known.name for known in chosen.volumes]
+    if volume not in names:
+        raise ConfigError(f"there is no volume {volume!r}", hint=f"the volumes are {', '.join(names)}")
+    with only_one(chosen.state_folder):
+        async with service.opened(chosen) as parts:
+            for agent in parts.agents:
+                await agent.clear(volume)
 
 
 def configure_logging(*, verbose: bool, as_json: bool) -> None:
