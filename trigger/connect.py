@@ -96,6 +96,7 @@ async def connect(options: Options) -> Parts:
             layout,
             volumes,
             options.name,
+            superuser=options.restore.superuser,
             keep_libraries=options.restore.keep_libraries,
             deadline_seconds=options.restore.deadline_seconds,
         )

@@ -220,6 +220,8 @@ class RestoreOptions(_Section):
 
     deadline_seconds: Seconds = 3600
     """How long the replay may take."""
+    superuser: Annotated[str, Field(min_length=1, max_length=63)] = "postgres"
+    """The role with which clones are prepared and proven; a superuser of the cluster."""
     keep_libraries: list[str] = []
     """Entries of shared_preload_libraries that clones load too; none by default, so that nothing runs by itself."""
 

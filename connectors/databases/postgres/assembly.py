@@ -49,6 +49,7 @@ def recovery(
     volumes: Sequence[Volume],
     name: str,
     *,
+    superuser: str,
     keep_libraries: Sequence[str],
     deadline_seconds: float,
 ) -> PostgresRecovery:
@@ -61,6 +62,7 @@ def recovery(
         Placement.of(layout, volumes),
         lambda major: find_programs(major, database.bin_directory),
         sockets_folder(name),
+        superuser=superuser,
         keep_libraries=keep_libraries,
         start_deadline_seconds=deadline_seconds,
     )

@@ -244,7 +244,7 @@ class PostgresRecovery:
         except psycopg.Error as error:
             raise RestoreError(
                 f"clone {clone.name} came up and could not be prepared as role {self._superuser}: {error}",
-                hint="set database.superuser to a superuser of the cluster",
+                hint="set restore.superuser to a superuser of the cluster",
             ) from error
         words = (isolated.folder / "server.log").read_text(errors="replace")
         history = (isolated.data / "pg_wal" / f"{facts.timeline:08X}.history").read_text()
