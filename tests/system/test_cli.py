@@ -185,10 +185,7 @@ def test_only_one_service_works_in_a_state_folder(bank: Deployment) -> None:
 
 def test_what_pgoutput_shows_can_be_watched_recorded_and_tried(bank: Deployment, tmp_path: Path) -> None:
     record = tmp_path / "seen.jsonl"
-    command = [sys.executable, "-m", "trigger", "rules", "test", "--minutes", "0.08", "--record", str(record), "--json"]
-    watching = subprocess.Popen(
-        command, env=environment(bank), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    watching = started(bank, "rules", "test", "--minutes", "0.08", "--record", str(record), "--json")
     wait_until(lambda: slots(bank, "trigpoint_try_postgres"), "the slot of the watcher")
     for number in range(3):
         bank.cluster.sql(f"INSERT INTO account VALUES ({100 + number}, 1)")
@@ -205,10 +202,7 @@ def test_what_pgoutput_shows_can_be_watched_recorded_and_tried(bank: Deployment,
 
 
 def test_ctrl_c_ends_a_watch_with_130_and_leaves_no_slot(bank: Deployment) -> None:
-    command = [sys.executable, "-m", "trigger", "rules", "test", "--minutes", "10"]
-    watching = subprocess.Popen(
-        command, env=environment(bank), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    watching = started(bank, "rules", "test", "--minutes", "10")
     wait_until(lambda: slots(bank, "trigpoint_try_postgres"), "the slot of the watcher")
     watching.send_signal(signal.SIGINT)
     _, err = watching.communicate(timeout=30)
@@ -252,10 +246,7 @@ def test_a_target_that_cannot_be_reached_is_exit_code_9_with_the_reason(bank: De
 
 
 def test_ctrl_c_during_a_restore_leaves_no_clone(bank: Deployment) -> None:
-    command = [sys.executable, "-m", "trigger", "restore", "--to-xid", str(xid_of(bank, 3)), "--name", "cut"]
-    restoring = subprocess.Popen(
-        command, env=environment(bank), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    restoring = started(bank, "restore", "--to-xid", str(xid_of(bank, 3)), "--name", "cut")
     wait_until((bank.state / "clones" / "cut.intent").exists, "the clone that is being made")
     restoring.send_signal(signal.SIGINT)
     _, err = restoring.communicate(timeout=60)
@@ -367,6 +358,18 @@ def test_the_owner_of_the_data_needs_no_root() -> None:
 
 def environment(deployed: Deployment) -> dict[str, str]:
     return dict(os.environ) | {"TRIGPOINT_CONFIG": str(deployed.config), "PYTHONPATH": str(CHECKOUT)}
+
+
+def started(deployed: Deployment, *command: str) -> subprocess.Popen[str]:
+    """Start a command that Ctrl-C reaches, also where this run is in the background of a shell that ignores it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "trigger", *command],
+        env=environment(deployed),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no thread runs here
+    )
 
 
 def typed(*command: str) -> subprocess.CompletedProcess[str]:
