@@ -56,11 +56,18 @@ def why_not(item: pytest.Item) -> str:
 
 def needs(item: pytest.Item) -> Iterator[Callable[[], str]]:
     """Give what has to be looked at before `item` runs, from its marks and its parameter `major`."""
+    if item.get_closest_marker("root"):
+        yield no_root
     if item.get_closest_marker("volume"):
         yield no_volumes
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     if isinstance(major := parameters.get("major"), int):
         yield lambda: no_server(major)
+
+
+@cache
+def no_root() -> str:
+    return "" if os.geteuid() == 0 else "this needs root"
 
 
 @cache

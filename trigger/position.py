@@ -110,9 +110,7 @@ class Lineage:
             return False
         if position.history.timeline == self.history.timeline:
             return True
-        return any(
-            timeline == position.history.timeline and position.at <= left_at for timeline, left_at in self.forks
-        )
+        return any(timeline == position.history.timeline and position.at <= left_at for timeline, left_at in self.forks)
 
     def at(self, lsn: Lsn) -> Position:
         """Give the position of `lsn` on the timeline that owned it in this lineage."""

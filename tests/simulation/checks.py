@@ -42,6 +42,12 @@ async def judge(simulation: Simulation) -> None:
     await check_restores(simulation, points)
 
 
+async def judge_pass(simulation: Simulation) -> None:
+    """Raise `Violation` where a pass of reconcile that has just ended left something to do."""
+    catalog = await Catalog.open(simulation.engine, run=_inline)
+    check_agreement(simulation, await catalog.points())
+
+
 async def _inline(work: Callable[[], T]) -> T:
     return work()
 

@@ -60,6 +60,8 @@ class Life:
     draw: random.Random
     budget: int
     """How many snapshots the storage bears."""
+    reconciled: Callable[[], Awaitable[None]]
+    """Called when one pass has been made at the start."""
     begins: Callable[[str], None]
     """Told that a stream was opened for the first time."""
     window: Window | None = None
@@ -135,6 +137,7 @@ class Life:
         """Begin as the service begins, then work until the main path ends."""
         cluster = await self._parts()
         await reconcile.reconcile(cluster.catalog, cluster.storage)
+        await self.reconciled()
         for agent in cluster.agents:
             await agent.prepare(cluster.volumes)
         settled = {name: await cluster.catalog.settled(name) for name in self.story.streams}

@@ -77,8 +77,8 @@ class Simulation:
         self.lost_snapshots: set[str] = set()
         self.covered_from: dict[str, Lsn] = {}
         self._long_xid: int | None = None
-        self._calls = list(story.crash_after_calls)
-        self._failpoints = list(story.crash_at_failpoint)
+        self._calls = list(story.crash_at_call)
+        self._turns = list(story.at_failpoint)
 
     def note(self, text: str) -> None:
         """Write a line into the event log."""
@@ -134,7 +134,11 @@ class Simulation:
         wire.catalog_full = self.catalog_full
         wire.before["source.acknowledge"] = self._check_acknowledge
         draw = random.Random(self.draw.getrandbits(64))
-        return Life(self.world, self.engine, self.story, wire, draw, self.budget, self._begins)
+        return Life(self.world, self.engine, self.story, wire, draw, self.budget, self._reconciled, self._begins)
+
+    async def _reconciled(self) -> None:
+        """One pass at the start leaves nothing behind."""
+        await checks.judge_pass(self)
 
     def _begins(self, stream: str) -> None:
         """The service answers for a stream from where it first found it, once the catalog knows of the stream."""
@@ -145,7 +149,7 @@ class Simulation:
         """End everything that goes wrong."""
         self.note("calm from here on")
         self.weather, self.budget = Weather(), ENOUGH
-        self._failpoints.clear()
+        self._turns.clear()
         for act in ("catalog_room", "storage_room", "clear_write_error", "server_restart", "flush"):
             self._do(Act(0.0, act))
         if self.life is not None:
@@ -212,13 +216,29 @@ class Simulation:
         if self.life is None:
             return
         self.life.wire.reach(name)
-        if self._failpoints and self._failpoints[0][0] == name:
-            _, left = self._failpoints[0]
-            self._failpoints[0] = (name, left - 1)
+        if self._turns and self._turns[0][0] == name:
+            _, left, turn = self._turns[0]
+            self._turns[0] = (name, left - 1, turn)
             if left == 0:
-                self._failpoints.pop(0)
-                self.life.kill(f"at failpoint {name}")
-                raise Ended
+                self._turns.pop(0)
+                self.note(f"{turn} at failpoint {name}")
+                getattr(self, f"_turn_{turn}")(self.life)
+
+    def _turn_crash(self, life: Life) -> None:
+        life.kill("there")
+        raise Ended
+
+    def _turn_failover(self, _: Life) -> None:
+        """The last commit is lost, and the new timeline goes beyond where it was."""
+        self._act_promote(1, keep_slots=True)
+        for _ in range(3):
+            self._act_commit(self.story.streams[0], {}, (), 2000, "sync")
+
+    def _turn_burst(self, _: Life) -> None:
+        """The host writes back what the server has written but not flushed, again and again."""
+        for step in range(1, 7):
+            self.loop.call_later(step * 0.0004, self._act_commit, self.story.streams[0], {}, (), 0, "written")
+            self.loop.call_later(step * 0.0004, self._act_write_back)
 
     def _do(self, act: Act) -> None:
         self.note(f"act {act.name} {' '.join(map(str, act.arguments))}")

@@ -85,10 +85,11 @@ class Story:
     acts: tuple[Act, ...]
     ends_at: float
     """From here on nothing goes wrong any more."""
-    crash_after_calls: tuple[int, ...] = ()
-    """One a life: the life ends at this call, before, in the middle of, or behind its effect."""
-    crash_at_failpoint: tuple[tuple[str, int], ...] = ()
-    """(name, how often it is passed first); each crashes one life."""
+    crash_at_call: tuple[tuple[str, int], ...] = ()
+    """(which, how often it is passed first), one a life: the life ends before, in the middle of, or behind this call;
+    "" is any call."""
+    at_failpoint: tuple[tuple[str, int, str], ...] = ()
+    """(name, how often it is passed first, what then happens), one after the other."""
     targets: int = field(default=4)
     """How many restores are tried at the end."""
 
@@ -143,11 +144,29 @@ def tell(seed: int, *, commits: int = 28) -> Story:
         weather=Weather() if calm else _weather(draw),
         acts=tuple(sorted((act for act in acts if act.at < ends_at), key=lambda act: act.at)),
         ends_at=ends_at,
-        crash_after_calls=() if calm else tuple(draw.randint(1, 250) for _ in range(draw.choice((0, 0, 1, 1, 2)))),
-        crash_at_failpoint=()
-        if calm
-        else tuple((draw.choice(FAILPOINTS), draw.randint(0, 4)) for _ in range(draw.choice((0, 1, 1, 2)))),
+        crash_at_call=() if calm else tuple(_crash(draw) for _ in range(draw.choice((0, 0, 1, 1, 2)))),
+        at_failpoint=() if calm else tuple(_turn(draw) for _ in range(draw.choice((0, 1, 1, 2)))),
     )
+
+
+def _crash(draw: random.Random) -> tuple[str, int]:
+    if draw.random() < 0.5:
+        return "", draw.randint(1, 250)
+    return draw.choice(("storage.snapshot", "storage.retag", "catalog.seal", "storage.delete")), draw.randint(1, 5)
+
+
+def _turn(draw: random.Random) -> tuple[str, int, str]:
+    """A crash of the service, a failover, or a burst of writes right between two steps of a round."""
+    match draw.randrange(6):
+        case 0:
+            return (
+                draw.choice(("after-open", "after-flush", "after-cover", "after-snapshot")),
+                draw.randint(0, 4),
+                "failover",
+            )
+        case 1 | 2:
+            return "after-cover", draw.randint(0, 4), "burst"
+    return draw.choice(FAILPOINTS), draw.randint(0, 4), "crash"
 
 
 def _point_options(draw: random.Random) -> PointOptions:

@@ -47,11 +47,11 @@ class Wire:
         log: where every call is written down.
         weather: what may befall a call.
         draw: the only source of chance.
-        crash_after_calls: the life ends at this call, at a random stage of it; None: it does not.
+        crash_at_call: (which, how often first): the life ends at this call, at a random stage of it; None: it does not.
     """
 
     def __init__(
-        self, log: Callable[[str], None], weather: Weather, draw: random.Random, crash_after_calls: int | None
+        self, log: Callable[[str], None], weather: Weather, draw: random.Random, crash_at_call: tuple[str, int] | None
     ) -> None:
         self.log = log
         self.weather = weather
@@ -61,7 +61,7 @@ class Wire:
         self.before: dict[str, Callable[..., None]] = {}
         """Checks to be made before a call has any effect, by `port.name`."""
         self._draw = draw
-        self._calls_left = crash_after_calls
+        self._crash_at, self._calls_left = crash_at_call or ("", 0)
 
     def to(self, port: str, target: object) -> Any:
         """Give what stands for `target`, a driver of `port`, on the service's side."""
@@ -73,7 +73,7 @@ class Wire:
         label = f"{port}.{name}"
         if label in self.before:
             self.before[label](*arguments)
-        stage = self._stage_of_death()
+        stage = self._stage_of_death(label)
         if stage == "before":
             self.end(f"before {label}")
         await self._delay(port, name)
@@ -115,7 +115,7 @@ class Wire:
 
     def spare(self) -> None:
         """Let this life end by no call any more."""
-        self._calls_left = None
+        self._calls_left = 0
 
     def reach(self, failpoint: str) -> None:
         """Let nothing of a dead life go on at a failpoint."""
@@ -125,8 +125,8 @@ class Wire:
         if not self.alive:
             raise Ended
 
-    def _stage_of_death(self) -> str | None:
-        if self._calls_left is None:
+    def _stage_of_death(self, label: str) -> str | None:
+        if self._calls_left <= 0 or self._crash_at not in ("", label):
             return None
         self._calls_left -= 1
         return self._draw.choice(("before", "during", "after")) if self._calls_left == 0 else None
