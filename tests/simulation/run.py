@@ -228,13 +228,13 @@ class Simulation:
         life.kill("there")
         raise Ended
 
-    def _turn_failover(self, _: Life) -> None:
+    def _turn_failover(self, _life: Life) -> None:
         """The last commit is lost, and the new timeline goes beyond where it was."""
         self._act_promote(1, keep_slots=True)
         for _ in range(3):
             self._act_commit(self.story.streams[0], {}, (), 2000, "sync")
 
-    def _turn_burst(self, _: Life) -> None:
+    def _turn_burst(self, _life: Life) -> None:
         """The host writes back what the server has written but not flushed, again and again."""
         for step in range(1, 7):
             self.loop.call_later(step * 0.0004, self._act_commit, self.story.streams[0], {}, (), 0, "written")

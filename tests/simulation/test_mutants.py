@@ -1,0 +1,386 @@
+"""Deliberate faults in the product, each of which the simulation must catch: checkers that cannot fail prove nothing.
+
+A mutant replaces one function by a wrong one. It is run over seeds until a checker objects; one that survives all of
+them fails the test, and either a checker or the weather is too mild. `caught_by` is what must object: a fault that
+only makes the run fall over would prove little.
+"""
+
+from __future__ import annotations
+import __future__
+
+import inspect
+import re
+import textwrap
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.simulation.run import simulate
+from trigger import agenda, pipeline, planner, point_index, reconcile, window
+
+SEEDS = 400
+ANNOTATIONS = __future__.annotations.compiler_flag
+FIRST_SEED = 7_000
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: in one function, one piece of its source replaced by another."""
+
+    claim: str
+    """What the product does with the fault."""
+    module: ModuleType
+    function: str
+    right: str
+    wrong: str
+    caught_by: str = ""
+    """A pattern that the verdict must match; "" for any."""
+    also: tuple[str, str] = ("", "")
+    """A second replacement in the same function."""
+
+
+MUTANTS = (
+    Mutant(
+        "acknowledges what it has read, before anything is sealed",
+        pipeline,
+        "protect_pending",
+        "    point = await take(",
+        "    await window.settle(collected.settled)\n    point = await take(",
+        "P4",
+    ),
+    Mutant(
+        "acknowledges a failed round",
+        pipeline,
+        "protect_pending",
+        "if point.state is State.SEALED:",
+        "await window.settle(collected.settled)\n    if point.state is State.SEALED:",
+        "P4",
+    ),
+    Mutant(
+        "acknowledges idle streams before the catalog knows",
+        pipeline,
+        "settle_idle",
+        "    for stream, through",
+        "    await window.settle(collected.settled)\n    for stream, through",
+        "P4",
+    ),
+    Mutant(
+        "settles what waits for its point",
+        pipeline,
+        "protect",
+        "                case Wait(until):",
+        "                case Wait(until):\n"
+        "                    for stream, through in window.collect().settled.items():\n"
+        "                        await cluster.catalog.settle(stream, through)",
+        "P1",
+    ),
+    Mutant(
+        "does not look whether the log covers the commit in one history",
+        pipeline,
+        "require_cover",
+        "if durable.history != floor.history and",
+        "if False and",
+        "P3",
+    ),
+    Mutant(
+        "takes the snapshot without a flush",
+        pipeline,
+        "flush",
+        "await asyncio.gather(*(agent.flush(point.id, deadline_seconds) for agent in agents))",
+        '[[Flush("", "v0", "0:0", "0", point.opened_at, point.opened_at)]]',
+        "P3",
+    ),
+    Mutant(
+        "takes the snapshot before the flush",
+        pipeline,
+        "take",
+        "        flushes = await flush",
+        "        await storage.snapshot(cluster.volumes, point.id, tag.encode(point))\n        flushes = await flush",
+        "P3",
+    ),
+    Mutant(
+        "reads the ceiling before the snapshot",
+        pipeline,
+        "take",
+        '        reached("after-cover")',
+        '        reached("after-cover")\n        ceiling = await database.ceiling()',
+        "P3",
+        also=("        ceiling = await require_ceiling(database, durable, bracket)\n", ""),
+    ),
+    Mutant(
+        "takes the flushed position for the ceiling",
+        pipeline,
+        "require_ceiling",
+        "await database.ceiling()",
+        "await database.durable()",
+        "P3",
+    ),
+    Mutant(
+        "does not look whether the history changed during the round",
+        pipeline,
+        "require_ceiling",
+        "if ceiling.history != durable.history:",
+        "if False:",
+        "P3",
+    ),
+    Mutant("leaves the bracket out", pipeline, "bracketed", "if Capability.ATOMIC_GROUP in", "if True or", "P3|P2"),
+    Mutant(
+        "sets the floor behind the commit",
+        pipeline,
+        "open_point",
+        "newest.commit.position if newest",
+        "replace(newest.commit.position, at=type(newest.commit.end)(newest.commit.end + 4096)) if newest",
+        "P3|liveness",
+    ),
+    Mutant("records no gap", pipeline, "record_breaks", "await cluster.catalog.record_gap(", "repr(", "P1"),
+    Mutant(
+        "forgets to close gaps",
+        pipeline,
+        "protect_pending",
+        "await cluster.catalog.close_gaps(point.number)",
+        "pass",
+        "gap",
+    ),
+    Mutant(
+        "does not record what a failover left behind",
+        pipeline,
+        "record_breaks",
+        "in itertools.groupby(",
+        "in () and itertools.groupby(",
+        "P1.*left behind",
+    ),
+    Mutant(
+        "takes no point because of a gap",
+        agenda,
+        "Agenda._urgent",
+        "if self.open_gap:",
+        "if False:",
+        "liveness|gap",
+    ),
+    Mutant(
+        "drops the window when a round fails",
+        pipeline,
+        "protect_pending",
+        "    pause = agenda.failed(",
+        "    for stream in window._streams.values():\n        stream.pending.clear()\n    pause = agenda.failed(",
+        "P1",
+    ),
+    Mutant(
+        "calls every commit of a point protected",
+        window,
+        "Collected.records",
+        "Outcome.PROTECTED if p is newest else Outcome.COALESCED",
+        "Outcome.PROTECTED",
+        "P1",
+    ),
+    Mutant(
+        "counts the newest commit twice",
+        window,
+        "Collected.tables",
+        "in self.pending:",
+        "in [*self.pending, *self.pending[-1:]]:",
+        "it says",
+    ),
+    Mutant(
+        "leaves the oldest commit out of the records",
+        window,
+        "Collected.records",
+        "for p in self.pending]",
+        "for p in self.pending[len(self.pending) > 1 :]]",
+        "P1",
+    ),
+    Mutant(
+        "settles a stream to where it has been read, not to what was collected",
+        window,
+        "Window.collect",
+        "through = mine[-1].commit.position if mine else None",
+        "pass",
+        "P1",
+    ),
+    Mutant(
+        "puts commits of two histories into one point",
+        window,
+        "Window.collect",
+        "lambda p: p.commit.history == history",
+        "lambda p: True",
+        "P1|P3|liveness",
+    ),
+    Mutant(
+        "does not drop what comes twice",
+        window,
+        "Window._receive",
+        "if not stream.is_new(commit):",
+        "if False:",
+        "P1|liveness|it says",
+    ),
+    Mutant("takes no notice of a break", window, "Window._open", "if seen is not None:", "if False:", "P1"),
+    Mutant(
+        "loses the place when it reconnects",
+        window,
+        "Window._open",
+        "await stream.source.open(stream.through)",
+        "await stream.source.open(None)",
+        "P1|P4",
+    ),
+    Mutant(
+        "records breaks that come together as one",
+        window,
+        "Window.forget",
+        "self._breaks.remove(broken)",
+        "self._breaks.clear()",
+        "P1",
+    ),
+    Mutant(
+        "does not ask the catalog what a failed call has done",
+        pipeline,
+        "protect",
+        "if untidy:",
+        "if False:",
+        "it says|P1|liveness",
+    ),
+    Mutant(
+        "reconcile deletes what was sealed",
+        reconcile,
+        "_settle_point",
+        "case State.SEALED if found is None or not found.complete:",
+        "case State.SEALED if await storage.delete(point.id) is None:",
+        "P5|P3",
+    ),
+    Mutant(
+        "reconcile adopts what was never sealed",
+        reconcile,
+        "_sealed",
+        "if point.state is State.SEALED else None",
+        "",
+        "P3|unexpected|liveness",
+    ),
+    Mutant(
+        "reconcile forgets the snapshot of an interrupted point",
+        reconcile,
+        "_settle_point",
+        "                await storage.delete(point.id)\n                await catalog.fail(point, INTERRUPTED)",
+        "                await catalog.fail(point, INTERRUPTED)",
+        "P5",
+    ),
+    Mutant(
+        "reconcile leaves the snapshot of a failed point",
+        reconcile,
+        "_settle_point",
+        "case State.FAILED | State.EXPIRED if found is not None and point.failure != GONE:",
+        "case State.FAILED if False:",
+        "P5",
+    ),
+    Mutant(
+        "reconcile does not see phantoms",
+        reconcile,
+        "_settle_point",
+        "case State.SEALED if found is None or not found.complete:",
+        "case State.SEALED if False:",
+        "P3|P5",
+    ),
+    Mutant(
+        "reconcile adopts without the commits",
+        reconcile,
+        "_settle_point",
+        "await catalog.seal(sealed[0], sealed[1],",
+        "await catalog.seal(sealed[0], [],",
+        "P1",
+    ),
+    Mutant(
+        "the catalog seals without settling in the same transaction",
+        point_index,
+        "_settle_all",
+        "    for stream, position in through.items():",
+        "    for stream, position in ():",
+        "P4|liveness",
+    ),
+    Mutant(
+        "the planner takes a base that may hold the commit after the target",
+        planner,
+        "_unfit",
+        "if (ends := _held_at_most(base)) > target.at:",
+        "if (ends := base.floor.at) > target.at:",
+        "P2",
+    ),
+    Mutant(
+        "the planner takes a base of another timeline",
+        planner,
+        "_unfit",
+        "if not all(lineage.includes(position) for position in _places(base)):",
+        "if False:",
+        "P2",
+    ),
+    Mutant(
+        "the planner does not check that the log is there",
+        planner,
+        "plan",
+        "if hole := _first_hole(held, Stretch(begin, max(needed, _limit(base, target)))):",
+        "if hole := None:",
+        "P2",
+        also=("log = Stretch(begin, _end(target, held, begin))", "log = Stretch(begin, target.at)"),
+    ),
+    Mutant(
+        "the planner takes inclusive for exclusive",
+        planner,
+        "plan",
+        "return _replayed(base, target,",
+        "return _replayed(base, replace(target, inclusive=not target.inclusive),",
+        "P2",
+    ),
+    Mutant(
+        "the planner stops one record too late",
+        planner,
+        "plan",
+        "return _replayed(base, target,",
+        "return _replayed(base, replace(target, at=Lsn(target.at + 1)),",
+        "P2",
+    ),
+    Mutant(
+        "the planner refuses what the newest base cannot do",
+        planner,
+        "plan",
+        "            passed.append(PassedOver(base.number, reason))\n            continue",
+        "            passed.append(PassedOver(base.number, reason))\n            break",
+        "P2",
+    ),
+)
+
+
+def apply(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the function by the wrong one, made from its present source."""
+    *owners, name = mutant.function.split(".")
+    owner: Any = mutant.module
+    for each in owners:
+        owner = getattr(owner, each)
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    for right, wrong in ((mutant.right, mutant.wrong), mutant.also):
+        assert not right or source.count(right) == 1, f"{mutant.function} has {source.count(right)} times: {right}"
+        source = source.replace(right, wrong) if right else source
+    names: dict[str, Any] = {}
+    code = compile(source, f"<mutant of {mutant.function}>", "exec", flags=ANNOTATIONS)
+    exec(code, vars(mutant.module), names)
+    monkeypatch.setattr(owner, name, names[name])
+
+
+def caught(mutant: Mutant) -> str:
+    """Give the first verdict that says what is wrong, or ""."""
+    for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
+        violation = simulate(seed).violation
+        if violation and re.search(mutant.caught_by, violation):
+            return f"seed {seed}: {violation}"
+    return ""
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.claim.replace(" ", "-"))
+def test_a_product_with_a_deliberate_fault_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply(mutant, monkeypatch)
+    verdict = caught(mutant)
+    print(f"{mutant.claim}: {verdict[:160]}")
+    assert verdict, f"a service that {mutant.claim} survives {SEEDS} seeds"
+
+
+def test_the_product_without_a_fault_passes_the_seeds_that_catch_the_mutants() -> None:
+    verdicts = [simulate(seed).violation for seed in range(FIRST_SEED, FIRST_SEED + 50)]
+    assert not any(verdicts), [verdict for verdict in verdicts if verdict]
