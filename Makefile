@@ -15,7 +15,7 @@ ARGS ?=
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest $(if $(filter all,$(REQUIRE)),,--leave-out-missing)
 
-BENCHMARKS := $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out record __init__,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 
 .PHONY: help demo test quick lint campaign bench wheel clean packages
 

@@ -22,10 +22,10 @@ import os
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks import record
 from connectors.databases.postgres.programs import as_owner, minimal_environment
 from connectors.databases.postgres.source import PostgresSource
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
@@ -156,15 +156,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     found = measure(asked.major, asked.commits, asked.rounds, asked.pause)
-    found |= {"benchmark": "capture_latency", "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    found |= {"postgres": asked.major, "commits": asked.commits * asked.rounds, "cores": os.cpu_count()}
     for name in ("theirs", "ours"):
         after, call = found["after_return_ms"][name], found["after_call_ms"][name]
         print(f"{name:7} after COMMIT returned: p50 {after['p50']:.2f} ms, p99 {after['p99']:.2f} ms", end="; ")
         print(f"after it was called: p50 {call['p50']:.2f} ms, p99 {call['p99']:.2f} ms")
     print(f"ratio p50 {found['ratio']['p50']:.2f}, p99 {found['ratio']['p99']:.2f} (aim {AIM})")
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=2) + "\n")
+    settings = {"postgres": asked.major, "commits": asked.commits * asked.rounds, "pause": asked.pause}
+    record.write(asked.json, "capture_latency", settings, found)
 
 
 if __name__ == "__main__":

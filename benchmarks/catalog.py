@@ -26,8 +26,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import os
-import platform
 import random
 import sqlite3
 import struct
@@ -42,6 +40,7 @@ from typing import Any
 
 from sqlalchemy import insert
 
+from benchmarks import record
 from trigger import tag
 from trigger.catalog import Catalog, Found, make_engine
 from trigger.commit_index import block_row, history_id, marker_digest
@@ -149,9 +148,9 @@ async def timed(call: Callable[[CommitRecord], Awaitable[None]], records: Sequen
     """Give p50, p99 and the longest of `call`, over `records`, in milliseconds; and the processor time of one."""
     taken = []
     processor = time.process_time()
-    for record in records:
+    for one in records:
         began = time.perf_counter()
-        await call(record)
+        await call(one)
         taken.append((time.perf_counter() - began) * 1000)
     cpu_ms = (time.process_time() - processor) * 1000 / len(records)
     return summary(taken) | {"cpu_ms": round(cpu_ms, 3)}
@@ -353,16 +352,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="trigpoint-catalog-", dir=options.folder or "/var/tmp") as folder:
         figures = asyncio.run(measure(Path(folder), options.seed, options.full))
-    about = {
-        "benchmark": "catalog",
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "sqlite": sqlite3.sqlite_version},
-        "seed": options.seed,
-    }
-    text = json.dumps(about | {"figures": figures}, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    print(json.dumps(figures, indent=2))
+    settings = {"seed": options.seed, "full": options.full, "sqlite": sqlite3.sqlite_version}
+    record.write(options.json, "catalog", settings, figures)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks import record
 from connectors.databases.postgres.programs import as_owner, minimal_environment
 from connectors.databases.postgres.source import PostgresSource
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
@@ -147,17 +146,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     found = measure(asked.major, asked.transactions, asked.rounds)
-    found |= {"benchmark": "decode_rate", "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    found |= {
-        "postgres": asked.major,
-        "transactions": asked.transactions,
-        "rounds": asked.rounds,
-        "cores": os.cpu_count(),
-    }
     print(f"pg_recvlogical {found['pg_recvlogical']['wall_seconds']:.2f} s, ours {found['ours']['wall_seconds']:.2f} s")
     print(f"wall {found['wall_ratio']:.2f} x (aim {AIM_WALL}), {found['core_used']:.2f} of a core (aim {AIM_CORE})")
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=2) + "\n")
+    settings = {"postgres": asked.major, "transactions": asked.transactions, "rounds": asked.rounds}
+    record.write(asked.json, "decode_rate", settings, found)
 
 
 if __name__ == "__main__":

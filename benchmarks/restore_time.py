@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -29,10 +27,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks import record
 from connectors.databases.postgres.programs import as_owner
 from tests.fixtures import judge
 from tests.fixtures.postgres import Cluster, server_owner
@@ -171,15 +169,8 @@ def main() -> None:
     for size, found in figures.items():
         ours_and_theirs = f"ours {found['ours_all']:.2f} s, pgBackRest {found['pgbackrest']:.2f} s"
         print(f"{size:>6} GB: {ours_and_theirs}, {found['ratio']:.1f} x")
-    if options.json:
-        about = {
-            "benchmark": "restore_time",
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": f"{platform.machine()}, Linux {platform.release()}",
-            "python": sys.version.split()[0],
-            "settings": {"restores": options.restores, "seconds": options.seconds},
-        }
-        options.json.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n")
+    settings = {"restores": options.restores, "seconds": options.seconds}
+    record.write(options.json, "restore_time", settings, figures)
 
 
 if __name__ == "__main__":

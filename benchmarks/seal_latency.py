@@ -20,19 +20,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
-import platform
 import random
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks import record
 from connectors.storage import libbtrfsutil
 from connectors.storage.btrfs import BtrfsStorage
 from connectors.storage.directory import DirectoryStorage
@@ -135,16 +132,8 @@ def main() -> None:
         figures = summary(asyncio.run(measure(folder, options.rounds, options.megabytes)))
     for what, values in figures.items():
         print(f"{what:10}", "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
-    if options.json:
-        about = {
-            "benchmark": "seal_latency",
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "rounds": options.rounds,
-            "megabytes": options.megabytes,
-            "kernel": platform.release(),
-            "python": sys.version.split()[0],
-        }
-        options.json.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n")
+    settings = {"rounds": options.rounds, "megabytes": options.megabytes}
+    record.write(options.json, "seal_latency", settings, figures)
 
 
 if __name__ == "__main__":

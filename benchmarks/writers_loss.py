@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks import record
 from tests.fixtures.postgres import Cluster
 from tests.fixtures.service import Deployment, deployment
 from trigger.control import ask
@@ -118,15 +115,8 @@ def main() -> None:
     figures = measure(options.seconds, options.rounds, options.clients)
     for name, of in figures.items():
         print(f"{name:>20}: {of['tps']:7.0f} tps, loss {of['loss']:6.1%}, {of['points_per_second']:5.1f} points/s")
-    if options.json:
-        about = {
-            "benchmark": "writers_loss",
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": f"{platform.machine()}, Linux {platform.release()}",
-            "python": sys.version.split()[0],
-            "settings": {"seconds": options.seconds, "rounds": options.rounds, "clients": options.clients},
-        }
-        options.json.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n")
+    settings = {"seconds": options.seconds, "rounds": options.rounds, "clients": options.clients}
+    record.write(options.json, "writers_loss", settings, figures)
 
 
 if __name__ == "__main__":

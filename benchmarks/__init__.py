@@ -1,0 +1,1 @@
+"""Each benchmark is a program: `python -m benchmarks.NAME`; its method stands in its docstring."""
