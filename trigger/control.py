@@ -60,16 +60,12 @@ async def serve(state_folder: Path, answer: Answer) -> None:
     path.unlink(missing_ok=True)
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
-            async with asyncio.timeout(_REQUEST_SECONDS):
-                request = json.loads(await reader.readline())
-            try:
-                reply = await answer(request)
-            except TrigpointError as error:
-                reply = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
-            writer.write(json.dumps(reply).encode() + b"\n")
-            await writer.drain()
-        writer.close()
+        try:
+            with contextlib.suppress(OSError):  # the caller has gone
+                writer.write(json.dumps(await _reply(reader, answer)).encode() + b"\n")
+                await writer.drain()
+        finally:
+            writer.close()
 
     before = os.umask(0o177)
     try:
@@ -81,6 +77,21 @@ async def serve(state_folder: Path, answer: Answer) -> None:
             await server.serve_forever()
     finally:
         path.unlink(missing_ok=True)
+
+
+async def _reply(reader: asyncio.StreamReader, answer: Answer) -> dict[str, Any]:
+    """Give the answer to what comes from a caller; what is no request gets an error for its answer."""
+    try:
+        async with asyncio.timeout(_REQUEST_SECONDS):
+            request = json.loads(await reader.readline())
+    except (ValueError, RecursionError, TimeoutError):
+        request = None
+    if not isinstance(request, dict):
+        return {"error": "not a request", "hint": f"one JSON object on one line of at most {_LINE_LIMIT} bytes"}
+    try:
+        return await answer(request)
+    except TrigpointError as error:
+        return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
 
 
 async def ask(state_folder: Path, request: dict[str, Any], deadline_seconds: float) -> dict[str, Any]:
