@@ -34,7 +34,7 @@ from connectors.storage.shelf import (
 )
 from connectors.threads import Threads
 from trigger.errors import StorageError
-from trigger.model import Finding, Severity, Snapshot, Volume, tag_name
+from trigger.model import Finding, Severity, Snapshot, Volume
 from trigger.ports import Capability, Clone, Progress, Space, Tagged
 
 _DELETION_DENIED = "run as root, or mount the filesystem with user_subvol_rm_allowed"
@@ -122,7 +122,7 @@ class BtrfsStorage:
         require_names(volumes)
         folder = self._shelf.point_folder(point)
         if folder.exists():
-            return self._made_before(volumes, point)
+            return self._shelf.made_before(volumes, point, _look)
         self._shelf.require_room()
         for volume in volumes:
             _require_whole_subvolume(Path(volume.path))
@@ -136,13 +136,6 @@ class BtrfsStorage:
             with contextlib.suppress(OSError):  # what is left is unfinished, and is shown as that
                 self._delete(point)
             raise
-
-    def _made_before(self, volumes: Sequence[Volume], point: str) -> tuple[Snapshot, ...]:
-        found = self._shelf.tagged(point, _look)
-        if not found.complete or [kept.volume for kept in found.snapshots] != [each.name for each in volumes]:
-            message = f"{tag_name(point)} is there already, unfinished or of other volumes"
-            raise StorageError(message, hint="delete the point first", retryable=False)
-        return found.snapshots
 
     async def retag(self, point: str, tag: str) -> None:
         """Replace the tag of a point."""

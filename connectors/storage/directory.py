@@ -38,7 +38,7 @@ from connectors.storage.shelf import (
 from connectors.syncfs import flush, open_folder, syncfs
 from connectors.threads import Threads
 from trigger.errors import StorageError
-from trigger.model import Finding, Severity, Snapshot, Volume, tag_name
+from trigger.model import Finding, Severity, Snapshot, Volume
 from trigger.ports import Capability, Clone, Progress, Space, Tagged
 
 
@@ -112,7 +112,7 @@ class DirectoryStorage:
         require_names(volumes)
         folder = self._shelf.point_folder(point)
         if folder.exists():
-            return self._made_before(volumes, point)
+            return self._shelf.made_before(volumes, point, _look)
         for volume in volumes:
             if is_inside(self._shelf.folder, Path(volume.path)) and not self._leaves_out_itself(Path(volume.path)):
                 message = f"the folder for snapshots, {self._shelf.folder}, lies inside {volume.path}"
@@ -154,13 +154,6 @@ class DirectoryStorage:
         Manifest(began_at, copier.seen).write(folder / f"{volume.name}.manifest")
         location = str(folder / volume.name)
         return Snapshot(volume.name, self.name, location, began_at, datetime.now(UTC), copier.bytes_copied)
-
-    def _made_before(self, volumes: Sequence[Volume], point: str) -> tuple[Snapshot, ...]:
-        found = self._shelf.tagged(point, _look)
-        if not found.complete or [kept.volume for kept in found.snapshots] != [each.name for each in volumes]:
-            message = f"{tag_name(point)} is there already, unfinished or of other volumes"
-            raise StorageError(message, hint="delete the point first", retryable=False)
-        return found.snapshots
 
     async def retag(self, point: str, tag: str) -> None:
         """Replace the tag of a point."""

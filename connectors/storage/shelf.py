@@ -103,6 +103,16 @@ class Shelf:
         (folder / "point.json").unlink(missing_ok=True)
         _flush_folder(folder)
 
+    def made_before(
+        self, volumes: Sequence[Volume], point: str, look: Callable[[Snapshot], bool]
+    ) -> tuple[Snapshot, ...]:
+        """Give the snapshots of a point that is there already; raises `StorageError` unless they are those, whole."""
+        found = self.tagged(point, look)
+        if not found.complete or [kept.volume for kept in found.snapshots] != [each.name for each in volumes]:
+            message = f"{tag_name(point)} is there already, unfinished or of other volumes"
+            raise StorageError(message, hint="delete the point first", retryable=False)
+        return found.snapshots
+
     def retag(self, point: str, tag: str) -> None:
         """Replace the tag of a point; raises `StorageError` where there is none."""
         sidecar = self.read(point)
