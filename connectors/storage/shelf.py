@@ -104,7 +104,7 @@ class Shelf:
         _flush_folder(folder)
 
     def made_before(
-        self, volumes: Sequence[Volume], point: str, look: Callable[[Snapshot], bool]
+        self, volumes: Sequence[Volume], point: str, look: Callable[[Snapshot], Snapshot | None]
     ) -> tuple[Snapshot, ...]:
         """Give the snapshots of a point that is there already; raises `StorageError` unless they are those, whole."""
         found = self.tagged(point, look)
