@@ -53,6 +53,8 @@ class Parts:
             clock=SystemClock(),
             records_folder=self.options.state_folder / "clones",
             staging_folder=self.options.state_folder / "staging",
+            segment_bytes=self.layout.wal_segment_bytes,
+            replay_bytes_per_second=float(self.options.points.replay_bytes_per_second),
         )
 
     async def close(self) -> None:

@@ -334,7 +334,7 @@ class Journal(Protocol):
         ...
 
     async def audit(self) -> list[Finding]:
-        """Look at every segment since the last audit: missing, truncated, foreign, flipped."""
+        """Look at what is new since the last audit: missing, truncated, foreign, flipped; gives all that is wrong."""
         ...
 
     async def stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:

@@ -449,3 +449,44 @@ def test_a_cluster_that_was_put_back_to_an_older_copy_is_a_break(cluster: Cluste
         assert all(commit.start >= found.until.at for commit in commits)
 
     asyncio.run(run())
+
+
+def test_a_server_that_stops_is_not_held_up_by_commits_that_wait_for_a_point(cluster: Cluster, database: str) -> None:
+    async def run() -> None:
+        async with opened(cluster, database, keep=True) as source:
+            await insert(cluster, database)
+            waiting = await everything(cluster, source)
+            stopping = asyncio.create_task(asyncio.to_thread(cluster.stop))
+            assert (await broken(source)).retryable
+            await source.close()  # as whoever reads it does
+            async with asyncio.timeout(20):
+                await stopping
+            cluster.start()
+            assert await source.open(None) is None
+            assert [commit.xid for commit in await everything(cluster, source)] == [commit.xid for commit in waiting]
+        await source.remove()
+
+    asyncio.run(run())
+
+
+async def beat_for_ever(source: PostgresSource) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            await asyncio.sleep(source.heartbeat_seconds)
+            await source.heartbeat()
+
+
+def test_a_server_that_stops_is_not_held_up_by_a_reader_that_has_no_room(cluster: Cluster, database: str) -> None:
+    async def run() -> None:
+        async with opened(cluster, database) as source:
+            await everything(cluster, source)
+            await insert(cluster, database)
+            stopping = asyncio.create_task(asyncio.to_thread(cluster.stop))
+            with pytest.raises(SourceError, match="shutting down"):
+                await beat_for_ever(source)
+            await source.close()
+            async with asyncio.timeout(20):
+                await stopping
+            cluster.start()
+
+    asyncio.run(run())

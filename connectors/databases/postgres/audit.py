@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class _State:
     system: str = ""
     timelines: dict[int, _Timeline] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
+    looked_ns: int = 0
+    """When the last audit began; what was written to since is looked at again."""
 
 
 class Audit:
@@ -55,20 +58,22 @@ class Audit:
         self._state: _State | None = None
 
     async def run(self) -> list[Finding]:
-        """Give what is wrong with the segments that are new since the last audit, or gone or cut short since."""
-        state = await asyncio.to_thread(self.load)
+        """Look at the segments that are new since the last audit, and whether the others are still there, and whole.
+
+        Gives all that is wrong, also what an earlier audit found.
+        """
+        state, began_ns = await asyncio.to_thread(self.load), time.time_ns()
         names = [name for name in await asyncio.to_thread(self._segments.names) if not name.partial]
-        before = dict(state.damaged)
         await asyncio.to_thread(self._look_at_known, state, names)
         for name in names:
             await self._look_at_new(state, name)
+        state.looked_ns = began_ns
         await asyncio.to_thread(self._keep)
-        found = {name: why for name, why in state.damaged.items() if before.get(name) != why}
         return [
             Finding(name, Severity.REFUSED, f"segment {name} is damaged: {why}", _REMEDY)
             if why != _MISSING
             else Finding(name, Severity.REFUSED, f"segment {name} is missing", _REMEDY)
-            for name, why in sorted(found.items())
+            for name, why in sorted(state.damaged.items())
         ]
 
     def load(self) -> _State:
@@ -91,19 +96,19 @@ class Audit:
         self._keep()
 
     def _look_at_known(self, state: _State, names: list[SegmentName]) -> None:
-        """See that what was looked at before is still there, and whole."""
-        held = {name: self._segments.file(name).stat().st_size for name in names}
+        """See that what was looked at before is still there, whole, and not written to since."""
+        held = {name: self._segments.file(name).stat() for name in names}
         for timeline, known in state.timelines.items():
             for number in range(known.first, known.following):
                 name = SegmentName(timeline, number)
-                text, size = name.text(self._segments.segment_bytes), held.get(name)
-                if size is None:
+                text, found = name.text(self._segments.segment_bytes), held.get(name)
+                if found is None:
                     state.damaged[text] = _MISSING
-                elif size != self._segments.segment_bytes:
-                    state.damaged[text] = _truncated(size, self._segments.segment_bytes)
-                elif state.damaged.get(text) == _MISSING:
-                    known.following = number  # it was brought back: look at it, and at all behind it
-                    del state.damaged[text]
+                elif found.st_size != self._segments.segment_bytes:
+                    state.damaged[text] = _truncated(found.st_size, self._segments.segment_bytes)
+                elif state.damaged.get(text) == _MISSING or found.st_mtime_ns > state.looked_ns:
+                    known.following, known.resume = number, 0  # look at it anew, and at all behind it
+                    state.damaged.pop(text, None)
                     break
 
     async def _look_at_new(self, state: _State, name: SegmentName) -> None:
@@ -146,7 +151,7 @@ class Audit:
         try:
             found = json.loads(path.read_text())
             timelines = {int(number): _Timeline(*fields) for number, fields in found["timelines"].items()}
-            return _State(found["system"], timelines, dict(found["damaged"]))
+            return _State(found["system"], timelines, dict(found["damaged"]), int(found.get("looked_ns", 0)))
         except FileNotFoundError:
             return _State()
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -164,6 +169,7 @@ class Audit:
                     number: [one.first, one.following, one.resume] for number, one in state.timelines.items()
                 },
                 "damaged": state.damaged,
+                "looked_ns": state.looked_ns,
             }
         )
         path = self._segments.path / _STATE_FILE

@@ -21,6 +21,8 @@ from trigger.ports import Layout
 from trigger.position import History, Lineage, Lsn, Position
 
 _FOR_GOOD = ("28", "3D", "42501")
+_LATE_SECONDS = 1.0
+"""How much later than the server we give a statement up, so that its own word on it is heard."""
 _DURABLE: LiteralString = (
     "SELECT pg_current_wal_flush_lsn()::text, left(pg_walfile_name(pg_current_wal_flush_lsn()), 8)"
 )
@@ -269,7 +271,7 @@ class Postgres:
                 if self._connection is None:
                     self._connection = await self._connect(self._deadline_seconds)
                 try:
-                    return await self._run(self._connection, question)
+                    return await self._run(self._connection, question, within_seconds=self._deadline_seconds)
                 except BaseException as error:
                     died = self._connection.closed
                     await self.close()
@@ -278,11 +280,18 @@ class Postgres:
         raise AssertionError("unreachable")
 
     async def _run(
-        self, connection: psycopg.AsyncConnection[Any], question: LiteralString, *arguments: str
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        question: LiteralString,
+        *arguments: str,
+        within_seconds: float | None = None,
     ) -> tuple[Any, ...]:
-        """Run one statement and give its first row, () where it gives none; the server keeps the deadline, and we."""
+        """Run one statement and give its first row, () where it gives none.
+
+        The server keeps the deadline, and we do a little later: behind a dead wire nobody else would.
+        """
         try:
-            async with asyncio.timeout(self._slow_deadline_seconds):
+            async with asyncio.timeout((within_seconds or self._slow_deadline_seconds) + _LATE_SECONDS):
                 cursor = await connection.execute(question, arguments or None)
                 return (await cursor.fetchone() or ()) if cursor.description else ()
         except TimeoutError:

@@ -80,7 +80,7 @@ class PostgresJournal:
         return await asyncio.to_thread(self._segments.lineage, history)
 
     async def audit(self) -> list[Finding]:
-        """Give what is wrong with the segments since the last audit, and what hinders the feed at present."""
+        """Give all that is wrong with the segments by now, and what hinders the feed at present."""
         async with self._one_at_a_time:
             return [*self._feed.findings(), *await self._audit.run()]
 

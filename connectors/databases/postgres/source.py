@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -293,8 +294,25 @@ class PostgresSource:
             self._asked_at = None
         elif self._asked_at is not None and now - self._asked_at > self._silence_seconds:
             raise SourceError(f"the server of database {self.name} has been silent for {self._silence_seconds:g} s")
+        if self._decoder.reply_wanted:
+            self._let_server_stop()
         if self._decoder.reply_wanted or now - self._reported_at >= self.heartbeat_seconds:
             self._report(stream)
+
+    def _let_server_stop(self) -> None:
+        """Raise where the server has ended our ordinary connection, as one does that shuts down.
+
+        It ends those first, and streams only when all that was sent is acknowledged, asking again and again. What
+        waits for a point can never be, since no point is taken without the server; it would wait for us for ever.
+        """
+        if self._side is None:
+            return
+        with contextlib.suppress(psycopg.OperationalError):
+            while not self._side.closed and select.select([self._side], [], [], 0)[0]:
+                self._side.pgconn.consume_input()
+                self._side.pgconn.is_busy()  # takes in what has arrived, down to the end of the connection
+        if self._side.closed:
+            raise SourceError(f"the server of database {self.name} has ended our connection: it is shutting down")
 
     def _quiet_seconds(self) -> float:
         return max(0.0, self._reported_at + self.heartbeat_seconds - asyncio.get_running_loop().time())
@@ -350,7 +368,9 @@ class PostgresSource:
 
     async def heartbeat(self) -> None:
         """Tell the server that we are alive; see port `Source`."""
-        self._report(self._connected())
+        stream = self._connected()
+        self._let_server_stop()
+        self._report(stream)
 
     # ---- what the stream itself does not tell
 
