@@ -59,8 +59,9 @@ async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
         try:
             if untidy:
                 await tidy(cluster, window, agenda)
-                untidy = False
+                untidy, agenda.trouble = False, ""
             await record_breaks(cluster, window, agenda)
+            await leave_lost_base(cluster, window, agenda)
             due = agenda.next(now, cluster.clock.now(), window.log_end)
             match qualify(window.oldest, due, agenda.pace(now), cluster.options, now):
                 case Skip() if now >= settle_at:
@@ -75,6 +76,7 @@ async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
                     await protect_pending(cluster, window, agenda, cause)
         except (TrigpointError, OSError) as error:
             pause = agenda.failed(loop.time(), None)
+            agenda.trouble = str(error)
             log.error("not protected now, trying again in %.0f s: %s", pause, error)
             untidy = True  # what the failed call did or did not do is found out before anything new is begun
             await rest(window, agenda, loop.time() + pause)
@@ -90,6 +92,7 @@ async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, ca
         await window.settle(collected.settled)  # only now may the sources forget
         return
     pause = agenda.failed(asyncio.get_running_loop().time(), point)
+    agenda.trouble = f"point {point.number} failed: {point.failure}"
     log.error("point %d failed, trying again in %.0f s: %s", point.number, pause, point.failure)
 
 
@@ -215,6 +218,22 @@ async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> N
         log.error(
             "stream %s: gap from %s to %s: %s", broken.stream, broken.after, broken.seen.until, broken.seen.reason
         )
+
+
+async def leave_lost_base(cluster: Protected, window: Window, agenda: Agenda) -> None:
+    """Give up the base where the cluster has gone on from before its ceiling: no commit from now on could use it.
+
+    The streams may see no break then: they were delivered up to the fork, the base was cut a little further.
+    """
+    base, log_end = agenda.base, window.log_end
+    if base is None or base.ceiling is None or log_end is None or log_end.history == base.ceiling.history:
+        return
+    lineage = await cluster.database.lineage()
+    if not lineage.includes(base.ceiling):
+        log.warning(
+            "point %d is not in the past of timeline %d: taking a new base", base.number, lineage.history.timeline
+        )
+        agenda.base = None
 
 
 async def settle_idle(cluster: Protected, window: Window) -> None:

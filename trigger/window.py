@@ -82,6 +82,8 @@ class _Stream:
     delivered: dict[History, Lsn] = field(default_factory=dict)
     """By history, up to where commits have come; what comes again at or before it is a repetition."""
     connected: bool = False
+    trouble: str = ""
+    """Why it is not connected."""
 
     def is_new(self, commit: Commit) -> bool:
         """Whether `commit` comes for the first time; if so, note it."""
@@ -157,9 +159,9 @@ class Window:
         for stream in streams:
             mine = list(itertools.takewhile(lambda p: p.commit.history == history, stream.pending))
             pending += mine
-            through = stream.through
-            if len(mine) < len(stream.pending) or (mine and through is not None and through.history != history):
-                through = mine[-1].commit.position if mine else None
+            through, last = stream.through, mine[-1].commit.position if mine else None
+            if len(mine) < len(stream.pending) or (last and not _same_and_covers(through, last)):
+                through = last  # more waits behind, or the slot went back and what it repeats has not come yet
             if through is not None:
                 settled[stream.source.name] = through
         return Collected(sorted(pending, key=lambda p: p.commit.end), settled)
@@ -206,6 +208,10 @@ class Window:
         """Give by stream whether it is connected."""
         return {name: stream.connected for name, stream in self._streams.items()}
 
+    def troubles(self) -> Mapping[str, str]:
+        """Give by stream why it is not connected, where it was and broke."""
+        return {name: stream.trouble for name, stream in self._streams.items() if stream.trouble}
+
     # What the sources do
 
     async def follow(self, name: str) -> None:
@@ -222,6 +228,7 @@ class Window:
             except SourceError as error:
                 if not error.retryable:
                     raise
+                stream.trouble = str(error)
                 log.warning("stream %s: %s; trying again in %.1f s", name, error, backoff)
             finally:
                 stream.connected = False
@@ -232,7 +239,7 @@ class Window:
     async def _open(self, stream: _Stream) -> None:
         """Connect behind what was delivered; a break is put down for the pipeline."""
         seen = await stream.source.open(stream.through)
-        stream.connected = True
+        stream.connected, stream.trouble = True, ""
         self._changed.set()
         if seen is not None:
             after = stream.through if stream.through is not None else seen.until
@@ -260,6 +267,10 @@ class Window:
                 stream.pending.append(Pending(commit, rule, now))
         stream.through = through
         self._changed.set()
+
+
+def _same_and_covers(through: Position | None, position: Position) -> bool:
+    return through is not None and through.history == position.history and through.at >= position.at
 
 
 def _at_or_before(position: Position, through: Position) -> bool:

@@ -170,6 +170,8 @@ class Simulation:
         window, agenda = (self.life.window, self.life.agenda) if self.life and not self.life.ended else (None, None)
         if window is None or agenda is None or len(window) or window.breaks or agenda.open_gap or agenda.base is None:
             return False
+        if agenda.base.ceiling is None or not self.cluster.lineage().includes(agenda.base.ceiling):
+            return False
         if any(not answer.done() for life in self.lives for answer in life.answers if not life.ended):
             return False
         return all(self._is_settled_to_the_end(stream) for stream in self.story.streams)
@@ -233,6 +235,12 @@ class Simulation:
         self._act_promote(1, keep_slots=True)
         for _ in range(3):
             self._act_commit(self.story.streams[0], {}, (), 2000, "sync")
+
+    def _turn_unseen(self, _life: Life) -> None:
+        """A commit that no stream has seen lies before the ceiling of this round, and is lost in a failover."""
+        flushed = self.cluster.flushed
+        self._act_commit(self.story.streams[0], {}, (), 0, "async")
+        self.loop.call_later(0.05, self._promote, flushed, True)
 
     def _turn_burst(self, _life: Life) -> None:
         """The host writes back what the server has written but not flushed, again and again."""
@@ -325,7 +333,11 @@ class Simulation:
         """Fail over, with the loss of the last few commits of this timeline."""
         own = [e.end for e in self.cluster.logs[self.cluster.timeline] if e.commit and e.end <= self.cluster.flushed]
         at = own[-1 - lost] if len(own) > lost else None
-        if at is not None and at < max(self.covered_from.values()):
+        self._promote(at, keep_slots)
+
+    def _promote(self, at: Lsn | None, keep_slots: bool) -> None:
+        began = self.cluster.lineage().forks
+        if at is not None and at < max(*self.covered_from.values(), began[-1][1] if began else Lsn(0)):
             at = None
         self.cluster.promote(at, keep_slots=keep_slots)
 

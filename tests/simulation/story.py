@@ -117,10 +117,10 @@ FAILPOINTS = (
 )
 
 
-def tell(seed: int, *, commits: int = 28) -> Story:
+def tell(seed: int, *, commits: int = 22) -> Story:
     """Give the story of a seed."""
     draw = random.Random(seed)
-    ends_at = draw.uniform(8, 25)
+    ends_at = draw.uniform(6, 18)
     streams = STREAMS[: draw.choice((1, 1, 2, 2, 3))]
     calm = draw.random() < 0.15
     acts = [*_load(draw, streams, ends_at, draw.randint(commits // 2, commits * 3 // 2))]
@@ -157,7 +157,7 @@ def _crash(draw: random.Random) -> tuple[str, int]:
 
 def _turn(draw: random.Random) -> tuple[str, int, str]:
     """A crash of the service, a failover, or a burst of writes right between two steps of a round."""
-    match draw.randrange(6):
+    match draw.randrange(8):
         case 0:
             return (
                 draw.choice(("after-open", "after-flush", "after-cover", "after-snapshot")),
@@ -166,6 +166,8 @@ def _turn(draw: random.Random) -> tuple[str, int, str]:
             )
         case 1 | 2:
             return "after-cover", draw.randint(0, 4), "burst"
+        case 3:
+            return "after-cover", draw.randint(0, 4), "unseen"
     return draw.choice(FAILPOINTS), draw.randint(0, 4), "crash"
 
 

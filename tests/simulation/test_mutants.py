@@ -195,8 +195,8 @@ MUTANTS = (
         "settles a stream to where it has been read, not to what was collected",
         window,
         "Window.collect",
-        "through = mine[-1].commit.position if mine else None",
-        "pass",
+        "through = last  #",
+        "pass  #",
         "P1",
     ),
     Mutant(

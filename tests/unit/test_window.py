@@ -163,6 +163,19 @@ def test_what_a_slot_that_went_back_delivers_again_is_dropped() -> None:
     Stage("bank").play(act)
 
 
+def test_what_was_delivered_before_a_slot_went_back_is_settled_with_its_point() -> None:
+    async def act(stage: Stage) -> None:
+        first, second = stage.cluster.commit("bank"), stage.cluster.commit("bank")
+        await stage.arrived()
+        stage.window._streams["bank"].through = Position(first.history, first.start)  # as behind a break
+        collected = stage.window.collect()
+        assert collected.settled == {"bank": second.position}
+        await stage.window.settle(collected.settled)
+        assert len(stage.window) == 0
+
+    Stage("bank").play(act)
+
+
 def test_a_reader_reconnects_behind_what_was_delivered_with_growing_pauses() -> None:
     async def act(stage: Stage) -> None:
         made = stage.cluster.commit("bank")
