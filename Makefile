@@ -55,12 +55,12 @@ clean: ## remove what was made here, .venv too
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 packages:
-	@tools/packages
+	@.ci/packages
 
-.venv/.demo: pyproject.toml tools/venv
-	@PYTHON=$(PYTHON) tools/venv demo
+.venv/.demo: pyproject.toml .ci/venv
+	@PYTHON=$(PYTHON) .ci/venv demo
 	@touch $@
 
-.venv/.dev: pyproject.toml tools/venv
-	@PYTHON=$(PYTHON) tools/venv dev
+.venv/.dev: pyproject.toml .ci/venv
+	@PYTHON=$(PYTHON) .ci/venv dev
 	@touch .venv/.demo $@

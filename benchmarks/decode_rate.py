@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks import record
 from connectors.databases.postgres.programs import as_owner, minimal_environment
 from connectors.databases.postgres.source import PostgresSource
+from tests.fixtures.memory import peak_megabytes
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 from trigger.position import Lsn
@@ -53,7 +54,7 @@ async def read_backlog(dsn: str, database: str, name: str, until: int) -> dict[s
         "batches": batches,
         "wall_seconds": time.perf_counter() - began,
         "cpu_seconds": ended.ru_utime - used.ru_utime + ended.ru_stime - used.ru_stime,
-        "peak_megabytes": ended.ru_maxrss / 1024,
+        "peak_megabytes": peak_megabytes(),
     }
 
 

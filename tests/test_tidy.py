@@ -54,7 +54,7 @@ def texts() -> dict[str, str]:
             "*.md",
             "*.toml",
             "Makefile",
-            "tools/*",
+            ".ci/*",
             ".ci/*",
             "trigger/**/*.md",
             "connectors/**/*.md",

@@ -102,7 +102,7 @@ def test_an_error_that_is_told_once_is_written_down_with_its_volume(
     assert "Input/output error" in noted["error"]
     with pytest.raises(AgentError, match="is poisoned") as raised:
         asyncio.run(flush(two_folders, tmp_path))
-    assert "clear the volume" in raised.value.hint
+    assert "trigpoint clear" in raised.value.hint
 
 
 def test_a_note_that_cannot_be_read_still_poisons(two_folders: tuple[Volume, ...], tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 
 from connectors.databases.postgres.source import PostgresSource
 from tests.connectors.reading import flushed
+from tests.fixtures.memory import peak_megabytes
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 
@@ -49,8 +49,7 @@ async def read_until(dsn: str, until: int) -> dict[str, float]:
         through = batch.through.at
         await source.acknowledge(batch.through)
     await source.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"commits": commits, "rows": rows, "largest": largest, "megabytes": peak}
+    return {"commits": commits, "rows": rows, "largest": largest, "megabytes": peak_megabytes()}
 
 
 def read_alone(cluster: Cluster) -> dict[str, float]:
