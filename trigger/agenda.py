@@ -53,6 +53,8 @@ class Agenda:
     open_gap: bool = False
     stopping: bool = False
     """Set when the service is to end after the round at hand."""
+    trouble: str = ""
+    """Why nothing is protected at present, for people; "" while all is well."""
     redo: Position | None = None
     """Where a replay would begin if the snapshot were cut now; kept up to date by whoever watches the checkpoints."""
     _in_round: list[Demand] = field(default_factory=list)
@@ -137,6 +139,7 @@ class Agenda:
         if self._began is not None:  # a schedule is met by a point, not by an attempt
             self._last, self._cron_after = self._began
         self.open_gap = False
+        self.trouble = ""
         self._answer(point)
 
     def failed(self, now: float, point: RecoveryPoint | None) -> float:

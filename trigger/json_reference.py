@@ -40,8 +40,9 @@ STATUS = {
     "replay_bytes": "log that a restore to the newest commit would replay",
     "replay_limit_bytes": "how much of it the restore objective allows",
     "journal": "findings of the last audit that are not ok",
-    "totals": "points by state, commits by outcome, repeated commits, open gaps, bytes of the catalog",
-    "space": "free_bytes, total_bytes, wanted_free_bytes, snapshots, budget",
+    "troubles": "what keeps commits from being protected or restored exactly at present, as sentences",
+    "totals": "points by state, commits by outcome, repeated commits, open gaps, bytes of the catalog, or null",
+    "space": "free_bytes, total_bytes, wanted_free_bytes, snapshots, budget, or null",
 }
 
 SHAPES: tuple[tuple[str, Any], ...] = (

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from trigger.agenda import Agenda
 from trigger.connect import Parts, SystemClock, check, connect
@@ -30,11 +30,12 @@ from trigger.shape import data
 from trigger.window import Collected, Window
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 GRACE_SECONDS = 30.0
 """How long a stop waits for the round at hand."""
 WATCH_SECONDS = 5.0
-AUDIT_SECONDS = 60.0
+AUDIT_SECONDS = 15.0
 JOURNAL_START_SECONDS = 20.0
 STREAMS_START_SECONDS = 60.0
 
@@ -49,6 +50,8 @@ class Service:
     agenda: Agenda
     started_at: datetime
     last_audit: Sequence[Finding] = ()
+    journal_trouble: str = ""
+    """Why the journal is not kept at present."""
     stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     def stop(self) -> None:
@@ -65,7 +68,10 @@ class Service:
         return await answer
 
     async def status(self) -> dict[str, Any]:
-        """Give what an operator wants to know first, as JSON values."""
+        """Give what an operator wants to know first, as JSON values; what cannot be read is null, and said why."""
+        troubles = list(self.troubles())
+        totals = await _or_trouble(self.parts.catalog.totals(), troubles)
+        space = await _or_trouble(self.parts.storage.space(), troubles)
         oldest, log_end, base = self.window.oldest, self.window.log_end, self.agenda.base
         now = asyncio.get_running_loop().time()
         ceiling = base.ceiling if base else None
@@ -85,9 +91,19 @@ class Service:
             "replay_bytes": distance(log_end, base.redo) if base and log_end and base.redo else 0,
             "replay_limit_bytes": self.agenda.replay_limit_bytes,
             "journal": [data(finding) for finding in self.last_audit if finding.severity is not Severity.OK],
-            "totals": data(await self.parts.catalog.totals()),
-            "space": data(await self.parts.storage.space()),
+            "troubles": troubles,
+            "totals": data(totals),
+            "space": data(space),
         }
+
+    def troubles(self) -> Iterator[str]:
+        """Give what keeps commits from being protected, or from being restored exactly, at present."""
+        if self.agenda.trouble:
+            yield self.agenda.trouble
+        for name, why in self.window.troubles().items():
+            yield f"stream {name}: {why}"
+        if self.journal_trouble:
+            yield f"the journal is not kept: {self.journal_trouble}"
 
     async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Give the answer to one request of the command line."""
@@ -99,6 +115,15 @@ class Service:
                 return {"status": await self.status()}
             case other:
                 raise TrigpointError(f"there is no request {other!r}")
+
+
+async def _or_trouble(asked: Awaitable[T], troubles: list[str]) -> T | None:
+    """Give what was asked for; where it cannot be had give None, and add why to `troubles`."""
+    try:
+        return await asked
+    except (TrigpointError, OSError) as error:
+        troubles.append(str(error))
+        return None
 
 
 async def run(options: Options, *, force: bool = False, ready: Callable[[Service], None] | None = None) -> None:
@@ -240,11 +265,19 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
 
 async def _keep_journal(service: Service) -> None:
     """Keep the journal; where it cannot go on, say so loudly and try again, since points still have their worth."""
+
+    def it_runs() -> None:
+        service.journal_trouble = ""
+
     while True:
+        runs = asyncio.get_running_loop().call_later(WATCH_SECONDS, it_runs)
         try:
             await service.parts.journal.run()
-        except JournalError as error:
+        except (JournalError, OSError) as error:
+            service.journal_trouble = str(error)
             log.error("the journal is not kept: commits between points cannot be restored exactly: %s", error)
+        finally:
+            runs.cancel()
         await asyncio.sleep(WATCH_SECONDS)
 
 
@@ -299,12 +332,14 @@ async def keep_room(service: Service) -> None:
 
 
 async def audit_journal(service: Service) -> None:
-    """Look at the journal's new segments; damage is logged, and a new base is taken behind it."""
-    findings = await service.parts.journal.audit()
-    service.last_audit = findings
-    damage = [finding for finding in findings if finding.severity is Severity.REFUSED]
+    """Look at the journal's new segments; new damage is logged, and a new base is taken behind it."""
+    known, service.last_audit = set(service.last_audit), await service.parts.journal.audit()
+    damage = [found for found in service.last_audit if found.severity is Severity.REFUSED and found not in known]
     for finding in damage:
         log.error("%s: %s; %s", finding.subject, finding.message, finding.remedy)
+    if damage:
+        service.agenda.ask(f"the journal is damaged: {damage[0].message}")
+        service.window.wake()
 
 
 async def take_one(options: Options, note: str) -> RecoveryPoint:

@@ -100,14 +100,24 @@ def status(config: Config = None, as_json: Json = False) -> None:
             ("replay", f"{show.size(answer['replay_bytes'])} of {limit} that the restore objective allows"),
             ("waiting", f"{answer['pending_commits']} commits, {show.duration(answer['oldest_pending_seconds'])}"),
             ("commits", _counts(answer["commits_by_rule"])),
-            ("points", ", ".join(f"{count} {state}" for state, count in totals["points"].items() if count)),
-            ("outcomes", ", ".join(f"{count} {outcome}" for outcome, count in totals["commits"].items() if count)),
-            ("open gaps", totals["open_gaps"]),
-            ("catalog", show.size(totals["bytes"])),
-            ("snapshots", f"{space['snapshots']} of {space['budget']}, {show.size(space['free_bytes'])} free"),
+            *(_kept(totals) if totals else ()),
+            (
+                "snapshots",
+                space and f"{space['snapshots']} of {space['budget']}, {show.size(space['free_bytes'])} free",
+            ),
             *(("journal", f"{finding['subject']}: {finding['message']}") for finding in answer["journal"]),
+            *(("TROUBLE", trouble) for trouble in answer["troubles"]),
         ]
     )
+
+
+def _kept(totals: dict[str, Any]) -> list[tuple[str, object]]:
+    return [
+        ("points", ", ".join(f"{count} {state}" for state, count in totals["points"].items() if count)),
+        ("outcomes", ", ".join(f"{count} {outcome}" for outcome, count in totals["commits"].items() if count)),
+        ("open gaps", totals["open_gaps"]),
+        ("catalog", show.size(totals["bytes"])),
+    ]
 
 
 def _counts(by_rule: dict[str, int]) -> str:
