@@ -67,7 +67,7 @@ class Life:
     window: Window | None = None
     agenda: Agenda | None = None
     delivered: list[Commit] = field(default_factory=list)
-    """What its sources have given it."""
+    """What has come into its window."""
     answers: list[asyncio.Future[RecoveryPoint]] = field(default_factory=list)
     storage: _Storage = field(init=False)
     ended: str = ""
@@ -142,7 +142,13 @@ class Life:
             await agent.prepare(cluster.volumes)
         settled = {name: await cluster.catalog.settled(name) for name in self.story.streams}
         sources = [self.wire.to("source", _Noted(self, name)) for name in self.story.streams]
-        self.window = Window(sources, settled, Rules(self.story.rules.rules).judge)
+        rules = Rules(self.story.rules.rules)
+
+        def judge(commit: Commit) -> str | None:
+            self.delivered.append(commit)
+            return rules.judge(commit)
+
+        self.window = Window(sources, settled, judge)
         newest, lineage = await cluster.catalog.latest(), await cluster.database.lineage()
         base = newest if newest and newest.ceiling and lineage.includes(newest.ceiling) else None
         self.agenda = Agenda(cluster.options, base, open_gap=bool(await cluster.catalog.gaps(open_only=True)))
@@ -198,7 +204,7 @@ class _Storage(MemoryStorage):
 
 
 class _Noted(MemorySource):
-    """A source whose commits are noted as delivered."""
+    """A source that writes into the event log what it gives."""
 
     def __init__(self, life: Life, name: str) -> None:
         super().__init__(life.world, name)
@@ -212,9 +218,8 @@ class _Noted(MemorySource):
         return broken
 
     async def read(self) -> Any:
-        """Give what has arrived, and note it."""
+        """Give what has arrived."""
         batch = await super().read()
-        self._life.delivered += batch.commits
         self._life.wire.log(f"source.read {self.name} gives {len(batch.commits)} commits through {batch.through}")
         return batch
 
