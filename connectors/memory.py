@@ -511,6 +511,12 @@ class MemoryDatabase:
         await self._connected()
         return [Finding("records", Severity.NOTE, "records that commit nothing reach no source", "catch-all points")]
 
+    async def remove(self) -> list[str]:
+        """Drop every slot."""
+        gone = sorted((await self._connected()).slots)
+        self._world.cluster.slots.clear()
+        return gone
+
     async def layout(self) -> Layout:
         """Give a place that does not exist."""
         await self._connected()

@@ -60,6 +60,7 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("verify", Verification),
     ("reconcile", Reconciliation),
     ("clear", {"cleared": str}),
+    ("release", {"dropped": list[str]}),
     ("catalog rebuild", Rebuilt),
     ("rules test", {"commits": list[dict[str, Any]], "points": list[RehearsedPoint]}),
 )

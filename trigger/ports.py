@@ -137,6 +137,14 @@ class Database(Protocol):
         """Give what a source of this database cannot see, and what is done about it."""
         ...
 
+    async def remove(self) -> list[str]:
+        """Drop all that was made in the cluster, so that it keeps nothing for us any more; gives the names of it.
+
+        Raises:
+            SourceError, DatabaseError: part of it is in use, or the server refused; what came before is gone.
+        """
+        ...
+
     async def layout(self) -> Layout:
         """Give where the cluster lies and who owns it; raises `DatabaseError`."""
         ...

@@ -400,3 +400,29 @@ def wait_until(condition: Any, what: str, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
         time.sleep(0.02)
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_release_lets_the_server_go_and_keeps_what_can_be_restored() -> None:
+    with deployment(16, "directory") as deployed:
+        cluster = deployed.cluster
+        cluster.sql("CREATE TABLE t (id int PRIMARY KEY)")
+        deployed.start()
+        xid = cluster.sql("INSERT INTO t VALUES (1) RETURNING pg_current_xact_id()::text")[0][0]
+        deployed.settle()
+        refused = deployed.trigpoint("release", "--yes", check=False)
+        assert refused.returncode == 2
+        assert "another trigpoint works" in refused.stderr
+        deployed.stop()
+        dropped = deployed.ask("release", "--yes")["dropped"]
+        assert sorted(dropped) == [
+            "publication trigpoint in postgres",
+            "publication trigpoint_keyed in postgres",
+            "slot trigpoint_journal",
+            "slot trigpoint_postgres",
+        ]
+        assert cluster.sql("SELECT count(*) FROM pg_replication_slots")[0][0] == 0
+        assert deployed.ask("find", "--xid", xid)
+        deployed.start()
+        assert [gap["stream"] for gap in deployed.ask("list", "--gaps")] == ["postgres"]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 COMMANDS = (
     *("init", "check", "explain", "run", "point", "status", "list", "show", "find", "restore", "verify"),
-    *("reconcile", "clear", "clones", "catalog", "rules", "config"),
+    *("reconcile", "clear", "release", "clones", "catalog", "rules", "config"),
 )
 BELOW = (("clones", "list"), ("clones", "drop"), ("catalog", "rebuild"), ("rules", "test"), ("config", "check"))
 

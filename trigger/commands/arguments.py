@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
@@ -97,3 +98,12 @@ def transaction(text: str) -> int:
 def lsn(text: str) -> Lsn:
     """Give the LSN written in `text`; raises `PositionError` for anything else."""
     return Lsn.parse(text.strip())
+
+
+def confirm(what: str, *, yes: bool) -> None:
+    """Ask before something big; raises `ConfigError` where nobody can answer, `typer.Abort` on a no."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(f"this will {what}", hint="give --yes to do it without being asked")
+    typer.confirm(f"This will {what}. Go on?", abort=True, err=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from trigger import show
-from trigger.commands.arguments import Config, Json, Yes, lsn, options, time, transaction
+from trigger.commands.arguments import Config, Json, Yes, confirm, lsn, options, time, transaction
 from trigger.errors import CatalogError, ConfigError, RestoreError, VerifyError
 from trigger.model import Verification
 
@@ -186,15 +185,6 @@ async def _end_swap(undo: str | None, resume: str | None, parts: Parts) -> Swap:
         there = ", ".join(f"{swap.name} ({swap.target})" for swap in known) or "none"
         raise RestoreError(f"there is no restore in place called {name}", hint=f"there are: {there}")
     return await (inplace.undo if undo is not None else inplace.resume)(name, parts.site)
-
-
-def confirm(what: str, *, yes: bool) -> None:
-    """Ask before something big; raises `ConfigError` where nobody can answer, `typer.Abort` on a no."""
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise ConfigError(f"this will {what}", hint="give --yes to do it without being asked")
-    typer.confirm(f"This will {what}. Go on?", abort=True, err=True)
 
 
 def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:

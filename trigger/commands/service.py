@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trigger import show
-from trigger.commands.arguments import Config, Json, options
+from trigger.commands.arguments import Config, Json, Yes, confirm, options
 from trigger.control import NotRunningError, ask
 from trigger.errors import ConfigError, TrigpointError
 from trigger.shape import data
@@ -155,6 +155,34 @@ async def _reconcile(chosen: Options, *, accept_loss: bool) -> Any:
     with only_one(chosen.state_folder):
         async with service.opened(chosen) as parts:
             return await settle(parts.catalog, parts.storage, accept_loss=accept_loss)
+
+
+def release(
+    yes: Yes = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Let the server go: drop our slots and publications, so that it keeps no log for us any more.
+
+    Points, journal and clones stay, and what they hold can still be restored. If the service is started again later,
+    the log between is recorded as a gap. The service must not run.
+    """
+    chosen = options(config)
+    confirm(f"drop every slot and publication that {chosen.name} has made in the cluster", yes=yes)
+    dropped = asyncio.run(_release(chosen))
+    if as_json:
+        show.print_json({"dropped": dropped})
+    else:
+        show.say("\n".join(f"dropped {name}" for name in dropped) or "there was nothing of ours in the cluster")
+
+
+async def _release(chosen: Options) -> list[str]:
+    from trigger import service
+    from trigger.control import only_one
+
+    with only_one(chosen.state_folder):
+        async with service.opened(chosen) as parts:
+            return await parts.database.remove()
 
 
 def clear(

@@ -23,6 +23,9 @@ from trigger.position import History, Lineage, Lsn, Position
 _FOR_GOOD = ("28", "3D", "42501")
 _LATE_SECONDS = 1.0
 """How much later than the server we give a statement up, so that its own word on it is heard."""
+_DROP_SLOT: LiteralString = (
+    "SELECT slot_name, pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s"
+)
 _DURABLE: LiteralString = (
     "SELECT pg_current_wal_flush_lsn()::text, left(pg_walfile_name(pg_current_wal_flush_lsn()), 8)"
 )
@@ -186,12 +189,18 @@ class Postgres:
             await _hang_up(connection)
 
     async def remove(self) -> list[str]:
-        """Drop all that was made in the cluster: slots and publications; gives their names. For uninstalling.
+        """Drop all that was made in the cluster: slots, the journal's too, and publications; gives their names.
 
         Raises:
-            SourceError: a slot is still in use, or the server refused; what came before is gone.
+            SourceError, DatabaseError: a slot is still in use, or the server refused; what came before is gone.
         """
-        return [gone for source in self.sources() for gone in await source.remove()]
+        gone = [name for source in self.sources() for name in await source.remove()]
+        connection = await self._connect(self._deadline_seconds)
+        try:
+            dropped = await self._run(connection, _DROP_SLOT, f"{self.name}_journal")
+        finally:
+            await _hang_up(connection)
+        return gone + [f"slot {name}" for name in dropped[:1]]
 
     # ---- what there is
 
