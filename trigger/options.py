@@ -154,6 +154,8 @@ class PointOptions(_Section):
     """Take a point whenever the log since the last base could not be replayed within this time."""
     replay_bytes_per_second: ByteSize = Field(default=ByteSize(50_000_000), gt=0, validate_default=True)
     """How fast this host replays log; `trigpoint verify` measures it."""
+    round_seconds: Seconds = 3600
+    """The longest that one round may last, the copying of what changed included; then it is given up."""
     retry_seconds: Seconds = 5
     """How long to wait after a round that failed; doubled at each failure in a row, to ten minutes at most."""
 

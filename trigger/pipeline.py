@@ -30,6 +30,8 @@ from trigger.window import Collected, Window, record
 
 log = logging.getLogger(__name__)
 
+ABANDON_SECONDS = 60.0
+"""How long the removal of what a failed round left may last; reconcile goes on with it."""
 SETTLE_SECONDS = 10.0
 """While nothing qualifies, how often the servers are told that they may forget what was seen."""
 
@@ -102,34 +104,37 @@ async def take(cluster: Protected, cause: Cause, collected: Collected, note: str
     point = await open_point(cluster, cause, collected.newest, note)  # intent first: a crash from here on is found
     reached("after-open")
     try:
-        flushes = await flush(cluster.agents, point, cluster.flush_deadline_seconds)
-        reached("after-flush")
-        durable = await require_cover(database, point.floor)  # on disk, and still the same history
-        redo = await database.redo()
-        reached("after-cover")
-        async with bracketed(database, storage, point) as finish:
-            snapshots = await storage.snapshot(cluster.volumes, point.id, tag.encode(point))
-            reached("after-snapshot")
-            bracket = await finish()
-        ceiling = await require_ceiling(database, durable, bracket)
-        reached("after-ceiling")
-        records = collected.records()
-        point = replace(
-            point,
-            state=State.SEALED,
-            ceiling=ceiling,
-            redo=bracket.start if bracket else redo,
-            bracket=bracket,
-            flushes=flushes,
-            snapshots=snapshots,
-            commits=len(records),
-            tables=collected.tables(),
-            sealed_at=cluster.clock.now(),
-        )
-        await storage.retag(point.id, tag.encode(point, records))
-        reached("after-retag")
+        async with asyncio.timeout(cluster.options.round_seconds):
+            flushes = await flush(cluster.agents, point, cluster.flush_deadline_seconds)
+            reached("after-flush")
+            durable = await require_cover(database, point.floor)  # on disk, and still the same history
+            redo = await database.redo()
+            reached("after-cover")
+            async with bracketed(database, storage, point) as finish:
+                snapshots = await storage.snapshot(cluster.volumes, point.id, tag.encode(point))
+                reached("after-snapshot")
+                bracket = await finish()
+            ceiling = await require_ceiling(database, durable, bracket)
+            reached("after-ceiling")
+            records = collected.records()
+            point = replace(
+                point,
+                state=State.SEALED,
+                ceiling=ceiling,
+                redo=bracket.start if bracket else redo,
+                bracket=bracket,
+                flushes=flushes,
+                snapshots=snapshots,
+                commits=len(records),
+                tables=collected.tables(),
+                sealed_at=cluster.clock.now(),
+            )
+            await storage.retag(point.id, tag.encode(point, records))
+            reached("after-retag")
+    except TimeoutError:
+        return await abandon(cluster, point, f"not done within {cluster.options.round_seconds:g} s, which is the limit")
     except (TrigpointError, OSError) as error:
-        return await abandon(cluster, point, error)
+        return await abandon(cluster, point, str(error))
     sealed = await catalog.seal(point, records, collected.settled)
     reached("after-seal")
     return sealed
@@ -192,13 +197,14 @@ async def _no_bracket() -> None:
     return None
 
 
-async def abandon(cluster: Protected, point: RecoveryPoint, error: Exception) -> RecoveryPoint:
+async def abandon(cluster: Protected, point: RecoveryPoint, reason: str) -> RecoveryPoint:
     """Give the point as failed in the catalog; what was half made is removed now, or by the next reconcile."""
     try:
-        await cluster.storage.delete(point.id)
-    except StorageError as left:
+        async with asyncio.timeout(ABANDON_SECONDS):
+            await cluster.storage.delete(point.id)
+    except (StorageError, TimeoutError) as left:
         log.warning("point %d: what was half made stays until the next reconcile: %s", point.number, left)
-    return await cluster.catalog.fail(point, str(error))
+    return await cluster.catalog.fail(point, reason)
 
 
 async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> None:
