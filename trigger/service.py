@@ -292,10 +292,10 @@ async def _journal_begun(parts: Parts) -> None:
 
 
 async def _streams_open(window: Window) -> None:
-    """Wait until every stream is connected, so that the first point lies behind its slot; but not for ever."""
+    """Wait until every stream says where it stands: the first point then settles them all; but not for ever."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(STREAMS_START_SECONDS):
-            while not all(window.connected().values()):
+            while not window.begun:
                 await window.more(None)
             return
     log.error("not every stream is connected within %.0f s; points are taken all the same", STREAMS_START_SECONDS)

@@ -204,6 +204,11 @@ class Window:
         stream.pending = deque(p for p in stream.pending if id(p) not in gone)
         self._breaks.remove(broken)
 
+    @property
+    def begun(self) -> bool:
+        """Whether every stream is connected and has said where it stands, so that a point can settle it."""
+        return all(stream.connected and stream.through is not None for stream in self._streams.values())
+
     def connected(self) -> Mapping[str, bool]:
         """Give by stream whether it is connected."""
         return {name: stream.connected for name, stream in self._streams.items()}

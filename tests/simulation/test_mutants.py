@@ -97,7 +97,8 @@ MUTANTS = (
         pipeline,
         "take",
         "            flushes = await flush",
-        "            await storage.snapshot(cluster.volumes, point.id, tag.encode(point))\n            flushes = await flush",
+        "            await storage.snapshot(cluster.volumes, point.id, tag.encode(point))\n"
+        "            flushes = await flush",
         "P3",
     ),
     Mutant(
