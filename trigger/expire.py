@@ -23,13 +23,15 @@ THIN_TO = 0.7
 async def make_room(
     catalog: Catalog, storage: Storage, replay_limit_bytes: int, pinned: Collection[str] = ()
 ) -> list[RecoveryPoint]:
-    """Give the points whose snapshots were removed, since the storage's budget was nearly used up."""
+    """Give the points whose snapshots were removed: as was begun before, or since the budget is nearly used up."""
+    begun = await catalog.points(states={State.EXPIRING}, newest_first=False)
+    gone = [await expire(catalog, storage, point) for point in begun]
     space = await storage.space()
     if space.snapshots <= space.budget * THIN_FROM:
-        return []
+        return gone
     sealed = sorted(await catalog.bases(), key=lambda point: point.number)
     going = thin(sealed, int(space.budget * THIN_TO), replay_limit_bytes, pinned)
-    return [await expire(catalog, storage, point) for point in going]
+    return gone + [await expire(catalog, storage, point) for point in going]
 
 
 async def expire(catalog: Catalog, storage: Storage, point: RecoveryPoint) -> RecoveryPoint:

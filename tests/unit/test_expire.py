@@ -1,0 +1,172 @@
+"""Room is made by the plan, one point after the other, and wherever it ends between, the next pass goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from connectors.memory import SEGMENT_BYTES, MemoryJournal, MemoryStorage, World
+from tests.simulation.virtual import VirtualLoop
+from tests.unit.test_reconcile import HISTORY, NOON, Stage, inline, record
+from trigger import failpoint, tag
+from trigger.catalog import Catalog
+from trigger.errors import StorageError
+from trigger.expire import expire, make_room, release_log
+from trigger.model import Cause, RecoveryPoint, State, point_id
+from trigger.position import History, Lsn, Position
+from trigger.reconcile import reconcile
+
+FAR = 1 << 40
+POINTS = 20
+
+
+class Shelves(Stage):
+    """A storage that bears `POINTS` snapshots, in a world with a journal."""
+
+    def __init__(self, catalog: Catalog, world: World) -> None:
+        super().__init__(catalog, world)
+        self.storage = MemoryStorage(world, budget=POINTS)
+        self.journal = MemoryJournal(world)
+
+    async def sealed_at(self, number: int, lsn: int, history: History = HISTORY) -> RecoveryPoint:
+        """Seal a point whose redo, floor and ceiling lie at one place, with one commit of its own."""
+        end = Position(history, Lsn(lsn))
+        point = await self.catalog.open_point(id=point_id(NOON, number), cause=Cause.COMMIT, floor=end, opened_at=NOON)
+        point = replace(await self.cut(point), ceiling=end, redo=end)
+        records = [record(lsn - 48)]
+        await self.storage.retag(point.id, tag.encode(point, records))
+        return await self.catalog.seal(point, records, {"bank": end})
+
+    async def numbers(self, state: State = State.SEALED) -> list[int]:
+        return [point.number for point in await self.catalog.points(states={state}, newest_first=False)]
+
+
+def play(act: Callable[[Shelves], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        await act(Shelves(await Catalog.open(":memory:", run=inline), World()))
+
+    VirtualLoop().run(main())
+
+
+def _filled(count: int) -> Callable[[Shelves], Awaitable[list[RecoveryPoint]]]:
+    async def fill(shelves: Shelves) -> list[RecoveryPoint]:
+        return [await shelves.sealed_at(number, number * 1000) for number in range(1, count + 1)]
+
+    return fill
+
+
+def test_below_nine_tenths_of_the_budget_nothing_goes() -> None:
+    async def act(shelves: Shelves) -> None:
+        await _filled(18)(shelves)
+        assert await make_room(shelves.catalog, shelves.storage, FAR) == []
+
+    play(act)
+
+
+def test_above_it_snapshots_go_down_to_seven_tenths_and_their_commits_stay_on_record() -> None:
+    async def act(shelves: Shelves) -> None:
+        points = await _filled(19)(shelves)
+        gone = await make_room(shelves.catalog, shelves.storage, FAR)
+        assert len(gone) == 5
+        assert all(point.state is State.EXPIRED for point in gone)
+        assert (await shelves.storage.space()).snapshots == len(await shelves.numbers()) == 14
+        assert {points[0].number, points[-1].number} <= set(await shelves.numbers())
+        for point in gone:
+            assert [kept.xid for kept in await shelves.catalog.commits_of(point.number)] == [point.floor.at - 48]
+        assert not await reconcile(shelves.catalog, shelves.storage)
+
+    play(act)
+
+
+def test_what_a_clone_hangs_on_stays() -> None:
+    async def act(shelves: Shelves) -> None:
+        points = await _filled(20)(shelves)
+        pinned = [point.id for point in points[1:-1]]
+        assert await make_room(shelves.catalog, shelves.storage, FAR, pinned[1:]) != []
+        assert await shelves.numbers() == [1, *range(3, 21)]
+
+    play(act)
+
+
+def test_nothing_goes_whose_loss_would_break_the_restore_objective() -> None:
+    async def act(shelves: Shelves) -> None:
+        await _filled(20)(shelves)
+        assert await make_room(shelves.catalog, shelves.storage, 1999) == []
+        assert len(await make_room(shelves.catalog, shelves.storage, 2000)) == 6
+
+    play(act)
+
+
+@pytest.fixture
+def die_at() -> Iterator[Callable[[str], None]]:
+    """Let the process end at a failpoint, as far as a coroutine can."""
+
+    def die(where: str) -> None:
+        def hook(name: str) -> None:
+            if name == where:
+                raise KeyboardInterrupt
+
+        failpoint.hook = hook
+
+    yield die
+    failpoint.hook = None
+
+
+@pytest.mark.parametrize("where", ["after-expiring", "after-delete"])
+def test_an_end_between_two_steps_is_made_good_by_the_next_reconcile(where: str, die_at: Callable[[str], None]) -> None:
+    async def act(shelves: Shelves) -> None:
+        points = await _filled(3)(shelves)
+        die_at(where)
+        with pytest.raises(KeyboardInterrupt):
+            await expire(shelves.catalog, shelves.storage, points[1])
+        assert await shelves.numbers(State.EXPIRING) == [2]
+        done = await reconcile(shelves.catalog, shelves.storage)
+        assert done.expired == [points[1].id]
+        assert await shelves.numbers() == [1, 3]
+        assert {found.point for found in await shelves.storage.tagged()} == {points[0].id, points[2].id}
+
+    play(act)
+
+
+def test_what_the_storage_would_not_delete_is_no_base_any_more_and_goes_with_the_next_pass() -> None:
+    class Stuck(MemoryStorage):
+        async def delete(self, point: str) -> None:
+            raise StorageError(f"{point} is busy")
+
+    async def act(shelves: Shelves) -> None:
+        points = await _filled(3)(shelves)
+        with pytest.raises(StorageError, match="is busy"):
+            await expire(shelves.catalog, Stuck(shelves.world), points[1])
+        assert await shelves.numbers(State.EXPIRING) == [2]
+        assert await shelves.numbers() == [1, 3], "nobody plans a restore from it"
+        assert [point.number for point in await make_room(shelves.catalog, shelves.storage, FAR)] == [2]
+        assert (await shelves.storage.space()).snapshots == 2
+
+    play(act)
+
+
+def test_the_log_is_let_go_of_below_the_oldest_base_only() -> None:
+    async def act(shelves: Shelves) -> None:
+        oldest = 3 * SEGMENT_BYTES + 1000
+        shelves.world.journal[1] = [(Lsn(0), Lsn(10 * SEGMENT_BYTES))]
+        assert await release_log(shelves.catalog, shelves.journal) == 0, "without a base everything is kept"
+        await shelves.sealed_at(1, oldest)
+        await shelves.sealed_at(2, 7 * SEGMENT_BYTES)
+        assert await release_log(shelves.catalog, shelves.journal) == 3
+        assert shelves.world.journal[1] == [(3 * SEGMENT_BYTES, 10 * SEGMENT_BYTES)]
+        assert await release_log(shelves.catalog, shelves.journal) == 0
+
+    play(act)
+
+
+def test_while_bases_of_two_timelines_are_kept_no_log_is_let_go_of() -> None:
+    async def act(shelves: Shelves) -> None:
+        shelves.world.journal[1] = [(Lsn(0), Lsn(10 * SEGMENT_BYTES))]
+        await shelves.sealed_at(1, 3 * SEGMENT_BYTES)
+        await shelves.sealed_at(2, 7 * SEGMENT_BYTES, replace(HISTORY, timeline=2))
+        assert await release_log(shelves.catalog, shelves.journal) == 0
+
+    play(act)

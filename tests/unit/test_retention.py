@@ -1,0 +1,118 @@
+"""Thinning never makes a commit unreachable, or reachable only beyond the restore objective."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trigger.model import Cause, RecoveryPoint, State, point_id
+from trigger.position import History, Lsn, Position
+from trigger.retention import thin
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+LIMIT = 10_000
+
+
+def point(number: int, redo: int, floor: int, ceiling: int, timeline: int = 1) -> RecoveryPoint:
+    """Give a sealed point; a redo before 0 stands for one that is not known."""
+    history = History("7001", timeline)
+    return RecoveryPoint(
+        id=point_id(NOON, number),
+        number=number,
+        state=State.SEALED,
+        cause=Cause.COMMIT,
+        floor=Position(history, Lsn(floor)),
+        opened_at=NOON,
+        ceiling=Position(history, Lsn(ceiling)),
+        redo=Position(history, Lsn(redo)) if redo >= 0 else None,
+    )
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[RecoveryPoint]:
+    """Give points as they are taken: floors and ceilings rise, redo follows at times, a timeline may end."""
+    points: list[RecoveryPoint] = []
+    end, redo, timeline = 1000, 1000, 1
+    for number in range(1, draw(st.integers(0, 30)) + 1):
+        if draw(st.integers(0, 9)) == 0:
+            timeline += 1
+        floor = end + draw(st.integers(0, 4000))
+        end = floor + draw(st.integers(0, 50))
+        if draw(st.booleans()):
+            redo = draw(st.integers(redo, floor))
+        known = draw(st.integers(0, 19)) > 0
+        points.append(point(number, redo if known else -1, floor, end, timeline))
+    return points
+
+
+def replay_to(commit: int, bases: Sequence[RecoveryPoint]) -> tuple[RecoveryPoint, int] | None:
+    """Give the base that a commit which ends there is replayed from, and how much log that is."""
+    place = bisect_right([base.ceiling.at for base in bases if base.ceiling], commit)
+    base = bases[place - 1] if place else None
+    return (base, commit - base.redo.at) if base and base.redo else None
+
+
+def left_after(points: Sequence[RecoveryPoint], most: int, pinned: Sequence[str] = ()) -> list[RecoveryPoint]:
+    goes = thin(points, most, LIMIT, pinned)
+    assert [one.number for one in goes] == sorted(one.number for one in goes)
+    assert all(one in points for one in goes)
+    return [one for one in points if one not in goes]
+
+
+@given(histories(), st.integers(0, 20))
+def test_every_commit_between_the_oldest_and_the_newest_base_stays_within_the_objective(
+    points: list[RecoveryPoint], most: int
+) -> None:
+    left = left_after(points, most)
+    for one in points[1:]:
+        assert one.ceiling is not None
+        commit = one.ceiling.at - 1  # the last one that this base cannot serve
+        before, now = replay_to(commit, points), replay_to(commit, left)
+        if before is None or now is None or before[0] is now[0]:
+            continue  # nothing has changed for it
+        assert now[1] <= LIMIT
+        assert now[0].floor.history == one.floor.history, "a replay that was within one timeline leads over two"
+
+
+@given(histories(), st.integers(0, 20), st.data())
+def test_the_oldest_the_newest_and_what_is_pinned_never_go(
+    points: list[RecoveryPoint], most: int, data: st.DataObject
+) -> None:
+    pinned = [one.id for one in points if data.draw(st.booleans())]
+    left = left_after(points, most, pinned)
+    assert left[:1] == points[:1]
+    assert left[-1:] == points[-1:]
+    assert set(pinned) <= {one.id for one in left}
+
+
+@given(histories(), st.integers(0, 20))
+def test_it_stops_at_what_was_asked_for_and_before_only_where_nothing_more_can_go(
+    points: list[RecoveryPoint], most: int
+) -> None:
+    left = left_after(points, most)
+    if len(points) <= most:
+        assert left == points
+    elif len(left) <= most:
+        assert len(left) == max(most, min(len(points), 2))
+    else:
+        for before, one, after in zip(left, left[1:], left[2:], strict=False):
+            same = before.floor.history == one.floor.history == after.floor.history
+            assert after.ceiling is not None
+            assert not same or before.redo is None or after.ceiling.at - before.redo.at > LIMIT, (
+                f"point {one.number} could go"
+            )
+
+
+def test_where_two_may_go_the_one_that_is_missed_least_goes() -> None:
+    points = [point(1, 0, 0, 0), point(2, 100, 100, 100), point(3, 200, 200, 200), point(4, 5000, 5000, 5000)]
+    assert [one.number for one in thin(points, 3, LIMIT)] == [2]
+
+
+def test_without_a_limit_that_allows_it_nothing_goes() -> None:
+    points = [point(number, number * LIMIT, number * LIMIT, number * LIMIT) for number in range(5)]
+    assert thin(points, 2, LIMIT) == []
+    assert [one.number for one in thin(points, 2, 4 * LIMIT)] == [1, 2, 3]
