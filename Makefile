@@ -26,10 +26,10 @@ demo: .venv/.demo ## from nothing to a restored, proven commit, in under two min
 	@$(BIN)/trigpoint demo $(ARGS)
 
 test: packages lint ## everything that must be green, in under 25 minutes on 2 cores
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) -n 3 --dist loadfile $(ARGS)
 
 quick: lint ## lint, types, unit tests and simulation, in under two minutes
-	@$(PYTEST) -m "not slow and not server and not volume" tests/test_*.py tests/unit tests/simulation $(ARGS)
+	@$(PYTEST) -n 2 --dist worksteal -m "not slow and not server and not volume" tests/test_*.py tests/unit tests/simulation $(ARGS)
 
 lint: .venv/.dev ## style and types
 	@$(BIN)/ruff format --check --quiet . || { echo "run $(BIN)/ruff format ." >&2; exit 1; }

@@ -342,9 +342,9 @@ class Simulation:
         self.cluster.promote(at, keep_slots=keep_slots)
 
     def _act_lose_snapshot(self, which: float) -> None:
-        """Somebody deletes a snapshot behind our back."""
+        """Somebody deletes a snapshot behind our back; never the last, which would look like a storage not mounted."""
         point = self._some_snapshot(which)
-        if point is not None:
+        if point is not None and len(self.world.kept) > 1:
             del self.world.kept[point]
             self.lost_snapshots.add(point)
 

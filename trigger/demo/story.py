@@ -23,7 +23,7 @@ from trigger.model import RecoveryPoint, State
 _POLL_SECONDS = 0.2
 _AFTERMATH_SECONDS = 1.0
 """How long the bank works on after the accident, so that there is something that must not come back."""
-_SETTLE_SECONDS = 20.0
+_SETTLE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,7 @@ async def _play(place: Place, why: str, seconds: float, screen: Screen) -> Told:
             bank.close()
             await work
         rate = bank.commits / (loop.time() - began)
+        await _outcomes(place)  # a slow storage may still be busy with the point that holds the accident
 
         screen.chapter("Back to the commit right before it", f"trigpoint restore --before-xid {accident.xid}")
         before = loop.time()
