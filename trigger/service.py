@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from trigger.agenda import Agenda
 from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
-from trigger.errors import JournalError, PreflightError, TrigpointError
+from trigger.errors import DatabaseError, JournalError, PreflightError, TrigpointError
 from trigger.expire import make_room, release_log
 from trigger.model import Cause, Finding, RecoveryPoint, Severity, State
 from trigger.options import Options
@@ -35,7 +35,10 @@ T = TypeVar("T")
 GRACE_SECONDS = 30.0
 """How long a stop waits for the round at hand."""
 WATCH_SECONDS = 5.0
-AUDIT_SECONDS = 15.0
+ROOM_SECONDS = 1.0
+"""How often it is looked whether snapshots must go: a tenth of a small budget may last no longer."""
+AUDIT_SECONDS = 5.0
+UPKEEP_SHARE = 0.05
 JOURNAL_START_SECONDS = 20.0
 STREAMS_START_SECONDS = 60.0
 
@@ -203,18 +206,18 @@ async def work(service: Service, ready: Callable[[Service], None] | None = None)
     try:
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(_keep_journal(service), name="journal")]
-            await _journal_begun(parts)
+            await _journal_begun(service)
             background += [tasks.create_task(window.follow(source.name), name=source.name) for source in parts.sources]
             background += [
                 tasks.create_task(coroutine, name=name)
                 for name, coroutine in (
                     ("checkpoints", _every(WATCH_SECONDS, lambda: watch_checkpoints(service))),
-                    ("room", _every(WATCH_SECONDS, lambda: keep_room(service))),
+                    ("room", _every(ROOM_SECONDS, lambda: keep_room(service))),
                     ("audit", _every(AUDIT_SECONDS, lambda: audit_journal(service))),
                     ("control", serve(parts.options.state_folder, service.answer)),
                 )
             ]
-            await _streams_open(window)
+            await _streams_open(service)
             main = tasks.create_task(protect(service.cluster, window, service.agenda), name="protect")
             background.append(tasks.create_task(_give_up_after_grace(service, main), name="grace"))
             background.append(tasks.create_task(_announce(service, ready), name="announce"))
@@ -254,13 +257,18 @@ def _signals(service: Service) -> Any:
 
 
 async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
-    """Do `act` for ever, `seconds` apart; an expected error is logged and tried again."""
+    """Do `act` for ever, `seconds` apart; an expected error is logged and tried again.
+
+    What takes long is done less often, so that it takes no more than `UPKEEP_SHARE` of the time.
+    """
+    clock = asyncio.get_running_loop().time
     while True:
+        began = clock()
         try:
             await act()
         except (TrigpointError, OSError) as error:
             log.warning("%s", error)
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(max(seconds, (clock() - began) / UPKEEP_SHARE))
 
 
 async def _keep_journal(service: Service) -> None:
@@ -281,22 +289,22 @@ async def _keep_journal(service: Service) -> None:
         await asyncio.sleep(WATCH_SECONDS)
 
 
-async def _journal_begun(parts: Parts) -> None:
-    """Wait until the journal holds log, so that the first base is followed by it; go on without after a while."""
+async def _journal_begun(service: Service) -> None:
+    """Wait until the journal holds log, so that the first base is followed by it; not for ever, nor past a stop."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(JOURNAL_START_SECONDS):
-            while not await parts.journal.extents():  # noqa: ASYNC110 - a folder that another program fills
+            while not service.agenda.stopping and not await service.parts.journal.extents():  # noqa: ASYNC110 - a folder that another program fills
                 await asyncio.sleep(0.05)
             return
     log.error("the journal has not begun within %.0f s; points are taken all the same", JOURNAL_START_SECONDS)
 
 
-async def _streams_open(window: Window) -> None:
-    """Wait until every stream says where it stands: the first point then settles them all; but not for ever."""
+async def _streams_open(service: Service) -> None:
+    """Wait until every stream says where it stands: the first point then settles them all; likewise."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(STREAMS_START_SECONDS):
-            while not window.begun:
-                await window.more(None)
+            while not service.agenda.stopping and not service.window.begun:
+                await service.window.more(None)
             return
     log.error("not every stream is connected within %.0f s; points are taken all the same", STREAMS_START_SECONDS)
 
@@ -338,8 +346,17 @@ async def audit_journal(service: Service) -> None:
     for finding in damage:
         log.error("%s: %s; %s", finding.subject, finding.message, finding.remedy)
     if damage:
-        service.agenda.ask(f"the journal is damaged: {damage[0].message}")
-        service.window.wake()
+        await _new_base(service, f"the journal is damaged: {damage[0].message}")
+
+
+async def _new_base(service: Service, note: str) -> None:
+    """Ask for a point from which a replay begins here, not at the last checkpoint, however long ago that was."""
+    try:
+        await service.parts.database.checkpoint()
+    except DatabaseError as error:
+        log.warning("no checkpoint was made, so the next point's replay begins at the last one: %s", error)
+    service.agenda.ask(note)
+    service.window.wake()
 
 
 async def take_one(options: Options, note: str) -> RecoveryPoint:

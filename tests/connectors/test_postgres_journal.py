@@ -376,6 +376,19 @@ def test_what_the_audit_found_survives_a_restart(kept: Kept) -> None:
     assert [finding.subject for finding in asyncio.run(reopened.audit())] == [victim.name]
 
 
+@pytest.mark.parametrize("damage", [_flip, Path.unlink])
+def test_damage_right_behind_the_target_is_no_hindrance(kept: Kept, damage: Callable[[Path], object]) -> None:
+    victim = kept.complete()[2]
+    damage(victim)
+    assert [finding.subject for finding in asyncio.run(kept.unaudited().audit())] in ([victim.name], [])
+    journal = kept.again()
+    held, *_ = asyncio.run(journal.extents())
+    last = Target(held.history, StopKind.LSN, Lsn(held.end - 100), True, "the last before it")
+    start = Position(held.history, held.start)
+    assert asyncio.run(journal.stage(start, last, kept.folder / "staged", silent)) >= 2 * SEGMENT_BYTES
+    assert not (kept.folder / "staged" / victim.name).exists()
+
+
 def test_release_lets_go_of_whole_segments_before_a_position_and_is_no_fault(kept: Kept) -> None:
     names = kept.complete()
     number = int(names[2].name[-2:], 16)

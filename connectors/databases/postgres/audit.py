@@ -68,13 +68,15 @@ class Audit:
         for name in names:
             await self._look_at_new(state, name)
         state.looked_ns = began_ns
-        await asyncio.to_thread(self._keep)
-        return [
-            Finding(name, Severity.REFUSED, f"segment {name} is damaged: {why}", _REMEDY)
-            if why != _MISSING
-            else Finding(name, Severity.REFUSED, f"segment {name} is missing", _REMEDY)
-            for name, why in sorted(state.damaged.items())
-        ]
+        return [*await asyncio.to_thread(self._kept), *(_damage(*one) for one in sorted(state.damaged.items()))]
+
+    def _kept(self) -> list[Finding]:
+        """Keep what was found; gives why that could not be done, since what was found is worth telling all the same."""
+        try:
+            self._keep()
+        except JournalError as error:
+            return [Finding("audit", Severity.WARNING, error.message, "make room, or give the folder back to us")]
+        return []
 
     def load(self) -> _State:
         """Give what earlier audits found; blocks on a small file."""
@@ -177,6 +179,11 @@ class Audit:
             _replace(path, text)
         except OSError as error:
             raise JournalError(f"what the audit found cannot be kept in {path}: {error.strerror}") from error
+
+
+def _damage(name: str, why: str) -> Finding:
+    message = f"segment {name} is missing" if why == _MISSING else f"segment {name} is damaged: {why}"
+    return Finding(name, Severity.REFUSED, message, _REMEDY)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -250,6 +250,8 @@ class SegmentFolder:
                 name = SegmentName(timeline, needed.number, partial)
                 source = self.file(name)
                 if source.name in self.damaged:
+                    if needed.until is None:
+                        continue  # the replay stops before it
                     raise JournalError(
                         f"segment {source.name} of the journal is damaged: {self.damaged[source.name]}",
                         hint="restore from a point after it, or put a sound copy in its place and audit again",
