@@ -49,6 +49,8 @@ class Protected:
     options: PointOptions
     flush_deadline_seconds: float
     random: random.Random = field(default_factory=random.SystemRandom)
+    leftovers: list[str] = field(default_factory=list)
+    """Failed points of which the storage would not let go; tried again once it takes a snapshot."""
 
 
 async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
@@ -92,6 +94,7 @@ async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, ca
         await cluster.catalog.close_gaps(point.number)
         agenda.sealed(point)
         await window.settle(collected.settled)  # only now may the sources forget
+        await clear_away(cluster)
         return
     pause = agenda.failed(asyncio.get_running_loop().time(), point)
     agenda.trouble = f"point {point.number} failed: {point.failure}"
@@ -198,13 +201,24 @@ async def _no_bracket() -> None:
 
 
 async def abandon(cluster: Protected, point: RecoveryPoint, reason: str) -> RecoveryPoint:
-    """Give the point as failed in the catalog; what was half made is removed now, or by the next reconcile."""
+    """Give the point as failed in the catalog; what was half made is removed now, or as soon as that works."""
     try:
         async with asyncio.timeout(ABANDON_SECONDS):
             await cluster.storage.delete(point.id)
     except (StorageError, TimeoutError) as left:
-        log.warning("point %d: what was half made stays until the next reconcile: %s", point.number, left)
+        cluster.leftovers.append(point.id)
+        log.warning("point %d: what was half made stays for now: %s", point.number, left)
     return await cluster.catalog.fail(point, reason)
+
+
+async def clear_away(cluster: Protected) -> None:
+    """Remove what failed points left behind; what still will not go is left to the next reconcile."""
+    left, cluster.leftovers[:] = list(cluster.leftovers), []
+    for point in left:
+        try:
+            await cluster.storage.delete(point)
+        except StorageError as error:
+            log.warning("what is left of point %s stays until the next reconcile: %s", point, error)
 
 
 async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> None:

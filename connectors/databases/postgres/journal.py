@@ -14,7 +14,7 @@ from connectors.databases.postgres.audit import Audit
 from connectors.databases.postgres.segments import SegmentFolder
 from connectors.databases.postgres.waldump import WalDump
 from trigger.errors import JournalError
-from trigger.model import Finding, Target
+from trigger.model import Finding, Severity, Target
 from trigger.ports import Extent, Progress
 from trigger.position import History, Lineage, Lsn, Position
 
@@ -82,7 +82,12 @@ class PostgresJournal:
     async def audit(self) -> list[Finding]:
         """Give all that is wrong with the segments by now, and what hinders the feed at present."""
         async with self._one_at_a_time:
-            return [*self._feed.findings(), *await self._audit.run()]
+            hindered = self._feed.findings()
+            try:
+                return [*hindered, *await self._audit.run()]
+            except (OSError, JournalError) as error:
+                message = f"the segments in {self._segments.path} cannot be looked at: {error}"
+                return [*hindered, Finding("audit", Severity.WARNING, message, "mount the folder, and give it to us")]
 
     async def stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:
         """Put into `folder` every file that a replay from `start` to `target` asks for; gives the bytes put there.

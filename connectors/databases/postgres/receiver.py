@@ -162,11 +162,11 @@ class Receiver:
         while True:
             await asyncio.sleep(pause)
             pause = min(self._stall_seconds / 4, 5.0)
-            ours = await asyncio.to_thread(_end_of_log, segments)
             try:
+                ours = await asyncio.to_thread(_end_of_log, segments)
                 head = await self._head()
-            except (TimeoutError, psycopg.Error):
-                continue  # the program notices for itself that the server is gone
+            except (TimeoutError, OSError, psycopg.Error):
+                continue  # the program notices for itself that the server, or its folder, is gone
             if ours >= head.written or ours != arrived:
                 arrived, since, self._trouble = ours, clock(), ""
             elif clock() - since > self._stall_seconds:

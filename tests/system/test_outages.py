@@ -1,0 +1,307 @@
+"""The journal's program dies, its segments rot, snapshots vanish, the storage is not there, the budget is used up.
+
+What is gone is said to be gone, and by name; what does not need it still comes back exactly. One deployment lives
+through all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.fixtures import judge
+from tests.fixtures.service import Deployment, deployment
+from trigger.position import Lsn, Position
+
+pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
+
+_BUDGET = 30
+_POINTS = f"budget = {_BUDGET}\n[points]\nmin_interval_seconds = 0\nper_minute = 6000\nretry_seconds = 0.2\n"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Deployment]:
+    """A service whose storage bears few snapshots, on a cluster whose log has segments of 1 MB."""
+    with deployment(16, extra=_POINTS, initdb=["--wal-segsize=1"], max_wal_size="64MB", min_wal_size="2MB") as found:
+        found.cluster.sql(judge.TRUTH_TABLE)
+        yield found
+
+
+@pytest.fixture
+def deployed(shared: Deployment) -> Iterator[Deployment]:
+    """The deployment with its service running, the configuration as usual."""
+    shared.configure(_POINTS)
+    shared.start()
+    yield shared
+    if shared.process is not None and shared.process.poll() is None:
+        shared.process.kill()
+        shared.process.wait(30)
+
+
+def _commit(deployed: Deployment, number: int = 1) -> list[int]:
+    """Commit one after the other, each with its own point, and give the transactions."""
+    made = []
+    with deployed.cluster.connect() as connection:
+        for _ in range(number):
+            row = connection.execute("INSERT INTO truth (what) VALUES ('outage') RETURNING xid::text").fetchone()
+            assert row is not None
+            made.append(int(row[0]))
+            if number > 1:
+                time.sleep(0.06)
+    return made
+
+
+def _switch_segment(deployed: Deployment, times: int = 1) -> None:
+    for _ in range(times):
+        deployed.cluster.sql("SELECT pg_logical_emit_message(true, 'ballast', repeat('x', 100))")
+        deployed.cluster.sql("SELECT pg_switch_wal()")
+
+
+def _holds(conninfo: str) -> set[int]:
+    with psycopg.connect(f"{conninfo} dbname=postgres") as connection:
+        return {int(row[0]) for row in connection.execute("SELECT xid::text FROM truth")}
+
+
+def _assert_comes_back(deployed: Deployment, xid: int) -> None:
+    """An exact restore to one transaction holds what was committed up to it, one after the other, and nothing else."""
+    report = deployed.ask("restore", "--to-xid", str(xid), "--name", "back")
+    try:
+        assert _holds(report["conninfo"]) == {one for one in judge.written_ids(deployed.cluster) if one <= xid}
+    finally:
+        deployed.trigpoint("clones", "drop", "back")
+
+
+def _journal(deployed: Deployment) -> Path:
+    return deployed.state / "journal"
+
+
+def _findings(deployed: Deployment) -> dict[str, str]:
+    return {finding["subject"]: finding["message"] for finding in deployed.status()["journal"]}
+
+
+# ------------------------------------------------------------------------------------------------------- journal
+
+
+def _receiver(deployed: Deployment) -> int | None:
+    """Give the process that writes this deployment's journal."""
+    wanted = f"--directory={_journal(deployed)}"
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if wanted in words and words[0].endswith("pg_receivewal"):
+            return int(process.name)
+    return None
+
+
+def test_a_killed_receiver_is_started_again_and_no_log_is_missing(deployed: Deployment) -> None:
+    before = _receiver(deployed)
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    made = _commit(deployed, 3)
+    _switch_segment(deployed, 2)
+    deployed.wait_for(lambda: _receiver(deployed) not in (None, before), "another receiver")
+    made += _commit(deployed, 3)
+    deployed.settle()
+    _assert_comes_back(deployed, made[2])
+    _assert_comes_back(deployed, made[-1])
+    assert deployed.stop() == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_a_damaged_segment_is_found_shown_over_a_restart_and_refused_where_it_is_needed(
+    deployed: Deployment, damage: str
+) -> None:
+    before = _commit(deployed)[0]
+    deployed.settle()
+    _switch_segment(deployed)
+    _commit(deployed)  # the base of the next one lies before the segment in which both are
+    deployed.trigpoint("point", "--note", "before the damage")
+    start = Lsn.parse(deployed.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
+    _switch_segment(deployed)
+    name = deployed.cluster.sql("SELECT pg_walfile_name(pg_switch_wal())")[0][0]
+    inside = Lsn.parse(deployed.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0]) - (1 << 19)
+    _switch_segment(deployed)
+    victim = _journal(deployed) / name
+    deployed.wait_for(victim.exists, "the segment in the journal")
+    sound = victim.read_bytes()
+    victim.unlink() if damage == "missing" else _flip(victim)
+    newest = deployed.status()["last_point"]
+    deployed.wait_for(lambda: name in _findings(deployed), "the damage in the status")
+    deployed.wait_for(lambda: deployed.status()["last_point"] > newest, "a new base behind the damage")
+    assert deployed.stop() == 0
+    deployed.start()
+    deployed.wait_for(lambda: name in _findings(deployed), "the damage in the status of another service")
+    assert name in deployed.trigpoint("status").stdout
+    after = _commit(deployed)[0]
+    deployed.settle()
+    _assert_comes_back(deployed, before)
+    _assert_comes_back(deployed, after)
+    assert start < inside
+    _put_back(victim, sound, deployed)
+    deployed.wait_for(lambda: name not in _findings(deployed), "a status without the damage that was mended")
+    assert deployed.stop() == 0
+
+
+def _flip(file: Path) -> None:
+    """Flip one bit of the first record's data, behind the page's header."""
+    with file.open("r+b") as handle:
+        handle.seek(100)
+        byte = handle.read(1)
+        handle.seek(100)
+        handle.write(bytes([byte[0] ^ 0x10]))
+
+
+def _put_back(file: Path, content: bytes, deployed: Deployment) -> None:
+    file.write_bytes(content)
+    os.chown(file, *deployed.cluster.owner)
+
+
+def test_a_restore_that_needs_a_lost_segment_is_refused_by_its_name(deployed: Deployment) -> None:
+    deployed.configure(f"{_POINTS}[[rules]]\nname = 'none'\nmarkers = ['never']\n")
+    assert deployed.stop() == 0
+    deployed.start()  # no commit gets a point from here on, so that there is much to replay
+    deployed.trigpoint("point", "--note", "the base")
+    _switch_segment(deployed)
+    _commit(deployed)
+    name = deployed.cluster.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())")[0][0]
+    _switch_segment(deployed)
+    _commit(deployed)
+    place = deployed.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0]
+    _commit(deployed)
+    _switch_segment(deployed)
+    victim = _journal(deployed) / name
+    deployed.wait_for(victim.exists, "the segment in the journal")
+    sound = victim.read_bytes()
+    victim.unlink()
+    refused = deployed.trigpoint("restore", "--to-lsn", place, check=False)
+    assert refused.returncode in (8, 9), refused.stderr
+    assert "missing" in refused.stderr or name in refused.stderr
+    assert deployed.ask("clones", "list") == []
+    _put_back(victim, sound, deployed)
+    deployed.wait_for(lambda: not _findings(deployed), "a whole journal")
+    report = deployed.ask("restore", "--to-lsn", place, "--name", "back")
+    assert report["name"] == "back"
+    deployed.trigpoint("clones", "drop", "back")
+    assert deployed.stop() == 0
+
+
+# ------------------------------------------------------------------------------------------------------- storage
+
+
+def _sealed(deployed: Deployment) -> list[dict[str, Any]]:
+    return list(deployed.ask("list", "--state", "sealed", "--limit", "500"))
+
+
+def test_a_snapshot_deleted_behind_our_back_is_a_phantom_and_its_commit_still_comes_back(deployed: Deployment) -> None:
+    made = _commit(deployed, 4)
+    deployed.settle()
+    assert deployed.stop() == 0
+    (found,) = deployed.ask("find", "--xid", str(made[2]))
+    lost = deployed.ask("show", str(found["point"]))["point"]
+    for snapshot in lost["snapshots"]:
+        subprocess.run(["btrfs", "subvolume", "delete", snapshot["location"]], check=True, capture_output=True)
+        shutil.rmtree(Path(snapshot["location"]).parent)
+    said = len(deployed.log.read_text())
+    deployed.start()
+    news = deployed.log.read_text()[said:]
+    assert "phantoms" in news
+    assert lost["id"] in news
+    point = deployed.ask("show", str(lost["number"]))["point"]
+    assert (point["state"], point["failure"]) == ("failed", "its snapshot is gone from the storage")
+    _assert_comes_back(deployed, made[2])
+    assert deployed.stop() == 0
+
+
+def test_a_storage_that_is_not_mounted_is_refused_at_start_and_no_point_is_given_up(deployed: Deployment) -> None:
+    made = _commit(deployed)[0]
+    deployed.settle()
+    assert deployed.stop() == 0
+    before = _sealed(deployed)
+    folder, elsewhere = deployed.root / "snapshots", deployed.root / "elsewhere"
+    folder.rename(elsewhere)
+    folder.mkdir()  # a mount point with nothing mounted on it
+    for _ in range(2):
+        refused = deployed.trigpoint("run", check=False)
+        assert refused.returncode == 6, refused.stderr
+        assert "shows no snapshot at all" in refused.stderr
+        assert "mount the storage's filesystem" in " ".join(refused.stderr.split())
+    assert _sealed(deployed) == before
+    folder.rmdir()
+    elsewhere.rename(folder)
+    deployed.start()
+    _assert_comes_back(deployed, made)
+    assert deployed.stop() == 0
+
+
+def test_a_small_budget_thins_points_and_every_commit_still_comes_back(deployed: Deployment) -> None:
+    report = deployed.ask("restore", "--to-xid", str(_settled_commit(deployed)), "--name", "pin")
+    pinned = report["base"]
+    made = _commit(deployed, _BUDGET * 2)
+    deployed.settle()
+    deployed.wait_for(lambda: deployed.status()["space"]["snapshots"] <= _BUDGET * 0.9, "room made")
+    expired = {point["number"] for point in deployed.ask("list", "--state", "expired", "--limit", "500")}
+    assert len(expired) > _BUDGET / 2
+    assert pinned not in expired, "a clone hangs on it"
+    found = {xid: deployed.ask("find", "--xid", str(xid))[0] for xid in made[:: len(made) // 6]}
+    thinned = [xid for xid, where in found.items() if where["point"] in expired]
+    assert len(thinned) >= 2
+    for xid in thinned[:3]:
+        _assert_comes_back(deployed, xid)
+    assert _holds(report["conninfo"])
+    deployed.trigpoint("clones", "drop", "pin")
+    assert _oldest_segment(deployed) <= min(_log_from(point) for point in _sealed(deployed))
+    assert deployed.stop() == 0
+    judge.assert_nothing_is_left_over(deployed, judge.read(deployed))
+
+
+def _settled_commit(deployed: Deployment) -> int:
+    made = _commit(deployed)[0]
+    deployed.settle()
+    return made
+
+
+def _oldest_segment(deployed: Deployment) -> int:
+    names = sorted(file.name[16:24] for file in _journal(deployed).iterdir() if len(file.name) == 24)
+    return int(names[0], 16) << 20
+
+
+def _log_from(point: dict[str, Any]) -> int:
+    return Position.parse(point["redo"] or point["floor"]).at
+
+
+# --------------------------------------------------------------------------------------------------------- agent
+
+
+def test_a_poisoned_volume_stays_poisoned_over_a_restart_until_an_operator_clears_it(deployed: Deployment) -> None:
+    assert deployed.stop() == 0
+    note = deployed.state / "poisoned-data.json"  # as the agent leaves it after a write-back error
+    note.write_text(json.dumps({"volume": "data", "error": "syncfs: Input/output error", "at": "2026-01-01"}))
+    made: list[int] = []
+    for _ in range(2):
+        before = len(judge.read(deployed).points)
+        deployed.start(wait=False)
+        deployed.wait_for(deployed.status, "a service that answers")
+        made += _commit(deployed)
+        deployed.wait_for(lambda: any("is poisoned" in one for one in deployed.status()["troubles"]), "the trouble")
+        sealed = [point for point in judge.read(deployed).points[before:] if point.state == "sealed"]
+        assert sealed == []
+        assert deployed.stop() == 0
+    assert "trigpoint clear" in deployed.log.read_text()
+    deployed.trigpoint("clear", "data")
+    deployed.start()
+    deployed.settle()
+    outcomes = judge.read(deployed).outcomes
+    assert [outcomes[xid] for xid in made] == [1, 1]
+    assert deployed.stop() == 0
