@@ -146,6 +146,16 @@ async def run(options: Options, *, force: bool = False, ready: Callable[[Service
             service = await begin(parts)
             with _signals(service):
                 await work(service, ready)
+            await leave_nothing_undone(parts)
+
+
+async def leave_nothing_undone(parts: Parts) -> None:
+    """Finish what a stop has cut short, such as a removal by thinning; what cannot be is left to the next start."""
+    try:
+        async with asyncio.timeout(GRACE_SECONDS):
+            await reconcile(parts.catalog, parts.storage)
+    except (TrigpointError, OSError) as error:
+        log.warning("not reconciled at the end, the next start does it: %s", error)
 
 
 @contextlib.asynccontextmanager
