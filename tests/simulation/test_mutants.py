@@ -266,14 +266,6 @@ MUTANTS = (
         "P5",
     ),
     Mutant(
-        "reconcile leaves the snapshot of a failed point",
-        reconcile,
-        "_settle_point",
-        "case State.FAILED | State.EXPIRED if found is not None and point.failure != GONE:",
-        "case State.FAILED if False:",
-        "P5",
-    ),
-    Mutant(
         "reconcile does not see phantoms",
         reconcile,
         "_settle_point",
