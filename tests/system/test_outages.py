@@ -272,7 +272,9 @@ def _settled_commit(deployed: Deployment) -> int:
 
 
 def _oldest_segment(deployed: Deployment) -> int:
-    names = sorted(file.name[16:24] for file in _journal(deployed).iterdir() if len(file.name) == 24)
+    names = sorted(
+        file.name[16:24] for file in _journal(deployed).iterdir() if len(file.name.removesuffix(".partial")) == 24
+    )
     return int(names[0], 16) << 20
 
 
