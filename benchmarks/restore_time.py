@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from connectors.databases.postgres.programs import as_owner
+from connectors.databases.postgres.programs import as_owner, server_owner
 from tests.fixtures import judge
-from tests.fixtures.postgres import Cluster, server_owner
+from tests.fixtures.postgres import Cluster
 from tests.fixtures.service import Deployment, deployment
 from trigger.model import CommitRecord
 

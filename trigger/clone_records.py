@@ -85,7 +85,7 @@ def intent(folder: Path, record: CloneRecord) -> Iterator[None]:
             _take_name(folder, record.name, draft)
         finally:
             draft.unlink()
-        _sync_folder(folder)
+        sync_folder(folder)
         yield
     finally:
         os.close(descriptor)
@@ -115,7 +115,7 @@ def finish(folder: Path, record: CloneRecord) -> None:
         os.close(descriptor)
     draft.rename(_done(folder, record.name))
     _intent(folder, record.name).unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def forget(folder: Path, name: str) -> None:
@@ -123,7 +123,7 @@ def forget(folder: Path, name: str) -> None:
     if folder.exists():
         _done(folder, name).unlink(missing_ok=True)
         _intent(folder, name).unlink(missing_ok=True)
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
 def written(folder: Path) -> dict[str, Written]:
@@ -192,7 +192,8 @@ def _locked(path: Path) -> bool:
     return False
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make what was named, renamed or removed in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

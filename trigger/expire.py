@@ -7,8 +7,6 @@ base before it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from trigger.catalog import Catalog
 from trigger.failpoint import reached
 from trigger.model import RecoveryPoint, State
@@ -20,17 +18,18 @@ THIN_TO = 0.7
 """Shares of the storage's budget: thinning begins above the first and ends at the second."""
 
 
-async def make_room(
-    catalog: Catalog, storage: Storage, replay_limit_bytes: int, pinned: Collection[str] = ()
-) -> list[RecoveryPoint]:
-    """Give the points whose snapshots were removed: as was begun before, or since the budget is nearly used up."""
+async def make_room(catalog: Catalog, storage: Storage, replay_limit_bytes: int) -> list[RecoveryPoint]:
+    """Give the points whose snapshots were removed: as was begun before, or since the budget is nearly used up.
+
+    A point of which there is a clone stays.
+    """
     begun = await catalog.points(states={State.EXPIRING}, newest_first=False)
     gone = [await expire(catalog, storage, point) for point in begun]
     space = await storage.space()
     if space.snapshots <= space.budget * THIN_FROM:
         return gone
-    sealed = sorted(await catalog.bases(), key=lambda point: point.number)
-    going = thin(sealed, int(space.budget * THIN_TO), replay_limit_bytes, pinned)
+    pinned = {clone.point for clone in await storage.clones()}
+    going = thin(await catalog.bases(), int(space.budget * THIN_TO), replay_limit_bytes, pinned)
     return gone + [await expire(catalog, storage, point) for point in going]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trigger.clone_records import new_name
+from trigger.clone_records import new_name, sync_folder
 from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
 from trigger.model import Target, Volume
@@ -189,7 +189,7 @@ def _rename(source: str, destination: str) -> None:
     try:
         os.rename(source, destination)  # noqa: PTH104 - the words of the system call
         for folder in {os.path.dirname(source), os.path.dirname(destination)}:  # noqa: PTH120
-            _sync(Path(folder))
+            sync_folder(Path(folder))
     except OSError as error:
         raise RestoreError(f"{source} cannot be renamed to {destination}: {error.strerror}") from error
     reached("after-rename")
@@ -283,7 +283,7 @@ def _write(folder: Path, swap: Swap) -> None:
     finally:
         os.close(descriptor)
     draft.rename(folder / f"{swap.name}.swap")
-    _sync(folder)
+    sync_folder(folder)
 
 
 def _all(folder: Path) -> list[Swap]:
@@ -294,11 +294,3 @@ def _all(folder: Path) -> list[Swap]:
         if not swap.finished or any(os.path.lexists(kept) for kept in swap.kept):
             found.append(swap)
     return found
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

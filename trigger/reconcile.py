@@ -8,7 +8,7 @@ anything is made, and a sealed tag stands in the storage before the catalog says
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from trigger import tag
@@ -16,7 +16,6 @@ from trigger.catalog import Catalog
 from trigger.errors import StorageError, TrigpointError
 from trigger.model import CommitRecord, RecoveryPoint, State
 from trigger.ports import Storage, Tagged
-from trigger.position import Position
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ async def _settle_point(
         case State.OPEN:
             sealed = _sealed(found)
             if sealed is not None:
-                await catalog.seal(sealed[0], sealed[1], ends(*sealed))
+                await catalog.seal(sealed[0], sealed[1], {})
                 done.adopted.append(point.id)
             else:
                 await storage.delete(point.id)
@@ -124,8 +123,6 @@ async def _settle_stray(
         done.strange.append(stray.point)
     elif point.state is State.SEALED and stray.complete:
         if await catalog.adopt(point, records):
-            for stream, through in ends(point, records).items():
-                await catalog.settle(stream, through)
             done.adopted.append(stray.point)
     else:
         await storage.delete(stray.point)
@@ -141,13 +138,3 @@ def _sealed(found: Tagged | None) -> tuple[RecoveryPoint, list[CommitRecord]] | 
     except TrigpointError:
         return None
     return (point, records) if point.state is State.SEALED else None
-
-
-def ends(point: RecoveryPoint, records: Sequence[CommitRecord]) -> dict[str, Position]:
-    """Give by stream where the last of the commits that `point` holds ends."""
-    last: dict[str, Position] = {}
-    for commit in records:
-        position = Position(point.floor.history, commit.end)
-        if commit.stream not in last or position > last[commit.stream]:
-            last[commit.stream] = position
-    return last

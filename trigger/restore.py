@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trigger import clone_records
 from trigger.catalog import Catalog
@@ -273,15 +273,6 @@ async def _state(clone: Clone | None, note: Written | None, recovery: Recovery) 
     if clone is None:
         return CloneState.GONE
     return CloneState.RUNNING if await recovery.running(clone) else CloneState.STOPPED
-
-
-class _Storage(Protocol):
-    async def clones(self) -> list[Clone]: ...
-
-
-async def clones_in_use(storage: _Storage) -> set[str]:
-    """Give the ids of the points of which there are clones; their snapshots must stay."""
-    return {clone.point for clone in await storage.clones()}
 
 
 async def drop(name: str, site: Site) -> None:

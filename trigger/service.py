@@ -140,13 +140,12 @@ async def run(options: Options, *, force: bool = False, ready: Callable[[Service
     Raises:
         TrigpointError: what no waiting can help, of whatever part it came.
     """
-    with only_one(options.state_folder):
-        async with opened(options) as parts:
-            await preflight(parts, force=force)
-            service = await begin(parts)
-            with _signals(service):
-                await work(service, ready)
-            await leave_nothing_undone(parts)
+    async with alone(options) as parts:
+        await preflight(parts, force=force)
+        service = await begin(parts)
+        with _signals(service):
+            await work(service, ready)
+        await leave_nothing_undone(parts)
 
 
 async def leave_nothing_undone(parts: Parts) -> None:
@@ -166,6 +165,14 @@ async def opened(options: Options) -> AsyncIterator[Parts]:
         yield parts
     finally:
         await parts.close()
+
+
+@contextlib.asynccontextmanager
+async def alone(options: Options) -> AsyncIterator[Parts]:
+    """Hold the state folder and the parts; raises `ConfigError` where another process holds the folder."""
+    with only_one(options.state_folder):
+        async with opened(options) as parts:
+            yield parts
 
 
 async def preflight(parts: Parts, *, force: bool) -> None:
@@ -342,8 +349,7 @@ async def watch_checkpoints(service: Service) -> None:
 async def keep_room(service: Service) -> None:
     """Thin snapshots before the storage's budget is used up, and let go of log that no kept point needs."""
     parts, agenda = service.parts, service.agenda
-    pinned = {clone.point for clone in await parts.storage.clones()}
-    gone = await make_room(parts.catalog, parts.storage, agenda.replay_limit_bytes, pinned)
+    gone = await make_room(parts.catalog, parts.storage, agenda.replay_limit_bytes)
     if gone:
         log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
         await release_log(parts.catalog, parts.journal)
@@ -371,11 +377,10 @@ async def _new_base(service: Service, note: str) -> None:
 
 async def take_one(options: Options, note: str) -> RecoveryPoint:
     """Take one point where no service runs, of whatever is durable now; gives it sealed or failed."""
-    with only_one(options.state_folder):
-        async with opened(options) as parts:
-            await preflight(parts, force=False)
-            service = await begin(parts)
-            point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
-            if point.state is not State.SEALED:
-                raise TrigpointError(f"point {point.number} failed: {point.failure}")
-            return point
+    async with alone(options) as parts:
+        await preflight(parts, force=False)
+        service = await begin(parts)
+        point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
+        if point.state is not State.SEALED:
+            raise TrigpointError(f"point {point.number} failed: {point.failure}")
+        return point

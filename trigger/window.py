@@ -49,7 +49,7 @@ class Collected:
     @property
     def newest(self) -> Pending | None:
         """The pending commit that ends last in the log; None where nothing is pending."""
-        return max(self.pending, key=lambda pending: pending.commit.end, default=None)
+        return self.pending[-1] if self.pending else None
 
     def records(self) -> list[CommitRecord]:
         """Give a record of each pending commit: the newest is protected, the others are coalesced into its point."""
@@ -77,7 +77,6 @@ class _Stream:
     source: Source
     through: Position | None
     """Everything up to here was delivered to the window."""
-    settled: Position | None
     pending: deque[Pending] = field(default_factory=deque)
     delivered: dict[History, Lsn] = field(default_factory=dict)
     """By history, up to where commits have come; what comes again at or before it is a repetition."""
@@ -94,7 +93,7 @@ class _Stream:
 
 
 def _stream(source: Source, settled: Position | None) -> _Stream:
-    return _Stream(source, settled, settled, delivered={settled.history: settled.at} if settled else {})
+    return _Stream(source, settled, delivered={settled.history: settled.at} if settled else {})
 
 
 class Window:
@@ -185,7 +184,6 @@ class Window:
             stream = self._streams[name]
             while stream.pending and _at_or_before(stream.pending[0].commit.position, through):
                 stream.pending.popleft()
-            stream.settled = through
             if stream.connected and not any(broken.stream == name for broken in self._breaks):
                 try:
                     await stream.source.acknowledge(through)

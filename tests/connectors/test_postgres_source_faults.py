@@ -7,8 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from connectors.databases.postgres.source import PostgresSource
 from tests.connectors.reading import everything, flushed, fresh_database, opened, settled
 from tests.fixtures.postgres import MAJORS, Cluster, free_port, running_cluster
 from tests.fixtures.volumes import plain_folder
+from tests.fixtures.wire import Wire
 from trigger.errors import SourceError
 from trigger.model import Commit
 from trigger.ports import Break
@@ -323,50 +322,6 @@ def test_a_server_that_has_gone_silent_is_noticed(cluster: Cluster, database: st
     asyncio.run(run())
 
 
-class Wire:
-    """A TCP proxy before the server that can be cut on the client's side while the server's side stays open."""
-
-    def __init__(self, port: int) -> None:
-        self.port = free_port()
-        self._server = port
-        self._kept: list[socket.socket] = []
-        self._clients: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._server))
-                self._clients.append(client)
-                self._kept.append(server)
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
-
-    @staticmethod
-    def _pump(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-
-    def cut(self) -> None:
-        for client in self._clients:
-            with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
-            client.close()
-        self._clients.clear()
-
-    def close(self) -> None:
-        self.cut()
-        for server in self._kept:
-            with contextlib.suppress(OSError):
-                server.shutdown(socket.SHUT_RDWR)
-            server.close()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
 def test_a_cut_wire_is_an_error_and_opening_again_waits_until_the_server_has_noticed(
     cluster: Cluster, database: str
 ) -> None:
@@ -377,7 +332,8 @@ def test_a_cut_wire_is_an_error_and_opening_again_waits_until_the_server_has_not
         await insert(cluster, database)
         _, through = await settled(cluster, source)
         await insert(cluster, database)
-        wire.cut()
+        wire.cut(server_learns=False)
+        wire.mend()
         assert (await broken(source)).retryable
         assert await source.open(through) is None  # C9: the old process holds the slot until wal_sender_timeout
         assert len(await everything(cluster, source)) == 1

@@ -278,7 +278,8 @@ MUTANTS = (
         reconcile,
         "_settle_point",
         "await catalog.seal(sealed[0], sealed[1],",
-        "await catalog.seal(sealed[0], [],",
+        "await catalog.seal(sealed[0], [],"
+        " {r.stream: type(point.floor)(point.floor.history, r.end) for r in sealed[1]} or",
         "P1",
     ),
     Mutant(

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.postgres import running_cluster, server_owner
+from connectors.databases.postgres.programs import server_owner
+from tests.fixtures.postgres import running_cluster
 from tests.fixtures.service import CHECKOUT, Deployment, deployment
 from tests.fixtures.volumes import loop_volume, plain_folder
 from trigger.json_reference import STATUS

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from connectors.databases.postgres.programs import as_owner, copy_programs, find_programs
-from tests.fixtures.postgres import server_owner
+from connectors.databases.postgres.programs import as_owner, copy_programs, find_programs, server_owner
 from tests.fixtures.volumes import plain_folder
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

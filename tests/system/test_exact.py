@@ -48,18 +48,6 @@ def _commit_for(deployed: Deployment, seconds: float) -> None:
     load_.end()
 
 
-def _switch_timeline(cluster: Cluster) -> None:
-    """Bring the cluster to timeline 2, as a restore of it from an archive would."""
-    cluster.stop()
-    cluster.configure({"restore_command": "false"})
-    (cluster.data / "recovery.signal").touch()
-    cluster.start()
-    deadline = time.monotonic() + 60
-    while cluster.sql("SELECT pg_is_in_recovery()")[0][0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def _live_through_it(deployed: Deployment) -> Past:
     """Make the history: a load, a load while the service is down, a switch of the timeline, a load."""
     cluster, past = deployed.cluster, Past()
@@ -73,7 +61,7 @@ def _live_through_it(deployed: Deployment) -> Past:
     deployed.settle()
     past.starts |= judge.logged_commits(cluster, first)
     switched = _end_of_log(cluster)
-    _switch_timeline(cluster)
+    cluster.switch_timeline()
     deployed.wait_for(lambda: deployed.status().get("ready"), "the stream on the new timeline")
     _commit_for(deployed, 2)
     deployed.settle()

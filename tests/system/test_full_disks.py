@@ -17,8 +17,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from connectors.databases.postgres.programs import server_owner
 from tests.fixtures import judge
-from tests.fixtures.postgres import server_owner
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import loop_volume
 from trigger.catalog import Catalog

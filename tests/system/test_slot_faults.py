@@ -419,7 +419,7 @@ def test_another_timeline_is_one_gap_and_commits_of_both_come_back(deployed: Dep
     assert deployed.stop() == 0
     settled, known = _settled(deployed), len(deployed.ask("list", "--gaps"))
     still_seen = _commit(cluster)  # the slot has them, and the new timeline too
-    _switch_timeline(cluster)
+    cluster.switch_timeline()
     later = _commit(cluster)
     deployed.start()
     later += _commit(cluster)
@@ -434,18 +434,6 @@ def test_another_timeline_is_one_gap_and_commits_of_both_come_back(deployed: Dep
     _assert_comes_back(deployed, later[-2], everything - {later[-1].xid}, {later[-1].xid})
     _assert_comes_back(deployed, still_seen[0], {made.xid for made in seen}, {made.xid for made in still_seen[1:]})
     assert deployed.stop() == 0
-
-
-def _switch_timeline(cluster: Cluster) -> None:
-    """Bring the cluster to timeline 2, as a restore of it from an archive would."""
-    cluster.stop()
-    cluster.configure({"restore_command": "false"})
-    (cluster.data / "recovery.signal").touch()
-    cluster.start()
-    deadline = time.monotonic() + 60
-    while cluster.sql("SELECT pg_is_in_recovery()")[0][0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_another_cluster_in_the_same_place_is_one_gap_and_its_commits_come_back(

@@ -149,12 +149,10 @@ def reconcile(
 
 async def _reconcile(chosen: Options, *, accept_loss: bool) -> Any:
     from trigger import service
-    from trigger.control import only_one
     from trigger.reconcile import reconcile as settle
 
-    with only_one(chosen.state_folder):
-        async with service.opened(chosen) as parts:
-            return await settle(parts.catalog, parts.storage, accept_loss=accept_loss)
+    async with service.alone(chosen) as parts:
+        return await settle(parts.catalog, parts.storage, accept_loss=accept_loss)
 
 
 def release(
@@ -178,11 +176,9 @@ def release(
 
 async def _release(chosen: Options) -> list[str]:
     from trigger import service
-    from trigger.control import only_one
 
-    with only_one(chosen.state_folder):
-        async with service.opened(chosen) as parts:
-            return await parts.database.remove()
+    async with service.alone(chosen) as parts:
+        return await parts.database.remove()
 
 
 def clear(
@@ -205,15 +201,13 @@ def clear(
 
 async def _clear(chosen: Options, volume: str) -> None:
     from trigger import service
-    from trigger.control import only_one
 
     names = [known.name for known in chosen.volumes]
     if volume not in names:
         raise ConfigError(f"there is no volume {volume!r}", hint=f"the volumes are {', '.join(names)}")
-    with only_one(chosen.state_folder):
-        async with service.opened(chosen) as parts:
-            for agent in parts.agents:
-                await agent.clear(volume)
+    async with service.alone(chosen) as parts:
+        for agent in parts.agents:
+            await agent.clear(volume)
 
 
 def configure_logging(*, verbose: bool, as_json: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pwd
 import shutil
 import signal
 import tempfile
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectors.databases.postgres.programs import run
+from connectors.databases.postgres.programs import run, server_owner
 from trigger.errors import ConfigError, TrigpointError
 
 _VOLUME_BYTES = 8 << 30
@@ -92,7 +91,7 @@ async def prepare(folder: Path | None, storage: str) -> tuple[Place, str]:
         raise ConfigError(why, hint="--storage directory works anywhere")
     root = _folder(folder)
     driver = "directory" if why or storage == "directory" else "btrfs"
-    place = Place(root, driver, _owner())
+    place = Place(root, driver, server_owner())
     try:
         if driver == "btrfs":
             try:
@@ -136,17 +135,6 @@ def kept(folder: Path | None) -> Path:
     if not (folder / _MARK).exists():
         raise ConfigError(f"{folder} is not the folder of a demo", hint="the demo that was kept said which")
     return folder.absolute()
-
-
-def _owner() -> tuple[int, int]:
-    """Give who runs the server: oneself, or where that is root an ordinary user of this machine."""
-    if os.geteuid() != 0:
-        return os.getuid(), os.getgid()
-    for name in ("postgres", "nobody"):
-        with contextlib.suppress(KeyError):
-            entry = pwd.getpwnam(name)
-            return entry.pw_uid, entry.pw_gid
-    raise ConfigError("PostgreSQL does not run as root, and there is no user postgres or nobody here")
 
 
 async def _make_btrfs(place: Place) -> None:

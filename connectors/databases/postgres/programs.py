@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import pwd
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
@@ -137,6 +138,21 @@ async def run(
 def minimal_environment() -> dict[str, str]:
     """Give an environment that makes programs print English and inherit no connection settings of ours."""
     return {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C", "LC_ALL": "C", "HOME": "/"}
+
+
+def server_owner() -> tuple[int, int]:
+    """Give who may run a server of ours: oneself, or where that is root an ordinary user of this machine.
+
+    Raises:
+        ConfigError: we are root, and there is neither a user postgres nor nobody.
+    """
+    if os.geteuid() != 0:
+        return os.getuid(), os.getgid()
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            return entry.pw_uid, entry.pw_gid
+    raise ConfigError("PostgreSQL does not run as root, and there is no user postgres or nobody here")
 
 
 def as_owner(owner: tuple[int, int] | None) -> dict[str, Any]:
