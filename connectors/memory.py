@@ -355,13 +355,16 @@ class MemoryClock:
 
 
 class MemorySource:
-    """Port `Source`: one stream of the world's cluster."""
+    """Port `Source`: one stream of the world's cluster; one that `repeats` gives again what was not acknowledged."""
 
     heartbeat_seconds = 5.0
+    trouble = ""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, *, repeats: bool = False) -> None:
         self._world = world
         self.name = name
+        self._repeats = repeats
+        self._says_where_it_begins = False
         self._session = -1
         self._read_until = _FIRST_LSN
         self._lineage = world.cluster.lineage()
@@ -375,9 +378,10 @@ class MemorySource:
         slot, broken = self._slot(after)
         self._session = cluster.session
         self._lineage = cluster.lineage()
+        self._says_where_it_begins = after is None
         self._read_until = slot.confirmed
-        if broken is None and after is not None:
-            self._read_until = max(slot.confirmed, after.at)
+        if after is not None and not self._repeats:
+            self._read_until = broken.until.at if broken else after.at
         return broken
 
     def _slot(self, after: Position | None) -> tuple[Slot, Break | None]:
@@ -396,12 +400,15 @@ class MemorySource:
             reason = reason or f"the slot was moved ahead to {slot.confirmed}"
         else:
             return slot, None
-        return slot, Break(lineage.at(slot.confirmed), reason)
+        return slot, Break(lineage.at(max(slot.confirmed, lineage.shared(after) or Lsn(0))), reason)
 
     async def read(self) -> Batch:
         """Wait for log that was flushed, and give the commits of this stream in it."""
         while True:
             self._require_connection()
+            if self._says_where_it_begins:
+                self._says_where_it_begins = False
+                return Batch((), self._lineage.at(self._read_until))
             batch = self._arrived()
             if batch is not None:
                 return batch

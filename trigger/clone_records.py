@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from trigger.errors import RestoreError
+from trigger.host import make_passage
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
@@ -74,7 +75,7 @@ def intent(folder: Path, record: CloneRecord) -> Iterator[None]:
     Raises:
         RestoreError: the name is taken.
     """
-    folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+    make_passage(folder)
     draft = folder / f".{record.name}.{secrets.token_hex(4)}"
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -142,7 +143,7 @@ def written(folder: Path) -> dict[str, Written]:
 
 def make_folder(folder: Path) -> None:
     """Make a folder for staged log, which its owner alone may enter; who may pass above is let through."""
-    folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    make_passage(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 

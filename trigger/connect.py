@@ -84,7 +84,7 @@ async def connect(options: Options) -> Parts:
         ConfigError: a driver's library is missing, or the cluster does not answer and was never seen before.
         CatalogError: the catalog cannot be opened.
     """
-    make_state_folder(options.state_folder)
+    host.make_passage(options.state_folder)
     volumes = options.volume_list
     database = _database(options)
     layout = await known_layout(database, options.state_folder)
@@ -136,11 +136,6 @@ def _storage(options: Options, volumes: Sequence[Volume]) -> Any:
         case "directory":
             settings["paranoid"] = chosen.paranoid
     return driver("storage", chosen.driver)(chosen.folder, **settings)
-
-
-def make_state_folder(folder: Path) -> None:
-    """Make the state folder; others may pass through it (clones' servers run as the owner of the data), not look."""
-    folder.mkdir(mode=0o711, parents=True, exist_ok=True)
 
 
 async def known_layout(database: Database, state_folder: Path) -> Layout:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trigger.errors import ConfigError, TrigpointError
+from trigger.host import make_passage
 
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -39,7 +40,7 @@ def only_one(state_folder: Path) -> Iterator[None]:
 
     The lock is the kernel's own and ends with the process, however it ends.
     """
-    state_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_passage(state_folder)
     descriptor = os.open(state_folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -57,6 +58,16 @@ def subvolume_of(path: Path) -> Path:
 def read_mounts() -> list[Mount]:
     """Give the mounts that this process sees."""
     return mounts(Path("/proc/self/mountinfo").read_text(errors="replace"))
+
+
+def make_passage(folder: Path) -> None:
+    """Make a folder that others may pass through and not look into; one that is there is left as it is.
+
+    The servers of clones run as the owner of the data and must get through to the log that they replay.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+        folder.chmod(0o711)  # whatever our umask is
 
 
 # ------------------------------------------------------------------------------------------------------ findings
@@ -130,7 +141,7 @@ def check_state_folder(folder: Path) -> Iterator[Finding]:
         if not os.access(parent, os.W_OK | os.X_OK):
             message = f"{folder} is not there and cannot be made in {parent}"
             yield Finding(
-                "state folder", Severity.REFUSED, message, f"make it, owned by user {os.geteuid()}, mode 0700"
+                "state folder", Severity.REFUSED, message, f"make it, owned by user {os.geteuid()}, mode 0711"
             )
         return
     found = folder.stat()
@@ -138,7 +149,10 @@ def check_state_folder(folder: Path) -> Iterator[Finding]:
         yield Finding("state folder", Severity.REFUSED, f"{folder} cannot be written", f"chown {os.geteuid()} {folder}")
     elif found.st_mode & 0o022:
         message = f"{folder} can be written by others (mode {stat.S_IMODE(found.st_mode):04o})"
-        yield Finding("state folder", Severity.REFUSED, message, f"chmod 0700 {folder}: whoever may write it is us")
+        yield Finding("state folder", Severity.REFUSED, message, f"chmod 0711 {folder}: whoever may write it is us")
+    elif os.geteuid() == 0 and not found.st_mode & 0o001:
+        message = f"clones' servers run as the data's owner, who does not get through {folder} to the log they replay"
+        yield Finding("state folder", Severity.WARNING, message, f"chmod 0711 {folder}")
 
 
 def check_clock(synchronised: bool | None) -> Finding:

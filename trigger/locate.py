@@ -10,7 +10,7 @@ from trigger.catalog import Catalog, Found
 from trigger.errors import JournalError, RestoreError
 from trigger.model import CommitRecord, Gap, Outcome, RecoveryPoint
 from trigger.ports import Journal
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import History, Lineage, Lsn
 
 
 class Where(StrEnum):
@@ -141,11 +141,13 @@ def _newest_before(lsn: Lsn, lineage: Lineage, bases: list[RecoveryPoint]) -> in
 
 
 def _gap_at(lsn: Lsn, lineage: Lineage, gaps: list[Gap], stream: str | None) -> Gap | None:
-    """Give the gap around `lsn`; one that ends in a later history reaches to the end of its own."""
+    """Give the gap around `lsn`; one that begins on a timeline that was left begins here where that was left.
+
+    One that ends in a later history reaches to the end of its own.
+    """
     for gap in gaps:
-        if stream not in (None, gap.stream) or not lineage.includes(Position(gap.after.history, gap.after.at)):
-            continue
-        if gap.after.at <= lsn and (lsn < gap.until.at or not lineage.includes(gap.until)):
+        after = lineage.shared(gap.after) if stream in (None, gap.stream) else None
+        if after is not None and after <= lsn and (lsn < gap.until.at or not lineage.includes(gap.until)):
             return gap
     return None
 

@@ -50,7 +50,7 @@ class Protected:
     flush_deadline_seconds: float
     random: random.Random = field(default_factory=random.SystemRandom)
     leftovers: list[str] = field(default_factory=list)
-    """Failed points of which the storage would not let go; tried again once it takes a snapshot."""
+    """Points of which the storage would not let go; tried again once it takes a snapshot."""
 
 
 async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
@@ -212,13 +212,11 @@ async def abandon(cluster: Protected, point: RecoveryPoint, reason: str) -> Reco
 
 
 async def clear_away(cluster: Protected) -> None:
-    """Remove what failed points left behind; what still will not go is left to the next reconcile."""
-    left, cluster.leftovers[:] = list(cluster.leftovers), []
-    for point in left:
-        try:
+    """Remove what failed points left behind; what still will not go is tried again with the next point."""
+    for point in tuple(cluster.leftovers):
+        with contextlib.suppress(StorageError):
             await cluster.storage.delete(point)
-        except StorageError as error:
-            log.warning("what is left of point %s stays until the next reconcile: %s", point, error)
+            cluster.leftovers.remove(point)
 
 
 async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> None:
@@ -268,7 +266,7 @@ async def settle_idle(cluster: Protected, window: Window) -> None:
 
 async def tidy(cluster: Protected, window: Window, agenda: Agenda) -> None:
     """After a failure: finish or undo what was begun, and settle what the catalog has the outcome of by now."""
-    await reconcile(cluster.catalog, cluster.storage)
+    cluster.leftovers[:] = (await reconcile(cluster.catalog, cluster.storage)).stuck
     newest = await cluster.catalog.latest()
     if newest is not None and (agenda.base is None or newest.number > agenda.base.number):
         await cluster.catalog.close_gaps(newest.number)

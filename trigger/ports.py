@@ -45,7 +45,7 @@ class Break(NamedTuple):
     """Why a source cannot go on where it was left."""
 
     until: Position
-    """From here on commits are seen again."""
+    """From here on commits are seen again: where the slot goes on, or what of the settled is the server's past too."""
     reason: str
 
 
@@ -74,6 +74,7 @@ class Source(Protocol):
         """Wait until something has arrived and give all of it, up to a bound of the driver's own.
 
         A cancelled read loses nothing. Commits that end at or before `after` of the last `open` are not delivered.
+        The first read of a stream opened with None says at once where it begins, however idle the server is.
 
         Raises:
             SourceError: the connection broke (retryable), or the stream cannot be understood (not retryable).
@@ -89,6 +90,9 @@ class Source(Protocol):
         ...
 
     heartbeat_seconds: float
+
+    trouble: str
+    """What of a connected stream is not in order, for the operator; empty where all is."""
 
     async def close(self) -> None:
         """Disconnect; the slot stays. Never raises."""

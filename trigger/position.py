@@ -112,6 +112,13 @@ class Lineage:
             return True
         return any(timeline == position.history.timeline and position.at <= left_at for timeline, left_at in self.forks)
 
+    def shared(self, position: Position) -> Lsn | None:
+        """Give how much of what lies up to `position` belongs here; None where nothing of its timeline does."""
+        if self.includes(position):
+            return position.at
+        left = (left_at for timeline, left_at in self.forks if timeline == position.history.timeline)
+        return next(left, None) if position.history.system == self.history.system else None
+
     def at(self, lsn: Lsn) -> Position:
         """Give the position of `lsn` on the timeline that owned it in this lineage."""
         for timeline, left_at in self.forks:

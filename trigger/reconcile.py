@@ -39,9 +39,11 @@ class Reconciliation:
     """Were being removed: now gone."""
     strange: list[str] = field(default_factory=list)
     """Bear one of our names, but their tag cannot be read or is of another cluster: left alone, for the operator."""
+    stuck: list[str] = field(default_factory=list)
+    """Should have gone, but the storage would not let go of them: tried again with the next point, or the next pass."""
 
     def __bool__(self) -> bool:
-        return any((self.adopted, self.failed, self.removed, self.phantoms, self.expired, self.strange))
+        return any((self.adopted, self.failed, self.removed, self.phantoms, self.expired, self.strange, self.stuck))
 
 
 async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = False) -> Reconciliation:
@@ -95,19 +97,18 @@ async def _settle_point(
                 await catalog.seal(sealed[0], sealed[1], {})
                 done.adopted.append(point.id)
             else:
-                await storage.delete(point.id)
+                await _remove(storage, point.id, done)
                 await catalog.fail(point, INTERRUPTED)
                 done.failed.append(point.id)
         case State.SEALED if found is None or not found.complete:
             await catalog.fail(point, GONE)
             done.phantoms.append(point.id)
-        case State.EXPIRING:
-            await storage.delete(point.id)
+        case State.EXPIRING if await _remove(storage, point.id, done):
             await catalog.change(point, State.EXPIRED)
             done.expired.append(point.id)
         case State.FAILED | State.EXPIRED if found is not None and point.failure != GONE:
-            await storage.delete(point.id)
-            done.removed.append(point.id)
+            if await _remove(storage, point.id, done):
+                done.removed.append(point.id)
 
 
 async def _settle_stray(
@@ -124,9 +125,19 @@ async def _settle_stray(
     elif point.state is State.SEALED and stray.complete:
         if await catalog.adopt(point, records):
             done.adopted.append(stray.point)
-    else:
-        await storage.delete(stray.point)
+    elif await _remove(storage, stray.point, done):
         done.removed.append(stray.point)
+
+
+async def _remove(storage: Storage, point: str, done: Reconciliation) -> bool:
+    """Whether the storage has let go of a point; one that stays must not keep commits from being protected."""
+    try:
+        await storage.delete(point)
+    except StorageError as error:
+        log.warning("point %s stays in the storage for now: %s", point, error)
+        done.stuck.append(point)
+        return False
+    return True
 
 
 def _sealed(found: Tagged | None) -> tuple[RecoveryPoint, list[CommitRecord]] | None:

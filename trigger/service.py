@@ -53,8 +53,8 @@ class Service:
     agenda: Agenda
     started_at: datetime
     last_audit: Sequence[Finding] = ()
-    journal_trouble: str = ""
-    """Why the journal is not kept at present."""
+    upkeep: dict[str, str] = field(default_factory=dict)
+    """What beside the main path is not done at present, and why."""
     stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     def stop(self) -> None:
@@ -105,8 +105,7 @@ class Service:
             yield self.agenda.trouble
         for name, why in self.window.troubles().items():
             yield f"stream {name}: {why}"
-        if self.journal_trouble:
-            yield f"the journal is not kept: {self.journal_trouble}"
+        yield from (f"{what}: {why}" for what, why in self.upkeep.items())
 
     async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Give the answer to one request of the command line."""
@@ -192,7 +191,7 @@ async def preflight(parts: Parts, *, force: bool) -> None:
 async def begin(parts: Parts) -> Service:
     """Give the service with what a crash left behind finished or undone, its streams not yet open."""
     options, clock = parts.options, SystemClock()
-    await reconcile(parts.catalog, parts.storage)
+    stuck = (await reconcile(parts.catalog, parts.storage)).stuck
     for agent in parts.agents:
         await agent.prepare(parts.volumes)
     cluster = Protected(
@@ -204,6 +203,7 @@ async def begin(parts: Parts) -> Service:
         clock,
         options.points,
         options.agent.deadline_seconds,
+        leftovers=stuck,
     )
     settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
     window = Window(parts.sources, settled, Rules(options.rules).judge)
@@ -228,9 +228,9 @@ async def work(service: Service, ready: Callable[[Service], None] | None = None)
             background += [
                 tasks.create_task(coroutine, name=name)
                 for name, coroutine in (
-                    ("checkpoints", _every(WATCH_SECONDS, lambda: watch_checkpoints(service))),
-                    ("room", _every(ROOM_SECONDS, lambda: keep_room(service))),
-                    ("audit", _every(AUDIT_SECONDS, lambda: audit_journal(service))),
+                    ("checkpoints", _every(WATCH_SECONDS, watch_checkpoints, service, "checkpoints are not watched")),
+                    ("room", _every(ROOM_SECONDS, keep_room, service, "no room is made for snapshots")),
+                    ("audit", _every(AUDIT_SECONDS, audit_journal, service, "the journal is not audited")),
                     ("control", serve(parts.options.state_folder, service.answer)),
                 )
             ]
@@ -273,8 +273,8 @@ def _signals(service: Service) -> Any:
             loop.remove_signal_handler(number)
 
 
-async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
-    """Do `act` for ever, `seconds` apart; an expected error is logged and tried again.
+async def _every(seconds: float, act: Callable[[Service], Awaitable[None]], service: Service, if_not: str) -> None:
+    """Do `act` for ever, `seconds` apart; an expected error is shown in the status until it has gone.
 
     What takes long is done less often, so that it takes no more than `UPKEEP_SHARE` of the time.
     """
@@ -282,25 +282,25 @@ async def _every(seconds: float, act: Callable[[], Awaitable[None]]) -> None:
     while True:
         began = clock()
         try:
-            await act()
+            await act(service)
+            service.upkeep.pop(if_not, None)
         except (TrigpointError, OSError) as error:
-            log.warning("%s", error)
+            if service.upkeep.get(if_not) != str(error):  # once, not every second
+                log.warning("%s: %s", if_not, error)
+            service.upkeep[if_not] = str(error)
         await asyncio.sleep(max(seconds, (clock() - began) / UPKEEP_SHARE))
 
 
 async def _keep_journal(service: Service) -> None:
     """Keep the journal; where it cannot go on, say so loudly and try again, since points still have their worth."""
-
-    def it_runs() -> None:
-        service.journal_trouble = ""
-
+    what = "the journal is not kept"
     while True:
-        runs = asyncio.get_running_loop().call_later(WATCH_SECONDS, it_runs)
+        runs = asyncio.get_running_loop().call_later(WATCH_SECONDS, service.upkeep.pop, what, None)
         try:
             await service.parts.journal.run()
         except (JournalError, OSError) as error:
-            service.journal_trouble = str(error)
-            log.error("the journal is not kept: commits between points cannot be restored exactly: %s", error)
+            service.upkeep[what] = str(error)
+            log.error("%s: commits between points cannot be restored exactly: %s", what, error)
         finally:
             runs.cancel()
         await asyncio.sleep(WATCH_SECONDS)

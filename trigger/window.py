@@ -17,7 +17,7 @@ from typing import NamedTuple
 from trigger.errors import SourceError
 from trigger.model import Changes, Commit, CommitRecord, Outcome
 from trigger.ports import Break, Source
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import Lineage, Position
 from trigger.qualify import Pending, Tally
 
 log = logging.getLogger(__name__)
@@ -76,24 +76,15 @@ def record(commit: Commit, outcome: Outcome) -> CommitRecord:
 class _Stream:
     source: Source
     through: Position | None
-    """Everything up to here was delivered to the window."""
+    """Everything up to here was delivered to the window; what comes again at or before it is a repetition."""
     pending: deque[Pending] = field(default_factory=deque)
-    delivered: dict[History, Lsn] = field(default_factory=dict)
-    """By history, up to where commits have come; what comes again at or before it is a repetition."""
     connected: bool = False
     trouble: str = ""
     """Why it is not connected."""
 
-    def is_new(self, commit: Commit) -> bool:
-        """Whether `commit` comes for the first time; if so, note it."""
-        if commit.end <= self.delivered.get(commit.history, -1):
-            return False
-        self.delivered[commit.history] = commit.end
-        return True
-
-
-def _stream(source: Source, settled: Position | None) -> _Stream:
-    return _Stream(source, settled, delivered={settled.history: settled.at} if settled else {})
+    def has(self, position: Position) -> bool:
+        """Whether what ends at `position` was delivered already."""
+        return self.through is not None and _at_or_before(position, self.through)
 
 
 class Window:
@@ -113,7 +104,7 @@ class Window:
         judge: Callable[[Commit], str | None],
         bound: int = BOUND,
     ) -> None:
-        self._streams = {s.name: _stream(s, settled.get(s.name)) for s in sources}
+        self._streams = {s.name: _Stream(s, settled.get(s.name)) for s in sources}
         self._judge = judge
         self._bound = bound
         self._changed = asyncio.Event()
@@ -148,9 +139,11 @@ class Window:
         """Give all that is pending now in the earliest history, in log order; it stays in the window until `settle`.
 
         A round is of one history, since one point is: where a stream has gone on to a new timeline, what is pending
-        there waits for the next round.
+        there waits for the next round. A stream whose break has no gap in the catalog yet gives nothing: to settle what
+        lies behind the break would hide what was lost in it.
         """
-        streams = self._streams.values()
+        broken = {one.stream for one in self._breaks}
+        streams = [stream for name, stream in self._streams.items() if name not in broken]
         heads = [s.pending[0].commit.history for s in streams if s.pending]
         history = min(heads, key=lambda head: head.timeline, default=None)
         pending: list[Pending] = []
@@ -159,8 +152,8 @@ class Window:
             mine = list(itertools.takewhile(lambda p: p.commit.history == history, stream.pending))
             pending += mine
             through, last = stream.through, mine[-1].commit.position if mine else None
-            if len(mine) < len(stream.pending) or (last and not _same_and_covers(through, last)):
-                through = last  # more waits behind, or the slot went back and what it repeats has not come yet
+            if len(mine) < len(stream.pending) or (last and through and through.history != last.history):
+                through = last  # more waits behind, or the stream has gone on to the next timeline
             if through is not None:
                 settled[stream.source.name] = through
         return Collected(sorted(pending, key=lambda p: p.commit.end), settled)
@@ -212,8 +205,9 @@ class Window:
         return {name: stream.connected for name, stream in self._streams.items()}
 
     def troubles(self) -> Mapping[str, str]:
-        """Give by stream why it is not connected, where it was and broke."""
-        return {name: stream.trouble for name, stream in self._streams.items() if stream.trouble}
+        """Give by stream why it is not connected, or what its source says is not in order."""
+        found = {name: stream.trouble or stream.source.trouble for name, stream in self._streams.items()}
+        return {name: trouble for name, trouble in found.items() if trouble}
 
     # What the sources do
 
@@ -262,18 +256,15 @@ class Window:
         """Judge what has arrived; what no rule takes is counted and not kept."""
         now = asyncio.get_running_loop().time()
         for commit in commits:
-            if not stream.is_new(commit):
+            if stream.has(commit.position):
                 continue
             rule = self._judge(commit)
             self.tally.count(rule)
             if rule is not None:
                 stream.pending.append(Pending(commit, rule, now))
-        stream.through = through
+        if not stream.has(through):
+            stream.through = through
         self._changed.set()
-
-
-def _same_and_covers(through: Position | None, position: Position) -> bool:
-    return through is not None and through.history == position.history and through.at >= position.at
 
 
 def _at_or_before(position: Position, through: Position) -> bool:

@@ -67,6 +67,19 @@ async def commits_come_once_each_in_the_order_of_the_log(rig: SourceRig) -> None
 
 
 @claim
+async def a_stream_opened_for_the_first_time_says_at_once_where_it_begins(rig: SourceRig) -> None:
+    source = rig.driver()
+    assert await source.open(None) is None
+    async with asyncio.timeout(2):  # an idle server says nothing for much longer
+        commits, begin = await source.read()
+    assert commits == ()
+    rig.commit("first")
+    (first,), _ = await read_until(source, "first")
+    await source.close()
+    assert first.position >= begin
+
+
+@claim
 async def a_restart_resumes_behind_what_was_settled(rig: SourceRig) -> None:
     after = await settled(rig)
     rig.commit("while away")

@@ -45,6 +45,13 @@ class SeesNoBreak(MemorySource):
         return None
 
 
+class SaysNothingUntilThereIsLog(MemorySource):
+    async def open(self, after: Position | None) -> Break | None:
+        found = await super().open(after)
+        self._says_where_it_begins = False
+        return found
+
+
 class GivesSettledCommitsAgain(MemorySource):
     async def open(self, after: Position | None) -> Break | None:
         found = await super().open(after)
@@ -83,6 +90,7 @@ BROKEN: list[tuple[type[MemorySource], Claim]] = [
     (SeesNoBreak, source_claims.a_slot_that_was_dropped_is_a_break),
     (SeesNoBreak, source_claims.a_slot_that_somebody_made_anew_is_a_break),
     (SeesNoBreak, source_claims.a_slot_that_was_moved_ahead_is_a_break),
+    (SaysNothingUntilThereIsLog, source_claims.a_stream_opened_for_the_first_time_says_at_once_where_it_begins),
     (GivesSettledCommitsAgain, source_claims.a_restart_resumes_behind_what_was_settled),
     (LosesWhatACancelledReadHad, source_claims.a_cancelled_read_loses_nothing),
     (ForgetsBeforeItIsTold, source_claims.what_was_not_acknowledged_comes_again),

@@ -136,7 +136,7 @@ class Life:
     async def _body(self) -> None:
         """Begin as the service begins, then work until the main path ends."""
         cluster = await self._parts()
-        await reconcile.reconcile(cluster.catalog, cluster.storage)
+        cluster.leftovers[:] = (await reconcile.reconcile(cluster.catalog, cluster.storage)).stuck
         await self.reconciled()
         for agent in cluster.agents:
             await agent.prepare(cluster.volumes)
@@ -204,10 +204,10 @@ class _Storage(MemoryStorage):
 
 
 class _Noted(MemorySource):
-    """A source that writes into the event log what it gives."""
+    """A source that writes into the event log what it gives, and repeats, as the port allows."""
 
     def __init__(self, life: Life, name: str) -> None:
-        super().__init__(life.world, name)
+        super().__init__(life.world, name, repeats=True)
         self._life = life
 
     async def open(self, after: Position | None) -> Break | None:

@@ -164,6 +164,7 @@ class Simulation:
             if self.loop.time() > bound:
                 raise Violation(f"liveness: not settled {QUIET_SECONDS:g} s after the last mishap")
             await self._until(self.loop.time() + 1.0, lives)
+            self._act_flush()  # the end of a burst may come in later, and a server's log writer never rests
         self.note("all is settled")
 
     def _is_settled(self) -> bool:

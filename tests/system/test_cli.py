@@ -120,8 +120,8 @@ def test_check_refuses_a_state_folder_that_a_link_puts_on_the_protected_volume()
     with deployment(15, "directory") as deployed:
         inside = deployed.cluster.data / "sneaky"
         inside.mkdir(mode=0o700)
-        (deployed.state / "link").symlink_to(inside)
-        text = deployed.config.read_text().replace(f'"{deployed.state}"', f'"{deployed.state}/link"', 1)
+        (deployed.state.parent / "link").symlink_to(inside)
+        text = deployed.config.read_text().replace(f'"{deployed.state}"', f'"{deployed.state.parent}/link"', 1)
         deployed.config.write_text(text)
         done = fails(deployed, "check")
         assert done.returncode == 3
@@ -338,7 +338,7 @@ def test_sigterm_ends_the_service_in_order_and_systemd_is_told_when_it_is_ready(
 def test_the_owner_of_the_data_needs_no_root() -> None:
     user = pwd.getpwuid(server_owner()[0]).pw_name
     with deployment(15, "directory") as deployed:
-        for folder in (deployed.root, deployed.state):
+        for folder in (deployed.root, deployed.state.parent):
             os.chown(folder, *deployed.cluster.owner)
         deployed.config.chmod(0o644)
         as_user = ["setpriv", f"--reuid={user}", f"--regid={deployed.cluster.owner[1]}", "--clear-groups"]

@@ -145,6 +145,7 @@ def shared() -> Iterator[House]:
             deployment(15, "directory", initdb=["--wal-segsize=1"], max_wal_size="32MB", min_wal_size="2MB")
         )
         uid, gid = server_owner()
+        deployed.state.mkdir()
         for folder in (deployed.root, deployed.state, *volumes.values()):
             os.chown(folder, uid, gid)
         for mount in volumes.values():

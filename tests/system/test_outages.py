@@ -6,12 +6,12 @@ through all of it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pytest
 
 from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
+from trigger.control import ask
 from trigger.position import Lsn, Position
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
@@ -49,16 +50,23 @@ def deployed(shared: Deployment) -> Iterator[Deployment]:
 
 
 def _commit(deployed: Deployment, number: int = 1) -> list[int]:
-    """Commit one after the other, each with its own point, and give the transactions."""
+    """Commit one after the other, and give the transactions; several have a point each."""
     made = []
     with deployed.cluster.connect() as connection:
         for _ in range(number):
+            newest = _newest(deployed) if number > 1 else None
             row = connection.execute("INSERT INTO truth (what) VALUES ('outage') RETURNING xid::text").fetchone()
             assert row is not None
             made.append(int(row[0]))
             if number > 1:
-                time.sleep(0.06)
+                deployed.wait_for(lambda before=newest: _newest(deployed) != before, "the point of one commit")
     return made
+
+
+def _newest(deployed: Deployment) -> int | None:
+    """Give the newest sealed point, as the service itself says, without a process for every question."""
+    newest = asyncio.run(ask(deployed.state, {"do": "status"}, 10))["status"]["last_point"]
+    return None if newest is None else int(newest)
 
 
 def _switch_segment(deployed: Deployment, times: int = 1) -> None:

@@ -184,8 +184,10 @@ def test_a_service_that_ends_in_the_middle_is_reported(tmp_path: Path) -> None:
 
 def test_one_state_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "state"
+    before = os.umask(0o077)
     with only_one(folder):
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        os.umask(before)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o711, "clones' servers pass through; nobody else may list it"
         assert stat.S_IMODE((folder / "lock").stat().st_mode) == 0o600
         with pytest.raises(ConfigError, match="another trigpoint works"), only_one(folder):
             pass

@@ -103,9 +103,18 @@ def test_a_file_of_another_user_or_that_is_not_there_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"), [(0o700, []), (0o711, []), (0o777, [Severity.REFUSED]), (0o720, [Severity.REFUSED])]
+    ("mode", "expected"),
+    [
+        (0o711, []),
+        (0o755, []),
+        (0o777, [Severity.REFUSED]),
+        (0o721, [Severity.REFUSED]),
+        (0o700, [Severity.WARNING] if os.geteuid() == 0 else []),
+    ],
 )
-def test_a_state_folder_that_others_may_write_is_refused(tmp_path: Path, mode: int, expected: list[Severity]) -> None:
+def test_a_state_folder_is_refused_where_others_may_write_it_and_a_warning_where_clones_cannot_pass(
+    tmp_path: Path, mode: int, expected: list[Severity]
+) -> None:
     folder = tmp_path / "state"
     folder.mkdir()
     folder.chmod(mode)

@@ -79,6 +79,25 @@ def test_a_missed_commit_is_in_a_gap_with_its_reason(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
+def test_a_gap_that_began_on_a_timeline_that_was_left_is_found_on_the_one_that_went_on(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        first = it.commit()
+        await it.point()
+        left_behind = it.commit()
+        it.world.cluster.promote(first.end)
+        unseen = it.world.cluster.commit("bank")
+        until = it.world.cluster.lineage().at(it.world.cluster.inserted)
+        gap = Gap("bank", left_behind.position, until, "the timeline changed", it.site.clock.now())
+        await it.catalog.record_gap(gap)
+        it.pending.clear()
+        it.commit()
+        await it.point()
+        found = await only(it, lsn=unseen.start)
+        assert (found.where, found.gap, found.after) == (Where.GAP, gap, 1)
+
+    run(tmp_path, story)
+
+
 def test_a_place_without_a_commit_is_told_by_the_points_around_it(tmp_path: Path) -> None:
     async def story(it: Bank) -> None:
         first = it.commit()

@@ -116,6 +116,17 @@ def test_a_descendant_holds_what_its_ancestor_held_up_to_the_fork(
     assert child.includes(place)
 
 
+@given(trees(), st.data())
+def test_what_a_place_shares_with_a_lineage_is_the_last_of_it_that_the_lineage_holds(
+    lineages: dict[int, Lineage], data: st.DataObject
+) -> None:
+    lineage = lineages[data.draw(st.sampled_from(sorted(lineages)))]
+    place = Position(History("7391", data.draw(st.integers(1, 9))), Lsn(data.draw(st.integers(0, 6000))))
+    held = [at for at in range(place.at + 1) if lineage.includes(Position(place.history, Lsn(at)))]
+    assert lineage.shared(place) == (held[-1] if held else None)
+    assert lineage.shared(Position(History("7392", place.history.timeline), place.at)) is None
+
+
 def test_a_history_file_gives_its_forks_and_ignores_comments_and_reasons() -> None:
     text = "1\t0/3000148\tbefore 2026-01-01 12:00:00+00\n\n# a comment\n2\t0/5000000\tno recovery target specified\n"
     lineage = Lineage.from_history_file(History("7391", 3), text)

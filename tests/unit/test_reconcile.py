@@ -13,6 +13,7 @@ from connectors.memory import Kept, MemoryStorage, World
 from tests.simulation.virtual import VirtualLoop
 from trigger import reconcile, tag
 from trigger.catalog import Catalog
+from trigger.errors import StorageError
 from trigger.model import Cause, CommitRecord, Outcome, RecoveryPoint, State, Volume, point_id
 from trigger.position import History, Lsn, Position
 from trigger.reconcile import GONE, INTERRUPTED, Reconciliation
@@ -73,6 +74,17 @@ class Stage:
 
     async def state(self, point: RecoveryPoint) -> State:
         return (await self.catalog.point(point.id)).state
+
+
+class Clinging(MemoryStorage):
+    """A storage that does not let go of points as long as it clings."""
+
+    clings = True
+
+    async def delete(self, point: str) -> None:
+        if self.clings:
+            raise StorageError(f"{point}: Read-only file system")
+        await super().delete(point)
 
 
 def play(act: Callable[[Stage], Coroutine[Any, Any, None]]) -> None:
@@ -239,5 +251,25 @@ def test_a_stray_of_another_cluster_or_with_a_damaged_tag_is_left_alone_and_name
         strange = [(await stray(stage, number, change)).id for number, change in ((2, of_another), (3, damaged))]
         assert (await stage.reconcile()).strange == strange
         assert set(strange) <= set(stage.world.kept)
+
+    play(act)
+
+
+def test_a_storage_that_does_not_let_go_keeps_no_pass_from_ending_and_the_next_one_makes_good() -> None:
+    async def act(stage: Stage) -> None:
+        stage.storage = clinging = Clinging(stage.world)
+        interrupted = await stage.opened(1)
+        await stage.cut(interrupted)
+        expiring = await stage.catalog.change(await stage.sealed(2), State.EXPIRING)
+        whole, _ = await stage.retagged(3)
+        done = await reconcile.reconcile(stage.catalog, stage.storage)
+        assert done.stuck == [interrupted.id, expiring.id]
+        assert (done.adopted, done.failed, done.expired) == ([whole.id], [interrupted.id], [])
+        assert await stage.state(expiring) is State.EXPIRING
+        assert await stage.state(interrupted) is State.FAILED
+        clinging.clings = False
+        done = await stage.reconcile()
+        assert (done.removed, done.expired, done.stuck) == ([interrupted.id], [expiring.id], [])
+        assert set(stage.world.kept) == {whole.id}
 
     play(act)

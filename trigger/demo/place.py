@@ -14,6 +14,7 @@ from pathlib import Path
 
 from connectors.databases.postgres.programs import run, server_owner
 from trigger.errors import ConfigError, TrigpointError
+from trigger.host import make_passage
 
 _VOLUME_BYTES = 8 << 30
 """Of the btrfs image; it is sparse and takes what is written."""
@@ -104,7 +105,7 @@ async def prepare(folder: Path | None, storage: str) -> tuple[Place, str]:
                 place = Place(root, "directory", place.owner)
         for part in (place.folder / "volume", place.data, place.sockets):
             part.mkdir(exist_ok=True)
-        place.state.mkdir(mode=0o711)  # the owner of a clone must get through to the log it replays
+        make_passage(place.state)
         for part in (place.data, place.sockets):
             os.chown(part, *place.owner)
         place.data.chmod(0o700)

@@ -122,7 +122,7 @@ def resume(after: Position | None, lineage: Lineage, confirmed: Lsn, flushed: Ls
         )
     if after.history.timeline != here.timeline:
         moved = f"the timeline changed from {after.history.timeline} to {here.timeline}"
-        return max(confirmed, _shared(after, lineage)), "; ".join(filter(None, [moved, made]))
+        return max(confirmed, lineage.shared(after) or Lsn(0)), "; ".join(filter(None, [moved, made]))
     if after.at > flushed:
         return (
             confirmed,
@@ -131,11 +131,3 @@ def resume(after: Position | None, lineage: Lineage, confirmed: Lsn, flushed: Ls
     if made or confirmed > after.at:
         return confirmed, made or f"the slot was recreated or moved ahead to {confirmed}, settled was {after.at}"
     return after.at, ""
-
-
-def _shared(after: Position, lineage: Lineage) -> Lsn:
-    """How far what was settled on another timeline also belongs to the present one."""
-    for timeline, left_at in lineage.forks:
-        if timeline == after.history.timeline:
-            return min(after.at, left_at)
-    return Lsn(0)

@@ -53,7 +53,7 @@ class PostgresSource:
 
     Attributes:
         duplicates_suppressed: commits that the server sent again and that were not delivered again.
-        unmaintained: why the list of tables whose updates are published could not be refreshed last time, or "".
+        trouble: why the list of tables whose updates are published could not be refreshed last time, or "".
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PostgresSource:
         self.publication = name
         self.heartbeat_seconds = 10.0
         self.duplicates_suppressed = 0
-        self.unmaintained = ""
+        self.trouble = ""
         self._dsn = conninfo.make_conninfo(dsn, dbname=database, application_name=self.slot)
         self._deadline_seconds = deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
@@ -389,22 +389,21 @@ class PostgresSource:
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 side = self._side if self._side and not self._side.closed else await self._connect_side()
+                self.trouble = ""
                 if self._maintains:
                     await self._maintain(side)
                 row = await (
                     await side.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
                 ).fetchone()
                 self._xid = max(self._xid, row[0] if row else 0)
-                self.unmaintained = ""
         except (psycopg.Error, TimeoutError, SourceError) as error:
-            self.unmaintained = " ".join(str(error).split()) or type(error).__name__
+            self.trouble = f"not looked after: {' '.join(str(error).split()) or type(error).__name__}"
 
     async def _maintain(self, side: psycopg.AsyncConnection[Any]) -> None:
         try:
             await self._within(publication.maintain(side, self.publication))
-            self.unmaintained = ""
         except psycopg.errors.InsufficientPrivilege as error:
-            self.unmaintained = str(error)
+            self.trouble = f"the list of tables whose updates are published is not kept up to date: {error}"
         self._maintained_at = asyncio.get_running_loop().time()
 
 
