@@ -42,10 +42,13 @@ async def judge(simulation: Simulation) -> None:
     await check_restores(simulation, points)
 
 
-async def judge_pass(simulation: Simulation) -> None:
-    """Raise `Violation` where a pass of reconcile that has just ended left something to do."""
+async def judge_pass(simulation: Simulation, stuck: Collection[str]) -> None:
+    """Raise `Violation` where a pass of reconcile that has just ended left something to do but what it says is stuck.
+
+    At the end of a run, where nothing goes wrong any more, nothing may be stuck.
+    """
     catalog = await Catalog.open(simulation.engine, run=_inline)
-    check_agreement(simulation, await catalog.points(), excused=simulation.lost_snapshots)
+    check_agreement(simulation, await catalog.points(), excused=simulation.lost_snapshots, stuck=stuck)
 
 
 async def _inline(work: Callable[[], T]) -> T:
@@ -212,11 +215,20 @@ def _commit_of(simulation: Simulation, found: Found) -> Commit:
 # ---- P5
 
 
-def check_agreement(simulation: Simulation, points: Sequence[RecoveryPoint], excused: Collection[str] = ()) -> None:
-    """No orphan, no phantom, no open point after one pass; excused are snapshots that went while it was made."""
+def check_agreement(
+    simulation: Simulation,
+    points: Sequence[RecoveryPoint],
+    excused: Collection[str] = (),
+    stuck: Collection[str] = (),
+) -> None:
+    """No orphan, no phantom, no open point after one pass.
+
+    Excused are snapshots that went while it was made; stuck are those that the storage would not let go of.
+    """
     by_id = {point.id: point for point in points}
     for point in points:
-        require(point.state not in (State.OPEN, State.EXPIRING), f"P5: point {point.number} is still {point.state}")
+        going = point.state is State.EXPIRING and point.id not in stuck
+        require(point.state is not State.OPEN and not going, f"P5: point {point.number} is still {point.state}")
         require(
             point.state is not State.SEALED or point.id in simulation.world.kept or point.id in excused,
             f"P5: point {point.number} is a phantom",
@@ -230,7 +242,7 @@ def check_agreement(simulation: Simulation, points: Sequence[RecoveryPoint], exc
         owner = by_id.get(kept)
         reported = owner is not None and owner.failure == reconcile.GONE
         sealed = owner is not None and owner.state is State.SEALED
-        require(sealed or reported, f"P5: the snapshot {kept} is an orphan of {owner}")
+        require(sealed or reported or kept in stuck, f"P5: the snapshot {kept} is an orphan of {owner}")
 
 
 async def check_second_pass(catalog: Catalog, storage: MemoryStorage) -> None:

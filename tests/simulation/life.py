@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -60,8 +60,8 @@ class Life:
     draw: random.Random
     budget: int
     """How many snapshots the storage bears."""
-    reconciled: Callable[[], Awaitable[None]]
-    """Called when one pass has been made at the start."""
+    reconciled: Callable[[Sequence[str]], Awaitable[None]]
+    """Called when one pass has been made at the start, with what is stuck in the storage."""
     begins: Callable[[str], None]
     """Told that a stream was opened for the first time."""
     window: Window | None = None
@@ -137,7 +137,7 @@ class Life:
         """Begin as the service begins, then work until the main path ends."""
         cluster = await self._parts()
         cluster.leftovers[:] = (await reconcile.reconcile(cluster.catalog, cluster.storage)).stuck
-        await self.reconciled()
+        await self.reconciled(cluster.leftovers)
         for agent in cluster.agents:
             await agent.prepare(cluster.volumes)
         settled = {name: await cluster.catalog.settled(name) for name in self.story.streams}

@@ -12,7 +12,7 @@ import logging
 import random
 import sqlite3
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -136,9 +136,9 @@ class Simulation:
         draw = random.Random(self.draw.getrandbits(64))
         return Life(self.world, self.engine, self.story, wire, draw, self.budget, self._reconciled, self._begins)
 
-    async def _reconciled(self) -> None:
+    async def _reconciled(self, stuck: Sequence[str]) -> None:
         """One pass at the start leaves nothing behind."""
-        await checks.judge_pass(self)
+        await checks.judge_pass(self, stuck)
 
     def _begins(self, stream: str) -> None:
         """The service answers for a stream from where it first found it, once the catalog knows of the stream."""
