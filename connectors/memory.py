@@ -305,6 +305,7 @@ class World:
         """What the journal holds of each timeline, joined, by position."""
         self.staged: dict[Path, list[Extent]] = {}
         self.restored: dict[str, Restored] = {}
+        self.stopped: dict[str, Restored] = {}
 
     def now(self) -> datetime:
         """Give the time of day."""
@@ -904,7 +905,16 @@ class MemoryRecovery:
     async def stop(self, clone: Clone) -> None:
         """Stop the server of a clone."""
         await asyncio.sleep(0)
-        self._world.restored.pop(clone.name, None)
+        if (stopped := self._world.restored.pop(clone.name, None)) is not None:
+            self._world.stopped[clone.name] = stopped
+
+    async def resume(self, clone: Clone) -> Running:
+        """Start the server of a clone that was stopped."""
+        await asyncio.sleep(0)
+        if clone.name not in self._world.stopped:
+            raise RestoreError(f"{clone.name} was never brought up")
+        self._world.restored[clone.name] = again = self._world.stopped.pop(clone.name)
+        return again.running
 
     async def running(self, clone: Clone) -> Running | None:
         """Give the server of a clone if it runs."""

@@ -420,6 +420,14 @@ class Recovery(Protocol):
         """Stop the server of a clone; one that does not run is no error."""
         ...
 
+    async def resume(self, clone: Clone) -> Running:
+        """Start the server of a clone that was brought up before and stopped; as it was left, nothing is replayed.
+
+        Raises:
+            RestoreError: it was never brought up, or does not come up.
+        """
+        ...
+
     async def running(self, clone: Clone) -> Running | None:
         """Give the server of a clone if it runs."""
         ...

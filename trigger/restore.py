@@ -275,17 +275,52 @@ async def _state(clone: Clone | None, note: Written | None, recovery: Recovery) 
     return CloneState.RUNNING if await recovery.running(clone) else CloneState.STOPPED
 
 
+async def status_of(name: str, site: Site) -> CloneStatus:
+    """Give one clone as it is now; raises `RestoreError` where there is none, or a living process is making it."""
+    status = next((status for status in await clones(site) if status.name == clone_name(name)), None)
+    if status is None:
+        raise RestoreError(f"there is no clone {name}", hint="trigpoint clones lists them")
+    if status.state is CloneState.RESTORING:
+        raise RestoreError(f"clone {name} is being made", hint="stop that restore (Ctrl-C); it cleans up by itself")
+    return status
+
+
+async def start(name: str, site: Site) -> CloneStatus:
+    """Start the server of a stopped clone, as it was left; one that runs stays as it is.
+
+    Raises:
+        RestoreError: there is no such clone, it was never finished, or its server does not come up.
+    """
+    status = await status_of(name, site)
+    if status.state is CloneState.STOPPED:
+        await site.recovery.resume(await _whole(name, site))
+    elif status.state is not CloneState.RUNNING:
+        raise RestoreError(f"clone {name} is {status.state}", hint=f"trigpoint clones drop {name}")
+    return await status_of(name, site)
+
+
+async def stop(name: str, site: Site) -> CloneStatus:
+    """Stop the server of a clone, which keeps what it holds; one that does not run stays as it is.
+
+    Raises:
+        RestoreError: there is no such clone, or it does not stop.
+    """
+    if (await status_of(name, site)).state is CloneState.RUNNING:
+        await site.recovery.stop(await _whole(name, site))
+    return await status_of(name, site)
+
+
+async def _whole(name: str, site: Site) -> Clone:
+    return next(clone for clone in await site.storage.clones() if clone.name == name)
+
+
 async def drop(name: str, site: Site) -> None:
     """Stop a clone's server and remove all that there is of it.
 
     Raises:
         RestoreError: there is no such clone, or a living process is making it.
     """
-    status = next((status for status in await clones(site) if status.name == clone_name(name)), None)
-    if status is None:
-        raise RestoreError(f"there is no clone {name}", hint="trigpoint clones lists them")
-    if status.state is CloneState.RESTORING:
-        raise RestoreError(f"clone {name} is being made", hint="stop that restore (Ctrl-C); it cleans up by itself")
+    await status_of(name, site)
     await to_its_end(remove(name, site))
 
 

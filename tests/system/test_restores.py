@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from tests.fixtures.service import CHECKOUT, Deployment, deployment
 from trigger.connect import Parts, connect
@@ -113,6 +114,27 @@ def test_a_restore_that_is_killed_is_found_and_dropped_with_its_server(bank: Dep
     bank.trigpoint("clones", "drop", "one")
     assert bank.ask("clones", "list") == []
     assert not list((bank.state / "staging").glob("*"))
+    assert not servers_in(bank.root / "snapshots")
+
+
+@pytest.mark.parametrize("how", ["stopped in order", "killed with its socket folder, as by a reboot"])
+def test_a_clone_comes_up_again_as_it_was_left(bank: Deployment, how: str) -> None:
+    report = bank.ask("restore", "--to-marker", "payment-7", "--name", "one")
+    with psycopg.connect(f"{report['conninfo']} dbname=postgres", autocommit=True) as connection:
+        connection.execute("INSERT INTO paid VALUES (1000)")
+    if how == "stopped in order":
+        (clone,) = bank.ask("clones", "stop", "one")
+    else:
+        pid = int((Path(report["data_directory"]) / "postmaster.pid").read_text().split()[0])
+        os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(str(conninfo_to_dict(report["conninfo"])["host"]))
+        bank.wait_for(lambda: not servers_in(bank.root / "snapshots"), "the end of the server's processes")
+        (clone,) = bank.ask("clones", "list")
+    assert (clone["name"], clone["state"]) == ("one", "stopped")
+    (clone,) = bank.ask("clones", "start", "one")
+    assert clone["state"] == "running"
+    assert held(report["conninfo"]) == [*range(8), 1000]
+    bank.trigpoint("clones", "drop", "one")
     assert not servers_in(bank.root / "snapshots")
 
 

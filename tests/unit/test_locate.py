@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fixtures.bank import Bank, bank
+from tests.fixtures.bank import Bank, run
 from trigger.errors import RestoreError
 from trigger.locate import Location, Where, locate
 from trigger.model import Gap, Outcome
 from trigger.position import Lsn
 from trigger.window import record
-
-
-def run(tmp_path: Path, story: Callable[[Bank], Awaitable[None]]) -> None:
-    async def told() -> None:
-        async with bank(tmp_path) as made:
-            await story(made)
-
-    asyncio.run(told())
 
 
 async def only(it: Bank, **named: Any) -> Location:

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,34 +12,14 @@ from typing import Any
 import pytest
 
 from connectors.memory import MemoryRecovery, MemoryStorage, World
-from tests.fixtures.bank import Bank, bank
-from trigger import clone_records
-from trigger.clone_records import CloneRecord, clone_name
+from tests.fixtures.bank import Bank, Breaking, nothing_left, quiet, run, two_points
 from trigger.errors import JournalError, RestoreError, StorageError
 from trigger.expire import expire
-from trigger.model import EPOCH, Cause, StopKind
+from trigger.model import Cause, StopKind
 from trigger.ports import Capability
 from trigger.position import Lsn
-from trigger.restore import CloneState, Site, clones, drop, prepare, restore
+from trigger.restore import Site, drop, prepare, restore
 from trigger.target import Named
-
-
-def run(tmp_path: Path, story: Callable[[Bank], Awaitable[None]], storage: Any = None) -> None:
-    async def told() -> None:
-        world = World() if storage else None
-        async with bank(tmp_path, storage(world) if storage else None, world) as made:
-            await story(made)
-
-    asyncio.run(told())
-
-
-def quiet(step: str, done: int, total: int) -> None:
-    assert done >= 0, (step, total)
-
-
-def nothing_left(site: Site, world: World) -> bool:
-    files = [path for folder in (site.records_folder, site.staging_folder) for path in folder.glob("*")]
-    return not files and not world.clones and not world.restored
 
 
 def test_every_commit_of_a_history_comes_back_exactly(tmp_path: Path) -> None:
@@ -70,7 +44,7 @@ def test_every_commit_of_a_history_comes_back_exactly(tmp_path: Path) -> None:
             assert set(before.seconds) == {"clone", "stage", "replay", "prove"}
             for name in ("one", "two"):
                 await drop(name, it.site)
-        assert nothing_left(it.site, it.world)
+        assert nothing_left(it)
 
     run(tmp_path, story)
 
@@ -232,25 +206,6 @@ def test_a_target_a_moment_ahead_of_the_journal_is_waited_for(tmp_path: Path) ->
     run(tmp_path, story)
 
 
-class Breaking:
-    """Wraps a port so that one call fails, waits for ever, or kills its caller, before or after it had its effect."""
-
-    def __init__(self, port: Any, call: str, how: Callable[[], Awaitable[None]], *, after: bool) -> None:
-        self._port, self._call, self._how, self._after = port, call, how, after
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(self._port, name)
-        if name != self._call:
-            return real
-
-        async def broken(*arguments: Any, **named: Any) -> Any:
-            if self._after:
-                await real(*arguments, **named)
-            await self._how()
-
-        return broken
-
-
 def with_port(site: Site, port: str, driver: Any) -> Site:
     changed: dict[str, Any] = {port: driver}
     return replace(site, **changed)
@@ -270,7 +225,7 @@ def test_a_failed_restore_leaves_nothing_behind_and_says_why(tmp_path: Path, por
         site = with_port(it.site, port, Breaking(getattr(it.site, port), call, fail, after=after))
         with pytest.raises((StorageError, JournalError, RestoreError), match="the disk is gone"):
             await restore(target, site, progress=quiet)
-        assert nothing_left(it.site, it.world)
+        assert nothing_left(it)
 
     run(tmp_path, story)
 
@@ -294,18 +249,9 @@ def test_a_cancelled_restore_leaves_nothing_behind(tmp_path: Path, port: str, ca
             await asyncio.sleep(0)
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert nothing_left(it.site, it.world)
+        assert nothing_left(it)
 
     run(tmp_path, story)
-
-
-async def two_points(it: Bank) -> Any:
-    it.commit()
-    await it.point()
-    wanted = it.commit()
-    it.commit(data_bytes=0)
-    await it.point()
-    return await it.resolve(Named(xid=wanted.xid))
 
 
 def test_a_base_that_expires_between_plan_and_clone_gives_way_to_an_older_one(tmp_path: Path) -> None:
@@ -354,7 +300,7 @@ def test_a_clone_that_is_not_the_target_is_refused_and_removed(tmp_path: Path) -
         target = await two_points(it)
         with pytest.raises(RestoreError, match="the clone is not commit"):
             await restore(target, with_port(it.site, "recovery", OneTooMany(it.world)), progress=quiet)
-        assert nothing_left(it.site, it.world)
+        assert nothing_left(it)
 
     run(tmp_path, story)
 
@@ -380,112 +326,9 @@ def test_a_restore_without_room_is_refused_before_anything_is_made(tmp_path: Pat
         it.world.free_bytes = 2 << 20
         with pytest.raises(RestoreError, match="the storage has 1048576 bytes to give"):
             await restore(target, it.site, progress=quiet)
-        assert nothing_left(it.site, it.world)
+        assert nothing_left(it)
 
     run(tmp_path, story)
-
-
-def test_clones_are_listed_with_their_state_and_dropped_with_all_they_have(tmp_path: Path) -> None:
-    async def story(it: Bank) -> None:
-        target = await two_points(it)
-        await restore(target, it.site, progress=quiet, name="one")
-        it.seconds[0] += 90
-        (status,) = await clones(it.site)
-        assert (status.name, status.state, status.age) == ("one", CloneState.RUNNING, timedelta(seconds=90))
-        assert status.record
-        assert (status.record.target, status.record.conninfo) == (target.description, "memory:one")
-        await it.site.recovery.stop((await it.site.storage.clones())[0])
-        assert (await clones(it.site))[0].state is CloneState.STOPPED
-        with pytest.raises(RestoreError, match="there is a clone one already"):
-            await restore(target, it.site, progress=quiet, name="one")
-        await it.site.storage.drop_clone("one")
-        assert (await clones(it.site))[0].state is CloneState.GONE
-        await drop("one", it.site)
-        assert nothing_left(it.site, it.world)
-        with pytest.raises(RestoreError, match="there is no clone one"):
-            await drop("one", it.site)
-
-    run(tmp_path, story)
-
-
-def test_a_clone_of_which_nothing_is_written_is_shown_as_unfinished_and_can_be_dropped(tmp_path: Path) -> None:
-    async def story(it: Bank) -> None:
-        await two_points(it)
-        await it.site.storage.clone((await it.catalog.bases())[0].id, "stray", quiet)
-        assert [status.state for status in await clones(it.site)] == [CloneState.UNFINISHED]
-        await drop("stray", it.site)
-        assert not it.world.clones
-
-    run(tmp_path, story)
-
-
-def test_a_clone_that_is_being_made_is_shown_so_and_not_dropped(tmp_path: Path) -> None:
-    async def story(it: Bank) -> None:
-        target = await two_points(it)
-        seen = []
-
-        async def look() -> None:
-            seen.extend(await clones(it.site))
-            with pytest.raises(RestoreError, match="is being made"):
-                await drop("one", it.site)
-
-        recovery = Breaking(it.site.recovery, "start", look, after=False)
-        with pytest.raises(AttributeError):  # the wrapper gives no server back
-            await restore(target, replace(it.site, recovery=recovery), progress=quiet, name="one")
-        assert [status.state for status in seen] == [CloneState.RESTORING]
-
-    run(tmp_path, story)
-
-
-@pytest.mark.parametrize("place", ["after-intent", "after-clone", "after-stage", "after-replay"])
-def test_a_killed_restore_is_found_as_unfinished_and_dropped(tmp_path: Path, place: str) -> None:
-    """The process that holds the intent is killed for good; its world lives on here, as a storage does."""
-    words = "import sys; from tests.unit import test_restore; test_restore.restore_one(sys.argv[1])"
-    killed = subprocess.run(
-        [sys.executable, "-c", words, str(tmp_path)],
-        env=os.environ | {"TRIGPOINT_FAILPOINT": f"{place}:kill"},
-        cwd=Path(__file__).parents[2],
-        timeout=60,
-    )
-    assert killed.returncode == -signal.SIGKILL
-
-    async def story(it: Bank) -> None:
-        target = await two_points(it)
-        await it.site.storage.clone((await it.catalog.bases())[0].id, "one", quiet)  # what the killed one had made
-        (status,) = await clones(it.site)
-        assert (status.state, status.record and status.record.target) == (CloneState.UNFINISHED, target.description)
-        await drop("one", it.site)
-        assert nothing_left(it.site, it.world)
-
-    run(tmp_path, story)
-
-
-def restore_one(folder: str) -> None:
-    """What the process does that is killed on the way."""
-
-    async def story(it: Bank) -> None:
-        await restore(await two_points(it), it.site, progress=quiet, name="one")
-
-    run(Path(folder), story)
-
-
-@pytest.mark.parametrize("name", ["", "-a", "A", "a/b", "..", "a" * 41, "ä", "a b", "a\n"])
-def test_a_clone_gets_no_name_that_could_mean_something_else(name: str) -> None:
-    with pytest.raises(RestoreError, match="cannot be called"):
-        clone_name(name)
-
-
-def test_a_torn_record_is_no_record(tmp_path: Path) -> None:
-    record = CloneRecord("one", "commit 1", 1, EPOCH, notes=("slots gone",))
-    with clone_records.intent(tmp_path, record):
-        clone_records.finish(tmp_path, record)
-    assert clone_records.written(tmp_path)["one"].record == record
-    text = (tmp_path / "one.json").read_text()
-    for cut in range(len(text) - 1):
-        (tmp_path / "one.json").write_text(text[:cut])
-        assert not clone_records.written(tmp_path)
-    (tmp_path / "one.json").write_text(json.dumps({"name": "one"}))
-    assert not clone_records.written(tmp_path)
 
 
 def test_the_capabilities_of_the_reference_storage_are_what_these_tests_rely_on() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from connectors.memory import MemoryStorage, World
-from tests.fixtures.bank import Bank, bank
+from tests.fixtures.bank import Bank, bank, quiet
 from tests.fixtures.volumes import loop_volume
 from trigger import failpoint, inplace
 from trigger.errors import RestoreError
@@ -72,10 +72,6 @@ async def wanted(it: Bank) -> Any:
     it.commit(data_bytes=0)
     await it.point()
     return await it.resolve(Named(xid=commit.xid))
-
-
-def quiet(step: str, done: int, total: int) -> None:
-    assert done >= 0, (step, total)
 
 
 def states(it: Bank) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from connectors.memory import MemoryRecovery
-from tests.fixtures.bank import Bank, bank
+from tests.fixtures.bank import Bank, quiet, run
 from trigger.errors import RestoreError, StorageError
 from trigger.model import RecoveryPoint, Verification
 from trigger.options import VerifyAssertion
@@ -20,18 +20,6 @@ from trigger.target import Named
 from trigger.verify import verify
 
 Check = tuple[str, bool, str]
-
-
-def run(tmp_path: Path, story: Callable[[Bank], Awaitable[None]]) -> None:
-    async def told() -> None:
-        async with bank(tmp_path) as made:
-            await story(made)
-
-    asyncio.run(told())
-
-
-def quiet(step: str, done: int, total: int) -> None:
-    assert done >= 0, (step, total)
 
 
 async def a_point(it: Bank) -> RecoveryPoint:

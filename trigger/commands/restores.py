@@ -18,10 +18,12 @@ if TYPE_CHECKING:  # what reaches the database takes a while to load, and help a
     from trigger.inplace import Swap
     from trigger.options import Options
     from trigger.planner import Plan
-    from trigger.restore import CloneStatus, Report
+    from trigger.restore import CloneStatus, Report, Site
     from trigger.target import Named
 
 T = TypeVar("T")
+
+Names = Annotated[list[str], typer.Argument(help="What they are called.")]
 
 
 def at(chosen: Options, act: Callable[[Parts], Awaitable[T]]) -> T:
@@ -232,12 +234,12 @@ def show_report(report: Report, *, as_json: bool, clone: bool = True) -> None:
     )
 
 
-clones = typer.Typer(invoke_without_command=True, help="List the clones that restores made, or drop one.")
+clones = typer.Typer(invoke_without_command=True, help="List the clones that restores made; stop, start, drop one.")
 
 
 @clones.callback()
 def list_by_default(context: typer.Context, config: Config = None, as_json: Json = False) -> None:
-    """List the clones that restores made, or drop one."""
+    """List the clones that restores made; stop, start, drop one."""
     if context.invoked_subcommand is None:
         list_clones(config, as_json)
 
@@ -246,12 +248,8 @@ def list_by_default(context: typer.Context, config: Config = None, as_json: Json
 def list_clones(config: Config = None, as_json: Json = False) -> None:
     """List the clones: what each holds, whether its server runs, how to reach it."""
     found, swaps = at(options(config), _clones_and_swaps)
-    if as_json:
-        show.print_json(found)
-        return
-    columns = ("name", "state", ">age", "holds", ">base", "connect")
-    show.table(columns, [_clone(one) for one in found], empty="no clones")
-    for swap in swaps:
+    show_clones(found, as_json=as_json)
+    for swap in () if as_json else swaps:
         done = "stands in place of production" if swap.finished else "was cut off on the way into production's place"
         show.note(f"{swap.target} {done}; trigpoint restore --undo {swap.name} puts the old state back")
 
@@ -261,6 +259,15 @@ async def _clones_and_swaps(parts: Parts) -> tuple[list[CloneStatus], list[Swap]
     from trigger.restore import clones as all_clones
 
     return await all_clones(parts.site), await swaps(parts.site)
+
+
+def show_clones(found: list[CloneStatus], *, as_json: bool) -> None:
+    """Print clones, one a line."""
+    if as_json:
+        show.print_json(found)
+        return
+    columns = ("name", "state", ">age", "holds", ">base", "connect")
+    show.table(columns, [_clone(one) for one in found], empty="no clones")
 
 
 def _clone(one: CloneStatus) -> tuple[object, ...]:
@@ -275,20 +282,36 @@ def _clone(one: CloneStatus) -> tuple[object, ...]:
     )
 
 
-@clones.command("drop")
-def drop_clone(
-    names: Annotated[list[str], typer.Argument(help="What they are called.")], config: Config = None
-) -> None:
-    """Stop the servers of clones and remove all there is of them. Production is not touched."""
+@clones.command("stop")
+def stop_clones(names: Names, config: Config = None, as_json: Json = False) -> None:
+    """Stop the servers of clones; what they hold stays, and `start` brings them up again."""
+    from trigger.restore import stop
 
+    show_clones(at(options(config), lambda parts: _each(names, parts, stop)), as_json=as_json)
+
+
+@clones.command("start")
+def start_clones(names: Names, config: Config = None, as_json: Json = False) -> None:
+    """Start the servers of stopped clones again, as they were left: after a reboot of the host, say."""
+    from trigger.restore import start
+
+    show_clones(at(options(config), lambda parts: _each(names, parts, start)), as_json=as_json)
+
+
+@clones.command("drop")
+def drop_clones(names: Names, config: Config = None, as_json: Json = False) -> None:
+    """Stop the servers of clones and remove all there is of them. Production is not touched."""
     from trigger.restore import drop
 
-    async def drop_all(parts: Parts) -> None:
-        for name in names:
-            await drop(name, parts.site)
-            show.say(f"dropped {name}")
+    at(options(config), lambda parts: _each(names, parts, drop))
+    if as_json:
+        show.print_json(names)
+    else:
+        show.say(f"dropped {', '.join(names)}")
 
-    at(options(config), drop_all)
+
+async def _each(names: list[str], parts: Parts, act: Callable[[str, Site], Awaitable[T]]) -> list[T]:
+    return [await act(name, parts.site) for name in names]
 
 
 def verify_point(

@@ -59,6 +59,19 @@ async def end(data: Path, how: signal.Signals, seconds: float = 60.0) -> None:
     raise RestoreError(f"the server of {data} did not end within {2 * seconds:g} s")
 
 
+def forget_the_dead(data: Path) -> None:
+    """Remove the lock file that a killed server left behind: its pid may be another's by now, after a reboot say.
+
+    A server that lives, or a process of one that died, works in the data directory; then the file stays, and the
+    server that is started next refuses it in its own words.
+    """
+    for process in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if process.samefile(data):
+                return
+    (data / "postmaster.pid").unlink(missing_ok=True)
+
+
 def _processes(data: Path) -> set[int]:
     """Give the postmaster of a data directory, and whatever is about to become it."""
     server = find(data)

@@ -159,6 +159,29 @@ class PostgresRecovery:
         await postmaster.end(data, signal.SIGINT)
         await asyncio.to_thread(shutil.rmtree, self._socket_path(data), ignore_errors=True)
 
+    async def resume(self, clone: Clone) -> Running:
+        """Start the server of a clone that was brought up before, as it was left; see port `Recovery`."""
+        data = self._data(clone)
+        if data is None:
+            raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
+        state = _State.read(data)
+        programs = self._programs_for(int((data / "PG_VERSION").read_text()))
+        isolated = Isolated(data, _owner_of(data), programs.major, ())
+        self._socket_folder(isolated)
+        await asyncio.to_thread(postmaster.forget_the_dead, data)
+        await self._start_again(programs, isolated, state)
+        server = postmaster.find(data)
+        if server is None:
+            raise RestoreError(f"the server of {clone.name} ended right after its start")
+        return state.running(data, server.pid)
+
+    async def _start_again(self, programs: Programs, isolated: Isolated, state: _State) -> None:
+        """Start a server that was brought up before, and wait until it takes connections."""
+        replayed = Lsn.parse(state.replayed)
+        at = Target(History(state.system, state.timeline), StopKind.END, replayed, True, f"clone {state.clone}")
+        await self._launch(programs, isolated)
+        await self._ready(isolated, replayed, at, lambda *_: None)
+
     async def running(self, clone: Clone) -> Running | None:
         """Give the server of a clone if it runs."""
         data = self._data(clone)
@@ -302,9 +325,7 @@ class PostgresRecovery:
             result = ("page checksums", True, last_lines(output))
         except RestoreError as error:
             result = ("page checksums", False, error.message)
-        await self._launch(programs, isolated)
-        at = Target(running.history, StopKind.END, running.replayed, True, "the clone after its check")
-        await self._ready(isolated, running.replayed, at, lambda *_: None)
+        await self._start_again(programs, isolated, _State.read(data))
         return result
 
 
