@@ -4,10 +4,12 @@ Method: PostgreSQL 18 with its data on btrfs on a loop device; `pgbench -N` at s
 warm-up, rounds go through the settings in turn (no service, then the service without a demand for points, with one
 each second, ten times a second, and one after the other without a pause), so that drift meets all of them; a run of
 one setting lasts `--seconds`. The service takes points for nothing else meanwhile: its one rule matches no table. So
-the second setting shows what it costs to read and keep the log, the others what the points cost on top. Given are the
-median rate of each setting, the median of its loss against the run without a service in the same round, and how many
-points a second were really sealed; where that is less than was asked for, the storage could not do more beside these
-writers.
+the setting without points shows what it costs to read and keep the log. Two settings without a service say what of it
+is not ours: `peers` is PostgreSQL's own `pg_recvlogical` and `pg_receivewal` beside the writers, `bare 10/s` is `btrfs
+subvolume snapshot -r` at that pace. Given
+are the median rate of each setting, the median of its loss against the run without anything in the same round, and how
+many points (or bare snapshots) a second there really were; where that is less than was asked for, the storage could
+not do more beside these writers.
 
     python -m benchmarks.writers_loss --seconds 10 --rounds 3 --json FILE
 """
@@ -16,11 +18,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import math
 import re
 import statistics
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import record
@@ -30,12 +35,14 @@ from trigger.control import ask
 
 SETTINGS: dict[str, float | None] = {
     "none": None,
+    "peers": 0.0,
+    "bare 10/s": 10.0,
     "no points": 0.0,
     "1/s": 1.0,
     "10/s": 10.0,
     "as fast as they go": math.inf,
 }
-"""By name, how many points a second are asked for; None for no service."""
+"""By name, how many points, or bare snapshots, a second are asked for; None for nothing beside the writers."""
 
 NO_COMMITS = """
 [points]
@@ -64,6 +71,57 @@ def rate(process: subprocess.Popen[str]) -> float:
     return float(found[1])
 
 
+@contextlib.contextmanager
+def peers(cluster: Cluster) -> Iterator[None]:
+    """Read and keep the log by PostgreSQL's own programs while the block runs."""
+    where = ["-h", str(cluster.sockets), "-p", str(cluster.port), "-U", "postgres"]
+    cluster.sql("CREATE PUBLICATION peers FOR ALL TABLES")
+    cluster.sql("SELECT pg_create_physical_replication_slot('peer_log', true)")
+    cluster.sql("SELECT pg_create_logical_replication_slot('peer', 'pgoutput')")
+    options = ["-o", "proto_version=4", "-o", "publication_names=peers", "-o", "messages=true", "-o", "streaming=on"]
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        commands = (
+            ["pg_recvlogical", *where, "-d", "postgres", "-S", "peer", "--start", "-f", "/dev/null", *options],
+            ["pg_receivewal", *where, "-D", folder, "-S", "peer_log", "--no-loop", "--status-interval=1"],
+        )
+        running = [
+            subprocess.Popen([cluster.programs.path(program), *rest], stderr=subprocess.DEVNULL)
+            for program, *rest in commands
+        ]
+        try:
+            time.sleep(1)
+            yield
+        finally:
+            for process in running:
+                process.terminate()
+                process.wait(30)
+    cluster.sql("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name LIKE 'peer%'")
+    cluster.sql("DROP PUBLICATION peers")
+
+
+def snapshots(deployed: Deployment, per_second: float, load: subprocess.Popen[str]) -> int:
+    """Make bare snapshots at a pace until the load has ended, and remove them; gives how many there were."""
+    made = 0
+    due = time.monotonic()
+    while load.poll() is None:
+        cut = str(deployed.root / f"bare-{made}")
+        subprocess.run(
+            ["btrfs", "subvolume", "snapshot", "-r", str(deployed.cluster.data), cut],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        made += 1
+        due = max(due + 1 / per_second, time.monotonic())
+        time.sleep(max(0.0, due - time.monotonic()))
+    for number in range(made):
+        subprocess.run(
+            ["btrfs", "subvolume", "delete", str(deployed.root / f"bare-{number}")],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    return made
+
+
 async def demand(state: Path, per_second: float, load: subprocess.Popen[str]) -> int:
     """Ask for points at a pace until the load has ended; gives how many were sealed meanwhile."""
     sealed = 0
@@ -77,10 +135,18 @@ async def demand(state: Path, per_second: float, load: subprocess.Popen[str]) ->
     return sealed
 
 
-def one_round(deployed: Deployment, per_second: float | None, clients: int, seconds: int) -> tuple[float, float]:
-    """Give (transactions a second, points a second) of one round."""
+def one_round(deployed: Deployment, name: str, clients: int, seconds: int) -> tuple[float, float]:
+    """Give (transactions a second, points a second) of one run of a setting."""
+    per_second = SETTINGS[name]
     if per_second is None:
         return rate(pgbench(deployed.cluster, clients, seconds)), 0.0
+    if name == "peers":
+        with peers(deployed.cluster):
+            return rate(pgbench(deployed.cluster, clients, seconds)), 0.0
+    if name.startswith("bare"):
+        load = pgbench(deployed.cluster, clients, seconds)
+        made = snapshots(deployed, per_second, load)
+        return rate(load), made / seconds
     deployed.start()
     try:
         load = pgbench(deployed.cluster, clients, seconds)
@@ -100,8 +166,8 @@ def measure(seconds: int, rounds: int, clients: int) -> dict[str, dict[str, floa
         cluster.run("pgbench", *where, "-i", "-q", "-s", "10", "postgres")
         rate(pgbench(cluster, clients, seconds))
         for _ in range(rounds):
-            for name, per_second in SETTINGS.items():
-                found[name].append(one_round(deployed, per_second, clients, seconds))
+            for name in SETTINGS:
+                found[name].append(one_round(deployed, name, clients, seconds))
                 print(f"{name:>20}: {found[name][-1][0]:7.0f} tps, {found[name][-1][1]:5.1f} points/s", flush=True)
     bare = [tps for tps, _ in found["none"]]
     return {

@@ -7,7 +7,10 @@ base before it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from trigger.catalog import Catalog
+from trigger.errors import CatalogError
 from trigger.failpoint import reached
 from trigger.model import RecoveryPoint, State
 from trigger.ports import Journal, Storage
@@ -31,6 +34,43 @@ async def make_room(catalog: Catalog, storage: Storage, replay_limit_bytes: int)
     pinned = {clone.point for clone in await storage.clones()}
     going = thin(await catalog.bases(), int(space.budget * THIN_TO), replay_limit_bytes, pinned)
     return gone + [await expire(catalog, storage, point) for point in going]
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """What was, or would be, given up of the beginning of what can be restored."""
+
+    points: tuple[int, ...]
+    """Their snapshots are gone, and what only they could bring back."""
+    kept: tuple[int, ...]
+    """Older as well, and kept: there is a clone of them."""
+    segments: int
+    """How many segments of the journal went with them."""
+
+
+async def give_up_before(
+    first: RecoveryPoint, catalog: Catalog, storage: Storage, journal: Journal, *, dry_run: bool = False
+) -> GivenUp:
+    """Give up every point older than `first`, and the log that only they needed; with `dry_run` only say which.
+
+    Commits before `first` keep their record and cannot be restored any more. May be repeated.
+
+    Raises:
+        CatalogError: `first` is not sealed, so that nothing would be left to restore from.
+        StorageError: a snapshot could not be removed; its point is expiring, and goes with the next pass.
+    """
+    if first.state is not State.SEALED:
+        raise CatalogError(f"point {first.number} is {first.state}", hint="name a sealed point: trigpoint list")
+    older = [point for point in await catalog.bases() if point.number < first.number]
+    pinned = {clone.point for clone in await storage.clones()}
+    going = [point for point in older if point.id not in pinned]
+    segments = 0
+    if not dry_run:
+        for point in going:
+            await expire(catalog, storage, point)
+        segments = await release_log(catalog, journal)
+    kept = [point.number for point in older if point.id in pinned]
+    return GivenUp(tuple(point.number for point in going), tuple(kept), segments)
 
 
 async def expire(catalog: Catalog, storage: Storage, point: RecoveryPoint) -> RecoveryPoint:

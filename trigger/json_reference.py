@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from trigger.expire import GivenUp
 from trigger.inplace import Swap
 from trigger.locate import Location
 from trigger.model import CommitRecord, Finding, Gap, RecoveryPoint, Verification
@@ -48,6 +49,7 @@ STATUS = {
 SHAPES: tuple[tuple[str, Any], ...] = (
     ("check, explain", list[Finding]),
     ("point", RecoveryPoint),
+    ("expire", GivenUp),
     ("list", list[RecoveryPoint]),
     ("list --gaps", list[Gap]),
     ("show", {"point": RecoveryPoint, "commits": list[CommitRecord]}),

@@ -121,6 +121,19 @@ def plan(
     raise _refusal(target, bases, lineage, held, holes)
 
 
+def own(point: RecoveryPoint, replay_bytes_per_second: float, *, segment_bytes: int = WAL_SEGMENT_BYTES) -> Plan:
+    """Give the plan that brings up a sealed point's own snapshot, as far as it goes by itself, whatever its commit.
+
+    What a bracketed copy needs to become consistent comes out of the journal; an atomic snapshot needs nothing.
+    """
+    description = f"the snapshot of point {point.number}"
+    target = Target(point.floor.history, StopKind.END, _held_at_most(point), True, description)
+    if point.bracket is None:
+        return _as_it_is(point, target, replay_bytes_per_second, ())
+    log = Stretch(_file_start(point.bracket.start.at, segment_bytes), point.bracket.stop.at)
+    return _replayed(point, target, log, replay_bytes_per_second, ())
+
+
 class Stretch(NamedTuple):
     """Bytes of log from `start` up to, not including, `end`."""
 

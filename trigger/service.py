@@ -19,7 +19,7 @@ from trigger.agenda import Agenda
 from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
 from trigger.errors import DatabaseError, JournalError, PreflightError, TrigpointError
-from trigger.expire import make_room, release_log
+from trigger.expire import GivenUp, give_up_before, make_room, release_log
 from trigger.model import Cause, Finding, RecoveryPoint, Severity, State
 from trigger.options import Options
 from trigger.pipeline import Protected, protect, take
@@ -113,6 +113,9 @@ class Service:
             case "point":
                 point = await self.point(str(request.get("note", ""))[:1000])
                 return {"point": data(point)}
+            case "expire":
+                before, dry_run = request.get("before", ""), bool(request.get("dry_run"))
+                return {"expired": data(await give_up(self.parts, before, dry_run=dry_run))}
             case "status":
                 return {"status": await self.status()}
             case other:
@@ -353,6 +356,12 @@ async def keep_room(service: Service) -> None:
     if gone:
         log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
         await release_log(parts.catalog, parts.journal)
+
+
+async def give_up(parts: Parts, before: int | str, *, dry_run: bool) -> GivenUp:
+    """Give up every point older than the one called `before`; see `expire.give_up_before`."""
+    first = await parts.catalog.point(before)
+    return await give_up_before(first, parts.catalog, parts.storage, parts.journal, dry_run=dry_run)
 
 
 async def audit_journal(service: Service) -> None:

@@ -16,6 +16,7 @@ from trigger.clone_records import new_name
 from trigger.errors import TrigpointError
 from trigger.model import RecoveryPoint, Target, Verification
 from trigger.options import VerifyAssertion
+from trigger.planner import Plan, own
 from trigger.ports import Progress
 from trigger.restore import Raised, Site, prepare, raised, remove, require_room, to_its_end
 from trigger.target import Named, resolve
@@ -37,6 +38,8 @@ async def verify(
     """Give what a restore of `wanted` into a sandbox showed; for a point it is stored in the catalog too.
 
     For a point that was taken for a commit the restore goes to that commit: it must be there, the next must not.
+    Where the planner goes there from an older base, the point's own snapshot is brought up by itself too, since it
+    is what later commits are restored from.
 
     Args:
         wanted: a sealed point, or any target.
@@ -56,8 +59,11 @@ async def verify(
         async with asyncio.timeout(deadline_seconds):
             target = await _target(wanted, site)
             words = target.description
-            async for check in _looked_at(target, site, assertions, progress):
+            found = await prepare(target, site)
+            async for check in _looked_at(found, site, assertions, progress):
                 checks.append(check)  # noqa: PERF401 - a deadline keeps what was seen before it
+            if point is not None and found.base.id != point.id:
+                checks.append(await _comes_up(point, site, progress))
     except TimeoutError:
         checks.append(("all checks", False, f"not run to the end within {deadline_seconds:g} s"))
     except (TrigpointError, OSError) as error:
@@ -76,10 +82,9 @@ async def _target(wanted: RecoveryPoint | Target, site: Site) -> Target:
 
 
 async def _looked_at(
-    target: Target, site: Site, assertions: Sequence[VerifyAssertion], progress: Progress
+    found: Plan, site: Site, assertions: Sequence[VerifyAssertion], progress: Progress
 ) -> AsyncIterator[Check]:
     """Give one check after the other, from a sandbox that is gone when the last was given or one failed to run."""
-    found = await prepare(target, site)
     await require_room(found, site)
     name = new_name("verify")
     async with raised(found, site, name, progress, throwaway=True) as up:
@@ -94,6 +99,18 @@ async def _looked_at(
         for assertion in assertions:
             yield await _asserted(assertion, up, site)
         await to_its_end(_throw_away(name, site))
+
+
+async def _comes_up(point: RecoveryPoint, site: Site, progress: Progress) -> Check:
+    """Give whether the point's own snapshot becomes a consistent server, in a sandbox that is gone afterwards."""
+    found = own(point, site.replay_bytes_per_second, segment_bytes=site.segment_bytes)
+    await require_room(found, site)
+    name = new_name("verify")
+    async with raised(found, site, name, progress, throwaway=True) as up:
+        seen = f"consistent up to {up.running.replayed}, at or behind its floor {point.floor.at}"
+        held = up.running.replayed >= point.floor.at
+        await to_its_end(_throw_away(name, site))
+    return "its own snapshot comes up", held, seen
 
 
 async def _asserted(assertion: VerifyAssertion, up: Raised, site: Site) -> Check:

@@ -323,6 +323,35 @@ def test_a_catalog_that_is_lost_comes_back_from_the_tags() -> None:
         assert deployed.trigpoint("reconcile").stdout.startswith("reconciled  catalog and storage agree")
 
 
+def test_what_is_given_up_is_not_restored_any_more_and_its_log_goes_too() -> None:
+    with deployment(15, "directory", extra=RULES, initdb=["--wal-segsize=1"]) as deployed:
+        deployed.cluster.sql("CREATE TABLE account (id int PRIMARY KEY, balance int)")
+        deployed.start()
+        xids, points = [], []
+        for number in range(3):
+            rows = deployed.cluster.sql(f"INSERT INTO account VALUES ({number}, 1) RETURNING xmin::text")
+            deployed.settle()
+            xids.append(rows[0][0])
+            points.append(deployed.ask("point")["number"])
+        said = deployed.ask("expire", str(points[1]), "--dry-run")
+        assert points[0] in said["points"]
+        assert points[1] not in said["points"]
+        refused = fails(deployed, "expire", str(points[1]))
+        assert refused.returncode == 2
+        assert "--yes" in refused.stderr
+        done = deployed.ask("expire", str(points[1]), "--yes")
+        assert done["points"] == said["points"]
+        assert done["segments"] > 0
+        assert fails(deployed, "restore", "--to-xid", xids[0]).returncode == 9
+        assert deployed.ask("find", "--xid", xids[0])[0]["record"]["xid"] == int(xids[0])
+        deployed.ask("restore", "--to-xid", xids[2], "--name", "back")
+        deployed.trigpoint("clones", "drop", "back")
+        assert deployed.status()["journal"] == []
+        assert deployed.stop() == 0
+        assert deployed.trigpoint("expire", str(points[1]), "--yes").stdout.startswith("expired  no point is older")
+        assert fails(deployed, "expire", str(points[0]), "--yes").returncode == 7
+
+
 def test_sigterm_ends_the_service_in_order_and_systemd_is_told_when_it_is_ready(tmp_path: Path) -> None:
     import socket
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -149,6 +151,27 @@ def servers_in(folder: Path) -> list[str]:
         if work.is_relative_to(folder):
             found.append(f"{process.name}: {work}")
     return found
+
+
+def test_a_points_own_snapshot_is_proven_where_the_restore_needs_an_older_one(bank: Deployment) -> None:
+    """While others write, a snapshot holds more than its commit; the log of a bracketed copy always goes on."""
+    noise = threading.Event()
+
+    def write() -> None:
+        with bank.cluster.connect() as connection:
+            while not noise.is_set():
+                connection.execute("SELECT pg_logical_emit_message(false, 'noise', repeat('x', 20000))")
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(write)
+        taken = bank.ask("point", "--note", "amid the noise")
+        noise.set()
+        writer.result(30)
+    result = bank.ask("verify", str(taken["number"]))
+    assert result["passed"], result
+    (own,) = [seen for what, _, seen in result["checks"] if what == "its own snapshot comes up"]
+    assert "at or behind its floor" in own
+    assert bank.ask("clones", "list") == []
 
 
 def test_production_is_put_back_in_place_and_the_accident_can_be_had_again(bank: Deployment) -> None:

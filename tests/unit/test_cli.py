@@ -21,10 +21,18 @@ from trigger.model import RecoveryPoint
 ROOT = Path(__file__).parents[2]
 
 COMMANDS = (
-    *("init", "check", "explain", "run", "point", "status", "list", "show", "find", "restore", "verify"),
+    *("init", "check", "explain", "run", "point", "status", "list", "show", "find", "restore", "verify", "expire"),
     *("reconcile", "clear", "release", "clones", "catalog", "rules", "config"),
 )
-BELOW = (("clones", "list"), ("clones", "drop"), ("catalog", "rebuild"), ("rules", "test"), ("config", "check"))
+BELOW = (
+    ("clones", "list"),
+    ("clones", "drop"),
+    ("clones", "start"),
+    ("clones", "stop"),
+    ("catalog", "rebuild"),
+    ("rules", "test"),
+    ("config", "check"),
+)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from tests.simulation.virtual import VirtualLoop
 from tests.unit.test_reconcile import HISTORY, NOON, Stage, inline, record
 from trigger import failpoint, tag
 from trigger.catalog import Catalog
-from trigger.errors import StorageError
-from trigger.expire import expire, make_room, release_log
+from trigger.errors import CatalogError, StorageError
+from trigger.expire import expire, give_up_before, make_room, release_log
 from trigger.model import Cause, RecoveryPoint, State, point_id
 from trigger.position import History, Lsn, Position
 from trigger.reconcile import reconcile
@@ -169,5 +169,36 @@ def test_while_bases_of_two_timelines_are_kept_no_log_is_let_go_of() -> None:
         await shelves.sealed_at(1, 3 * SEGMENT_BYTES)
         await shelves.sealed_at(2, 7 * SEGMENT_BYTES, replace(HISTORY, timeline=2))
         assert await release_log(shelves.catalog, shelves.journal) == 0
+
+    play(act)
+
+
+def test_what_is_older_than_a_point_is_given_up_with_the_log_that_only_it_needed() -> None:
+    async def act(shelves: Shelves) -> None:
+        fill = await _filled(6)(shelves)
+        await shelves.storage.clone(fill[1].id, "one", lambda *_: None)
+        arguments = (fill[3], shelves.catalog, shelves.storage, shelves.journal)
+        said = await give_up_before(*arguments, dry_run=True)
+        assert (said.points, said.kept) == ((1, 3), (2,))
+        assert await shelves.numbers() == [1, 2, 3, 4, 5, 6]
+        assert await give_up_before(*arguments) == said
+        assert await shelves.numbers() == [2, 4, 5, 6]
+        assert await shelves.numbers(State.EXPIRED) == [1, 3]
+        assert fill[0].id not in shelves.world.kept
+        await shelves.storage.drop_clone("one")
+        assert (await give_up_before(*arguments)).points == (2,)
+        assert (await give_up_before(*arguments)).points == ()
+        assert (await shelves.catalog.find(lsn=Lsn(1000 - 48)))[0].point == 1
+
+    play(act)
+
+
+def test_nothing_is_given_up_for_a_point_that_is_no_base() -> None:
+    async def act(shelves: Shelves) -> None:
+        fill = await _filled(3)(shelves)
+        gone = await expire(shelves.catalog, shelves.storage, fill[1])
+        with pytest.raises(CatalogError, match="point 2 is expired"):
+            await give_up_before(gone, shelves.catalog, shelves.storage, shelves.journal)
+        assert await shelves.numbers() == [1, 3]
 
     play(act)

@@ -15,6 +15,7 @@ from tests.fixtures.bank import Bank, quiet, run
 from trigger.errors import RestoreError, StorageError
 from trigger.model import RecoveryPoint, Verification
 from trigger.options import VerifyAssertion
+from trigger.ports import Clone, Running
 from trigger.restore import CloneState, clones
 from trigger.target import Named
 from trigger.verify import verify
@@ -64,6 +65,36 @@ def test_a_point_is_verified_when_its_commit_is_there_and_every_look_held(tmp_pa
         assert f"commit {point.commit.xid} of bank" in result.target
         assert [what for what, _, _ in result.checks][-1] == "bank: select count(*) from account"
         assert "structures" in [what for what, _, _ in result.checks]
+
+    run(tmp_path, story)
+
+
+def test_a_snapshot_that_the_restore_did_not_need_is_brought_up_by_itself(tmp_path: Path) -> None:
+    class Particular(MemoryRecovery):
+        """A recovery that cannot bring up the snapshot of one point."""
+
+        async def start(self, clone: Clone, *arguments: Any, **named: Any) -> Running:
+            if clone.point == refused:
+                raise RestoreError("invalid page in block 7")
+            return await super().start(clone, *arguments, **named)
+
+    refused = ""
+
+    async def story(it: Bank) -> None:
+        nonlocal refused
+        it.commit()
+        await it.point()
+        it.commit()
+        behind = it.commit(data_bytes=0)
+        it.pending.remove(behind)  # it lies in the snapshot already, so that the point is restored from the one before
+        point = await it.point()
+        result = await verified(it, point)
+        assert result.passed
+        assert result.checks[-1][:2] == ("its own snapshot comes up", True)
+        refused = point.id
+        result = await verified(it, point, Particular(it.world))
+        assert not result.passed
+        assert result.checks[-1] == ("restore and look", False, "not run to the end: invalid page in block 7")
 
     run(tmp_path, story)
 

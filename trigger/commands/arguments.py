@@ -95,6 +95,11 @@ def transaction(text: str) -> int:
     return int(text)
 
 
+def point_reference(text: str) -> int | str:
+    """Give what names a point: its number, or its id or name."""
+    return int(text) if text.isdigit() else text
+
+
 def lsn(text: str) -> Lsn:
     """Give the LSN written in `text`; raises `PositionError` for anything else."""
     return Lsn.parse(text.strip())

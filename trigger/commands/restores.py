@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from trigger import show
-from trigger.commands.arguments import Config, Json, Yes, confirm, lsn, options, time, transaction
+from trigger.commands.arguments import Config, Json, Yes, confirm, lsn, options, point_reference, time, transaction
 from trigger.errors import CatalogError, ConfigError, RestoreError, VerifyError
 from trigger.model import Verification
 
@@ -102,7 +102,7 @@ def restore_state(
         lsn=lsn(to_lsn) if to_lsn is not None else None,
         xid=transaction(to_xid) if to_xid is not None else None,
         time=time(to_time) if to_time is not None else None,
-        point=_point(to_point) if to_point is not None else None,
+        point=point_reference(to_point) if to_point is not None else None,
         marker=to_marker,
         before_xid=transaction(before_xid) if before_xid is not None else None,
         stream=database,
@@ -129,10 +129,6 @@ def require_one_target(named: Named) -> None:
     if count != 1:
         words = "no target is named" if count == 0 else f"{count} targets are named"
         raise ConfigError(words, hint=f"give exactly one of {TARGETS}")
-
-
-def _point(text: str) -> str | int:
-    return int(text) if text.isdigit() else text
 
 
 async def _plan(named: Named, parts: Parts) -> Plan:
@@ -343,7 +339,7 @@ def verify_point(
 async def _verify(ref: str | None, chosen: Options, parts: Parts) -> Verification:
     from trigger.verify import verify
 
-    point = await parts.catalog.latest() if ref is None else await parts.catalog.point(_point(ref))
+    point = await parts.catalog.latest() if ref is None else await parts.catalog.point(point_reference(ref))
     if point is None:
         raise CatalogError("there is no sealed recovery point yet", hint="`trigpoint run` takes the first at its start")
     with show.steps() as progress:

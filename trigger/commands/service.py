@@ -1,4 +1,4 @@
-"""The service: run it, ask it for a point, ask it how it is; and put catalog and storage in agreement without it."""
+"""The service: run it, ask it for a point, or how it is; put catalog and storage in agreement, with it or without."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trigger import show
-from trigger.commands.arguments import Config, Json, Yes, confirm, options
+from trigger.commands.arguments import Config, Json, Yes, confirm, options, point_reference
 from trigger.control import NotRunningError, ask
 from trigger.errors import ConfigError, TrigpointError
 from trigger.shape import data
@@ -73,6 +75,52 @@ async def _take(chosen: Options, note: str) -> Any:
         from trigger import service
 
         return data(await service.take_one(chosen, note))
+
+
+def expire(
+    before: Annotated[str, typer.Argument(help="The oldest point to keep: a number, an id, or a name (trg-…).")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which points would go.")] = False,
+    yes: Yes = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Give up every point older than one, and the log that only they needed: what came before cannot be had again.
+
+    Through the running service, or without one if none runs. Points of which there is a clone stay. The records of
+    commits stay too, so that `trigpoint find` still knows them.
+    """
+    chosen = options(config)
+    if not dry_run:
+        confirm(f"make every commit of {chosen.name} before point {before} impossible to restore", yes=yes)
+    done = asyncio.run(_expire(chosen, before, dry_run=dry_run))
+    if as_json:
+        show.print_json(done)
+        return
+    show.facts(
+        [
+            ("would go" if dry_run else "expired", _numbers(done["points"]) or "no point is older"),
+            ("kept", f"{_numbers(done['kept'])}: there are clones of them" if done["kept"] else None),
+            ("journal", None if dry_run else f"{done['segments']} segments let go of"),
+        ]
+    )
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """Give numbers in order as words: `3 to 9, 11`."""
+    runs = [list(run) for _, run in groupby(enumerate(numbers), lambda place: place[1] - place[0])]
+    ends = [(run[0][1], run[-1][1]) for run in runs]
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ends)
+
+
+async def _expire(chosen: Options, before: str, *, dry_run: bool) -> Any:
+    try:
+        request = {"do": "expire", "before": point_reference(before), "dry_run": dry_run}
+        return (await ask(chosen.state_folder, request, POINT_SECONDS))["expired"]
+    except NotRunningError:
+        from trigger import service
+
+        async with service.alone(chosen) as parts:
+            return data(await service.give_up(parts, point_reference(before), dry_run=dry_run))
 
 
 def status(config: Config = None, as_json: Json = False) -> None:
