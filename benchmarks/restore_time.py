@@ -112,14 +112,17 @@ def prepared(gigabytes: float, seconds: int) -> Iterator[tuple[Deployment, PgBac
         backup = PgBackRest(cluster, folder)
         try:
             cluster.configure(
-                {"archive_command": " ".join(backup.command("archive-push", "%p")), "wal_level": "logical"}
-            )
+                {"archive_command": "/bin/true", "wal_level": "logical"}
+            )  # nobody needs the log of a load
             cluster.restart()
             where: list[str | Path] = ["-h", cluster.sockets, "-p", str(cluster.port), "-U", "postgres"]
             scale = max(1, round(gigabytes * SCALE_OF_A_GIGABYTE))
             cluster.run("pgbench", *where, "-i", "-q", "-s", str(scale), "postgres", seconds=3000)
-            backup.run("stanza-create")
             cluster.sql("CHECKPOINT")
+            cluster.sql("SELECT pg_switch_wal()")
+            cluster.configure({"archive_command": " ".join(backup.command("archive-push", "%p"))})
+            cluster.sql("SELECT pg_reload_conf()")
+            backup.run("stanza-create")
             deployed.start()
             backup.run("--type=full", "backup")
             cluster.run("pgbench", *where, "-n", "-N", "-c", "4", "-T", str(seconds), "postgres", seconds=3000)

@@ -16,11 +16,11 @@ from typing import Any
 from connectors import DRIVERS
 from trigger import host
 from trigger.catalog import Catalog
+from trigger.clones import Site
 from trigger.errors import AgentError, ConfigError, DatabaseError
 from trigger.model import Finding, Severity, Volume
 from trigger.options import Options
 from trigger.ports import Agent, Database, Journal, Layout, Recovery, Source, Storage
-from trigger.restore import Site
 from trigger.shape import data
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trigger.clone_records import new_name, sync_folder
+from trigger.clones import Site, remove, to_its_end
 from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
 from trigger.model import Target, Volume
 from trigger.ports import Clone, Progress
-from trigger.restore import Report, Site, remove, restore, to_its_end
+from trigger.restore import Report, restore
 
 _SUBVOLUME_INODE = 256  # of the root of every btrfs subvolume (BTRFS_FIRST_FREE_OBJECTID)
 _LOCK_FILE = "postmaster.pid"

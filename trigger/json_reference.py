@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from trigger.clones import CloneStatus
 from trigger.expire import GivenUp
 from trigger.inplace import Swap
 from trigger.locate import Location
@@ -23,7 +24,7 @@ from trigger.position import History, Lsn, Position
 from trigger.rebuild import Rebuilt
 from trigger.reconcile import Reconciliation
 from trigger.rehearse import RehearsedPoint
-from trigger.restore import CloneStatus, Report
+from trigger.restore import Report
 
 STATUS = {
     "name": "what the cluster is called",

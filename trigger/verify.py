@@ -13,12 +13,13 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 
 from trigger.clone_records import new_name
+from trigger.clones import Site, remove, to_its_end
 from trigger.errors import TrigpointError
 from trigger.model import RecoveryPoint, Target, Verification
 from trigger.options import VerifyAssertion
 from trigger.planner import Plan, own
 from trigger.ports import Progress
-from trigger.restore import Raised, Site, prepare, raised, remove, require_room, to_its_end
+from trigger.restore import Raised, prepare, raised, require_room
 from trigger.target import Named, resolve
 
 log = logging.getLogger(__name__)

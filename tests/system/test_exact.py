@@ -20,10 +20,11 @@ from tests.fixtures import judge
 from tests.fixtures.loading import Load
 from tests.fixtures.postgres import MAJORS, Cluster
 from tests.fixtures.service import Deployment, deployment
+from trigger.clones import drop
 from trigger.connect import Parts, connect
 from trigger.options import load
 from trigger.position import Lsn
-from trigger.restore import drop, restore
+from trigger.restore import restore
 from trigger.target import Named, resolve
 
 

@@ -16,9 +16,10 @@ import pytest
 from tests.fixtures.bank import Bank, Breaking, nothing_left, quiet, run, two_points
 from trigger import clone_records
 from trigger.clone_records import CloneRecord, clone_name
+from trigger.clones import CloneState, clones, drop, start, stop
 from trigger.errors import RestoreError
 from trigger.model import EPOCH
-from trigger.restore import CloneState, clones, drop, restore, start, stop
+from trigger.restore import restore
 
 
 def test_clones_are_listed_with_their_state_and_dropped_with_all_they_have(tmp_path: Path) -> None:

@@ -183,8 +183,9 @@ def bases_of(draw: st.DrawFn, world: World, number: int) -> tuple[RecoveryPoint,
     marks = [mark for mark in world.boundaries(timeline) if mark >= world.begin(timeline)]
     step = st.sampled_from([0, 0, 1, 2, 3])
     indexes = [draw(st.integers(0, len(marks) - 1)) // draw(st.integers(1, 4))]
+    written = 1 if timeline in world.parents else 0  # a server writes a record when it begins a timeline
     for _ in range(3):
-        indexes.append(indexes[-1] + draw(step))
+        indexes.append(max(indexes[-1] + draw(step), written))
     redo, first, second, third = (marks[min(index, len(marks) - 1)] for index in indexes)
     stamps = [r.time_us for r in world.logs[timeline] if r.end <= third]
     sealed_at = from_microseconds(max([*stamps, 0]) + draw(st.integers(0, 2)))

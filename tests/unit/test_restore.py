@@ -13,12 +13,13 @@ import pytest
 
 from connectors.memory import MemoryRecovery, MemoryStorage, World
 from tests.fixtures.bank import Bank, Breaking, nothing_left, quiet, run, two_points
+from trigger.clones import Site, drop
 from trigger.errors import JournalError, RestoreError, StorageError
 from trigger.expire import expire
 from trigger.model import Cause, StopKind
 from trigger.ports import Capability
 from trigger.position import Lsn
-from trigger.restore import Site, drop, prepare, restore
+from trigger.restore import prepare, restore
 from trigger.target import Named
 
 

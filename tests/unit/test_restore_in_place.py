@@ -20,11 +20,11 @@ from connectors.memory import MemoryStorage, World
 from tests.fixtures.bank import Bank, bank, quiet
 from tests.fixtures.volumes import loop_volume
 from trigger import failpoint, inplace
+from trigger.clones import clones
 from trigger.errors import RestoreError
 from trigger.inplace import require_stopped, restore_in_place, resume, swaps, undo
 from trigger.model import Volume
 from trigger.ports import Clone, Progress
-from trigger.restore import clones
 from trigger.target import Named
 
 OLD, NEW = "as the accident left it", "as it was before"

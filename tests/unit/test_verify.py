@@ -12,11 +12,11 @@ import pytest
 
 from connectors.memory import MemoryRecovery
 from tests.fixtures.bank import Bank, quiet, run
+from trigger.clones import CloneState, clones
 from trigger.errors import RestoreError, StorageError
 from trigger.model import RecoveryPoint, Verification
 from trigger.options import VerifyAssertion
 from trigger.ports import Clone, Running
-from trigger.restore import CloneState, clones
 from trigger.target import Named
 from trigger.verify import verify
 

@@ -14,11 +14,12 @@ from trigger.errors import CatalogError, ConfigError, RestoreError, VerifyError
 from trigger.model import Verification
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
+    from trigger.clones import CloneStatus, Site
     from trigger.connect import Parts
     from trigger.inplace import Swap
     from trigger.options import Options
     from trigger.planner import Plan
-    from trigger.restore import CloneStatus, Report, Site
+    from trigger.restore import Report
     from trigger.target import Named
 
 T = TypeVar("T")
@@ -251,8 +252,8 @@ def list_clones(config: Config = None, as_json: Json = False) -> None:
 
 
 async def _clones_and_swaps(parts: Parts) -> tuple[list[CloneStatus], list[Swap]]:
+    from trigger.clones import clones as all_clones
     from trigger.inplace import swaps
-    from trigger.restore import clones as all_clones
 
     return await all_clones(parts.site), await swaps(parts.site)
 
@@ -281,7 +282,7 @@ def _clone(one: CloneStatus) -> tuple[object, ...]:
 @clones.command("stop")
 def stop_clones(names: Names, config: Config = None, as_json: Json = False) -> None:
     """Stop the servers of clones; what they hold stays, and `start` brings them up again."""
-    from trigger.restore import stop
+    from trigger.clones import stop
 
     show_clones(at(options(config), lambda parts: _each(names, parts, stop)), as_json=as_json)
 
@@ -289,7 +290,7 @@ def stop_clones(names: Names, config: Config = None, as_json: Json = False) -> N
 @clones.command("start")
 def start_clones(names: Names, config: Config = None, as_json: Json = False) -> None:
     """Start the servers of stopped clones again, as they were left: after a reboot of the host, say."""
-    from trigger.restore import start
+    from trigger.clones import start
 
     show_clones(at(options(config), lambda parts: _each(names, parts, start)), as_json=as_json)
 
@@ -297,7 +298,7 @@ def start_clones(names: Names, config: Config = None, as_json: Json = False) -> 
 @clones.command("drop")
 def drop_clones(names: Names, config: Config = None, as_json: Json = False) -> None:
     """Stop the servers of clones and remove all there is of them. Production is not touched."""
-    from trigger.restore import drop
+    from trigger.clones import drop
 
     at(options(config), lambda parts: _each(names, parts, drop))
     if as_json:
