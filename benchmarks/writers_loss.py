@@ -6,7 +6,8 @@ each second, ten times a second, and one after the other without a pause), so th
 one setting lasts `--seconds`. The service takes points for nothing else meanwhile: its one rule matches no table. So
 the setting without points shows what it costs to read and keep the log. Two settings without a service say what of it
 is not ours: `peers` is PostgreSQL's own `pg_recvlogical` and `pg_receivewal` beside the writers, `bare 10/s` is `btrfs
-subvolume snapshot -r` at that pace. Given
+subvolume snapshot -r` at that pace. Snapshots are removed after each run of a setting, so that none meets those of
+another: hundreds of kept snapshots make writing to btrfs slower, whoever made them. Given
 are the median rate of each setting, the median of its loss against the run without anything in the same round, and how
 many points (or bare snapshots) a second there really were; where that is less than was asked for, the storage could
 not do more beside these writers.
@@ -119,6 +120,7 @@ def snapshots(deployed: Deployment, per_second: float, load: subprocess.Popen[st
             check=True,
             stdout=subprocess.DEVNULL,
         )
+    subprocess.run(["btrfs", "subvolume", "sync", str(deployed.root)], check=True, stdout=subprocess.DEVNULL)
     return made
 
 
@@ -153,7 +155,9 @@ def one_round(deployed: Deployment, name: str, clients: int, seconds: int) -> tu
         points = asyncio.run(demand(deployed.state, per_second, load))
         return rate(load), points / seconds
     finally:
+        deployed.trigpoint("expire", str(deployed.status()["last_point"]), "--yes", deadline=600)
         deployed.stop()
+        subprocess.run(["btrfs", "subvolume", "sync", str(deployed.root)], check=True, stdout=subprocess.DEVNULL)
 
 
 def measure(seconds: int, rounds: int, clients: int) -> dict[str, dict[str, float]]:
