@@ -248,7 +248,16 @@ def test_a_storage_that_takes_nothing_fails_points_keeps_commits_and_makes_good(
     house.commit(10)
     house.require_nothing_forgotten()
     assert house.deployed.status()["pending_commits"] >= 10
-    heal(house, "storage")
+    assert house.deployed.stop() == 0
+    if fault == "not ours any more":  # it cannot even be looked at
+        refused = house.deployed.trigpoint("run", check=False)
+        assert (refused.returncode, "Permission denied" in refused.stderr) == (6, True), refused.stderr
+        heal(house, "storage")
+        house.deployed.start()
+    else:  # what cannot be removed keeps no service from starting
+        house.deployed.start(wait=False)
+        house.wait_for_trouble("No space left", "Read-only file system")
+        heal(house, "storage")
     house.require_all_well()
 
 
