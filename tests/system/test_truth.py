@@ -112,7 +112,8 @@ def deployed(request: pytest.FixtureRequest) -> Iterator[Deployment]:
         "btrfs",
         extra="[points]\nmin_interval_seconds = 0.2\nper_minute = 6000\n",
         logical_decoding_work_mem="64kB",
-        wal_keep_size="4GB",
+        wal_keep_size="20GB",
+        megabytes=60_000,
     ) as found:
         cluster = found.cluster
         cluster.sql(judge.TRUTH_TABLE)
@@ -127,7 +128,7 @@ def _pgbench(cluster: Cluster, seconds: int) -> None:
     script = cluster.sockets / "script.sql"
     script.write_text(_PGBENCH.format(_MARK.decode()))
     where: list[str | Path] = ["-h", cluster.sockets, "-p", str(cluster.port), "-U", "postgres"]
-    cluster.run("pgbench", *where, "-n", "-f", script, "-c", "3", "-T", str(seconds), "postgres")
+    cluster.run("pgbench", *where, "-n", "-f", script, "-c", "3", "-T", str(seconds), "postgres", seconds=seconds + 120)
 
 
 def _mix(cluster: Cluster, over: threading.Event, errors: list[BaseException]) -> None:
@@ -170,6 +171,7 @@ def _assert_truth(deployed: Deployment, seconds: int) -> None:
     assert not strangers, f"in the catalog, but never committed: {sorted(strangers)[:5]}"
     misplaced = {xid: (left.starts[xid], logged[xid]) for xid in truth if left.starts[xid] != logged[xid]}
     assert not misplaced, f"(ours, pg_waldump's): {dict(list(misplaced.items())[:5])}"
+    print(f"{len(truth)} commits in {seconds} s, each with its one outcome, PostgreSQL {deployed.cluster.major}")
 
 
 @pytest.mark.server
