@@ -71,18 +71,22 @@ def _prepared_and_rolled_back(connection: Connection) -> None:
     _prepared(connection, b"ROLLBACK")
 
 
+_ONE_DDL_AT_A_TIME = threading.Lock()
+"""Two sessions that make, or grant on, the same table at once get errors from PostgreSQL."""
+
+
 def _invisible(connection: Connection) -> None:
-    connection.execute(
-        random.choice(
-            (
-                b"CREATE TABLE IF NOT EXISTS made (id int)",
-                b"DROP TABLE IF EXISTS made",
-                b"GRANT SELECT ON account TO PUBLIC",
-                b"SELECT nextval('counter')",
-                b"SELECT lo_unlink(lo_create(0))",
-            )
+    statement = random.choice(
+        (
+            b"CREATE TABLE IF NOT EXISTS made (id int)",
+            b"DROP TABLE IF EXISTS made",
+            b"GRANT SELECT ON account TO PUBLIC",
+            b"SELECT nextval('counter')",
+            b"SELECT lo_unlink(lo_create(0))",
         )
     )
+    with _ONE_DDL_AT_A_TIME:
+        connection.execute(statement)
 
 
 def _truncated(connection: Connection) -> None:
