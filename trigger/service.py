@@ -279,19 +279,20 @@ def _signals(service: Service) -> Any:
 async def _every(seconds: float, act: Callable[[Service], Awaitable[None]], service: Service, if_not: str) -> None:
     """Do `act` for ever, `seconds` apart; an expected error is shown in the status until it has gone.
 
-    What takes long is done less often, so that it takes no more than `UPKEEP_SHARE` of the time.
+    What takes long is done less often, so that it takes no more than `UPKEEP_SHARE` of the time; what failed is tried
+    again sooner.
     """
     clock = asyncio.get_running_loop().time
     while True:
-        began = clock()
+        began, share = clock(), UPKEEP_SHARE
         try:
             await act(service)
             service.upkeep.pop(if_not, None)
         except (TrigpointError, OSError) as error:
             if service.upkeep.get(if_not) != str(error):  # once, not every second
                 log.warning("%s: %s", if_not, error)
-            service.upkeep[if_not] = str(error)
-        await asyncio.sleep(max(seconds, (clock() - began) / UPKEEP_SHARE))
+            service.upkeep[if_not], share = str(error), 1.0
+        await asyncio.sleep(max(seconds, (clock() - began) / share))
 
 
 async def _keep_journal(service: Service) -> None:
