@@ -111,9 +111,8 @@ def prepared(gigabytes: float, seconds: int) -> Iterator[tuple[Deployment, PgBac
         cluster = deployed.cluster
         backup = PgBackRest(cluster, folder)
         try:
-            cluster.configure(
-                {"archive_command": "/bin/true", "wal_level": "logical"}
-            )  # nobody needs the log of a load
+            # Nobody needs the log of a load.
+            cluster.configure({"archive_command": "/bin/true", "wal_level": "logical"})
             cluster.restart()
             where: list[str | Path] = ["-h", cluster.sockets, "-p", str(cluster.port), "-U", "postgres"]
             scale = max(1, round(gigabytes * SCALE_OF_A_GIGABYTE))

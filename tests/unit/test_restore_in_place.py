@@ -12,12 +12,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from connectors.memory import MemoryStorage, World
-from tests.fixtures.bank import Bank, bank, quiet
+from tests.fixtures.bank import Bank, bank, quiet, two_points
 from tests.fixtures.volumes import loop_volume
 from trigger import failpoint, inplace
 from trigger.clones import clones
@@ -25,7 +24,6 @@ from trigger.errors import RestoreError
 from trigger.inplace import require_stopped, restore_in_place, resume, swaps, undo
 from trigger.model import Volume
 from trigger.ports import Clone, Progress
-from trigger.target import Named
 
 OLD, NEW = "as the accident left it", "as it was before"
 
@@ -65,15 +63,6 @@ async def stopped_bank(folder: Path, clones_at: Path | None = None) -> AsyncIter
         yield made
 
 
-async def wanted(it: Bank) -> Any:
-    it.commit()
-    await it.point()
-    commit = it.commit()
-    it.commit(data_bytes=0)
-    await it.point()
-    return await it.resolve(Named(xid=commit.xid))
-
-
 def states(it: Bank) -> list[str]:
     return [(Path(volume.path) / "state").read_text() for volume in it.site.volumes]
 
@@ -85,7 +74,7 @@ def all_of(state: str) -> list[str]:
 def test_the_restored_state_takes_the_place_and_the_old_one_is_kept_and_comes_back(tmp_path: Path) -> None:
     async def story() -> None:
         async with stopped_bank(tmp_path) as it:
-            report, swap = await restore_in_place(await wanted(it), it.site, progress=quiet)
+            report, swap = await restore_in_place(await two_points(it), it.site, progress=quiet)
             assert report.checks
             assert states(it) == all_of(NEW)
             assert [(Path(kept) / "state").read_text() for kept in swap.kept] == all_of(OLD)
@@ -134,7 +123,7 @@ def test_a_swap_that_was_cut_off_anywhere_can_be_finished_or_undone(
 
     async def story() -> None:
         async with stopped_bank(tmp_path) as it:
-            target = await wanted(it)
+            target = await two_points(it)
             with cut_at(place, count), pytest.raises(CutError):
                 await restore_in_place(target, it.site, progress=quiet)
             (swap,) = await swaps(it.site)
@@ -159,7 +148,7 @@ def test_a_swap_that_was_cut_off_anywhere_can_be_finished_or_undone(
 def test_a_restore_in_place_is_refused_while_a_server_works_there(tmp_path: Path) -> None:
     async def story() -> None:
         async with stopped_bank(tmp_path) as it:
-            target = await wanted(it)
+            target = await two_points(it)
             with a_server_in(tmp_path / "data" / "15" / "main") as pid:
                 refused = pytest.raises(RestoreError, match=f"main runs .process {pid}")
                 with refused:
@@ -194,7 +183,7 @@ def test_a_lock_file_whose_process_works_elsewhere_is_a_leftover(tmp_path: Path)
 def test_a_failed_restore_changes_nothing_in_place(tmp_path: Path) -> None:
     async def story() -> None:
         async with stopped_bank(tmp_path) as it:
-            target = await wanted(it)
+            target = await two_points(it)
             it.world.free_bytes = 2 << 20
             with pytest.raises(RestoreError, match="storage has"):
                 await restore_in_place(target, it.site, progress=quiet)
@@ -206,7 +195,7 @@ def test_a_failed_restore_changes_nothing_in_place(tmp_path: Path) -> None:
 def test_volumes_that_lie_in_each_other_are_refused(tmp_path: Path) -> None:
     async def story() -> None:
         async with stopped_bank(tmp_path) as it:
-            target = await wanted(it)
+            target = await two_points(it)
             (tmp_path / "data" / "inner").mkdir()
             nested = (*it.site.volumes, Volume("inner", str(tmp_path / "data" / "inner")))
             with pytest.raises(RestoreError, match=r"volume inner .* lies in volume data"):
@@ -220,7 +209,7 @@ def test_what_cannot_be_renamed_is_refused_before_and_the_clone_is_gone(tmp_path
     async def story() -> None:
         with loop_volume("ext4", 64) as elsewhere:
             async with stopped_bank(tmp_path, elsewhere / "clones") as it:
-                target = await wanted(it)
+                target = await two_points(it)
                 with pytest.raises(RestoreError, match="another filesystem"):
                     await restore_in_place(target, it.site, progress=quiet)
                 assert states(it) == all_of(OLD)
