@@ -873,6 +873,8 @@ class MemoryRecovery:
             reached = entry.end
             if after:
                 return reached
+        if target.kind is StopKind.LATEST or (target.kind is StopKind.TIME and target.reach is not None):
+            return max(reached, consistent)
         raise RestoreError("recovery ended before configured recovery target was reached")
 
     async def inspect(

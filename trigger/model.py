@@ -282,6 +282,8 @@ class StopKind(StrEnum):
 
     LSN = "lsn"
     TIME = "time"
+    LATEST = "latest"
+    """All there is: the end of the log that is kept."""
     END = "end"
     """The end of the snapshot itself; nothing is replayed beyond it."""
 
@@ -294,7 +296,7 @@ class Target:
     """The history in which the place lies; a replay follows this timeline."""
     kind: StopKind
     at: Lsn
-    """For `LSN` where the replay stops; for `TIME` a position surely not after it, else the same as `LSN`."""
+    """For `LSN` where the replay stops; for `TIME` a position surely not after it; for the others where that is."""
     inclusive: bool
     """Whether the record that begins at `at` (or the commits made at `time`) belong to the state."""
     description: str
@@ -303,7 +305,8 @@ class Target:
     commit: CommitRecord | None = None
     """The last commit that the state holds, where it is known."""
     reach: Lsn | None = None
-    """The end of the first record that stays out, where it is known: by there the replay has stopped."""
+    """By where the replay has all of the state, so that the log must go there: the end of the first record that stays
+    out, or for a time where the log ended when it was asked for; None where neither is known."""
 
 
 class Severity(StrEnum):

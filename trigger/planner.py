@@ -22,6 +22,8 @@ WAL_SEGMENT_BYTES = 16 << 20
 """PostgreSQL's default; a cluster may have been made with another size (`Layout.wal_segment_bytes`)."""
 
 _SHOWN = 5
+_OPEN = (StopKind.TIME, StopKind.LATEST)
+"""The targets whose place in the log is known only when the replay is there."""
 
 
 class PassedOver(NamedTuple):
@@ -36,13 +38,13 @@ class Plan:
     """How a target is reached: what is cloned, what is replayed, and how long that should take."""
 
     target: Target
-    """The target as the recovery gets it: `kind` is `END` where the base ends there by itself, and for a time `at`
-    is the base's ceiling."""
+    """The target as the recovery gets it: `kind` is `END` where the base ends there by itself; for a time `at` is the
+    base's ceiling, for the end of the log where that is."""
     base: RecoveryPoint
     replay_from: Position
     """Where the server begins to replay: the redo position of the base, or the start of its bracket."""
     replay_to: Lsn
-    """Where the replay ends; for a time the latest place at which it can end."""
+    """Where the replay ends; for a time a place by which it has gone past it."""
     log_from: Position
     """From here on the journal must give the log; what lies before is in the snapshot."""
     log_bytes: int
@@ -86,9 +88,9 @@ def plan(
     """Give the cheapest way to `target`, which starts from the newest base that fits.
 
     Args:
-        target: the state wanted; `at` is the start of a commit record where it is inclusive. For a time, `at` is
-            not looked at. Where `reach` is given, the journal must hold the log up to there, so that the replay sees
-            that it has arrived.
+        target: the state wanted; `at` is the start of a commit record where it is inclusive. For a time, or the end
+            of the log, `at` is not looked at. Where `reach` is given, the journal must hold the log up to there, so
+            that the replay sees that it has arrived.
         bases: recovery points in any order; what is not sealed is passed over.
         extents: what the journal holds.
         lineage: the past of `target.history`.
@@ -102,11 +104,11 @@ def plan(
     """
     _require_lineage(target, lineage)
     held = _held(extents, lineage, segment_bytes)
-    needed = _needed(target)
+    needed = _needed(target, held)
     passed: list[PassedOver] = []
     holes: list[tuple[RecoveryPoint, Stretch]] = []
     for base in sorted(bases, key=_newest_first):
-        if _ends_at(base, target) and lineage.includes(base.floor):
+        if _ends_at(base, target, held) and _inside(base, lineage):
             return _as_it_is(base, target, replay_bytes_per_second, passed)
         if reason := _unfit(base, target, lineage):
             passed.append(PassedOver(base.number, reason))
@@ -151,8 +153,8 @@ def _as_it_is(base: RecoveryPoint, target: Target, rate: float, passed: Sequence
 def _replayed(base: RecoveryPoint, target: Target, log: Stretch, rate: float, passed: Sequence[PassedOver]) -> Plan:
     begin = base.bracket.start if base.bracket else base.redo or base.floor
     size = log.end - begin.at
-    if target.kind is StopKind.TIME:
-        target = replace(target, at=_held_at_most(base))
+    if target.kind in _OPEN:
+        target = replace(target, at=_held_at_most(base) if target.kind is StopKind.TIME else log.end)
     return Plan(target, base, begin, log.end, _log_from(base), log.end - log.start, size, size / rate, tuple(passed))
 
 
@@ -179,8 +181,10 @@ def _file_start(at: Lsn, segment_bytes: int) -> Lsn:
     return Lsn(at - at % segment_bytes)
 
 
-def _needed(target: Target) -> Lsn:
-    """Give up to where the log must be there, as far as the target itself says."""
+def _needed(target: Target, held: Sequence[Stretch]) -> Lsn:
+    """Give up to where the log must be there, whatever base is taken."""
+    if target.kind is StopKind.LATEST:
+        return _last_held(held)
     if target.reach is not None:
         return target.reach
     if target.kind is StopKind.TIME:
@@ -190,24 +194,39 @@ def _needed(target: Target) -> Lsn:
     return Lsn(target.at + 1)  # the replay stops at sight of a record that begins at `at` or behind it
 
 
+def _last_held(held: Sequence[Stretch]) -> Lsn:
+    return held[-1].end if held else Lsn(0)
+
+
 def _limit(base: RecoveryPoint, target: Target) -> Lsn:
     """Give up to where a replay from the base must see log in any case: a time stops at a record behind it."""
-    return Lsn(_held_at_most(base) + 1) if target.kind is StopKind.TIME else Lsn(0)
+    if target.kind is StopKind.TIME:
+        return Lsn(_held_at_most(base) + 1)
+    return base.bracket.stop.at if base.bracket else Lsn(0)
 
 
 def _end(target: Target, held: Sequence[Stretch], begin: Lsn) -> Lsn:
-    """Give where the replay ends; for a time the latest place at which it can."""
+    """Give where the replay ends; for a time a place by which it has gone past it."""
+    if target.kind is StopKind.TIME and target.reach is not None:
+        return target.reach
+    if target.kind is StopKind.LATEST:
+        return max(_last_held(held), begin)
     if target.kind is StopKind.TIME:
-        return target.reach or next(stretch.end for stretch in held if stretch.start <= begin < stretch.end)
+        return next(stretch.end for stretch in held if stretch.start <= begin < stretch.end)
     return target.commit.end if target.inclusive and target.commit is not None else target.at
 
 
-def _ends_at(base: RecoveryPoint, target: Target) -> bool:
+def _ends_at(base: RecoveryPoint, target: Target, held: Sequence[Stretch]) -> bool:
     """Whether the snapshot holds exactly the target: floor, ceiling and the end of the state are one place.
 
-    Only an atomic snapshot can: the log of a bracketed copy ends behind the record that closes the bracket.
+    Only an atomic snapshot can: the log of a bracketed copy ends behind the record that closes the bracket. The latest
+    state is that of a snapshot where the log that is kept ends before it.
     """
-    if base.state is not State.SEALED or base.bracket or base.ceiling != base.floor or target.kind is StopKind.TIME:
+    if base.state is not State.SEALED or base.bracket or target.kind is StopKind.TIME:
+        return False
+    if target.kind is StopKind.LATEST:
+        return base.floor.at >= _last_held(held)
+    if base.ceiling != base.floor:
         return False
     if not target.inclusive:
         return base.floor.at == target.at
@@ -222,7 +241,7 @@ def _unfit(base: RecoveryPoint, target: Target, lineage: Lineage) -> str:
         return f"it belongs to {base.ceiling}, which is not in the past of {lineage.history}"
     if target.kind is StopKind.TIME:
         return _too_late(base, target.time)
-    if (ends := _held_at_most(base)) > target.at:
+    if target.kind is not StopKind.LATEST and (ends := _held_at_most(base)) > target.at:
         return f"it may hold log up to {ends}, beyond {target.at}"
     return ""
 
@@ -257,8 +276,8 @@ def _too_late(base: RecoveryPoint, time: datetime | None) -> str:
 
 def _require_lineage(target: Target, lineage: Lineage) -> None:
     """Refuse a target that lies outside `lineage`; an abandoned end of a timeline has a lineage of its own."""
-    place = Position(target.history, target.at if target.kind is not StopKind.TIME else Lsn(0))
-    if target.inclusive and target.kind is not StopKind.TIME:
+    place = Position(target.history, target.at if target.kind not in _OPEN else Lsn(0))
+    if target.inclusive and target.kind not in _OPEN:
         place = Position(target.history, target.commit.end if target.commit else Lsn(target.at + 1))
     if not lineage.includes(place):
         forks = ", ".join(f"timeline {timeline} until {left_at}" for timeline, left_at in lineage.forks)

@@ -7,21 +7,23 @@ too many or too few without a word (an inclusive stop at the *end* of a commit's
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
 from trigger.catalog import Catalog, Found
-from trigger.errors import RestoreError
+from trigger.errors import DatabaseError, RestoreError
 from trigger.model import CommitRecord, RecoveryPoint, State, StopKind, Target, from_microseconds
-from trigger.ports import Journal
+from trigger.ports import Database, Journal
 from trigger.position import History, Lineage, Lsn, Position
 
 _SHOWN = 5
+_ENDLESS = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """What a person named; exactly one of the first six is given."""
+    """What a person named; exactly one of the first seven is given."""
 
     lsn: Lsn | None = None
     """The commit whose record begins or ends there, else the state before the first record at or behind it."""
@@ -29,6 +31,8 @@ class Named:
     """This transaction and everything before it."""
     time: datetime | None = None
     """Everything before the first commit that is later (PostgreSQL's `recovery_target_time`)."""
+    latest: bool = False
+    """All there is."""
     point: str | int | None = None
     """What the point was taken for: its commit, or its floor."""
     marker: str | None = None
@@ -40,24 +44,36 @@ class Named:
     timeline: int | None = None
     """On this timeline, which may be abandoned; the present one if None."""
 
+    @property
+    def targets(self) -> int:
+        """How many targets are named."""
+        values = (self.lsn, self.xid, self.time, self.point, self.marker, self.before_xid)
+        return sum(value is not None for value in values) + self.latest
 
-async def resolve(named: Named, catalog: Catalog, journal: Journal) -> Target:
+
+async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Database | None = None) -> Target:
     """Give the target that `named` means.
+
+    Args:
+        named: what a person named.
+        catalog, journal: where it is looked up.
+        database: asked how far its log goes by now, where no commit is known to be later than a time.
 
     Raises:
         RestoreError: nothing bears that name, or several do; the message lists them.
         CatalogError, JournalError: they cannot be read.
     """
-    given = [named.lsn, named.xid, named.time, named.point, named.marker, named.before_xid]
-    if sum(value is not None for value in given) != 1:
-        raise RestoreError("name exactly one target", hint="one of lsn, xid, time, point, marker or before-xid")
+    if named.targets != 1:
+        raise RestoreError("name exactly one target", hint="one of lsn, xid, time, latest, point, marker or before-xid")
     if named.point is not None:
         return await _at_point(await catalog.point(named.point), catalog, journal)
     lineage = await _lineage(named.timeline, catalog, journal)
     if named.lsn is not None:
         return await _at_lsn(named.lsn, named.stream, lineage, catalog)
     if named.time is not None:
-        return await _at_time(named.time, lineage, catalog)
+        return await _at_time(named.time, lineage, catalog, database)
+    if named.latest:
+        return await _latest(lineage, catalog)
     if named.before_xid is not None:
         return await _before(await _transaction(named.before_xid, named.stream, lineage, catalog), lineage, catalog)
     if named.xid is not None:
@@ -115,14 +131,28 @@ async def _at_lsn(lsn: Lsn, stream: str | None, lineage: Lineage, catalog: Catal
     return _up_to(lsn, lineage, f"the state before {lsn}{_last(last)}")
 
 
-async def _at_time(time: datetime, lineage: Lineage, catalog: Catalog) -> Target:
+async def _at_time(time: datetime, lineage: Lineage, catalog: Catalog, database: Database | None) -> Target:
     last = await catalog.as_of(time, lineage)
     later = await catalog.commit_after(last.record.start if last else Lsn(0), lineage)
     description = f"the state of {time.isoformat()}{_last(last)}"
     if later is None:
         description += ", no later commit is known"
-    reach = later.record.end if later else None
+    reach = later.record.end if later else await _log_end(lineage, database)
     return Target(lineage.history, StopKind.TIME, Lsn(0), True, description, time, reach=reach)
+
+
+async def _latest(lineage: Lineage, catalog: Catalog) -> Target:
+    last = await catalog.commit_before(Lsn(_ENDLESS), lineage)
+    description = f"the latest state that there is of {lineage.history}{_last(last)}"
+    return Target(lineage.history, StopKind.LATEST, Lsn(0), False, description)
+
+
+async def _log_end(lineage: Lineage, database: Database | None) -> Lsn | None:
+    """Give how far the log of the running cluster goes, if it runs in this history."""
+    with suppress(DatabaseError):
+        durable = await database.durable() if database is not None else None
+        return durable.at if durable is not None and durable.history == lineage.history else None
+    return None
 
 
 async def _before(found: Found, lineage: Lineage, catalog: Catalog) -> Target:

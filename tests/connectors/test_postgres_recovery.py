@@ -6,12 +6,15 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from tests.fixtures.postgres import MAJORS
-from tests.fixtures.restores import Ground, at_commit, before_commit, ground, load
+from tests.fixtures.restores import Cut, Ground, at_commit, before_commit, ground, load
 from tests.fixtures.volumes import loop_volume, plain_folder
+from trigger.errors import RestoreError
 from trigger.model import StopKind, Target
 from trigger.position import Position
 
@@ -62,11 +65,11 @@ async def _restores_are_exact(here: Ground, seed: int) -> None:
             held = await here.ledger(running)
             assert not held & unwanted, f"seed {seed}, {target}: one commit too many"
             silent_commits = wanted - held
-            written = {int(row[0]) for row in here.cluster.sql("SELECT xid::text FROM ledger")}
-            assert not silent_commits & written, f"seed {seed}, {target}: one commit too few"
+            assert not silent_commits & _written(here), f"seed {seed}, {target}: one commit too few"
             async for what, held_true, seen in here.recovery.inspect(running, target, staged, deep=False):
                 assert held_true, f"{what}: {seen}"
             await here.drop(clone)
+    await _assert_latest_is_all(here, cut, end)
 
 
 @pytest.mark.volume
@@ -105,19 +108,34 @@ def test_a_copy_made_under_load_starts_from_its_label_and_is_exact(on_any: Groun
                 await asyncio.sleep(0.3)
                 cut = await asyncio.to_thread(here.copy_in_bracket)
                 await asyncio.sleep(0.5)
-            await here.journal_reaches(here.durable())
+            await here.journal_reaches(end := here.durable())
         commits = await here.commits(begin)
         number = next(n for n, commit in enumerate(commits) if commit.start >= cut.ceiling.at) + 5
         clone, running, staged = await here.restore(cut, at_commit(begin.history, commits[number]))
-        written = {int(row[0]) for row in here.cluster.sql("SELECT xid::text FROM ledger")}
+        written = _written(here)
         assert await here.ledger(running) == {commit.xid for commit in commits[: number + 1]} & written
         async for what, held, seen in here.recovery.inspect(
             running, at_commit(begin.history, commits[number]), staged, deep=True
         ):
             assert held, f"{what}: {seen}"
         await here.drop(clone)
+        await _assert_latest_is_all(here, cut, end)
 
     asyncio.run(run())
+
+
+async def _assert_latest_is_all(here: Ground, cut: Cut, end: Position) -> None:
+    """The latest state from a cut holds every row that was written before `end`."""
+    target = Target(end.history, StopKind.LATEST, end.at, False, "the latest state")
+    clone, running, staged = await here.restore(cut, target)
+    assert await here.ledger(running) == _written(here)
+    async for what, held, seen in here.recovery.inspect(running, target, staged, deep=False):
+        assert held, f"{what}: {seen}"
+    await here.drop(clone)
+
+
+def _written(here: Ground) -> set[int]:
+    return {int(row[0]) for row in here.cluster.sql("SELECT xid::text FROM ledger")}
 
 
 @pytest.mark.volume
@@ -203,6 +221,18 @@ def test_a_restore_by_time_holds_every_commit_up_to_that_time_and_no_other() -> 
             async for what, held, seen in here.recovery.inspect(running, target, staged, deep=False):
                 assert held, f"{what}: {seen}"
             await here.drop(clone)
+        later = Target(
+            end.history, StopKind.TIME, cut.ceiling.at, True, "a later time", rows[5][1] + timedelta(hours=1)
+        )
+        with pytest.raises(RestoreError, match="recovery ended before configured recovery target") as refusal:
+            await here.restore(cut, later)
+        assert "--to-latest" in refusal.value.hint
+        clone, running, staged = await here.restore(cut, replace(later, reach=end.at))
+        assert await here.ledger(running) == {row[0] for row in rows}
+        assert "no commit in the log is later" in running.notes[0]
+        async for what, held, seen in here.recovery.inspect(running, later, staged, deep=False):
+            assert held, f"{what}: {seen}"
+        await here.drop(clone)
 
     with loop_volume("btrfs", 4096) as folder, ground(16, folder, btrfs=True, track_commit_timestamp="on") as made:
         asyncio.run(run(made))

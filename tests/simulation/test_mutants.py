@@ -294,8 +294,8 @@ MUTANTS = (
         "the planner takes a base that may hold the commit after the target",
         planner,
         "_unfit",
-        "if (ends := _held_at_most(base)) > target.at:",
-        "if (ends := base.floor.at) > target.at:",
+        "(ends := _held_at_most(base)) > target.at:",
+        "(ends := base.floor.at) > target.at:",
         "P2",
     ),
     Mutant(

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from psycopg.conninfo import conninfo_to_dict
 from tests.fixtures.service import CHECKOUT, Deployment, deployment
 from trigger.connect import Parts, connect
 from trigger.inplace import restore_in_place, swaps, undo
+from trigger.model import from_microseconds
 from trigger.options import load
 from trigger.target import Named, resolve
 
@@ -59,16 +61,19 @@ def test_a_payment_comes_back_exactly_by_every_name_it_has(bank: Deployment) -> 
     newest = bank.ask("list", "--limit", "1")[0]["number"]
     (found,) = bank.ask("find", "--marker", "payment-7")
     assert found["where"] in ("point", "interval")
-    named = {
-        "--to-marker": ("payment-7", 8),
-        "--to-xid": (str(xid_of(bank, 4)), 5),
-        "--to-lsn": (found["record"]["end"], 8),
-        "--before-xid": (str(xid_of(bank, 9)), 9),
-        "--to-point": (str(newest), COMMITS),
-    }
-    for option, (value, count) in named.items():
+    named = (
+        ("--to-marker=payment-7", 8),
+        (f"--to-xid={xid_of(bank, 4)}", 5),
+        (f"--to-lsn={found['record']['end']}", 8),
+        (f"--to-time={from_microseconds(found['record']['time_us']).isoformat()}", 8),
+        (f"--to-time={datetime.now(UTC).isoformat()}", COMMITS),
+        (f"--before-xid={xid_of(bank, 9)}", 9),
+        (f"--to-point={newest}", COMMITS),
+        ("--to-latest", COMMITS),
+    )
+    for option, count in named:
         began = time.monotonic()
-        report = bank.ask("restore", option, value, "--name", "one")
+        report = bank.ask("restore", option, "--name", "one")
         seconds = time.monotonic() - began
         assert held(report["conninfo"]) == list(range(count)), option
         assert report["checks"]

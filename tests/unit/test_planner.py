@@ -115,6 +115,37 @@ def test_a_time_starts_from_a_base_sealed_strictly_before_it() -> None:
     assert make(target, base(1, 0x2000, 0x2100)).replay_to == 0x9000
 
 
+LATEST = Target(HISTORY, StopKind.LATEST, Lsn(0), False, "the latest state")
+
+
+def test_the_latest_state_is_the_newest_base_and_all_the_log_behind_it() -> None:
+    found = make(LATEST, base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000))
+    assert (found.base.number, found.target.kind, found.target.at) == (2, StopKind.LATEST, 0x9000)
+    assert (found.replay_to, found.replay_bytes) == (0x9000, 0x9000 - 0x1000)
+
+
+def test_the_latest_state_is_a_snapshot_where_the_log_that_is_kept_ends_before_it() -> None:
+    bases = (base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000))
+    found = make(LATEST, *bases, extents=(Extent(HISTORY, Lsn(0x1000), Lsn(0x2F00)),))
+    assert (found.base.number, found.target.kind, found.log_bytes) == (2, StopKind.END, 0)
+    found = make(LATEST, *bases, extents=(Extent(HISTORY, Lsn(0x1000), Lsn(0x2F08)),))
+    assert (found.base.number, found.target.kind, found.replay_to) == (2, StopKind.LATEST, 0x2F08)
+    assert make(LATEST, base(1, 0x2000, 0x2100), extents=()).base.number == 1
+
+
+def test_a_copy_that_the_log_does_not_make_consistent_yet_is_not_the_latest_state() -> None:
+    behind = (Extent(HISTORY, Lsn(0x1000), Lsn(0x2800)),)
+    copied = replace(base(2, 0x2000, 0x2900), bracket=Bracket(at(0x1800), at(0x2900), "label"))
+    found = make(LATEST, base(1, 0x2000, 0x2100), copied, extents=behind)
+    assert (found.base.number, found.replay_to) == (1, 0x2800)
+
+
+def test_the_latest_state_is_refused_where_a_hole_lies_before_the_end_of_the_log() -> None:
+    holed = (Extent(HISTORY, Lsn(0x1000), Lsn(0x4000)), Extent(HISTORY, Lsn(0x5000), Lsn(0x9000)))
+    with pytest.raises(RestoreError, match="the log between 0/4000 and 0/5000 is missing"):
+        make(LATEST, base(1, 0x2000, 0x2100), extents=holed)
+
+
 def test_a_base_whose_commit_is_stamped_behind_the_time_does_not_serve_whatever_our_clock_says() -> None:
     ahead = CommitRecord("bank", 7, Lsn(1), Lsn(2), int(NOON.timestamp() + 7200) * 10**6, (), Outcome.PROTECTED)
     target = Target(HISTORY, StopKind.TIME, Lsn(0), True, "one", NOON + timedelta(hours=1))

@@ -20,7 +20,7 @@ from trigger.model import Cause, StopKind
 from trigger.ports import Capability
 from trigger.position import Lsn
 from trigger.restore import prepare, restore
-from trigger.target import Named
+from trigger.target import Named, resolve
 
 
 def test_every_commit_of_a_history_comes_back_exactly(tmp_path: Path) -> None:
@@ -149,6 +149,34 @@ def test_a_time_brings_back_everything_before_the_first_later_commit(tmp_path: P
             await restore(target, it.site, progress=quiet, name="one")
             assert it.held("one") == it.at_or_before(commit)
             await drop("one", it.site)
+
+    run(tmp_path, story)
+
+
+def test_the_latest_state_holds_what_was_committed_after_the_last_point_too(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        last = [it.commit() for _ in range(3)][-1]
+        await it.journaled()
+        await restore(await it.resolve(Named(latest=True)), it.site, progress=quiet, name="one")
+        assert it.held("one") == it.at_or_before(last)
+
+    run(tmp_path, story)
+
+
+def test_a_time_behind_the_last_commit_is_all_of_the_log_where_that_is_known_to_go_so_far(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        last = [it.commit() for _ in range(3)][-1]
+        await it.journaled()
+        named = Named(time=last.time + timedelta(seconds=5))
+        unasked = await resolve(named, it.catalog, it.site.journal)
+        with pytest.raises(RestoreError, match="ended before"):
+            await restore(unasked, it.site, progress=quiet, name="one")
+        await restore(await it.resolve(named), it.site, progress=quiet, name="one")
+        assert it.held("one") == it.at_or_before(last)
 
     run(tmp_path, story)
 

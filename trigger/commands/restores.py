@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # what reaches the database takes a while to load, and help a
     from trigger.clones import CloneStatus, Site
     from trigger.connect import Parts
     from trigger.inplace import Swap
+    from trigger.model import Target
     from trigger.options import Options
     from trigger.planner import Plan
     from trigger.restore import Report
@@ -50,6 +52,7 @@ def _place(flag: str, words: str) -> Any:
 ToLsn = Annotated[str | None, _target("--to-lsn", "The commit whose record begins or ends there.")]
 ToXid = Annotated[str | None, _target("--to-xid", "Up to this transaction.")]
 ToTime = Annotated[str | None, _target("--to-time", "All commits up to then, ISO-8601 with a zone.")]
+ToLatest = Annotated[bool, _target("--to-latest", "The latest state that there is.")]
 ToPoint = Annotated[str | None, _target("--to-point", "What this point was taken for.")]
 ToMarker = Annotated[str | None, _target("--to-marker", "Up to the transaction with this marker.")]
 BeforeXid = Annotated[str | None, _target("--before-xid", "All before this transaction, not it.")]
@@ -70,6 +73,7 @@ def restore_state(
     to_lsn: ToLsn = None,
     to_xid: ToXid = None,
     to_time: ToTime = None,
+    to_latest: ToLatest = False,
     to_point: ToPoint = None,
     to_marker: ToMarker = None,
     before_xid: BeforeXid = None,
@@ -102,7 +106,8 @@ def restore_state(
     named = Named(
         lsn=lsn(to_lsn) if to_lsn is not None else None,
         xid=transaction(to_xid) if to_xid is not None else None,
-        time=time(to_time) if to_time is not None else None,
+        time=_past(time(to_time)) if to_time is not None else None,
+        latest=to_latest,
         point=point_reference(to_point) if to_point is not None else None,
         marker=to_marker,
         before_xid=transaction(before_xid) if before_xid is not None else None,
@@ -120,30 +125,39 @@ def restore_state(
     show_report(at(chosen, lambda parts: _restore(named, name, parts)), as_json=as_json)
 
 
-TARGETS = "--to-lsn, --to-xid, --to-time, --to-point, --to-marker, --before-xid"
+TARGETS = "--to-lsn, --to-xid, --to-time, --to-latest, --to-point, --to-marker, --before-xid"
+
+
+def _past(moment: datetime) -> datetime:
+    """Give a time of which the state is known already; raises `ConfigError` for another."""
+    if moment > datetime.now(UTC):
+        raise ConfigError(f"{moment.isoformat()} lies in the future", hint="--to-latest gives all that there is by now")
+    return moment
 
 
 def require_one_target(named: Named) -> None:
     """Refuse a command line that names no target or several; raises `ConfigError`."""
-    given = [named.lsn, named.xid, named.time, named.point, named.marker, named.before_xid]
-    count = sum(value is not None for value in given)
-    if count != 1:
-        words = "no target is named" if count == 0 else f"{count} targets are named"
+    if named.targets != 1:
+        words = "no target is named" if named.targets == 0 else f"{named.targets} targets are named"
         raise ConfigError(words, hint=f"give exactly one of {TARGETS}")
 
 
 async def _plan(named: Named, parts: Parts) -> Plan:
     from trigger.restore import prepare
+
+    return await prepare(await _meant(named, parts), parts.site)
+
+
+async def _meant(named: Named, parts: Parts) -> Target:
     from trigger.target import resolve
 
-    return await prepare(await resolve(named, parts.catalog, parts.journal), parts.site)
+    return await resolve(named, parts.catalog, parts.journal, parts.database)
 
 
 async def _restore(named: Named, name: str, parts: Parts) -> Report:
     from trigger.restore import restore
-    from trigger.target import resolve
 
-    target = await resolve(named, parts.catalog, parts.journal)
+    target = await _meant(named, parts)
     with show.steps() as progress:
         return await restore(target, parts.site, progress=progress, name=name)
 
@@ -163,9 +177,8 @@ def _put_in_place(named: Named, name: str, chosen: Options, *, yes: bool, as_jso
 
 async def _restore_in_place(named: Named, parts: Parts) -> tuple[Report, Swap]:
     from trigger.inplace import restore_in_place
-    from trigger.target import resolve
 
-    target = await resolve(named, parts.catalog, parts.journal)
+    target = await _meant(named, parts)
     with show.steps() as progress:
         return await restore_in_place(target, parts.site, progress=progress)
 

@@ -329,7 +329,7 @@ def recovery_settings(target: Target, bracket: Bracket | None, staged: Path) -> 
         found["recovery_target_lsn"] = str(target.at)
     elif target.kind is StopKind.TIME and target.time is not None:
         found["recovery_target_time"] = target.time.isoformat(sep=" ", timespec="microseconds")
-    elif bracket is not None:
+    elif target.kind is StopKind.END and bracket is not None:
         found["recovery_target"] = "immediate"
     return found
 

@@ -43,9 +43,11 @@ _PROGRAM_SECONDS = 60.0
 _SYNC_SECONDS = 600.0
 _REPLAYING = re.compile(r"redo in progress, elapsed time: .*, current LSN: ([0-9A-F]+/[0-9A-F]+)")
 _LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+)\+00")
+_ENDED_BEFORE = "recovery ended before configured recovery target"
 _HINTS = {
     "before consistent recovery point": "the base holds more than the target; an earlier point is needed",
-    "recovery ended before configured recovery target": "the journal ends before the target; a segment is missing",
+    _ENDED_BEFORE: "the journal ends before the target: a segment is missing, or there is no commit behind the time"
+    " that was named (--to-latest gives all there is)",
     "resource manager with ID": "an extension wrote the log; name its library in database.keep_libraries",
     "could not create lock file": "another server already runs on this clone",
     "Permission denied": "the owner of the data must be able to reach the clone, the staged log and the programs",
@@ -114,9 +116,8 @@ class PostgresRecovery:
         await asyncio.to_thread(isolation.write_configuration, isolated, found)
         isolation.write(isolated.data / "recovery.signal", "", isolated.owner)
         try:
-            await self._launch(programs, isolated)
-            await self._ready(isolated, redo, target, progress)
-            running = await self._describe(clone, isolated, sockets, bracket)
+            noted = await self._replay(programs, isolated, found, redo, target, progress)
+            running = await self._describe(clone, isolated, sockets, bracket, noted)
             if not throwaway:
                 await self._make_durable(clone, running, isolated, found)
             return running
@@ -257,7 +258,30 @@ class PostgresRecovery:
                 progress("replay", min(Lsn.parse(reports[-1]) - begin, total), total)
             await asyncio.sleep(_POLL_SECONDS)
 
-    async def _describe(self, clone: Clone, isolated: Isolated, sockets: Path, bracket: Bracket | None) -> Running:
+    async def _replay(
+        self, programs: Programs, isolated: Isolated, found: dict[str, str], redo: Lsn, target: Target, told: Progress
+    ) -> tuple[str, ...]:
+        """Bring the server to the target; gives what is to be noted about it.
+
+        PostgreSQL refuses a time that no commit in the log has passed, once it has replayed the log. Where the log is
+        known to reach beyond that time, all of it is the state of then; so it is replayed again, without a stop.
+        """
+        await self._launch(programs, isolated)
+        try:
+            await self._ready(isolated, redo, target, told)
+            return ()
+        except RestoreError as error:
+            if target.kind is not StopKind.TIME or target.reach is None or _ENDED_BEFORE not in error.message:
+                raise
+        del found["recovery_target_time"]
+        await asyncio.to_thread(isolation.write_configuration, isolated, found)
+        await self._launch(programs, isolated)
+        await self._ready(isolated, redo, target, told)
+        return ("no commit in the log is later than the time that was named: this is all that the log holds",)
+
+    async def _describe(
+        self, clone: Clone, isolated: Isolated, sockets: Path, bracket: Bracket | None, noted: tuple[str, ...]
+    ) -> Running:
         """Make the running clone forget its ties to the world, and say what it is."""
         if bracket is not None and not (isolated.data / "backup_label.old").exists():
             raise RestoreError(f"the server of {clone.name} did not start from its backup label")
@@ -280,7 +304,7 @@ class PostgresRecovery:
             timeline=facts.timeline,
             replayed=str(lineage.forks[-1][1]),
             last_commit_at=f"{found[-1]}+00:00" if (found := _LAST_COMMIT.findall(words)) else "",
-            notes=(*([removed] if isolated.slots else []), *facts.notes),
+            notes=(*noted, *([removed] if isolated.slots else []), *facts.notes),
             next_xid=facts.next_xid,
         )
         isolation.write(isolated.folder / _State.FILE, state.as_json(), isolated.owner)
