@@ -296,6 +296,7 @@ class World:
         self._waiting: dict[asyncio.Future[None], None] = {}  # woken in the order in which they came
         self.cluster = Cluster(self.now, self.notify)
         self.kept: dict[str, Kept] = {}
+        self.claimed_by: MemoryStorage | None = None
         self.clones: dict[str, tuple[Clone, dict[str, Content]]] = {}
         self.free_bytes = 1 << 40
         self.write_errors: set[str] = set()
@@ -333,8 +334,9 @@ class World:
             self._waiting.pop(future, None)
 
     def kill_service(self) -> None:
-        """Forget whoever waited: the process that they belonged to is gone, and its event loop with it."""
+        """Forget whoever waited or claimed: the process that they belonged to is gone, its event loop with it."""
         self._waiting.clear()
+        self.claimed_by = None
 
     def damage_journal(self, timeline: int, start: Lsn, end: Lsn) -> None:
         """Take the stretch from `start` to `end` out of the journal."""
@@ -614,6 +616,13 @@ class MemoryStorage:
         await asyncio.sleep(0)
         return [Finding(volume.name, Severity.OK, "kept in memory") for volume in volumes]
 
+    async def claim(self) -> None:
+        """Hold the storage of this world."""
+        await asyncio.sleep(0)
+        if self._world.claimed_by not in (None, self):
+            raise StorageError("another one holds the storage", hint="close it first", retryable=False)
+        self._world.claimed_by = self
+
     async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         """Keep what the volumes hold, the tag last."""
         kept = self._world.kept.get(point)
@@ -706,6 +715,11 @@ class MemoryStorage:
         """Give the room that is left."""
         await asyncio.sleep(0)
         return Space(self._world.free_bytes, 1 << 40, self._wanted_free_bytes, len(self._world.kept), self._budget)
+
+    async def close(self) -> None:
+        """Let go of the claim."""
+        if self._world.claimed_by is self:
+            self._world.claimed_by = None
 
 
 class MemoryJournal:

@@ -26,7 +26,7 @@ class Layer(NamedTuple):
 
 
 LAYERS = (
-    Layer("what everything may use; the standard library only", ("errors", "position", "failpoint", "toml_lines")),
+    Layer("all may use it; the standard library only", ("errors", "position", "failpoint", "lock", "toml_lines")),
     Layer("what we talk about; does nothing", ("model",)),
     Layer(
         "ports, options, grammars and decisions; pure",
@@ -84,7 +84,7 @@ DRIVER_LIBRARIES = {
 }
 """Library -> the one package of `connectors` that may import it."""
 
-CONNECTORS_MAY_USE = frozenset({"position", "errors", "model", "ports", "failpoint"})
+CONNECTORS_MAY_USE = frozenset({"position", "errors", "model", "ports", "failpoint", "lock"})
 """What a driver knows of the service; with more it could not be written by a stranger, or tested alone."""
 
 DOORS = {

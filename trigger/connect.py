@@ -63,6 +63,7 @@ class Parts:
             await source.close()
         for agent in self.agents:
             await agent.close()
+        await self.storage.close()
         await self.database.close()
         await self.catalog.close()
 

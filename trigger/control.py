@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 from trigger.errors import ConfigError, TrigpointError
 from trigger.host import make_passage
+from trigger.lock import lock
 
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -41,18 +41,16 @@ def only_one(state_folder: Path) -> Iterator[None]:
     The lock is the kernel's own and ends with the process, however it ends.
     """
     make_passage(state_folder)
-    descriptor = os.open(state_folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    held = lock(state_folder / "lock")
+    if held is None:
+        raise ConfigError(
+            f"another trigpoint works in {state_folder}",
+            hint="one service protects one cluster; `trigpoint status` asks the one that runs",
+        )
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another trigpoint works in {state_folder}",
-                hint="one service protects one cluster; `trigpoint status` asks the one that runs",
-            ) from None
         yield
     finally:
-        os.close(descriptor)
+        os.close(held)
 
 
 async def serve(state_folder: Path, answer: Answer) -> None:

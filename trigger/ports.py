@@ -269,6 +269,16 @@ class Storage(Protocol):
         """Give what stands in the way of snapshots of `volumes`; changes nothing."""
         ...
 
+    async def claim(self) -> None:
+        """Hold the storage, so that nobody else makes or removes points in it, until `close` or the process ends.
+
+        Repeating it is no error. Who only looks, clones and drops clones needs no claim.
+
+        Raises:
+            StorageError: another one holds it; not retryable.
+        """
+        ...
+
     async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         """Cut every volume and keep the result under `point`, with `tag` (JSON text) beside it.
 
@@ -310,6 +320,10 @@ class Storage(Protocol):
 
     async def space(self) -> Space:
         """Give the room that is left."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the claim, if there is one. Never raises."""
         ...
 
 

@@ -20,7 +20,7 @@ from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
 from trigger.errors import DatabaseError, JournalError, PreflightError, TrigpointError
 from trigger.expire import GivenUp, give_up_before, make_room, release_log
-from trigger.model import Cause, Finding, RecoveryPoint, Severity, State
+from trigger.model import Cause, Finding, RecoveryPoint, Severity
 from trigger.options import Options
 from trigger.pipeline import Protected, protect, take
 from trigger.position import distance
@@ -114,8 +114,7 @@ class Service:
                 point = await self.point(str(request.get("note", ""))[:1000])
                 return {"point": data(point)}
             case "expire":
-                before, dry_run = request.get("before", ""), bool(request.get("dry_run"))
-                return {"expired": data(await give_up(self.parts, before, dry_run=dry_run))}
+                return {"expired": data(await give_up(self.parts, request))}
             case "status":
                 return {"status": await self.status()}
             case other:
@@ -359,9 +358,10 @@ async def keep_room(service: Service) -> None:
         await release_log(parts.catalog, parts.journal)
 
 
-async def give_up(parts: Parts, before: int | str, *, dry_run: bool) -> GivenUp:
-    """Give up every point older than the one called `before`; see `expire.give_up_before`."""
-    first = await parts.catalog.point(before)
+async def give_up(parts: Parts, request: dict[str, Any]) -> GivenUp:
+    """Give up every point older than the one called `before` in a request; see `expire.give_up_before`."""
+    first = await parts.catalog.point(request.get("before", ""))
+    dry_run = bool(request.get("dry_run"))
     return await give_up_before(first, parts.catalog, parts.storage, parts.journal, dry_run=dry_run)
 
 
@@ -385,12 +385,25 @@ async def _new_base(service: Service, note: str) -> None:
     service.window.wake()
 
 
-async def take_one(options: Options, note: str) -> RecoveryPoint:
-    """Take one point where no service runs, of whatever is durable now; gives it sealed or failed."""
+async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, Any]:
+    """Give the answer that a running service would give to a request, where none runs.
+
+    Raises:
+        TrigpointError: it cannot be done; or it is one that only a running service answers.
+    """
     async with alone(options) as parts:
-        await preflight(parts, force=False)
-        service = await begin(parts)
-        point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
-        if point.state is not State.SEALED:
-            raise TrigpointError(f"point {point.number} failed: {point.failure}")
-        return point
+        match request.get("do"):
+            case "point":
+                return {"point": data(await _take_one(parts, str(request.get("note", ""))))}
+            case "expire":
+                await reconcile(parts.catalog, parts.storage)
+                return {"expired": data(await give_up(parts, request))}
+            case other:
+                raise TrigpointError(f"only a running service answers {other!r}", hint="start it: trigpoint run")
+
+
+async def _take_one(parts: Parts, note: str) -> RecoveryPoint:
+    """Take one point of whatever is durable now; gives it sealed or failed."""
+    await preflight(parts, force=False)
+    service = await begin(parts)
+    return await take(service.cluster, Cause.DEMAND, Collected((), {}), note)

@@ -113,6 +113,11 @@ class BtrfsStorage:
             return [refused(f"{path} holds subvolumes that a snapshot leaves out: {', '.join(inner)}", remedy)]
         return [Finding(volume.name, Severity.OK, f"{path} is a btrfs subvolume")]
 
+    async def claim(self) -> None:
+        """Hold the folder, by a lock on a file in it."""
+        with as_storage_error(f"claim of {self._shelf.folder}"):
+            await self._threads.run(self._shelf.claim)
+
     async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         """Cut every volume; durable on return. A cancelled call may still make the snapshot."""
         with as_storage_error(f"snapshot of {point}"):
@@ -195,6 +200,10 @@ class BtrfsStorage:
         """Give the room that is left."""
         with as_storage_error(f"room of {self._shelf.folder}"):
             return await self._threads.run(self._shelf.space)
+
+    async def close(self) -> None:
+        """Let go of the claim."""
+        self._shelf.close()
 
 
 def _require_whole_subvolume(path: Path) -> None:

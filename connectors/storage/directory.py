@@ -102,6 +102,11 @@ class DirectoryStorage:
         levels = [str(level) for level in (inside, *inside.parents) if level.parts]
         return any(Copier(exclude=self._exclude).leaves_out(level) for level in levels)
 
+    async def claim(self) -> None:
+        """Hold the folder, by a lock on a file in it."""
+        with as_storage_error(f"claim of {self._shelf.folder}"):
+            await self._threads.run(self._shelf.claim)
+
     async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         """Copy every volume; durable on return. A cancelled call stops at the next block and cleans up."""
         stop = threading.Event()
@@ -222,6 +227,10 @@ class DirectoryStorage:
         """Give the room that is left."""
         with as_storage_error(f"room of {self._shelf.folder}"):
             return await self._threads.run(self._shelf.space)
+
+    async def close(self) -> None:
+        """Let go of the claim."""
+        self._shelf.close()
 
 
 def _look(kept: Snapshot) -> Snapshot | None:

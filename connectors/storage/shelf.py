@@ -1,5 +1,6 @@
 """How storages that live inside a filesystem lay out what they keep, so that it can be read without us.
 
+    <folder>/lock                               held by the one who makes and removes points
     <folder>/trg-<point id>/point.json          the sidecar: tag, volumes, times; sealed with a digest
                             <volume>            the snapshot: a folder, or a subvolume
     <folder>/clones/<name>/clone.json           which point it came from, when
@@ -12,6 +13,7 @@ that is damaged counts as missing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from trigger.errors import StorageError
+from trigger.lock import lock
 from trigger.model import Snapshot, Volume, is_point_id, tag_name
 from trigger.ports import Clone, Space, Tagged
 
@@ -49,6 +52,34 @@ class Shelf:
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
         self._was_there = False
+        self._claim: int | None = None
+
+    def claim(self) -> None:
+        """Hold the folder for this shelf; raises `StorageError` where another holds it.
+
+        Where a filesystem is read-only and was never claimed, nobody can make or remove anything.
+        """
+        if self._claim is not None:
+            return
+        try:
+            make_folder(self.folder)
+            self._claim = lock(self.folder / "lock")
+        except OSError as error:
+            if error.errno == errno.EROFS:
+                return
+            raise
+        if self._claim is None:
+            raise StorageError(
+                f"another trigpoint makes points in {self.folder}",
+                hint="each service needs a storage.folder of its own; two would remove what the other makes",
+                retryable=False,
+            )
+
+    def close(self) -> None:
+        """Let go of the claim."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     def point_folder(self, point: str) -> Path:
         """Give where a point's snapshots lie; raises `StorageError` for what is no point id."""

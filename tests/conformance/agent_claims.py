@@ -108,7 +108,7 @@ async def a_cancelled_flush_can_be_repeated(rig: AgentRig) -> None:
 async def a_volume_that_is_not_there_is_refused_by_prepare(rig: LocalAgentRig) -> None:
     agent = rig.driver()
     with pytest.raises(AgentError):
-        await agent.prepare([*rig.volumes, Volume("gone", str(rig.root / "gone"))])
+        await agent.prepare([*rig.volumes, Volume("gone", str(rig.disk.folder / "gone"))])
     with pytest.raises(AgentError):
         await agent.flush(A, 1)
     await agent.close()
@@ -119,7 +119,7 @@ async def a_frozen_filesystem_is_no_success_and_holds_up_nothing(rig: LocalAgent
     agent = rig.driver()
     await agent.prepare(rig.volumes)
     loop = asyncio.get_running_loop()
-    run("fsfreeze", "--freeze", rig.mount)
+    run("fsfreeze", "--freeze", rig.disk.mount)
     try:
         for _ in range(3):
             before = loop.time()
@@ -127,7 +127,7 @@ async def a_frozen_filesystem_is_no_success_and_holds_up_nothing(rig: LocalAgent
                 await agent.flush(A, 0.2)
             assert loop.time() - before < 1
     finally:
-        run("fsfreeze", "--unfreeze", rig.mount)
+        run("fsfreeze", "--unfreeze", rig.disk.mount)
     rig.write("thawed")
     await agent.flush(B, 10)
     assert rig.on_disk() == "thawed"
@@ -152,12 +152,12 @@ async def a_volume_that_was_mounted_over_is_not_flushed_as_the_old_one(rig: Loca
 async def a_read_only_filesystem_is_no_success(rig: LocalAgentRig) -> None:
     agent = rig.driver()
     await agent.prepare(rig.volumes)
-    run("mount", "-o", "remount,ro", rig.mount)
+    run("mount", "-o", "remount,ro", rig.disk.mount)
     try:
         with pytest.raises(AgentError):
             await agent.flush(A, 10)
     finally:
-        run("mount", "-o", "remount,rw", rig.mount)
+        run("mount", "-o", "remount,rw", rig.disk.mount)
     with contextlib.suppress(AgentError):
         await agent.flush(A, 10)
     await agent.close()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from connectors.hosts.local import LocalAgent
 from connectors.memory import MemoryAgent, World
+from tests.fixtures.volumes import FailingVolume
 from trigger.model import Volume
 from trigger.ports import Agent
 
@@ -73,15 +72,14 @@ class MemoryAgentRig:
 
 @dataclass
 class LocalAgentRig:
-    """The local agent on an ext4 of its own, whose image lies on a small tmpfs that can be filled up."""
+    """The local agent on an ext4 of its own, whose disk can be made to fail."""
 
-    root: Path
+    disk: FailingVolume
     build: Callable[..., ClearableAgent] = LocalAgent
 
     def __post_init__(self) -> None:
-        self.mount = self.root / "mount"
-        self.volumes = (Volume("data", str(self.mount / "data")), Volume("wal", str(self.mount / "wal")))
-        self.state = self.root / "state"
+        self.volumes = tuple(Volume(name, str(self.disk.mount / name)) for name in ("data", "wal"))
+        self.state = self.disk.folder / "state"
         self.state.mkdir()
         for volume in self.volumes:
             Path(volume.path).mkdir()
@@ -93,10 +91,10 @@ class LocalAgentRig:
         (Path(self.volumes[-1].path) / "row").write_text(text)
 
     def on_disk(self) -> str:
-        with tempfile.TemporaryDirectory(dir=self.root) as folder:
+        with tempfile.TemporaryDirectory(dir=self.disk.folder) as folder:
             copy, mount = Path(folder) / "copy", Path(folder) / "mount"
             mount.mkdir()
-            run("cp", "--sparse=always", self.root / "small" / "image", copy)
+            run("cp", "--sparse=always", self.disk.image, copy)
             run("mount", "-o", "loop", copy, mount)
             try:
                 found = mount / "wal" / "row"
@@ -105,33 +103,7 @@ class LocalAgentRig:
                 run("umount", mount)
 
     def break_writes(self) -> None:
-        with contextlib.suppress(OSError), (self.root / "small" / "filler").open("wb") as filler:
-            while True:
-                filler.write(bytes(1 << 16))
-        (Path(self.volumes[-1].path) / "large").write_bytes(b"x" * (2 << 20))
-
-
-@contextlib.contextmanager
-def small_ext4() -> Iterator[Path]:
-    """Give a folder with `mount`, an ext4 of 24 MB whose image lies on a tmpfs of 16 MB at `small`."""
-    root = Path(tempfile.mkdtemp(prefix="trg-agent-", dir="/var/tmp"))
-    (root / "small").mkdir()
-    (root / "mount").mkdir()
-    try:
-        run("mount", "-t", "tmpfs", "-o", "size=16m", "none", root / "small")
-        try:
-            with (root / "small" / "image").open("wb") as image:
-                image.truncate(24 << 20)
-            run("mkfs.ext4", "-q", "-O", "^has_journal", root / "small" / "image")
-            run("mount", "-o", "loop", root / "small" / "image", root / "mount")
-            try:
-                yield root
-            finally:
-                run("umount", "--lazy", root / "mount")
-        finally:
-            run("umount", "--lazy", root / "small")
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+        self.disk.overflow()
 
 
 def run(*command: str | Path) -> None:

@@ -154,6 +154,23 @@ async def a_damaged_tag_is_none_and_harms_no_other_point(rig: Rig) -> None:
 
 
 @every
+async def a_claim_is_held_by_one_until_it_lets_go(rig: Rig) -> None:
+    first, second = rig.driver(), rig.driver()
+    await first.claim()
+    await first.claim()
+    with pytest.raises(StorageError) as refused:
+        await second.claim()
+    assert not refused.value.retryable
+    assert await second.tagged() == []
+    await first.close()
+    with contextlib.suppress(StorageError):
+        await second.claim()
+        await second.close()
+        return
+    raise AssertionError("the one that let go still holds it")
+
+
+@every
 async def a_deleted_point_is_gone_and_the_others_stay(rig: Rig) -> None:
     storage = rig.driver()
     rig.write(rig.volumes[0], "row", "one")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.conformance.agent_claims import EVERY, LOCAL
-from tests.conformance.agent_rigs import LocalAgentRig, MemoryAgentRig, small_ext4
+from tests.conformance.agent_rigs import LocalAgentRig, MemoryAgentRig
+from tests.fixtures.volumes import failing_volume
 
 
 @pytest.mark.parametrize("claim", EVERY, ids=lambda claim: claim.__name__)
@@ -20,8 +21,8 @@ def test_the_agent_in_memory_keeps_every_claim(claim: Callable[[Any], Awaitable[
 @pytest.mark.volume
 @pytest.mark.parametrize("claim", [*EVERY, *LOCAL], ids=lambda claim: claim.__name__)
 def test_the_local_agent_keeps_every_claim(claim: Callable[[Any], Awaitable[None]]) -> None:
-    with small_ext4() as root:
-        asyncio.run(_run(claim, LocalAgentRig(root)))
+    with failing_volume() as disk:
+        asyncio.run(_run(claim, LocalAgentRig(disk)))
 
 
 async def _run(claim: Callable[[Any], Awaitable[None]], rig: object) -> None:

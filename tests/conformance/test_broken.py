@@ -21,8 +21,9 @@ from connectors.storage.copying import Copier, Manifest, Seen
 from connectors.storage.directory import DirectoryStorage
 from connectors.syncfs import flush
 from tests.conformance import agent_claims, storage_claims
-from tests.conformance.agent_rigs import LocalAgentRig, small_ext4
+from tests.conformance.agent_rigs import LocalAgentRig
 from tests.conformance.storage_rigs import directory
+from tests.fixtures.volumes import failing_volume
 from trigger.errors import AgentError
 from trigger.model import Flush, Snapshot, Volume, tag_name
 from trigger.ports import Capability, Clone, Progress, Tagged
@@ -66,6 +67,16 @@ class ClonesByHardLink(DirectoryStorage):
             kept = self._shelf.point_folder(point) / volume
             shutil.copytree(kept, path, copy_function=os.link, symlinks=True)
         return clone
+
+
+class ClaimsForAnybody(DirectoryStorage):
+    async def claim(self) -> None:
+        self._shelf.folder.mkdir(exist_ok=True)
+
+
+class KeepsItsClaim(DirectoryStorage):
+    async def close(self) -> None:
+        """Leave it to the end of the process."""
 
 
 class OverwritesAClone(DirectoryStorage):
@@ -149,6 +160,8 @@ BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[No
     (CutsAgainWhenRepeated, storage_claims.the_same_point_twice_is_the_same_snapshot),
     (CallsTheUnfinishedComplete, storage_claims.what_a_crash_left_is_shown_as_unfinished_and_deleted),
     (ClonesByHardLink, storage_claims.what_is_written_to_a_clone_reaches_neither_snapshot_nor_volume),
+    (ClaimsForAnybody, storage_claims.a_claim_is_held_by_one_until_it_lets_go),
+    (KeepsItsClaim, storage_claims.a_claim_is_held_by_one_until_it_lets_go),
     (OverwritesAClone, storage_claims.the_name_of_a_clone_is_taken_once),
     (LeavesAFailedClone, storage_claims.a_clone_that_fails_leaves_nothing_behind),
     (DeletesWhatBeginsLikeOurs, storage_claims.what_is_not_ours_is_neither_listed_nor_deleted),
@@ -238,8 +251,8 @@ BROKEN_AGENTS: list[tuple[type[LocalAgent], Callable[[Any], Awaitable[None]]]] =
     ("driver", "claim"), BROKEN_AGENTS, ids=[f"{d.__name__}-{c.__name__}" for d, c in BROKEN_AGENTS]
 )
 def test_the_suite_catches_an_agent_that(driver: type[LocalAgent], claim: Callable[[Any], Awaitable[None]]) -> None:
-    with small_ext4() as root, pytest.raises(CAUGHT):
-        asyncio.run(_run(claim, LocalAgentRig(root, driver)))
+    with failing_volume() as disk, pytest.raises(CAUGHT):
+        asyncio.run(_run(claim, LocalAgentRig(disk, driver)))
 
 
 async def _run(claim: Callable[[Any], Awaitable[None]], rig: object) -> None:

@@ -248,16 +248,18 @@ def test_a_clone_tells_its_progress_and_is_refused_without_room(tmp_path: Path) 
     assert [found.name for found in asyncio.run(greedy.clones())] == ["copy"]
 
 
+@pytest.mark.volume
 def test_nothing_is_copied_that_would_leave_too_little_free(tmp_path: Path) -> None:
-    house = House(tmp_path)
-    (house.source / "large").write_bytes(b"x" * (40 << 20))
-    room = os.statvfs(tmp_path)
-    free = room.f_bavail * room.f_frsize
-    house.storage = DirectoryStorage(tmp_path / "storage", wanted_free_bytes=free - (20 << 20))
-    with pytest.raises(StorageError, match="are wanted") as raised:
-        house.cut(0)
-    assert raised.value.retryable
-    assert not (tmp_path / "storage" / tag_name(POINTS[0])).exists()
+    with loop_volume("ext4", 128) as mount:
+        house = House(tmp_path)
+        (house.source / "large").write_bytes(b"x" * (40 << 20))
+        room = os.statvfs(mount)
+        free = room.f_bavail * room.f_frsize
+        house.storage = DirectoryStorage(mount / "storage", wanted_free_bytes=free - (20 << 20))
+        with pytest.raises(StorageError, match="are wanted") as raised:
+            house.cut(0)
+        assert raised.value.retryable
+        assert not (mount / "storage" / tag_name(POINTS[0])).exists()
 
 
 @pytest.mark.volume

@@ -19,6 +19,7 @@ from connectors.databases.postgres.programs import server_owner
 from tests.fixtures.postgres import running_cluster
 from tests.fixtures.service import CHECKOUT, Deployment, deployment
 from tests.fixtures.volumes import loop_volume, plain_folder
+from trigger.errors import StorageError
 from trigger.json_reference import STATUS
 
 pytestmark = pytest.mark.server
@@ -182,6 +183,18 @@ def test_only_one_service_works_in_a_state_folder(bank: Deployment) -> None:
         done = fails(bank, *command)
         assert done.returncode == 2
         assert "another trigpoint works in" in done.stderr
+
+
+def test_a_second_service_keeps_its_hands_off_the_storage_of_the_first(bank: Deployment, tmp_path: Path) -> None:
+    before = bank.ask("list")
+    other = tmp_path / "other.toml"
+    other.write_text(bank.config.read_text().replace(str(bank.state), str(tmp_path / "state")))
+    for command in (("run",), ("point",), ("reconcile",), ("catalog", "rebuild")):
+        done = fails(bank, *command, "--config", str(other))
+        assert done.returncode == StorageError.exit_code, done.stderr
+        assert "another trigpoint makes points in" in " ".join(done.stderr.split())
+    assert bank.ask("list") == before
+    assert bank.ask("point")["state"] == "sealed"
 
 
 def test_what_pgoutput_shows_can_be_watched_recorded_and_tried(bank: Deployment, tmp_path: Path) -> None:

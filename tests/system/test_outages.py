@@ -7,7 +7,7 @@ through all of it.
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import os
 import shutil
 import signal
@@ -21,13 +21,16 @@ import pytest
 
 from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
+from tests.fixtures.volumes import failing_volume
 from trigger.control import ask
+from trigger.model import State
 from trigger.position import Lsn, Position
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
 _BUDGET = 30
-_POINTS = f"budget = {_BUDGET}\n[points]\nmin_interval_seconds = 0\nper_minute = 6000\nretry_seconds = 0.2\n"
+_QUICK = "[points]\nmin_interval_seconds = 0\nper_minute = 6000\nretry_seconds = 0.2\n"
+_POINTS = f"budget = {_BUDGET}\n{_QUICK}"
 
 
 @pytest.fixture(scope="module")
@@ -293,24 +296,37 @@ def _log_from(point: dict[str, Any]) -> int:
 # --------------------------------------------------------------------------------------------------------- agent
 
 
-def test_a_poisoned_volume_stays_poisoned_over_a_restart_until_an_operator_clears_it(deployed: Deployment) -> None:
-    assert deployed.stop() == 0
-    note = deployed.state / "poisoned-data.json"  # as the agent leaves it after a write-back error
-    note.write_text(json.dumps({"volume": "data", "error": "syncfs: Input/output error", "at": "2026-01-01"}))
-    made: list[int] = []
-    for _ in range(2):
+@contextlib.contextmanager
+def _with_files(files: Path) -> Iterator[Deployment]:
+    """A service that protects a second volume too, on which another program keeps files."""
+    extra = f'{_QUICK}[[volumes]]\nname = "files"\npath = "{files}"\n'
+    with deployment(15, "directory", extra=extra) as found:
+        found.cluster.sql(judge.TRUTH_TABLE)
+        found.start()
+        yield found
+
+
+def test_an_error_of_the_disk_poisons_its_volume_over_restarts_until_an_operator_clears_it() -> None:
+    with failing_volume() as disk, _with_files(disk.mount) as deployed:
         before = len(judge.read(deployed).points)
-        deployed.start(wait=False)
-        deployed.wait_for(deployed.status, "a service that answers")
-        made += _commit(deployed)
-        deployed.wait_for(lambda: any("is poisoned" in one for one in deployed.status()["troubles"]), "the trouble")
-        sealed = [point for point in judge.read(deployed).points[before:] if point.state == "sealed"]
-        assert sealed == []
+        lost = disk.overflow()
+        made: list[int] = []
+        for _ in range(2):
+            made += _commit(deployed)
+            deployed.wait_for(lambda: any("is poisoned" in one for one in deployed.status()["troubles"]), "the trouble")
+            assert [point for point in judge.read(deployed).points[before:] if point.state is State.SEALED] == []
+            assert deployed.stop() == 0
+            deployed.start(wait=False)
+            deployed.wait_for(deployed.status, "a service that answers")
+        said = deployed.log.read_text()
+        assert "Input/output error" in said
+        assert "trigpoint clear" in said
         assert deployed.stop() == 0
-    assert "trigpoint clear" in deployed.log.read_text()
-    deployed.trigpoint("clear", "data")
-    deployed.start()
-    deployed.settle()
-    outcomes = judge.read(deployed).outcomes
-    assert [outcomes[xid] for xid in made] == [1, 1]
-    assert deployed.stop() == 0
+        disk.repair()
+        lost.unlink()
+        deployed.trigpoint("clear", "files")
+        deployed.start()
+        deployed.settle()
+        outcomes = judge.read(deployed).outcomes
+        assert [outcomes[xid] for xid in made] == [1, 1]
+        assert deployed.stop() == 0

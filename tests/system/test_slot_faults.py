@@ -408,6 +408,27 @@ def test_a_killed_service_finds_its_slot_still_held_and_waits_for_it(deployed: D
         assert deployed.stop() == 0
 
 
+def test_a_second_service_on_the_same_slot_is_told_so_and_takes_nothing_from_the_first(deployed: Deployment) -> None:
+    second = Deployment(deployed.cluster, deployed.root / "second", deployed.state.parent / "second" / "state", "btrfs")
+    for folder in (second.root, second.state.parent):
+        folder.mkdir()
+    second.configure(_QUICK)
+    deployed.start()
+    second.start(wait=False)
+    try:
+        made = _commit(deployed.cluster)
+        second.wait_for(second.status, "a second service that answers")
+        second.wait_for(lambda: "held by another process" in " ".join(second.status()["troubles"]), "the trouble", 90)
+        made += _commit(deployed.cluster)
+        deployed.settle()
+        _assert_outcomes(deployed, made, [])
+        assert not second.status()["ready"]
+        assert not any(second.status()["commits_by_rule"].values())
+    finally:
+        assert second.stop() == 0
+    assert deployed.stop() == 0
+
+
 # ------------------------------------------------------------------------------------ another history, at the end
 
 

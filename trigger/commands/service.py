@@ -58,7 +58,7 @@ def point(
     Ends when the point is sealed. Exit code 0 only then.
     """
     chosen = options(config)
-    taken = asyncio.run(_take(chosen, note))
+    taken = asyncio.run(_asked(chosen, {"do": "point", "note": note}))["point"]
     if as_json:
         show.print_json(taken)
     if taken["state"] != "sealed":
@@ -68,13 +68,14 @@ def point(
         show.say(f"point {taken['number']} sealed at {at} ({taken['id']})")
 
 
-async def _take(chosen: Options, note: str) -> Any:
+async def _asked(chosen: Options, request: dict[str, Any]) -> dict[str, Any]:
+    """Give the running service's answer to a request, or, where none runs, the same answer without it."""
     try:
-        return (await ask(chosen.state_folder, {"do": "point", "note": note}, POINT_SECONDS))["point"]
+        return await ask(chosen.state_folder, request, POINT_SECONDS)
     except NotRunningError:
         from trigger import service
 
-        return data(await service.take_one(chosen, note))
+        return await service.answer_alone(chosen, request)
 
 
 def expire(
@@ -92,7 +93,8 @@ def expire(
     chosen = options(config)
     if not dry_run:
         confirm(f"make every commit of {chosen.name} before point {before} impossible to restore", yes=yes)
-    done = asyncio.run(_expire(chosen, before, dry_run=dry_run))
+    request = {"do": "expire", "before": point_reference(before), "dry_run": dry_run}
+    done = asyncio.run(_asked(chosen, request))["expired"]
     if as_json:
         show.print_json(done)
         return
@@ -110,17 +112,6 @@ def _numbers(numbers: Sequence[int]) -> str:
     runs = [list(run) for _, run in groupby(enumerate(numbers), lambda place: place[1] - place[0])]
     ends = [(run[0][1], run[-1][1]) for run in runs]
     return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ends)
-
-
-async def _expire(chosen: Options, before: str, *, dry_run: bool) -> Any:
-    try:
-        request = {"do": "expire", "before": point_reference(before), "dry_run": dry_run}
-        return (await ask(chosen.state_folder, request, POINT_SECONDS))["expired"]
-    except NotRunningError:
-        from trigger import service
-
-        async with service.alone(chosen) as parts:
-            return data(await service.give_up(parts, point_reference(before), dry_run=dry_run))
 
 
 def status(config: Config = None, as_json: Json = False) -> None:
