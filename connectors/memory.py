@@ -40,7 +40,7 @@ from trigger.model import (
     Volume,
     to_microseconds,
 )
-from trigger.ports import Batch, Break, Capability, Clone, Extent, Layout, Progress, Running, Space, Tagged
+from trigger.ports import Batch, Break, Capability, Clone, Extent, Layout, Progress, Retained, Running, Space, Tagged
 from trigger.position import History, Lineage, Lsn, Position
 
 SEGMENT_BYTES = 1 << 16
@@ -526,6 +526,12 @@ class MemoryDatabase:
         gone = sorted((await self._connected()).slots)
         self._world.cluster.slots.clear()
         return gone
+
+    async def retained(self) -> list[Retained]:
+        """Give the log behind each slot that is not lost."""
+        cluster = await self._connected()
+        end = cluster.inserted
+        return [Retained(name, end - slot.confirmed, None) for name, slot in cluster.slots.items() if not slot.lost]
 
     async def layout(self) -> Layout:
         """Give a place that does not exist."""

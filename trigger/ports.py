@@ -99,6 +99,17 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """Log that the database keeps for one reader of ours, because that has not let go of it."""
+
+    reader: str
+    """For PostgreSQL the name of a slot: of a stream, or of the journal."""
+    bytes: int
+    left_bytes: int | None
+    """How much more it may become before the database drops it; None where nothing bounds it but the disk."""
+
+
 class Database(Protocol):
     """The cluster whose commits are protected, as a whole."""
 
@@ -127,6 +138,10 @@ class Database(Protocol):
         Gives a function that ends the bracket and returns its proof. Leaving the block without having called it
         abandons the bracket. Only one is held at a time in one process.
         """
+        ...
+
+    async def retained(self) -> list[Retained]:
+        """Give how much log is kept for each reader of ours; raises `DatabaseError`."""
         ...
 
     async def checkpoint(self) -> None:

@@ -23,6 +23,7 @@ from trigger.expire import GivenUp, give_up_before, make_room, release_log
 from trigger.model import Cause, Finding, RecoveryPoint, Severity
 from trigger.options import Options
 from trigger.pipeline import Protected, protect, take
+from trigger.ports import Retained
 from trigger.position import distance
 from trigger.qualify import Rules
 from trigger.reconcile import reconcile
@@ -75,6 +76,10 @@ class Service:
         troubles = list(self.troubles())
         totals = await _or_trouble(self.parts.catalog.totals(), troubles)
         space = await _or_trouble(self.parts.storage.space(), troubles)
+        retained = await _or_trouble(self.parts.database.retained(), troubles)
+        troubles += [
+            _nearly_lost(one) for one in retained or () if one.left_bytes is not None and one.left_bytes < one.bytes
+        ]
         oldest, log_end, base = self.window.oldest, self.window.log_end, self.agenda.base
         now = asyncio.get_running_loop().time()
         ceiling = base.ceiling if base else None
@@ -97,6 +102,7 @@ class Service:
             "troubles": troubles,
             "totals": data(totals),
             "space": data(space),
+            "retained": data(retained),
         }
 
     def troubles(self) -> Iterator[str]:
@@ -128,6 +134,13 @@ async def _or_trouble(asked: Awaitable[T], troubles: list[str]) -> T | None:
     except (TrigpointError, OSError) as error:
         troubles.append(str(error))
         return None
+
+
+def _nearly_lost(one: Retained) -> str:
+    return (
+        f"the database keeps {one.bytes} bytes of log for {one.reader} and will drop it after {one.left_bytes} more:"
+        " what is in it then becomes a gap, or cannot be restored exactly"
+    )
 
 
 async def run(options: Options, *, force: bool = False, ready: Callable[[Service], None] | None = None) -> None:

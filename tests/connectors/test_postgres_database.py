@@ -97,6 +97,32 @@ def test_a_server_that_was_restarted_is_found_again_and_one_that_is_down_is_a_cl
     with_database(cluster, act)
 
 
+def test_what_the_server_keeps_for_each_of_our_readers_is_known(cluster: Cluster) -> None:
+    async def act(database: Postgres) -> None:
+        assert await database.retained() == []
+        cluster.sql("SELECT pg_create_logical_replication_slot('trigpoint_postgres', 'pgoutput')")
+        cluster.sql("SELECT pg_create_physical_replication_slot('trigpoint_journal', true)")
+        cluster.sql("SELECT pg_create_physical_replication_slot('somebody_else', true)")
+        try:
+            cluster.sql("SELECT pg_logical_emit_message(false, 'ballast', repeat('x', 1000000))")
+            kept = await database.retained()
+            assert [one.reader for one in kept] == ["trigpoint_journal", "trigpoint_postgres"]
+            assert all(one.bytes > 1_000_000 for one in kept)
+            for bound, known in (("-1", False), ("64MB", True)):
+                cluster.sql(f"ALTER SYSTEM SET max_slot_wal_keep_size = '{bound}'")
+                cluster.sql("SELECT pg_reload_conf()")
+                async with asyncio.timeout(10):
+                    while any((one.left_bytes is not None) is not known for one in await database.retained()):  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+            assert all(0 < (one.left_bytes or 0) < 128 << 20 for one in await database.retained())
+        finally:
+            cluster.sql("ALTER SYSTEM RESET max_slot_wal_keep_size")
+            cluster.sql("SELECT pg_reload_conf()")
+            cluster.sql("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
+
+    with_database(cluster, act)
+
+
 def test_a_question_that_hangs_ends_at_its_deadline(cluster: Cluster) -> None:
     async def run() -> None:
         database = Postgres(cluster.conninfo, ["postgres"], deadline_seconds=0.5)

@@ -283,6 +283,28 @@ def _unwilling_application(seconds: int = 0) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(folder)
 
 
+def test_a_slot_that_comes_near_its_bound_is_shown_before_it_is_lost(deployed: Deployment) -> None:
+    deployed.start()
+    snapshots = deployed.root / "snapshots"
+    subprocess.run(["chattr", "+i", str(snapshots)], check=True, timeout=30)  # no point can be made
+    try:
+        made = _commit(deployed.cluster)
+        for _ in range(45):  # of 64 MB
+            deployed.cluster.sql("SELECT pg_logical_emit_message(false, 'ballast', repeat('x', 1000000))")
+        deployed.wait_for(
+            lambda: f"of log for {_SLOT} and will drop it" in str(deployed.status()["troubles"]), "a word"
+        )
+        (slot,) = [one for one in deployed.status()["retained"] if one["reader"] == _SLOT]
+        assert slot["bytes"] > slot["left_bytes"] > 0
+        assert _SLOT in deployed.trigpoint("status").stdout
+    finally:
+        subprocess.run(["chattr", "-i", str(snapshots)], check=True, timeout=30)
+    deployed.settle()
+    _assert_outcomes(deployed, made, [])
+    deployed.wait_for(lambda: deployed.status()["troubles"] == [], "no trouble any more")
+    assert deployed.stop() == 0
+
+
 def test_a_storage_that_is_slower_than_the_server_s_patience_does_not_lose_the_stream(deployed: Deployment) -> None:
     with _unwilling_application(seconds=8) as (hooks, block):  # wal_sender_timeout is 3 s
         deployed.configure(f'{_QUICK}[agent]\nhooks = "{hooks}"\ndeadline_seconds = 30\n')

@@ -144,6 +144,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
                 "snapshots",
                 space and f"{space['snapshots']} of {space['budget']}, {show.size(space['free_bytes'])} free",
             ),
+            ("database keeps", _retained(answer["retained"])),
             *(("journal", f"{finding['subject']}: {finding['message']}") for finding in answer["journal"]),
             *(("TROUBLE", trouble) for trouble in answer["troubles"]),
         ]
@@ -157,6 +158,10 @@ def _kept(totals: dict[str, Any]) -> list[tuple[str, object]]:
         ("open gaps", totals["open_gaps"]),
         ("catalog", show.size(totals["bytes"])),
     ]
+
+
+def _retained(readers: list[dict[str, Any]] | None) -> str | None:
+    return ", ".join(f"{show.size(one['bytes'])} of log for {one['reader']}" for one in readers or ()) or None
 
 
 def _counts(by_rule: dict[str, int]) -> str:

@@ -26,7 +26,7 @@ def received_journal(database: Postgres, layout: Layout, folder: Path, restore_c
     """Give the journal that PostgreSQL's own `pg_receivewal` keeps in `folder`; `restore_command` is not used."""
     del restore_command
     programs = find_programs(layout.version // 10_000, database.bin_directory)
-    receiver = Receiver(database.conninfo, programs, f"{database.name}_journal")
+    receiver = Receiver(database.conninfo, programs, database.journal_slot)
     return _journal(database, layout, folder, receiver)
 
 

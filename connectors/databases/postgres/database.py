@@ -17,7 +17,7 @@ from connectors.databases.postgres.copyboth import CopyBoth
 from connectors.databases.postgres.source import PostgresSource
 from trigger.errors import ConfigError, DatabaseError, SourceError
 from trigger.model import Bracket, Finding, Volume
-from trigger.ports import Layout
+from trigger.ports import Layout, Retained
 from trigger.position import History, Lineage, Lsn, Position
 
 _FOR_GOOD = ("28", "3D", "42501")
@@ -33,6 +33,11 @@ _CEILING: LiteralString = (
     "SELECT pg_current_wal_insert_lsn()::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)"
 )
 _REDO: LiteralString = "SELECT redo_lsn::text, timeline_id FROM pg_control_checkpoint()"
+_RETAINED: LiteralString = (
+    "SELECT coalesce(json_agg(json_build_array(slot_name,"
+    " pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint, safe_wal_size) ORDER BY slot_name), '[]')"
+    " FROM pg_replication_slots WHERE slot_name = ANY (%s) AND restart_lsn IS NOT NULL"
+)
 _BACKUP_START: LiteralString = (
     "SELECT lsn::text, left(pg_walfile_name(lsn), 8) FROM pg_backup_start(%s, fast => true) AS lsn"
 )
@@ -94,6 +99,7 @@ class Postgres:
         self._deadline_seconds = deadline_seconds
         self._slow_deadline_seconds = slow_deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
+        self.journal_slot = f"{name}_journal"
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._system = ""
         self._lineage = Lineage(History("", 0))
@@ -153,6 +159,12 @@ class Postgres:
         except (SourceError, TimeoutError) as error:
             raise DatabaseError(f"the history of timeline {history.timeline} cannot be read: {error}") from error
 
+    async def retained(self) -> list[Retained]:
+        """Give how much log the server keeps for each of our slots that still has its place."""
+        slots = [source.slot for source in self.sources()]
+        (rows,) = await self._ask(_RETAINED, [*slots, self.journal_slot])
+        return [Retained(name, kept, left) for name, kept, left in rows]
+
     # ---- acts
 
     @contextlib.asynccontextmanager
@@ -197,7 +209,7 @@ class Postgres:
         gone = [name for source in self.sources() for name in await source.remove()]
         connection = await self._connect(self._deadline_seconds)
         try:
-            dropped = await self._run(connection, _DROP_SLOT, f"{self.name}_journal")
+            dropped = await self._run(connection, _DROP_SLOT, self.journal_slot)
         finally:
             await _hang_up(connection)
         return gone + [f"slot {name}" for name in dropped[:1]]
@@ -272,7 +284,7 @@ class Postgres:
             raise
         return connection
 
-    async def _ask(self, question: LiteralString) -> tuple[Any, ...]:
+    async def _ask(self, question: LiteralString, *arguments: str | list[str]) -> tuple[Any, ...]:
         """Ask on the connection that is kept; one that died since the last question is replaced once."""
         async with self._turn:
             for attempt in (1, 2):
@@ -280,7 +292,9 @@ class Postgres:
                 if self._connection is None:
                     self._connection = await self._connect(self._deadline_seconds)
                 try:
-                    return await self._run(self._connection, question, within_seconds=self._deadline_seconds)
+                    return await self._run(
+                        self._connection, question, *arguments, within_seconds=self._deadline_seconds
+                    )
                 except BaseException as error:
                     died = self._connection.closed
                     await self.close()
@@ -292,7 +306,7 @@ class Postgres:
         self,
         connection: psycopg.AsyncConnection[Any],
         question: LiteralString,
-        *arguments: str,
+        *arguments: str | list[str],
         within_seconds: float | None = None,
     ) -> tuple[Any, ...]:
         """Run one statement and give its first row, () where it gives none.
