@@ -13,11 +13,6 @@ LONGEST_FILE = 500
 LONGEST_FUNCTION = 60
 SHORTEST_CLAIM = 4
 
-LONGER_FILES = {
-    "connectors/memory.py": "every port once, for the simulation to be read beside it",
-}
-"""Files that may be longer, each with its reason."""
-
 BANNED_NAMES = {
     "utils": "say what is in it",
     "helpers": "say what is in it",
@@ -94,7 +89,7 @@ def test_a_file_is_read_in_one_sitting() -> None:
     refuse(
         f"{name} has {lines} lines, {LONGEST_FILE} are enough: split it"
         for name, text in sources().items()
-        if (lines := text.count("\n")) > LONGEST_FILE and name not in LONGER_FILES
+        if (lines := text.count("\n")) > LONGEST_FILE
     )
 
 
@@ -151,11 +146,6 @@ def test_nothing_unfinished_is_left_as_a_note() -> None:
 
 def test_no_file_knows_one_particular_machine() -> None:
     refuse(lines_with(MACHINE_PATHS))
-
-
-def test_the_list_of_longer_files_names_only_those_that_are() -> None:
-    for name in LONGER_FILES:
-        assert sources()[name].count("\n") > LONGEST_FILE, f"{name} is short enough by now; take it off LONGER_FILES"
 
 
 def words_of_classes(name: str) -> list[str]:
