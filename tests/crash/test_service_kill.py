@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -61,6 +62,11 @@ def _die_at(deployed: Deployment, failpoint: str) -> None:
     assert deployed.process is not None
     try:
         assert deployed.process.wait(_DEADLY_SECONDS) == -signal.SIGKILL, deployed.log.read_text()[-3000:]
+    except subprocess.TimeoutExpired:
+        said = deployed.log.read_text()[-3000:]
+        pytest.fail(
+            f"{failpoint} was not reached in {_DEADLY_SECONDS} s; {deployed.status()}; the service said:\n{said}"
+        )
     finally:
         deployed.process.kill()
 
