@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from glob import escape
 from importlib import import_module
 from pathlib import Path
 from socket import gethostname
@@ -108,7 +109,7 @@ async def connect(options: Options) -> Parts:
                 gethostname(), state_folder=options.state_folder, hooks=options.agent.hooks
             )
         ]
-        storage = _storage(options, volumes)
+        storage = _storage(options, volumes, layout)
     except BaseException:
         await catalog.close()
         raise
@@ -128,7 +129,7 @@ def _database(options: Options) -> Any:
     )
 
 
-def _storage(options: Options, volumes: Sequence[Volume]) -> Any:
+def _storage(options: Options, volumes: Sequence[Volume], layout: Layout) -> Any:
     chosen = options.storage
     settings: dict[str, Any] = {"budget": chosen.budget, "wanted_free_bytes": int(chosen.keep_free)}
     match chosen.driver:
@@ -136,7 +137,18 @@ def _storage(options: Options, volumes: Sequence[Volume]) -> Any:
             settings["volumes"] = volumes
         case "directory":
             settings["paranoid"] = chosen.paranoid
+            settings["exclude"] = _log_in(volumes, layout)
     return driver("storage", chosen.driver)(chosen.folder, **settings)
+
+
+def _log_in(volumes: Sequence[Volume], layout: Layout) -> dict[str, list[str]]:
+    """Give by volume the pattern of the log that lies in it."""
+    roots = {volume.name: Path(volume.path).resolve() for volume in volumes}
+    return {
+        name: ["/".join((*map(escape, layout.wal_directory.relative_to(root).parts), "*"))]
+        for name, root in roots.items()
+        if layout.wal_directory.is_relative_to(root)
+    }
 
 
 async def known_layout(database: Database, state_folder: Path) -> Layout:

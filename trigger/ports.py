@@ -181,6 +181,7 @@ class Layout:
     """As the server says it: 150018 is 15.18."""
     data_directory: Path
     wal_directory: Path
+    """Where the log lies. A copy made inside the bracket need not hold it: a restore takes it from the journal."""
     tablespaces: tuple[tuple[int, Path], ...]
     """(oid, path) of every tablespace that lies outside the data directory."""
     config_files: tuple[Path, ...]
@@ -319,6 +320,8 @@ class Storage(Protocol):
 
     async def clone(self, point: str, name: str, progress: Progress) -> Clone:
         """Make a writable copy of a point's snapshots under `name` (made by us: lower-case letters, digits, `-`).
+
+        It need not be on stable storage yet: what a restore makes of it is synced as a whole at the end.
 
         Raises:
             StorageError: no such point, the name is taken, or no room; nothing is left behind.

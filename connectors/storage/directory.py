@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -50,8 +50,8 @@ class DirectoryStorage:
         budget: how many points it bears.
         wanted_free_bytes: nothing is copied that would leave less than this free.
         paranoid: compare the content of files that seem unchanged.
-        exclude: patterns (`fnmatch`) of what is left out: one with a `/` is matched against the path inside the
-            volume, one without against the name. What a left-out folder holds is left out, too.
+        exclude: by volume patterns (`fnmatch`) of what is left out: one with a `/` is matched against the path inside
+            the volume, one without against the name. What a left-out folder holds is left out, too.
     """
 
     name = "directory"
@@ -63,13 +63,13 @@ class DirectoryStorage:
         budget: int = 200,
         wanted_free_bytes: int = 1 << 30,
         paranoid: bool = False,
-        exclude: Sequence[str] = (),
+        exclude: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         reflinks = can_reflink(nearest_existing(folder))
         self.capabilities = frozenset({Capability.INSTANT_CLONE} if reflinks else ())
         self._shelf = Shelf(folder, budget=budget, wanted_free_bytes=wanted_free_bytes)
         self._paranoid = paranoid
-        self._exclude = tuple(exclude)
+        self._exclude = exclude or {}
         self._threads = Threads("directory")
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
@@ -83,7 +83,7 @@ class DirectoryStorage:
             path = Path(volume.path)
             if not path.is_dir():
                 yield Finding(volume.name, Severity.REFUSED, f"{path} is not a directory", "correct its path")
-            elif is_inside(self._shelf.folder, path) and not self._leaves_out_itself(path):
+            elif is_inside(self._shelf.folder, path) and not self._leaves_out_itself(volume):
                 message = f"the folder for snapshots, {self._shelf.folder}, lies inside {path}"
                 yield Finding(volume.name, Severity.REFUSED, message, "choose a folder outside every volume")
             else:
@@ -97,10 +97,10 @@ class DirectoryStorage:
             message = f"{space.free_bytes} bytes are free, {space.wanted_free_bytes} are wanted"
             yield Finding(subject, Severity.REFUSED, message, "make room, or lower storage.keep_free")
 
-    def _leaves_out_itself(self, volume: Path) -> bool:
-        inside = self._shelf.folder.resolve().relative_to(volume.resolve())
+    def _leaves_out_itself(self, volume: Volume) -> bool:
+        inside = self._shelf.folder.resolve().relative_to(Path(volume.path).resolve())
         levels = [str(level) for level in (inside, *inside.parents) if level.parts]
-        return any(Copier(exclude=self._exclude).leaves_out(level) for level in levels)
+        return any(Copier(exclude=self._exclude.get(volume.name, ())).leaves_out(level) for level in levels)
 
     async def claim(self) -> None:
         """Hold the folder, by a lock on a file in it."""
@@ -119,7 +119,7 @@ class DirectoryStorage:
         if folder.exists():
             return self._shelf.made_before(volumes, point, _look)
         for volume in volumes:
-            if is_inside(self._shelf.folder, Path(volume.path)) and not self._leaves_out_itself(Path(volume.path)):
+            if is_inside(self._shelf.folder, Path(volume.path)) and not self._leaves_out_itself(volume):
                 message = f"the folder for snapshots, {self._shelf.folder}, lies inside {volume.path}"
                 raise StorageError(message, hint="choose a folder outside every volume", retryable=False)
         self._shelf.require_room()
@@ -148,7 +148,7 @@ class DirectoryStorage:
         began_at = datetime.now(UTC)
         flush(source)
         copier = Copier(
-            exclude=self._exclude,
+            exclude=self._exclude.get(volume.name, ()),
             earlier=earlier / volume.name if earlier else None,
             known=Manifest.read(earlier / f"{volume.name}.manifest") if earlier else None,
             compare=self._paranoid,
@@ -182,7 +182,7 @@ class DirectoryStorage:
             remove_tree(folder)
 
     async def clone(self, point: str, name: str, progress: Progress) -> Clone:
-        """Copy a point's snapshots; durable on return. A cancelled call stops at the next block and cleans up."""
+        """Copy a point's snapshots. A cancelled call stops at the next block and cleans up."""
         stop = threading.Event()
         loop = asyncio.get_running_loop()
 
@@ -204,9 +204,8 @@ class DirectoryStorage:
         clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots])
         try:
             copier = Copier(stop=stop, told=lambda done: told(done, total))
-            with _flushed(folder):
-                for kept, (_, path) in zip(found.snapshots, clone.paths, strict=True):
-                    copier.copy(Path(kept.location), path)
+            for kept, (_, path) in zip(found.snapshots, clone.paths, strict=True):
+                copier.copy(Path(kept.location), path)
         except BaseException:
             with contextlib.suppress(OSError):
                 remove_tree(folder)

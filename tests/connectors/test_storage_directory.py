@@ -145,7 +145,7 @@ def test_sockets_and_pipes_are_left_out(tmp_path: Path) -> None:
 
 
 def test_what_is_excluded_is_left_out_by_name_or_by_path(tmp_path: Path) -> None:
-    house = House(tmp_path, exclude=["postmaster.*", "pgsql_tmp*", "pg_wal/*"])
+    house = House(tmp_path, exclude={"data": ["postmaster.*", "pgsql_tmp*", "pg_wal/*"], "other": ["base"]})
     for name in ("postmaster.pid", "base/1/pgsql_tmp", "base/1/2", "pg_wal/000", "base/pg_wal/000"):
         (house.source / name).parent.mkdir(parents=True, exist_ok=True)
         (house.source / name).write_text("content")
@@ -167,7 +167,7 @@ def test_a_storage_inside_its_volume_is_refused_unless_it_leaves_itself_out(tmp_
     with pytest.raises(StorageError, match="lies inside"):
         asyncio.run(inside.snapshot([volume], POINTS[0], "tag"))
     for pattern in ("inner", "inner/storage", "sto*"):
-        apart = DirectoryStorage(source / "inner" / "storage", wanted_free_bytes=0, exclude=[pattern])
+        apart = DirectoryStorage(source / "inner" / "storage", wanted_free_bytes=0, exclude={"data": [pattern]})
         (finding,) = asyncio.run(apart.check([volume]))
         assert finding.severity is Severity.OK
         point = POINTS[len(pattern)] if len(pattern) < 10 else POINTS[0]

@@ -83,6 +83,9 @@ def test_a_payment_comes_back_exactly_by_every_name_it_has(bank: Deployment) -> 
         print(f"{bank.storage} {option}: {seconds:.2f} s, {report['seconds']}")
     assert bank.ask("clones", "list") == []
     assert not list((bank.root / "snapshots" / "clones").glob("*"))
+    logs = list((bank.root / "snapshots").glob("trg-*/data/pg_wal"))
+    assert logs
+    assert (bank.storage == "directory") is not any(list(log.glob("0*")) for log in logs), "a copy holds no log"
 
 
 def test_a_dry_run_prints_the_plan_or_why_not_and_makes_nothing(bank: Deployment) -> None:
