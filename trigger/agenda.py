@@ -151,6 +151,10 @@ class Agenda:
             self._answer(point)
         return pause
 
+    def retry(self) -> None:
+        """Note that what made rounds fail may be gone: the next one need not wait."""
+        self._not_before = 0.0
+
     def ask(self, note: str) -> asyncio.Future[RecoveryPoint]:
         """Put a demand on the agenda; gives where the answer will be."""
         demand = Demand(note, asyncio.get_running_loop().create_future())

@@ -18,7 +18,8 @@ from trigger.retention import thin
 
 THIN_FROM = 0.9
 THIN_TO = 0.7
-"""Shares of the storage's budget: thinning begins above the first and ends at the second."""
+"""Shares of the storage's budget: thinning begins above the first and ends at the second; where the restore objective
+does not allow that, it ends at the first."""
 
 
 async def make_room(catalog: Catalog, storage: Storage, replay_limit_bytes: int) -> list[RecoveryPoint]:
@@ -32,7 +33,8 @@ async def make_room(catalog: Catalog, storage: Storage, replay_limit_bytes: int)
     if space.snapshots <= space.budget * THIN_FROM:
         return gone
     pinned = {clone.point for clone in await storage.clones()}
-    going = thin(await catalog.bases(), int(space.budget * THIN_TO), replay_limit_bytes, pinned)
+    wanted, most = (int(space.budget * share) for share in (THIN_TO, THIN_FROM))
+    going = thin(await catalog.bases(), wanted, most, replay_limit_bytes, pinned)
     return gone + [await expire(catalog, storage, point) for point in going]
 
 

@@ -1,62 +1,91 @@
 """Which snapshots may go: pure; what goes is decided here, done in `expire`.
 
 Removing the snapshot of a point loses no commit as long as an earlier base stands and the journal holds the log
-between: the commits are then replayed from further back. So thinning trades snapshots for replay time, within the
-restore objective, and never gives up the oldest base (the beginning of what can be restored) or the newest.
+between: the commits are then replayed from further back. So thinning trades snapshots for replay time: within the
+restore objective while that will do, and beyond it where the storage bears no more, since a storage that is full would
+protect nothing any more. It never gives up the oldest base (the beginning of what can be restored) or the newest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 
 from trigger.model import RecoveryPoint
 from trigger.position import Position
 
+Cost = Callable[[Sequence[RecoveryPoint], int], float | None]
+
 
 def thin(
-    points: Sequence[RecoveryPoint], most: int, replay_limit_bytes: int, pinned: Collection[str] = ()
+    points: Sequence[RecoveryPoint], wanted: int, most: int, replay_limit_bytes: int, pinned: Collection[str] = ()
 ) -> list[RecoveryPoint]:
-    """Give the points whose snapshots should go so that at most `most` are left.
+    """Give the points whose snapshots should go.
 
     Args:
         points: the sealed points, oldest first.
-        most: how many snapshots may stay.
+        wanted: how many snapshots should stay, if the restore objective allows that few.
+        most: how many may stay in any case; beyond the objective the older ones make room, the older the more.
         replay_limit_bytes: the longest replay between the redo position of a base and the ceiling of the next one
             that is still within the restore objective.
         pinned: ids of points that must stay (clones hang on them, somebody is verifying them).
 
     Returns:
-        Oldest first; fewer than asked for where nothing more can go without breaking the objective. A point goes
-        only if both its neighbours stay in its own history, so that the log between them is one replay.
+        Oldest first; fewer than asked for where nothing more can go. A point goes only if both its neighbours stay in
+        its own history, so that the log between them is one replay.
     """
+
+    def within(kept: Sequence[RecoveryPoint], index: int) -> float | None:
+        replay = _replay_without(*kept[index - 1 : index + 2])
+        return None if replay is None or replay > replay_limit_bytes else replay
+
     kept = list(points)
-    goes: list[RecoveryPoint] = []
-    while len(kept) > most:
-        index = _least_missed(kept, replay_limit_bytes, pinned)
-        if index is None:
-            break
-        goes.append(kept.pop(index))
+    goes = _let_go(kept, wanted, pinned, within) + _let_go(kept, most, pinned, _replay_for_its_age)
     return sorted(goes, key=lambda point: point.number)
 
 
-def _least_missed(kept: Sequence[RecoveryPoint], replay_limit_bytes: int, pinned: Collection[str]) -> int | None:
-    """Give the index of the point whose going leaves the shortest replay; None where none may go."""
-    best: tuple[int, int] | None = None
-    for index in range(1, len(kept) - 1):
-        replay = _replay_without(kept[index - 1], kept[index], kept[index + 1])
-        if kept[index].id in pinned or replay is None or replay > replay_limit_bytes:
-            continue
-        if best is None or replay < best[0]:
-            best = (replay, index)
-    return None if best is None else best[1]
+def longest_replay(points: Sequence[RecoveryPoint]) -> int:
+    """Give the most bytes that the restore of a commit between two of `points` (oldest first) has to replay."""
+    return max((_replay(before, after) or 0 for before, after in pairwise(points)), default=0)
+
+
+def _let_go(kept: list[RecoveryPoint], most: int, pinned: Collection[str], cost: Cost) -> list[RecoveryPoint]:
+    """Take the cheapest point out of `kept` until `most` are left or none may go; gives what was taken out."""
+
+    def price(index: int) -> float | None:
+        outer = not 0 < index < len(kept) - 1
+        return None if outer or kept[index].id in pinned else cost(kept, index)
+
+    goes: list[RecoveryPoint] = []
+    prices = [price(index) for index in range(len(kept))]
+    while len(kept) > most:
+        cheapest = min(((known, index) for index, known in enumerate(prices) if known is not None), default=None)
+        if cheapest is None:
+            break
+        _, index = cheapest
+        goes.append(kept.pop(index))
+        prices.pop(index)
+        prices[index - 1], prices[index] = price(index - 1), price(index)  # no other has new neighbours
+    return goes
+
+
+def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int) -> float | None:
+    """Give the replay that is left by the going of a point, as a share of all the log that was written since."""
+    replay = _replay_without(*kept[index - 1 : index + 2])
+    now, then = kept[-1].ceiling, kept[index].ceiling
+    if replay is None or now is None or then is None:
+        return None
+    return replay / max(now.at - then.at, 1)
 
 
 def _replay_without(before: RecoveryPoint, point: RecoveryPoint, after: RecoveryPoint) -> int | None:
     """Give the longest replay, in bytes, that commits around `point` need once it is gone; None across histories."""
+    return _replay(before, after) if len(_histories(before, point, after)) == 1 else None
+
+
+def _replay(before: RecoveryPoint, after: RecoveryPoint) -> int | None:
     start, end = before.redo, after.ceiling
-    if start is None or end is None or len(_histories(before, point, after)) != 1:
-        return None
-    return int(end.at) - int(start.at)
+    return int(end.at) - int(start.at) if start and end and len(_histories(before, after)) == 1 else None
 
 
 def _histories(*points: RecoveryPoint) -> set[object]:

@@ -27,6 +27,7 @@ from trigger.ports import Retained
 from trigger.position import distance
 from trigger.qualify import Rules
 from trigger.reconcile import reconcile
+from trigger.retention import longest_replay
 from trigger.shape import data
 from trigger.window import Collected, Window
 
@@ -369,6 +370,25 @@ async def keep_room(service: Service) -> None:
     if gone:
         log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
         await release_log(parts.catalog, parts.journal)
+        agenda.retry()
+        service.window.wake()
+    what = "the restore objective is not kept"
+    if gone or what in service.upkeep:
+        _note_long_replays(service, what, longest_replay(await parts.catalog.bases()))
+
+
+def _note_long_replays(service: Service, what: str, replay: int) -> None:
+    """Show in the status whether the snapshots that are left lie too far apart for the restore objective."""
+    if replay <= service.agenda.replay_limit_bytes:
+        service.upkeep.pop(what, None)
+        return
+    why = (
+        f"the storage bears no more snapshots, so that restores of old commits replay up to {replay} bytes; raise"
+        " storage.budget, or give up what is too old (trigpoint expire)"
+    )
+    if what not in service.upkeep:
+        log.warning("%s: %s", what, why)
+    service.upkeep[what] = why
 
 
 async def give_up(parts: Parts, request: dict[str, Any]) -> GivenUp:

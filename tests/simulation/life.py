@@ -58,8 +58,6 @@ class Life:
     story: Story
     wire: Wire
     draw: random.Random
-    budget: int
-    """How many snapshots the storage bears."""
     reconciled: Callable[[Sequence[str]], Awaitable[None]]
     """Called when one pass has been made at the start, with what is stuck in the storage."""
     begins: Callable[[str], None]
@@ -69,14 +67,14 @@ class Life:
     delivered: list[Commit] = field(default_factory=list)
     """What has come into its window."""
     answers: list[asyncio.Future[RecoveryPoint]] = field(default_factory=list)
-    storage: _Storage = field(init=False)
+    storage: MemoryStorage = field(init=False)
     ended: str = ""
     """How it ended; "" while it lives."""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.storage = _Storage(self.world, capabilities=self.story.capabilities, budget=self.budget)
+        self.storage = MemoryStorage(self.world, capabilities=self.story.capabilities, budget=self.story.budget)
 
     async def run(self) -> str:
         """Live; gives how it ended."""
@@ -194,13 +192,6 @@ class Life:
             except (TrigpointError, OSError) as error:
                 self.wire.log(f"not now: {error}")
             await asyncio.sleep(seconds)
-
-
-class _Storage(MemoryStorage):
-    """A storage whose budget an operator may raise."""
-
-    def raise_budget(self, budget: int) -> None:
-        self._budget = budget
 
 
 class _Noted(MemorySource):

@@ -35,9 +35,6 @@ RESTART_SECONDS = 1.0
 QUIET_SECONDS = 1500.0
 """Within this much virtual time after the story everything must be settled: the longest pause after failures is 600 s,
 and a call may have begun to hang just before the end."""
-ENOUGH = 1_000_000
-"""The budget of snapshots that an operator allows in the end: thinning never gives up what the restore objective needs,
-so a storage can be full for good."""
 STOP_SECONDS = 200.0
 """A stop waits for the round at hand, in which every call may hang once."""
 
@@ -72,7 +69,6 @@ class Simulation:
         self.life: Life | None = None
         self.lives: list[Life] = []
         self.weather = story.weather
-        self.budget = story.budget
         self.catalog_full = False
         self.lost_snapshots: set[str] = set()
         self.covered_from: dict[str, Lsn] = {}
@@ -134,7 +130,7 @@ class Simulation:
         wire.catalog_full = self.catalog_full
         wire.before["source.acknowledge"] = self._check_acknowledge
         draw = random.Random(self.draw.getrandbits(64))
-        return Life(self.world, self.engine, self.story, wire, draw, self.budget, self._reconciled, self._begins)
+        return Life(self.world, self.engine, self.story, wire, draw, self._reconciled, self._begins)
 
     async def _reconciled(self, stuck: Sequence[str]) -> None:
         """One pass at the start leaves nothing behind."""
@@ -148,14 +144,13 @@ class Simulation:
     def _calm(self) -> None:
         """End everything that goes wrong."""
         self.note("calm from here on")
-        self.weather, self.budget = Weather(), ENOUGH
+        self.weather = Weather()
         self._turns.clear()
         for act in ("catalog_room", "storage_room", "clear_write_error", "server_restart", "flush"):
             self._do(Act(0.0, act))
         if self.life is not None:
             self.life.wire.weather = self.weather
             self.life.wire.spare()
-            self.life.storage.raise_budget(ENOUGH)
 
     async def _settled(self, lives: asyncio.Future[None]) -> None:
         """Wait until every stream is settled up to the end of its log."""

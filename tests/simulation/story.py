@@ -181,7 +181,7 @@ def _point_options(draw: random.Random) -> PointOptions:
         cron=draw.choice((None, None, None, "* * * * *")),
         catch_all_seconds=draw.choice((None, 3.0, 300.0)),
         restore_objective_seconds=draw.choice((30.0, 30.0, 1.0)),
-        replay_bytes_per_second=ByteSize(draw.choice((50_000_000, 4000))),
+        replay_bytes_per_second=ByteSize(draw.choice((50_000_000, 4000, 500))),
         retry_seconds=draw.choice((0.2, 1.0)),
     )
 

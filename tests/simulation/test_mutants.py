@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.simulation.run import simulate
-from trigger import agenda, pipeline, planner, point_index, reconcile, window
+from trigger import agenda, pipeline, planner, point_index, reconcile, retention, window
 
 SEEDS = 400
 ANNOTATIONS = __future__.annotations.compiler_flag
@@ -338,6 +338,14 @@ MUTANTS = (
         "            passed.append(PassedOver(base.number, reason))\n            continue",
         "            passed.append(PassedOver(base.number, reason))\n            break",
         "P2",
+    ),
+    Mutant(
+        "the thinning keeps to the restore objective whatever the storage bears",
+        retention,
+        "thin",
+        " + _let_go(kept, most, pinned, _replay_for_its_age)",
+        "",
+        "liveness",
     ),
 )
 

@@ -92,11 +92,17 @@ def test_what_a_clone_hangs_on_stays() -> None:
     play(act)
 
 
-def test_nothing_goes_whose_loss_would_break_the_restore_objective() -> None:
+def test_where_the_restore_objective_allows_no_thinning_only_what_the_storage_cannot_bear_goes() -> None:
     async def act(shelves: Shelves) -> None:
         await _filled(20)(shelves)
-        assert await make_room(shelves.catalog, shelves.storage, 1999) == []
+        assert len(await make_room(shelves.catalog, shelves.storage, 1999)) == 2
+        assert (await shelves.storage.space()).snapshots == 18
+
+    async def act_within(shelves: Shelves) -> None:
+        await _filled(20)(shelves)
         assert len(await make_room(shelves.catalog, shelves.storage, 2000)) == 6
+
+    play(act_within)
 
     play(act)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trigger.model import Cause, RecoveryPoint, State, point_id
 from trigger.position import History, Lsn, Position
-from trigger.retention import thin
+from trigger.retention import longest_replay, thin
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LIMIT = 10_000
@@ -57,7 +58,7 @@ def replay_to(commit: int, bases: Sequence[RecoveryPoint]) -> tuple[RecoveryPoin
 
 
 def left_after(points: Sequence[RecoveryPoint], most: int, pinned: Sequence[str] = ()) -> list[RecoveryPoint]:
-    goes = thin(points, most, LIMIT, pinned)
+    goes = thin(points, most, len(points), LIMIT, pinned)
     assert [one.number for one in goes] == sorted(one.number for one in goes)
     assert all(one in points for one in goes)
     return [one for one in points if one not in goes]
@@ -110,10 +111,39 @@ def test_it_stops_at_what_was_asked_for_and_before_only_where_nothing_more_can_g
 
 def test_where_two_may_go_the_one_that_is_missed_least_goes() -> None:
     points = [point(1, 0, 0, 0), point(2, 100, 100, 100), point(3, 200, 200, 200), point(4, 5000, 5000, 5000)]
-    assert [one.number for one in thin(points, 3, LIMIT)] == [2]
+    assert [one.number for one in thin(points, 3, 4, LIMIT)] == [2]
 
 
 def test_without_a_limit_that_allows_it_nothing_goes() -> None:
     points = [point(number, number * LIMIT, number * LIMIT, number * LIMIT) for number in range(5)]
-    assert thin(points, 2, LIMIT) == []
-    assert [one.number for one in thin(points, 2, 4 * LIMIT)] == [1, 2, 3]
+    assert thin(points, 2, 5, LIMIT) == []
+    assert [one.number for one in thin(points, 2, 5, 4 * LIMIT)] == [1, 2, 3]
+
+
+@given(histories(), st.integers(0, 20), st.integers(0, 20))
+def test_what_a_storage_cannot_bear_goes_beyond_the_objective(
+    points: list[RecoveryPoint], wanted: int, most: int
+) -> None:
+    goes = thin(points, wanted, most, LIMIT)
+    left = [one for one in points if one not in goes]
+    assert left[:1] == points[:1]
+    assert left[-1:] == points[-1:]
+    if len(left) > max(most, 2):  # then every one that is left is the edge of a history, or nobody knows its redo
+        for before, one, after in zip(left, left[1:], left[2:], strict=False):
+            histories = {place.floor.history for place in (before, one, after)}
+            assert len(histories) > 1 or before.redo is None, f"point {one.number} could go"
+    if len(left) < most:
+        assert longest_replay(left) <= max(LIMIT, longest_replay(points)), "the objective was broken without need"
+
+
+def test_beyond_the_objective_the_older_a_commit_the_longer_its_replay() -> None:
+    kept: list[RecoveryPoint] = []
+    for number in range(1000):
+        kept.append(point(number, number * LIMIT, number * LIMIT, number * LIMIT))
+        goes = thin(kept, 14, 18, LIMIT)
+        kept = [one for one in kept if one not in goes]
+    assert (len(kept), kept[0].number, kept[-1].number) == (18, 0, 999)
+    gaps = [after.number - before.number for before, after in pairwise(kept)]
+    assert gaps[-3:] == [1, 1, 1], "what was just committed comes back at once"
+    assert gaps[0] > 50
+    assert all(older >= newer / 2 for older, newer in pairwise(gaps)), gaps
