@@ -305,8 +305,8 @@ class Target:
     commit: CommitRecord | None = None
     """The last commit that the state holds, where it is known."""
     reach: Lsn | None = None
-    """By where the replay has all of the state, so that the log must go there: the end of the first record that stays
-    out, or for a time where the log ended when it was asked for; None where neither is known."""
+    """So far the log must go: to the end of the first record that stays out, or of a commit that is later than a time;
+    for the latest state to the end of the last commit that is known. None where that is not known."""
 
 
 class Severity(StrEnum):

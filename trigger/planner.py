@@ -104,11 +104,11 @@ def plan(
     """
     _require_lineage(target, lineage)
     held = _held(extents, lineage, segment_bytes)
-    needed = _needed(target, held)
+    needed = _last_held(held) if target.kind is StopKind.LATEST else _needed(target)
     passed: list[PassedOver] = []
     holes: list[tuple[RecoveryPoint, Stretch]] = []
     for base in sorted(bases, key=_newest_first):
-        if _ends_at(base, target, held) and _inside(base, lineage):
+        if _ends_at(base, target) and lineage.includes(base.floor):
             return _as_it_is(base, target, replay_bytes_per_second, passed)
         if reason := _unfit(base, target, lineage):
             passed.append(PassedOver(base.number, reason))
@@ -154,7 +154,8 @@ def _replayed(base: RecoveryPoint, target: Target, log: Stretch, rate: float, pa
     begin = base.bracket.start if base.bracket else base.redo or base.floor
     size = log.end - begin.at
     if target.kind in _OPEN:
-        target = replace(target, at=_held_at_most(base) if target.kind is StopKind.TIME else log.end)
+        end = max(log.end, base.floor.at)
+        target = replace(target, at=_held_at_most(base) if target.kind is StopKind.TIME else end)
     return Plan(target, base, begin, log.end, _log_from(base), log.end - log.start, size, size / rate, tuple(passed))
 
 
@@ -181,10 +182,8 @@ def _file_start(at: Lsn, segment_bytes: int) -> Lsn:
     return Lsn(at - at % segment_bytes)
 
 
-def _needed(target: Target, held: Sequence[Stretch]) -> Lsn:
-    """Give up to where the log must be there, whatever base is taken."""
-    if target.kind is StopKind.LATEST:
-        return _last_held(held)
+def _needed(target: Target) -> Lsn:
+    """Give up to where the log must be there, as far as the target itself says."""
     if target.reach is not None:
         return target.reach
     if target.kind is StopKind.TIME:
@@ -199,10 +198,10 @@ def _last_held(held: Sequence[Stretch]) -> Lsn:
 
 
 def _limit(base: RecoveryPoint, target: Target) -> Lsn:
-    """Give up to where a replay from the base must see log in any case: a time stops at a record behind it."""
-    if target.kind is StopKind.TIME:
-        return Lsn(_held_at_most(base) + 1)
-    return base.bracket.stop.at if base.bracket else Lsn(0)
+    """Give up to where a replay from the base must see log, to be consistent and to have all that is known."""
+    consistent = base.bracket.stop.at if base.bracket else Lsn(0)
+    known = target.reach if target.kind is StopKind.LATEST and target.reach else Lsn(0)
+    return max(consistent, known) if known > base.floor.at else consistent
 
 
 def _end(target: Target, held: Sequence[Stretch], begin: Lsn) -> Lsn:
@@ -216,17 +215,12 @@ def _end(target: Target, held: Sequence[Stretch], begin: Lsn) -> Lsn:
     return target.commit.end if target.inclusive and target.commit is not None else target.at
 
 
-def _ends_at(base: RecoveryPoint, target: Target, held: Sequence[Stretch]) -> bool:
+def _ends_at(base: RecoveryPoint, target: Target) -> bool:
     """Whether the snapshot holds exactly the target: floor, ceiling and the end of the state are one place.
 
-    Only an atomic snapshot can: the log of a bracketed copy ends behind the record that closes the bracket. The latest
-    state is that of a snapshot where the log that is kept ends before it.
+    Only an atomic snapshot can: the log of a bracketed copy ends behind the record that closes the bracket.
     """
-    if base.state is not State.SEALED or base.bracket or target.kind is StopKind.TIME:
-        return False
-    if target.kind is StopKind.LATEST:
-        return base.floor.at >= _last_held(held)
-    if base.ceiling != base.floor:
+    if base.state is not State.SEALED or base.bracket or base.ceiling != base.floor or target.kind in _OPEN:
         return False
     if not target.inclusive:
         return base.floor.at == target.at
@@ -348,7 +342,8 @@ def _refusal(
             return RestoreError(
                 f"{target.description} lies in the future of the journal, which ends at {last}"
                 f" and must reach {hole.end}",
-                hint="wait until the journal has caught up (trigpoint status), or name an earlier target",
+                hint="wait until the journal has caught up (trigpoint status), or name an earlier target;"
+                " --to-latest is all there is where the journal keeps no more",
                 retryable=True,
             )
         return RestoreError(

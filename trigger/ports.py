@@ -140,6 +140,14 @@ class Database(Protocol):
         """
         ...
 
+    async def mark(self) -> Position:
+        """Commit a transaction of ours that changes nothing; gives a durable position behind it.
+
+        By it a replay sees that it has passed the present time: every commit that was visible before it lies before
+        it in the log, and has an earlier time. Raises `DatabaseError`.
+        """
+        ...
+
     async def retained(self) -> list[Retained]:
         """Give how much log is kept for each reader of ours; raises `DatabaseError`."""
         ...

@@ -38,9 +38,13 @@ GRACE_SECONDS = 30.0
 """How long a stop waits for the round at hand."""
 WATCH_SECONDS = 5.0
 ROOM_SECONDS = 1.0
-"""How often it is looked whether snapshots must go: a tenth of a small budget may last no longer."""
+ROOM_SHARE = 0.5
+"""How often it is looked whether snapshots must go: a tenth of a small budget may last no longer; and how much of the
+time their removal may take, since commits wait for it."""
 AUDIT_SECONDS = 5.0
 UPKEEP_SHARE = 0.05
+ASKING_SECONDS = 3.0
+"""How long the status waits for the database's word."""
 JOURNAL_START_SECONDS = 20.0
 STREAMS_START_SECONDS = 60.0
 
@@ -77,7 +81,7 @@ class Service:
         troubles = list(self.troubles())
         totals = await _or_trouble(self.parts.catalog.totals(), troubles)
         space = await _or_trouble(self.parts.storage.space(), troubles)
-        retained = await _or_trouble(self.parts.database.retained(), troubles)
+        retained = await _or_trouble(asyncio.wait_for(self.parts.database.retained(), ASKING_SECONDS), troubles)
         troubles += [
             _nearly_lost(one) for one in retained or () if one.left_bytes is not None and one.left_bytes < one.bytes
         ]
@@ -132,15 +136,19 @@ async def _or_trouble(asked: Awaitable[T], troubles: list[str]) -> T | None:
     """Give what was asked for; where it cannot be had give None, and add why to `troubles`."""
     try:
         return await asked
+    except TimeoutError:
+        troubles.append(f"the database did not answer within {ASKING_SECONDS:g} s")
     except (TrigpointError, OSError) as error:
         troubles.append(str(error))
-        return None
+    return None
 
 
 def _nearly_lost(one: Retained) -> str:
+    left = one.left_bytes or 0
+    when = f"will drop it after {left} more" if left > 0 else "drops it at the next checkpoint"
     return (
-        f"the database keeps {one.bytes} bytes of log for {one.reader} and will drop it after {one.left_bytes} more:"
-        " what is in it then becomes a gap, or cannot be restored exactly"
+        f"the database keeps {one.bytes} bytes of log for {one.reader} and {when}: what is in it then becomes a gap, or"
+        " cannot be restored exactly; see what keeps points from being taken, or raise max_slot_wal_keep_size"
     )
 
 
@@ -245,7 +253,7 @@ async def work(service: Service, ready: Callable[[Service], None] | None = None)
                 tasks.create_task(coroutine, name=name)
                 for name, coroutine in (
                     ("checkpoints", _every(WATCH_SECONDS, watch_checkpoints, service, "checkpoints are not watched")),
-                    ("room", _every(ROOM_SECONDS, keep_room, service, "no room is made for snapshots")),
+                    ("room", _every(ROOM_SECONDS, keep_room, service, "no room is made for snapshots", ROOM_SHARE)),
                     ("audit", _every(AUDIT_SECONDS, audit_journal, service, "the journal is not audited")),
                     ("control", serve(parts.options.state_folder, service.answer)),
                 )
@@ -289,23 +297,29 @@ def _signals(service: Service) -> Any:
             loop.remove_signal_handler(number)
 
 
-async def _every(seconds: float, act: Callable[[Service], Awaitable[None]], service: Service, if_not: str) -> None:
+async def _every(
+    seconds: float,
+    act: Callable[[Service], Awaitable[None]],
+    service: Service,
+    if_not: str,
+    share: float = UPKEEP_SHARE,
+) -> None:
     """Do `act` for ever, `seconds` apart; an expected error is shown in the status until it has gone.
 
-    What takes long is done less often, so that it takes no more than `UPKEEP_SHARE` of the time; what failed is tried
-    again sooner.
+    What takes long is done less often, so that it takes no more than `share` of the time; what failed is tried again
+    sooner.
     """
     clock = asyncio.get_running_loop().time
     while True:
-        began, share = clock(), UPKEEP_SHARE
+        began, may_take = clock(), share
         try:
             await act(service)
             service.upkeep.pop(if_not, None)
         except (TrigpointError, OSError) as error:
             if service.upkeep.get(if_not) != str(error):  # once, not every second
                 log.warning("%s: %s", if_not, error)
-            service.upkeep[if_not], share = str(error), 1.0
-        await asyncio.sleep(max(seconds, (clock() - began) / share))
+            service.upkeep[if_not], may_take = str(error), 1.0
+        await asyncio.sleep(max(seconds, (clock() - began) / may_take))
 
 
 async def _keep_journal(service: Service) -> None:

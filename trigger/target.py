@@ -57,7 +57,8 @@ async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Da
     Args:
         named: what a person named.
         catalog, journal: where it is looked up.
-        database: asked how far its log goes by now, where no commit is known to be later than a time.
+        database: made to commit something, where no commit is known to be later than a time; without it, or where it
+            does not answer, nobody can tell whether the log goes so far.
 
     Raises:
         RestoreError: nothing bears that name, or several do; the message lists them.
@@ -137,21 +138,21 @@ async def _at_time(time: datetime, lineage: Lineage, catalog: Catalog, database:
     description = f"the state of {time.isoformat()}{_last(last)}"
     if later is None:
         description += ", no later commit is known"
-    reach = later.record.end if later else await _log_end(lineage, database)
+    reach = later.record.end if later else await _passed(lineage, database)
     return Target(lineage.history, StopKind.TIME, Lsn(0), True, description, time, reach=reach)
 
 
 async def _latest(lineage: Lineage, catalog: Catalog) -> Target:
     last = await catalog.commit_before(Lsn(_ENDLESS), lineage)
-    description = f"the latest state that there is of {lineage.history}{_last(last)}"
-    return Target(lineage.history, StopKind.LATEST, Lsn(0), False, description)
+    description = f"the latest state that there is of {lineage.history}"
+    return Target(lineage.history, StopKind.LATEST, Lsn(0), False, description, reach=last.record.end if last else None)
 
 
-async def _log_end(lineage: Lineage, database: Database | None) -> Lsn | None:
-    """Give how far the log of the running cluster goes, if it runs in this history."""
+async def _passed(lineage: Lineage, database: Database | None) -> Lsn | None:
+    """Give a place behind a commit that is made now in this history; None where none can be made."""
     with suppress(DatabaseError):
-        durable = await database.durable() if database is not None else None
-        return durable.at if durable is not None and durable.history == lineage.history else None
+        mark = await database.mark() if database is not None else None
+        return mark.at if mark is not None and mark.history == lineage.history else None
     return None
 
 

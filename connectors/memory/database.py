@@ -193,6 +193,13 @@ class MemoryDatabase:
         self._world.cluster.slots.clear()
         return gone
 
+    async def mark(self) -> Position:
+        """Commit a transaction that no stream shows."""
+        cluster = await self._connected()
+        cluster.commit("")
+        cluster.flush()
+        return await self.durable()
+
     async def retained(self) -> list[Retained]:
         """Give the log behind each slot that is not lost."""
         cluster = await self._connected()

@@ -96,7 +96,7 @@ class MemoryRecovery:
             reached = entry.end
             if after:
                 return reached
-        if target.kind is StopKind.LATEST or (target.kind is StopKind.TIME and target.reach is not None):
+        if target.kind is StopKind.LATEST:
             return max(reached, consistent)
         raise RestoreError("recovery ended before configured recovery target was reached")
 

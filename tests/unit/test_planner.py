@@ -124,13 +124,20 @@ def test_the_latest_state_is_the_newest_base_and_all_the_log_behind_it() -> None
     assert (found.replay_to, found.replay_bytes) == (0x9000, 0x9000 - 0x1000)
 
 
-def test_the_latest_state_is_a_snapshot_where_the_log_that_is_kept_ends_before_it() -> None:
+def test_the_latest_state_is_no_less_than_a_snapshot_where_the_log_that_is_kept_ends_before_it() -> None:
     bases = (base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000))
-    found = make(LATEST, *bases, extents=(Extent(HISTORY, Lsn(0x1000), Lsn(0x2F00)),))
-    assert (found.base.number, found.target.kind, found.log_bytes) == (2, StopKind.END, 0)
-    found = make(LATEST, *bases, extents=(Extent(HISTORY, Lsn(0x1000), Lsn(0x2F08)),))
-    assert (found.base.number, found.target.kind, found.replay_to) == (2, StopKind.LATEST, 0x2F08)
+    for end, at_least in ((0x1800, 0x2F00), (0x2F00, 0x2F00), (0x2F08, 0x2F08)):
+        found = make(LATEST, *bases, extents=(Extent(HISTORY, Lsn(0x1000), Lsn(end)),))
+        assert (found.base.number, found.target.kind, found.target.at) == (2, StopKind.LATEST, at_least)
     assert make(LATEST, base(1, 0x2000, 0x2100), extents=()).base.number == 1
+
+
+def test_a_latest_state_without_a_commit_that_is_known_is_refused() -> None:
+    known = replace(LATEST, reach=Lsn(0x2F40))
+    behind = (Extent(HISTORY, Lsn(0x1000), Lsn(0x2F30)),)
+    with pytest.raises(RestoreError, match="ends at 0/2F30 and must reach 0/2F40"):
+        make(known, base(1, 0x2000, 0x2100), extents=behind)
+    assert make(known, base(1, 0x2000, 0x2100), base(2, 0x2F40, 0x3000), extents=behind).base.number == 2
 
 
 def test_a_copy_that_the_log_does_not_make_consistent_yet_is_not_the_latest_state() -> None:

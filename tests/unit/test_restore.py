@@ -165,13 +165,14 @@ def test_the_latest_state_holds_what_was_committed_after_the_last_point_too(tmp_
     run(tmp_path, story)
 
 
-def test_a_time_behind_the_last_commit_is_all_of_the_log_where_that_is_known_to_go_so_far(tmp_path: Path) -> None:
+def test_a_time_behind_the_last_commit_is_all_of_the_log_where_the_database_makes_a_later_one(tmp_path: Path) -> None:
     async def story(it: Bank) -> None:
         it.commit()
         await it.point()
         last = [it.commit() for _ in range(3)][-1]
         await it.journaled()
         named = Named(time=last.time + timedelta(seconds=5))
+        it.seconds[0] += 10
         unasked = await resolve(named, it.catalog, it.site.journal)
         with pytest.raises(RestoreError, match="ended before"):
             await restore(unasked, it.site, progress=quiet, name="one")

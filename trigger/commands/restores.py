@@ -29,13 +29,16 @@ T = TypeVar("T")
 Names = Annotated[list[str], typer.Argument(help="What they are called.")]
 
 
-def at(chosen: Options, act: Callable[[Parts], Awaitable[T]]) -> T:
-    """Give what `act` gives with the parts of a configuration; Ctrl-C cancels it and waits for its tidying up."""
+def at(chosen: Options, act: Callable[[Parts], Awaitable[T]], *, by_itself: bool = False) -> T:
+    """Give what `act` gives with the parts of a configuration; Ctrl-C cancels it and waits for its tidying up.
 
-    from trigger.service import opened
+    What must be done `by_itself` is refused while a service runs.
+    """
+
+    from trigger.service import alone, opened
 
     async def connected() -> T:
-        async with opened(chosen) as parts:
+        async with (alone if by_itself else opened)(chosen) as parts:
             return await act(parts)
 
     return asyncio.run(connected())
@@ -95,10 +98,11 @@ def restore_state(
     runs on a timeline of its own. Nothing of the running cluster is touched.
 
     With --in-place the proven clone takes the place of production, by renames: the old state stays beside it as
-    `<volume>.before-<time>`, and --undo puts it back. The server must be stopped for that, and its owner starts it.
+    `<volume>.before-<time>`, and --undo puts it back. The server must be stopped for that, and the service too; then
+    start both.
     """
     if undo is not None or resume is not None:
-        swap = at(options(config), lambda parts: _end_swap(undo, resume, parts))
+        swap = at(options(config), lambda parts: _end_swap(undo, resume, parts), by_itself=True)
         show_swap(swap, undone=undo is not None, as_json=as_json)
         return
     from trigger.target import Named
@@ -144,8 +148,9 @@ def require_one_target(named: Named) -> None:
 
 async def _plan(named: Named, parts: Parts) -> Plan:
     from trigger.restore import prepare
+    from trigger.target import resolve
 
-    return await prepare(await _meant(named, parts), parts.site)
+    return await prepare(await resolve(named, parts.catalog, parts.journal), parts.site)
 
 
 async def _meant(named: Named, parts: Parts) -> Target:
@@ -167,7 +172,7 @@ def _put_in_place(named: Named, name: str, chosen: Options, *, yes: bool, as_jso
     if name:
         raise ConfigError("--name is for clones; a restore in place is called by its time", hint="leave it out")
     confirm(f"put the state of then where production of {chosen.name} lies; the old state is kept beside it", yes=yes)
-    report, swap = at(chosen, lambda parts: _restore_in_place(named, parts))
+    report, swap = at(chosen, lambda parts: _restore_in_place(named, parts), by_itself=True)
     if as_json:
         show.print_json({"report": report, "swap": swap})
     else:
@@ -210,7 +215,7 @@ def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:
         else:
             show.say(f"{place.path} is {swap.target}; the old state is {place.kept}")
     if not undone:
-        show.say(f"start the server when you are ready; take it back with: trigpoint restore --undo {swap.name}")
+        show.say(f"start the server and the service again; take it back with: trigpoint restore --undo {swap.name}")
 
 
 def show_plan(plan: Plan, *, as_json: bool) -> None:

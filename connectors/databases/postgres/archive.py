@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import re
 import subprocess
 from collections.abc import Awaitable, Callable
@@ -59,7 +60,7 @@ class ArchiveReader:
         """Fetch one file if the folder does not have it; whether it has it now. Blocks for `fetch_seconds` at most."""
         if segments.locate(name) is not None:
             return True
-        path = segments.path / f"{_FETCHING}.{name}"
+        path = segments.path / f"{_FETCHING}.{os.getpid()}.{name}"  # a restore fetches beside the service
         path.unlink(missing_ok=True)
         marks = {"%f": name, "%p": str(path), "%%": "%"}
         command = re.sub("%[fp%]", lambda mark: marks[mark[0]], self._command)

@@ -33,6 +33,12 @@ _CEILING: LiteralString = (
     "SELECT pg_current_wal_insert_lsn()::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)"
 )
 _REDO: LiteralString = "SELECT redo_lsn::text, timeline_id FROM pg_control_checkpoint()"
+_MARK: LiteralString = (
+    "SELECT set_config('synchronous_commit', 'local', true), pg_logical_emit_message(false, %s, ''),"
+    " pg_current_xact_id()::text"
+)
+"""A commit with an id, which a replay by time looks at, and with log of its own, without which it would not wait for
+its flush; logical decoding shows an empty transaction to nobody."""
 _RETAINED: LiteralString = (
     "SELECT coalesce(json_agg(json_build_array(slot_name,"
     " pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint, safe_wal_size) ORDER BY slot_name), '[]')"
@@ -158,6 +164,11 @@ class Postgres:
                 await stream.close()
         except (SourceError, TimeoutError) as error:
             raise DatabaseError(f"the history of timeline {history.timeline} cannot be read: {error}") from error
+
+    async def mark(self) -> Position:
+        """Commit a transaction without content, durable on return; see port `Database`."""
+        await self._ask(_MARK, f"{self.name}.mark")
+        return await self.durable()
 
     async def retained(self) -> list[Retained]:
         """Give how much log the server keeps for each of our slots that still has its place."""

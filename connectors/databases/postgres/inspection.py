@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -24,6 +25,7 @@ from trigger.position import Lsn
 Result = tuple[str, bool, str]
 
 _LOOK_BACK = 5
+_NAME_LENGTH = 24
 _DEEP_SECONDS = 4 * 3600.0
 
 
@@ -61,10 +63,9 @@ async def holds_target(subject: Subject, dump: WalDump) -> Result:
 
 
 async def lacks_next(subject: Subject, dump: WalDump) -> Result:
-    """The next commit record that the log has behind the target is not there."""
+    """The next commit record that the log has behind the target is not there; behind the latest state there is none."""
     what = "the next commit is not there"
-    stretch = _stretch(subject, subject.boundary)
-    behind = await dump.commits(stretch, limit=1) if stretch else []
+    behind = await dump.commits(stretch, limit=1) if (stretch := _behind(subject)) else []
     if not behind:
         return what, True, f"no commit follows in the staged log behind {subject.boundary}"
     if subject.target.kind is StopKind.LATEST:
@@ -113,35 +114,53 @@ async def _has_amcheck(conninfo: str) -> bool:
 
 
 async def _commits_before(subject: Subject, dump: WalDump) -> list[LoggedCommit]:
-    """Give the commits of the last one or two segments before the target, in order."""
-    stretch = _stretch(subject, subject.boundary, back=1)
-    if stretch is None:
-        return []
-    found = await dump.commits(stretch, limit=1 << 20)
-    return [commit for commit in found if commit.start < subject.boundary]
+    """Give the last commits before the target, in order: those of its segment, or of as many more as it takes."""
+    staged = _Staged.of(subject)
+    last = (subject.boundary - 1) // staged.segment_bytes
+    first = last
+    while first in staged.numbers:
+        start = SegmentName(staged.timeline, first).start(staged.segment_bytes)
+        found = await dump.commits(Stretch(subject.log_folder, staged.timeline, start, subject.boundary), 1 << 20)
+        before = [commit for commit in found if commit.start < subject.boundary]
+        if len(before) >= _LOOK_BACK or first - 1 not in staged.numbers:
+            return before
+        first = max(first - (last - first + 1), staged.begin_of_run(first))
+    return []
 
 
-def _stretch(subject: Subject, start: Lsn, back: int = 0) -> Stretch | None:
-    """Give the staged log from `start`, or `back` segments before it to it, on the target's timeline."""
-    files = [entry for entry in subject.log_folder.iterdir() if len(entry.name) == 24]
-    if not files:
+def _behind(subject: Subject) -> Stretch | None:
+    """Give the staged log from the target's boundary on, as far as it goes."""
+    staged = _Staged.of(subject)
+    first = last = subject.boundary // staged.segment_bytes
+    if first not in staged.numbers:
         return None
-    segment_bytes = files[0].stat().st_size
-    timeline = subject.target.history.timeline
-    held = {
-        name.number for name in SegmentFolder(subject.log_folder, segment_bytes).names() if name.timeline == timeline
-    }
-    number = start // segment_bytes
-    if number not in held:
-        return None
-    if not back:
-        last = number
-        while last + 1 in held:
-            last += 1
-        # Without an end pg_waldump waits five seconds for a segment that does not come (`WALDumpOpenSegment`).
-        return Stretch(subject.log_folder, timeline, start, Lsn((last + 1) * segment_bytes))
-    first = max(number - back, min(held)) if number - back in held else number
-    return Stretch(subject.log_folder, timeline, SegmentName(timeline, first).start(segment_bytes), start)
+    while last + 1 in staged.numbers:
+        last += 1
+    # Without an end pg_waldump waits five seconds for a segment that does not come (`WALDumpOpenSegment`).
+    return Stretch(subject.log_folder, staged.timeline, subject.boundary, Lsn((last + 1) * staged.segment_bytes))
+
+
+class _Staged(NamedTuple):
+    """The segments of the target's timeline in the folder of the staged log."""
+
+    timeline: int
+    segment_bytes: int
+    numbers: frozenset[int]
+
+    @classmethod
+    def of(cls, subject: Subject) -> _Staged:
+        timeline = subject.target.history.timeline
+        sizes = [entry.stat().st_size for entry in subject.log_folder.iterdir() if len(entry.name) == _NAME_LENGTH]
+        if not sizes:
+            return cls(timeline, 1, frozenset())
+        names = SegmentFolder(subject.log_folder, sizes[0]).names()
+        return cls(timeline, sizes[0], frozenset(name.number for name in names if name.timeline == timeline))
+
+    def begin_of_run(self, number: int) -> int:
+        """Give the first segment from which on all up to `number` are there."""
+        while number - 1 in self.numbers:
+            number -= 1
+        return number
 
 
 async def _logged_status(subject: Subject, commit: LoggedCommit) -> str:

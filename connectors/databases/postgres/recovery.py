@@ -43,11 +43,10 @@ _PROGRAM_SECONDS = 60.0
 _SYNC_SECONDS = 600.0
 _REPLAYING = re.compile(r"redo in progress, elapsed time: .*, current LSN: ([0-9A-F]+/[0-9A-F]+)")
 _LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+)\+00")
-_ENDED_BEFORE = "recovery ended before configured recovery target"
 _HINTS = {
     "before consistent recovery point": "the base holds more than the target; an earlier point is needed",
-    _ENDED_BEFORE: "the journal ends before the target: a segment is missing, or there is no commit behind the time"
-    " that was named (--to-latest gives all there is)",
+    "recovery ended before configured recovery target": "the journal ends before the target, or is damaged there; for a"
+    " time: no commit is later, and the running cluster did not make one (--to-latest gives all there is)",
     "resource manager with ID": "an extension wrote the log; name its library in database.keep_libraries",
     "could not create lock file": "another server already runs on this clone",
     "Permission denied": "the owner of the data must be able to reach the clone, the staged log and the programs",
@@ -116,8 +115,10 @@ class PostgresRecovery:
         await asyncio.to_thread(isolation.write_configuration, isolated, found)
         isolation.write(isolated.data / "recovery.signal", "", isolated.owner)
         try:
-            noted = await self._replay(programs, isolated, found, redo, target, progress)
-            running = await self._describe(clone, isolated, sockets, bracket, noted)
+            await self._launch(programs, isolated)
+            await self._ready(isolated, redo, target, progress)
+            running = await self._describe(clone, isolated, sockets, bracket)
+            _require_all(running, target)
             if not throwaway:
                 await self._make_durable(clone, running, isolated, found)
             return running
@@ -258,30 +259,7 @@ class PostgresRecovery:
                 progress("replay", min(Lsn.parse(reports[-1]) - begin, total), total)
             await asyncio.sleep(_POLL_SECONDS)
 
-    async def _replay(
-        self, programs: Programs, isolated: Isolated, found: dict[str, str], redo: Lsn, target: Target, told: Progress
-    ) -> tuple[str, ...]:
-        """Bring the server to the target; gives what is to be noted about it.
-
-        PostgreSQL refuses a time that no commit in the log has passed, once it has replayed the log. Where the log is
-        known to reach beyond that time, all of it is the state of then; so it is replayed again, without a stop.
-        """
-        await self._launch(programs, isolated)
-        try:
-            await self._ready(isolated, redo, target, told)
-            return ()
-        except RestoreError as error:
-            if target.kind is not StopKind.TIME or target.reach is None or _ENDED_BEFORE not in error.message:
-                raise
-        del found["recovery_target_time"]
-        await asyncio.to_thread(isolation.write_configuration, isolated, found)
-        await self._launch(programs, isolated)
-        await self._ready(isolated, redo, target, told)
-        return ("no commit in the log is later than the time that was named: this is all that the log holds",)
-
-    async def _describe(
-        self, clone: Clone, isolated: Isolated, sockets: Path, bracket: Bracket | None, noted: tuple[str, ...]
-    ) -> Running:
+    async def _describe(self, clone: Clone, isolated: Isolated, sockets: Path, bracket: Bracket | None) -> Running:
         """Make the running clone forget its ties to the world, and say what it is."""
         if bracket is not None and not (isolated.data / "backup_label.old").exists():
             raise RestoreError(f"the server of {clone.name} did not start from its backup label")
@@ -304,7 +282,7 @@ class PostgresRecovery:
             timeline=facts.timeline,
             replayed=str(lineage.forks[-1][1]),
             last_commit_at=f"{found[-1]}+00:00" if (found := _LAST_COMMIT.findall(words)) else "",
-            notes=(*noted, *([removed] if isolated.slots else []), *facts.notes),
+            notes=(*([removed] if isolated.slots else []), *facts.notes),
             next_xid=facts.next_xid,
         )
         isolation.write(isolated.folder / _State.FILE, state.as_json(), isolated.owner)
@@ -433,6 +411,15 @@ def _require_fit(control: dict[str, str], target: Target, bracket: Bracket | Non
         )
 
 
+def _require_all(running: Running, target: Target) -> None:
+    """Refuse a latest state that lacks some of the log: a server takes damage for the end."""
+    if target.kind is StopKind.LATEST and running.replayed < target.at:
+        raise RestoreError(
+            f"the replay ended at {running.replayed}, the log that is kept goes to {target.at}: it is damaged there",
+            hint="name a commit before that place (--to-xid); what comes after it needs a point behind the damage",
+        )
+
+
 def _visible_log(isolated: Isolated, staged: Path, target: Target, bracket: Bracket | None) -> Path:
     """Give the folder from which the server restores; for the end of a snapshot one with history files only.
 
@@ -476,13 +463,18 @@ def _stretches(folder: Path, segment_bytes: int, redo: Lsn, target: Target) -> l
     """Give what of the log in a folder a replay from `redo` to `target` can read, one stretch a timeline."""
     if target.kind is StopKind.END and folder.name != "pg_wal":
         return []
-    found: dict[int, Stretch] = {}
+    held: dict[int, list[int]] = {}
     for name in SegmentFolder(folder, segment_bytes).names():
-        if name.number >= redo // segment_bytes and name.timeline not in found:
-            last = target.kind is StopKind.LSN and name.timeline == target.history.timeline
-            start = max(redo, name.start(segment_bytes))
-            found[name.timeline] = Stretch(folder, name.timeline, start, Lsn(target.at + 1) if last else None)
-    return list(found.values())
+        if name.number >= redo // segment_bytes:
+            held.setdefault(name.timeline, []).append(name.number)
+    found: list[Stretch] = []
+    for timeline, numbers in held.items():
+        start = max(redo, Lsn(min(numbers) * segment_bytes))
+        end = Lsn((max(numbers) + 1) * segment_bytes)  # without one pg_waldump waits for a segment that does not come
+        if target.kind is StopKind.LSN and timeline == target.history.timeline:
+            end = min(end, Lsn(target.at + 1))
+        found.append(Stretch(folder, timeline, start, end))
+    return found
 
 
 def _failure(target: Target, words: str, why: str) -> RestoreError:

@@ -198,7 +198,7 @@ class SegmentFolder:
             held = self.locate(f"{timeline:08X}.history")
             if held is not None:
                 self._put(held, folder / held.name)
-        needed = self._needed(lineage, start, target)
+        needed = self._needed(lineage, start, target, fetch)
         for count, segment in enumerate(needed):
             if not self._stage_one(segment, folder, fetch) and segment.until:
                 raise self._missing(segment)
@@ -211,7 +211,7 @@ class SegmentFolder:
             _ = self.locate(wanted) or fetch(wanted)
         return self.lineage(history)
 
-    def _needed(self, lineage: Lineage, start: Position, target: Target) -> list[Needed]:
+    def _needed(self, lineage: Lineage, start: Position, target: Target, fetch: Callable[[str], bool]) -> list[Needed]:
         """Give the segments of a replay in order.
 
         PostgreSQL looks for a segment on the newest timeline first that had begun by then (`XLogFileReadAnyTLI`): the
@@ -223,7 +223,10 @@ class SegmentFolder:
         required = range(first, (until - 1) // self.segment_bytes + 1 if until > start.at else first)
         last = max(first, required.stop)
         if target.kind is not StopKind.LSN:
-            last = max([last, *(name.number for name in self.names() if name.timeline == lineage.history.timeline)])
+            timeline = lineage.history.timeline
+            last = max([last, *(name.number for name in self.names() if name.timeline == timeline)])
+            while fetch(SegmentName(timeline, last + 1).text(self.segment_bytes)):  # an archive may have more by now
+                last += 1
         return [
             Needed(
                 number,
