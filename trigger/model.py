@@ -303,7 +303,7 @@ class Target:
     """For people: `commit 7731 (0/1A2B3C8)`, `before transaction 7731`."""
     time: datetime | None = None
     commit: CommitRecord | None = None
-    """The last commit that the state holds, where it is known."""
+    """The last commit that the state holds, as far as the catalog knows."""
     reach: Lsn | None = None
     """So far the log must go: to the end of the first record that stays out, or of a commit that is later than a time;
     for the latest state to the end of the last commit that is known. None where that is not known."""

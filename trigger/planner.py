@@ -152,11 +152,11 @@ def _as_it_is(base: RecoveryPoint, target: Target, rate: float, passed: Sequence
 
 def _replayed(base: RecoveryPoint, target: Target, log: Stretch, rate: float, passed: Sequence[PassedOver]) -> Plan:
     begin = base.bracket.start if base.bracket else base.redo or base.floor
-    size = log.end - begin.at
+    end = max(log.end, base.floor.at)
+    size = end - begin.at
     if target.kind in _OPEN:
-        end = max(log.end, base.floor.at)
         target = replace(target, at=_held_at_most(base) if target.kind is StopKind.TIME else end)
-    return Plan(target, base, begin, log.end, _log_from(base), log.end - log.start, size, size / rate, tuple(passed))
+    return Plan(target, base, begin, end, _log_from(base), log.end - log.start, size, size / rate, tuple(passed))
 
 
 def _newest_first(base: RecoveryPoint) -> tuple[int, int]:
@@ -339,11 +339,11 @@ def _refusal(
         base, hole = holes[0]
         last = held[-1].end if held else None
         if last is not None and hole.start >= last:
+            or_else = "; --to-latest needs less of it" if target.kind is StopKind.TIME else ""
             return RestoreError(
                 f"{target.description} lies in the future of the journal, which ends at {last}"
                 f" and must reach {hole.end}",
-                hint="wait until the journal has caught up (trigpoint status), or name an earlier target;"
-                " --to-latest is all there is where the journal keeps no more",
+                hint=f"wait until the journal has caught up (trigpoint status), or name an earlier target{or_else}",
                 retryable=True,
             )
         return RestoreError(

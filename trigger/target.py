@@ -57,8 +57,8 @@ async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Da
     Args:
         named: what a person named.
         catalog, journal: where it is looked up.
-        database: made to commit something, where no commit is known to be later than a time; without it, or where it
-            does not answer, nobody can tell whether the log goes so far.
+        database: made to commit something, where no commit is known to be later than a time, and asked how far it is;
+            without it, or where it does not answer, nobody can tell whether the log goes so far.
 
     Raises:
         RestoreError: nothing bears that name, or several do; the message lists them.
@@ -74,7 +74,7 @@ async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Da
     if named.time is not None:
         return await _at_time(named.time, lineage, catalog, database)
     if named.latest:
-        return await _latest(lineage, catalog)
+        return await _latest(lineage, catalog, database)
     if named.before_xid is not None:
         return await _before(await _transaction(named.before_xid, named.stream, lineage, catalog), lineage, catalog)
     if named.xid is not None:
@@ -139,13 +139,19 @@ async def _at_time(time: datetime, lineage: Lineage, catalog: Catalog, database:
     if later is None:
         description += ", no later commit is known"
     reach = later.record.end if later else await _passed(lineage, database)
-    return Target(lineage.history, StopKind.TIME, Lsn(0), True, description, time, reach=reach)
+    known = last.record if last else None
+    return Target(lineage.history, StopKind.TIME, Lsn(0), True, description, time, known, reach)
 
 
-async def _latest(lineage: Lineage, catalog: Catalog) -> Target:
+async def _latest(lineage: Lineage, catalog: Catalog, database: Database | None) -> Target:
     last = await catalog.commit_before(Lsn(_ENDLESS), lineage)
+    known = last.record if last else None
     description = f"the latest state that there is of {lineage.history}"
-    return Target(lineage.history, StopKind.LATEST, Lsn(0), False, description, reach=last.record.end if last else None)
+    with suppress(DatabaseError):
+        if database is not None and (durable := await database.durable()).history == lineage.history:
+            description += f" (the cluster itself is at {durable.at} by now)"
+    reach = known.end if known else None
+    return Target(lineage.history, StopKind.LATEST, Lsn(0), False, description, commit=known, reach=reach)
 
 
 async def _passed(lineage: Lineage, database: Database | None) -> Lsn | None:

@@ -113,7 +113,8 @@ class MemoryRecovery:
         restored = self._world.restored[running.clone].commits
         last = restored[-1] if restored else None
         if target.commit is not None:
-            there = last is not None and last.xid == target.commit.xid
+            last_ones = restored if target.kind in (StopKind.TIME, StopKind.LATEST) else restored[-1:]
+            there = target.commit.xid in {commit.xid for commit in last_ones}
             yield "the last commit", there, f"transaction {last.xid if last else 'none'}"
         beyond = [commit.xid for commit in restored if last is not None and commit.end > running.replayed]
         yield "no commit behind it", not beyond, f"{len(beyond)} found"

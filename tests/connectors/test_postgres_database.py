@@ -97,6 +97,31 @@ def test_a_server_that_was_restarted_is_found_again_and_one_that_is_down_is_a_cl
     with_database(cluster, act)
 
 
+def test_a_mark_lies_behind_what_was_committed_without_a_flush_and_no_stream_shows_it(cluster: Cluster) -> None:
+    async def act(database: Postgres) -> None:
+        cluster.sql("CREATE TABLE IF NOT EXISTS t (v int); CREATE PUBLICATION everything FOR ALL TABLES")
+        cluster.sql("SELECT pg_create_logical_replication_slot('watching', 'pgoutput')")
+        try:
+            cluster.sql("SET synchronous_commit = off; INSERT INTO t VALUES (1)")
+            behind = Lsn.parse(cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
+            mark = await database.mark()
+            assert mark.at > behind
+            assert flushed(cluster) >= mark.at
+            assert changes(cluster) == 4  # of the insert: Begin, Relation, Insert, Commit
+        finally:
+            cluster.sql("SELECT pg_drop_replication_slot('watching')")
+            cluster.sql("DROP PUBLICATION everything")
+
+    with_database(cluster, act)
+
+
+def changes(cluster: Cluster) -> int:
+    """Give how many messages pgoutput has for the slot `watching`."""
+    options = "'proto_version', '3', 'publication_names', 'everything'"
+    query = f"SELECT count(*) FROM pg_logical_slot_peek_binary_changes('watching', NULL, NULL, {options})"
+    return int(cluster.sql(query)[0][0])
+
+
 def test_what_the_server_keeps_for_each_of_our_readers_is_known(cluster: Cluster) -> None:
     async def act(database: Postgres) -> None:
         assert await database.retained() == []

@@ -133,6 +133,8 @@ async def _assert_latest_is_all(here: Ground, cut: Cut, end: Position) -> None:
     assert await here.ledger(running) == _written(here)
     async for what, held, seen in here.recovery.inspect(running, target, staged, deep=False):
         assert held, f"{what}: {seen}"
+        assert "nothing to compare" not in seen
+        assert "0 of 0" not in seen
     await here.drop(clone)
 
 
@@ -231,6 +233,9 @@ def test_a_restore_by_time_holds_every_commit_up_to_that_time_and_no_other() -> 
         assert "--to-latest" in refusal.value.hint
         moment = here.cluster.sql("SELECT clock_timestamp()")[0][0]
         async with here.journaling():
+            here.cluster.sql("SELECT pg_switch_wal()")
+            await here.journal_reaches(here.inserted())
+            await _assert_latest_is_all(here, cut, end)  # whose replay ends where a segment does
             database = Postgres(here.cluster.conninfo, ["postgres"])
             mark = await database.mark()
             await database.close()

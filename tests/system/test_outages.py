@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import failing_volume
 from trigger.control import ask
+from trigger.errors import RestoreError
 from trigger.model import State
 from trigger.position import Lsn, Position
 
@@ -147,8 +149,8 @@ def test_a_damaged_segment_is_found_shown_over_a_restart_and_refused_where_it_is
     victim = _journal(deployed) / name
     deployed.wait_for(victim.exists, "the segment in the journal")
     sound = victim.read_bytes()
-    victim.unlink() if damage == "missing" else _flip(victim)
     newest = deployed.status()["last_point"]
+    victim.unlink() if damage == "missing" else _flip(victim)
     deployed.wait_for(lambda: name in _findings(deployed), "the damage in the status")
     deployed.wait_for(lambda: deployed.status()["last_point"] > newest, "a new base behind the damage")
     assert deployed.stop() == 0
@@ -177,6 +179,36 @@ def _flip(file: Path) -> None:
 def _put_back(file: Path, content: bytes, deployed: Deployment) -> None:
     file.write_bytes(content)
     os.chown(file, *deployed.cluster.owner)
+
+
+def test_what_lies_behind_damage_is_never_left_out_of_the_present_or_the_latest_state_in_silence(
+    deployed: Deployment,
+) -> None:
+    deployed.configure(f"{_POINTS}[[rules]]\nname = 'none'\nmarkers = ['never']\n")
+    assert deployed.stop() == 0
+    deployed.start()  # no commit gets a point from here on, so that the damage lies behind the newest base
+    _switch_segment(deployed)
+    deployed.trigpoint("point", "--note", "the base")
+    _commit(deployed)
+    place = Lsn.parse(deployed.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
+    deployed.cluster.sql("SELECT pg_logical_emit_message(true, 'ballast', repeat('x', 100000))")
+    name = deployed.cluster.sql(f"SELECT pg_walfile_name('{place}')")[0][0]
+    partial = _journal(deployed) / f"{name}.partial"
+    deployed.wait_for(lambda: _written(partial) > place % (1 << 20) + 100_000, "the log in the journal")
+    with partial.open("r+b") as file:
+        file.seek(place % (1 << 20))
+        file.write(b"\xff" * 64)
+    for target in ("--to-latest", f"--to-time={datetime.now(UTC).isoformat()}"):
+        refused = deployed.trigpoint("restore", target, "--name", "now", check=False)
+        assert refused.returncode == RestoreError.exit_code, (target, refused.stdout)
+        assert "damaged" in " ".join(refused.stderr.split())
+    assert deployed.ask("clones", "list") == []
+    assert deployed.stop() == 0
+
+
+def _written(segment: Path) -> int:
+    """Give how far a segment that is still written holds log."""
+    return len(segment.read_bytes().rstrip(b"\0"))
 
 
 def test_a_restore_that_needs_a_lost_segment_is_refused_by_its_name(deployed: Deployment) -> None:
