@@ -1,12 +1,14 @@
 """Make the catalog anew from the tags in the storage, and say what only the old one knew.
 
-The old file is set aside, never removed. What tags do not hold is listed: failed and expired points, missed commits,
-gaps, results of verifications; where the old file cannot be read any more, that is said instead.
+The old file is set aside, never removed; where the new one cannot be made, it comes back to its place. What tags do
+not hold is listed: failed and expired points, missed commits, gaps, results of verifications; where the old file cannot
+be read any more, that is said instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +18,8 @@ from trigger.catalog import Catalog
 from trigger.errors import CatalogError
 from trigger.model import Gap, Outcome, RecoveryPoint, State
 from trigger.reconcile import Reconciliation
+
+log = logging.getLogger(__name__)
 
 _COMPANIONS = ("", "-wal", "-shm")
 """What belongs to one SQLite file in WAL mode (sqlite.org/tempfiles.html)."""
@@ -59,11 +63,15 @@ async def rebuild(path: Path, now: datetime, fill: Callable[[], Awaitable[tuple[
         fill: opens a catalog at `path`, which is not there by then, and adopts into it what the storage has.
 
     Raises:
-        CatalogError, StorageError: the new one could not be made; the old one lies aside, whole.
+        CatalogError, StorageError: the new one could not be made; the old one is where it was.
     """
     old, unreadable = await _known_of_old(path)
     aside = set_aside(path, now) if path.exists() else None
-    done, new = await fill()
+    try:
+        done, new = await fill()
+    except BaseException:
+        _put_back(path, aside)
+        raise
     return Rebuilt(
         set_aside=aside,
         unreadable=unreadable,
@@ -103,10 +111,30 @@ def set_aside(path: Path, now: datetime) -> Path:
     if aside.exists():
         raise CatalogError(f"{aside} is there already", hint="try again in a second")
     for companion in _COMPANIONS:
-        part = path.with_name(path.name + companion)
-        if part.exists():
-            part.rename(aside.with_name(aside.name + companion))
+        _move(path, aside, companion)
     return aside
+
+
+def _move(source: Path, target: Path, companion: str) -> None:
+    """Rename what belongs to one catalog to what belongs to another; nothing to rename is no error."""
+    part = source.with_name(source.name + companion)
+    if part.exists():
+        part.rename(target.with_name(target.name + companion))
+
+
+def _put_back(path: Path, aside: Path | None) -> None:
+    """Remove what was made at `path`, and put what was set aside there; never raises, but says where the old one is."""
+    try:
+        for companion in _COMPANIONS:
+            path.with_name(path.name + companion).unlink(missing_ok=True)
+        if aside is not None:
+            for companion in reversed(_COMPANIONS):  # the catalog itself last: it is there whole, or not there
+                _move(aside, path, companion)
+    except OSError as error:
+        where = (
+            f"the old catalog lies at {aside}, and could not be put back" if aside else f"{path} could not be removed"
+        )
+        log.error("%s: %s", where, error)
 
 
 def _changes(old: Known, new: Known) -> list[tuple[int, tuple[str, ...]]]:

@@ -193,6 +193,7 @@ def test_a_second_service_keeps_its_hands_off_the_storage_of_the_first(bank: Dep
         done = fails(bank, *command, "--config", str(other))
         assert done.returncode == StorageError.exit_code, done.stderr
         assert "another trigpoint makes points in" in " ".join(done.stderr.split())
+    assert not list((tmp_path / "state").glob("catalog.sqlite.*")), "a rebuild that fails leaves all where it was"
     assert bank.ask("list") == before
     assert bank.ask("point")["state"] == "sealed"
 

@@ -7,11 +7,12 @@ import dataclasses
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from trigger.catalog import Catalog
-from trigger.errors import CatalogError
+from trigger.errors import CatalogError, StorageError
 from trigger.model import Cause, CommitRecord, Gap, Outcome, RecoveryPoint, Snapshot, State, Verification, point_id
 from trigger.position import History, Lsn, Position
 from trigger.rebuild import Known, Rebuilt, known, rebuild
@@ -123,3 +124,96 @@ def test_nothing_is_overwritten_by_setting_aside(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="is there already"):
         rebuilt(path)
     assert path.exists()
+
+
+def failing(path: Path, error: BaseException) -> Fill:
+    """Give a `fill` that makes a catalog and fails before it is closed, as with a storage that cannot be read."""
+
+    async def fill() -> tuple[Reconciliation, Known]:
+        catalog = await Catalog.open(path)
+        await catalog.open_point(id=point_id(NOW, 9), cause=Cause.DEMAND, floor=at(900), opened_at=NOW)
+        assert path.with_name(path.name + "-wal").exists()
+        if isinstance(error, asyncio.CancelledError):
+            await asyncio.sleep(60)
+        raise error
+
+    return fill
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+HELD = StorageError("another trigpoint makes points in /snapshots", hint="give each its own", retryable=False)
+
+
+@pytest.mark.parametrize("error", [HELD, CatalogError("no room left"), OSError("I/O error"), KeyboardInterrupt()])
+def test_where_the_new_one_cannot_be_filled_the_old_one_is_back(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "catalog.sqlite"
+    asyncio.run(written(path))
+    before = contents(tmp_path)
+    with pytest.raises(type(error)) as raised:
+        asyncio.run(rebuild(path, NOW, failing(path, error)))
+    assert raised.value is error
+    assert contents(tmp_path) == before
+
+    async def look() -> Known:
+        catalog = await Catalog.open(path)
+        try:
+            return await known(catalog)
+        finally:
+            await catalog.close()
+
+    assert [point.number for point in asyncio.run(look()).points.values()] == [1, 2]
+
+
+def test_a_cancelled_rebuild_leaves_the_old_one_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    asyncio.run(written(path))
+    before = contents(tmp_path)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(rebuild(path, NOW, failing(path, asyncio.CancelledError())))
+        async with asyncio.timeout(10):
+            while not path.with_name(f"{path.name}-wal").exists() or len(list(tmp_path.iterdir())) < 4:  # noqa: ASYNC110 - files that a task makes
+                await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert contents(tmp_path) == before
+
+
+def test_what_belongs_to_an_old_catalog_that_cannot_be_read_comes_back_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    for companion in ("", "-wal", "-shm"):
+        path.with_name(path.name + companion).write_bytes(companion.encode() + b"rubbish" * 1000)
+    before = contents(tmp_path)
+    unread = patch("trigger.rebuild._known_of_old", return_value=(Known({}, (), 0), "it is damaged"))
+    with unread, pytest.raises(StorageError, match="another trigpoint"):
+        asyncio.run(rebuild(path, NOW, failing(path, HELD)))
+    assert contents(tmp_path) == before
+
+
+def test_where_there_was_no_catalog_a_rebuild_that_fails_leaves_none(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    with pytest.raises(StorageError, match="another trigpoint"):
+        asyncio.run(rebuild(path, NOW, failing(path, HELD)))
+    assert contents(tmp_path) == {}
+
+
+def test_an_old_catalog_that_cannot_be_put_back_is_named_and_the_first_error_is_raised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "catalog.sqlite"
+    asyncio.run(written(path))
+    before = path.read_bytes()
+    with (
+        pytest.raises(StorageError, match="another trigpoint"),
+        patch.object(Path, "unlink", side_effect=OSError("EIO")),
+    ):
+        asyncio.run(rebuild(path, NOW, failing(path, HELD)))
+    aside = tmp_path / "catalog.sqlite.20260301T120000"
+    assert aside.read_bytes() == before
+    assert f"the old catalog lies at {aside}, and could not be put back: EIO" in caplog.text

@@ -24,8 +24,9 @@ app = typer.Typer(no_args_is_help=True, help="Make the catalog anew from what th
 def rebuild(config: Config = None, as_json: Json = False) -> None:
     """Set the catalog aside and make it anew from the tags of all snapshots; the service must not run.
 
-    Says what only the old one knew, as far as it can still be read. Where streams had been settled further than the
-    newest tag says, the next start takes up from there: the source repeats commits, or a gap is recorded.
+    Where that fails, the old catalog is put back. Says what only the old one knew, as far as it can still be read.
+    Where streams had been settled further than the newest tag says, the next start takes up from there: the source
+    repeats commits, or a gap is recorded.
     """
     done = asyncio.run(_rebuild(options(config)))
     if as_json:
