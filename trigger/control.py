@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from trigger.errors import ConfigError, TrigpointError
 from trigger.host import make_passage
 from trigger.lock import lock
+
+log = logging.getLogger(__name__)
 
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -60,8 +63,9 @@ async def serve(state_folder: Path, answer: Answer) -> None:
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            reply = json.dumps(await _reply(reader, answer)).encode() + b"\n"
             with contextlib.suppress(OSError):  # the caller has gone
-                writer.write(json.dumps(await _reply(reader, answer)).encode() + b"\n")
+                writer.write(reply)
                 await writer.drain()
         finally:
             writer.close()
@@ -79,11 +83,11 @@ async def serve(state_folder: Path, answer: Answer) -> None:
 
 
 async def _reply(reader: asyncio.StreamReader, answer: Answer) -> dict[str, Any]:
-    """Give the answer to what comes from a caller; what is no request gets an error for its answer."""
+    """Give the answer to what comes from a caller; what is no request, or cannot be done, gets an error."""
     try:
         async with asyncio.timeout(_REQUEST_SECONDS):
             request = json.loads(await reader.readline())
-    except (ValueError, RecursionError, TimeoutError):
+    except (ValueError, RecursionError, OSError):
         request = None
     if not isinstance(request, dict):
         return {"error": "not a request", "hint": f"one JSON object on one line of at most {_LINE_LIMIT} bytes"}
@@ -91,6 +95,10 @@ async def _reply(reader: asyncio.StreamReader, answer: Answer) -> dict[str, Any]
         return await answer(request)
     except TrigpointError as error:
         return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    except OSError as error:
+        words = str(error) or type(error).__name__
+        log.warning("%s was asked for and not done: %s", request.get("do"), words)
+        return {"error": words, "hint": "", "exit_code": TrigpointError.exit_code}
 
 
 async def ask(state_folder: Path, request: dict[str, Any], deadline_seconds: float) -> dict[str, Any]:

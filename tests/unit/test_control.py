@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import logging
 import os
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -60,6 +63,50 @@ def test_a_refusal_keeps_its_words_its_hint_and_its_exit_code(tmp_path: Path) ->
             assert (refusal.value.hint, refusal.value.exit_code) == ("make some", StorageError.exit_code)
 
     asyncio.run(main())
+
+
+async def broken_disk(request: dict[str, Any]) -> dict[str, Any]:
+    match request.get("do"):
+        case "expire":
+            raise PermissionError(errno.EPERM, "Operation not permitted", "/journal/000000010000000000000007")
+        case "wait":
+            raise TimeoutError
+    return {"got": request}
+
+
+def test_an_error_of_the_operating_system_is_an_answer_with_its_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, broken_disk):
+            for do, words in (("expire", "Operation not permitted: '/journal/0"), ("wait", "TimeoutError")):
+                with pytest.raises(TrigpointError, match=words) as refusal:
+                    await ask(tmp_path, {"do": do}, 5)
+                assert refusal.value.exit_code == 1
+                assert not isinstance(refusal.value, NotRunningError)
+            assert (await ask(tmp_path, {"do": "echo"}, 5))["got"] == {"do": "echo"}
+
+    with caplog.at_level(logging.WARNING, "trigger.control"):
+        asyncio.run(main())
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "expire was asked for and not done: [Errno 1] Operation not permitted" in caplog.messages[0]
+
+
+def test_a_caller_whose_connection_breaks_before_it_asked_does_no_harm(tmp_path: Path) -> None:
+    broken: list[dict[str, Any]] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: broken.append(context))
+        async with serving(tmp_path):
+            with patch.object(asyncio.StreamReader, "readline", side_effect=ConnectionResetError):
+                _, writer = await asyncio.open_unix_connection(socket_path(tmp_path))
+                writer.write(b"half")
+                await asyncio.sleep(0.1)
+                writer.close()
+            assert (await ask(tmp_path, {"do": "echo"}, 5))["got"] == {"do": "echo"}
+
+    asyncio.run(main())
+    assert broken == []
 
 
 def test_only_our_own_user_may_open_the_socket(tmp_path: Path) -> None:
