@@ -296,7 +296,9 @@ class Storage(Protocol):
     async def claim(self) -> None:
         """Hold the storage, so that nobody else makes or removes points in it, until `close` or the process ends.
 
-        Repeating it is no error. Who only looks, clones and drops clones needs no claim.
+        Repeating it is no error. Who only looks, clones and drops clones needs no claim. Where there is nothing yet to
+        hold, or it cannot be written, the claim is taken with the next snapshot that makes a point, which then raises
+        where another one holds it.
 
         Raises:
             StorageError: another one holds it; not retryable.

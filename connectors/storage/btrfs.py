@@ -23,12 +23,14 @@ from pathlib import Path
 
 from connectors.storage import libbtrfsutil
 from connectors.storage.shelf import (
+    NOT_A_FOLDER_REMEDY,
     Shelf,
     Sidecar,
     as_storage_error,
     is_inside,
     make_folder,
     nearest_existing,
+    not_a_folder,
     remove_tree,
     require_names,
 )
@@ -71,9 +73,12 @@ class BtrfsStorage:
             return await self._threads.run(partial(self._check, volumes))
 
     def _check(self, volumes: Sequence[Volume]) -> list[Finding]:
-        here = nearest_existing(self._shelf.folder)
+        here, subject = nearest_existing(self._shelf.folder), str(self._shelf.folder)
+        in_the_way = not_a_folder(self._shelf.folder)
+        if in_the_way is not None:
+            message = f"{in_the_way} is not a directory"
+            return [Finding(subject, Severity.REFUSED, message, NOT_A_FOLDER_REMEDY)]
         filesystem = libbtrfsutil.filesystem_id(here)
-        subject = str(self._shelf.folder)
         if filesystem is None:
             remedy = "choose a folder on the btrfs that holds the volumes, or use storage directory"
             return [Finding(subject, Severity.REFUSED, f"{here} is not on btrfs", remedy)]
@@ -114,7 +119,7 @@ class BtrfsStorage:
         return [Finding(volume.name, Severity.OK, f"{path} is a btrfs subvolume")]
 
     async def claim(self) -> None:
-        """Hold the folder, by a lock on a file in it."""
+        """Hold the folder, by a lock on a file in it; where there is no folder yet, from the first snapshot on."""
         with as_storage_error(f"claim of {self._shelf.folder}"):
             await self._threads.run(self._shelf.claim)
 

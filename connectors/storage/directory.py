@@ -26,12 +26,14 @@ from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, can_reflink
 from connectors.storage.shelf import (
+    NOT_A_FOLDER_REMEDY,
     Shelf,
     Sidecar,
     as_storage_error,
     is_inside,
     make_folder,
     nearest_existing,
+    not_a_folder,
     remove_tree,
     require_names,
 )
@@ -79,6 +81,10 @@ class DirectoryStorage:
 
     def _check(self, volumes: Sequence[Volume]) -> Iterator[Finding]:
         here, subject = nearest_existing(self._shelf.folder), str(self._shelf.folder)
+        in_the_way = not_a_folder(self._shelf.folder)
+        if in_the_way is not None:
+            yield Finding(subject, Severity.REFUSED, f"{in_the_way} is not a directory", NOT_A_FOLDER_REMEDY)
+            return
         for volume in volumes:
             path = Path(volume.path)
             if not path.is_dir():
@@ -103,7 +109,7 @@ class DirectoryStorage:
         return any(Copier(exclude=self._exclude.get(volume.name, ())).leaves_out(level) for level in levels)
 
     async def claim(self) -> None:
-        """Hold the folder, by a lock on a file in it."""
+        """Hold the folder, by a lock on a file in it; where there is no folder yet, from the first snapshot on."""
         with as_storage_error(f"claim of {self._shelf.folder}"):
             await self._threads.run(self._shelf.claim)
 

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ from trigger.ports import Clone, Space, Tagged
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _PREFIX = tag_name("")
+NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
 _FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
 
 
@@ -52,34 +54,64 @@ class Shelf:
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
         self._was_there = False
+        self._claim_wanted = False
         self._claim: int | None = None
+        self._claiming = threading.Lock()  # held while a filesystem is waited for, which may be for ever
+        self._swapping = threading.Lock()  # held for an instant
 
     def claim(self) -> None:
-        """Hold the folder for this shelf; raises `StorageError` where another holds it.
+        """Hold the folder for this shelf from now on, or else from the next point on (`require_room`).
 
-        Where a filesystem is read-only and was never claimed, nobody can make or remove anything.
+        It is put off where there is no folder, since its filesystem may not be mounted and the folder would be made
+        beneath; and where the filesystem is read-only, since nobody makes or removes anything there.
+
+        Raises:
+            StorageError: another holds it, or it can be no folder.
         """
-        if self._claim is not None:
+        self._claim_wanted = True
+        self._require_folder_possible()
+        if not self.folder.exists():
             return
         try:
-            make_folder(self.folder)
-            self._claim = lock(self.folder / "lock")
+            self._take_claim()
         except OSError as error:
-            if error.errno == errno.EROFS:
+            if error.errno != errno.EROFS:
+                raise
+
+    def _take_claim(self) -> None:
+        """Hold the folder where that is wanted and not so yet; raises `StorageError` where another holds it."""
+        with self._claiming:  # the kernel refuses a second descriptor of our own, too
+            if self._claim is not None or not self._claim_wanted:
                 return
-            raise
-        if self._claim is None:
-            raise StorageError(
-                f"another trigpoint makes points in {self.folder}",
-                hint="each service needs a storage.folder of its own; two would remove what the other makes",
-                retryable=False,
-            )
+            held = lock(self.folder / "lock")
+            if held is None:
+                raise StorageError(
+                    f"another trigpoint makes points in {self.folder}",
+                    hint="each service needs a storage.folder of its own; two would remove what the other makes",
+                    retryable=False,
+                )
+            self._keep(held)
+
+    def _keep(self, held: int) -> None:
+        """Take what holds the folder for the claim, or let go of it where none is wanted any more."""
+        with self._swapping:
+            if self._claim_wanted:
+                self._claim = held
+                return
+        os.close(held)
+
+    def _require_folder_possible(self) -> None:
+        in_the_way = not_a_folder(self.folder)
+        if in_the_way is not None:
+            raise StorageError(f"{in_the_way} is not a directory", hint=NOT_A_FOLDER_REMEDY, retryable=False)
 
     def close(self) -> None:
-        """Let go of the claim."""
-        if self._claim is not None:
-            os.close(self._claim)
-            self._claim = None
+        """Let go of the claim, and want it no more; never waits for a filesystem that does not answer."""
+        with self._swapping:
+            self._claim_wanted = False
+            held, self._claim = self._claim, None
+        if held is not None:
+            os.close(held)
 
     def point_folder(self, point: str) -> Path:
         """Give where a point's snapshots lie; raises `StorageError` for what is no point id."""
@@ -203,12 +235,20 @@ class Shelf:
             raise StorageError(message, hint=hint)
 
     def require_room(self) -> None:
-        """Raise `StorageError` where one more point would be too much."""
+        """Make sure that one more point may be made; a claim that was put off is taken here.
+
+        Raises:
+            StorageError: it would be too much, or another holds the folder.
+        """
         self.require_free()
         kept = len(self.points())
         if kept >= self._budget:
             message = f"{self.folder}: {kept} points are kept, the budget is {self._budget}"
             raise StorageError(message, hint="delete points, or raise storage.budget")
+        if self._claim_wanted and self._claim is None:
+            self._require_folder_possible()
+            make_folder(self.folder)
+            self._take_claim()
 
 
 def _is_ours(name: str) -> bool:
@@ -235,6 +275,12 @@ def make_folder(folder: Path) -> None:
 def nearest_existing(path: Path) -> Path:
     """Give `path`, or the nearest of its parents that is there."""
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
+
+
+def not_a_folder(path: Path) -> Path | None:
+    """Give what keeps `path` from being a folder, a file or a broken link there or above it; None if nothing does."""
+    found = next(candidate for candidate in (path, *path.parents) if os.path.lexists(candidate))
+    return None if found.is_dir() else found
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -156,18 +156,50 @@ async def a_damaged_tag_is_none_and_harms_no_other_point(rig: Rig) -> None:
 @every
 async def a_claim_is_held_by_one_until_it_lets_go(rig: Rig) -> None:
     first, second = rig.driver(), rig.driver()
+    await first.snapshot(rig.volumes, A, TAG)
     await first.claim()
     await first.claim()
     with pytest.raises(StorageError) as refused:
         await second.claim()
     assert not refused.value.retryable
-    assert await second.tagged() == []
+    assert [found.point for found in await second.tagged()] == [A]
     await first.close()
     with contextlib.suppress(StorageError):
         await second.claim()
         await second.close()
         return
     raise AssertionError("the one that let go still holds it")
+
+
+@every
+async def of_two_that_claim_a_storage_without_a_point_only_one_makes_points(rig: Rig) -> None:
+    first, second = rig.driver(), rig.driver()
+    await first.claim()
+
+    async def claim_and_make() -> None:
+        await second.claim()  # refused here, or by the snapshot
+        await first.snapshot(rig.volumes, A, TAG)
+        await second.snapshot(rig.volumes, B, TAG)
+
+    with pytest.raises(StorageError) as refused:
+        await claim_and_make()
+    assert not refused.value.retryable
+    await first.snapshot(rig.volumes, A, TAG)
+    await first.snapshot(rig.volumes, C, TAG)
+    assert [found.point for found in await second.tagged()] == [A, C]
+    await second.close()
+    await first.close()
+
+
+@every
+async def snapshots_side_by_side_do_not_contend_for_their_own_claim(rig: Rig) -> None:
+    storage = rig.driver()
+    await storage.claim()
+    calls = (storage.snapshot(rig.volumes, point, TAG) for point in (A, B, C))
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    assert [error for error in done if isinstance(error, BaseException)] == []
+    assert [(found.point, found.complete) for found in await storage.tagged()] == [(p, True) for p in (A, B, C)]
+    await storage.close()
 
 
 @every

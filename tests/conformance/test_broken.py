@@ -24,7 +24,8 @@ from tests.conformance import agent_claims, storage_claims
 from tests.conformance.agent_rigs import LocalAgentRig
 from tests.conformance.storage_rigs import directory
 from tests.fixtures.volumes import failing_volume
-from trigger.errors import AgentError
+from trigger.errors import AgentError, StorageError
+from trigger.lock import lock
 from trigger.model import Flush, Snapshot, Volume, tag_name
 from trigger.ports import Capability, Clone, Progress, Tagged
 
@@ -72,6 +73,25 @@ class ClonesByHardLink(DirectoryStorage):
 class ClaimsForAnybody(DirectoryStorage):
     async def claim(self) -> None:
         self._shelf.folder.mkdir(exist_ok=True)
+
+
+class ForgetsToClaimWhatIsNotThereYet(DirectoryStorage):
+    async def claim(self) -> None:
+        if self._shelf.folder.exists():
+            await super().claim()
+
+
+class ClaimsOncePerSnapshot(DirectoryStorage):
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self._shelf._take_claim = self._lock_again  # type: ignore[method-assign]
+
+    def _lock_again(self) -> None:
+        held = lock(self._shelf.folder / "lock")
+        if held is None:
+            raise StorageError("another one holds it", retryable=False)
+        time.sleep(0.2)
+        self._shelf._claim = held
 
 
 class KeepsItsClaim(DirectoryStorage):
@@ -161,6 +181,8 @@ BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[No
     (CallsTheUnfinishedComplete, storage_claims.what_a_crash_left_is_shown_as_unfinished_and_deleted),
     (ClonesByHardLink, storage_claims.what_is_written_to_a_clone_reaches_neither_snapshot_nor_volume),
     (ClaimsForAnybody, storage_claims.a_claim_is_held_by_one_until_it_lets_go),
+    (ForgetsToClaimWhatIsNotThereYet, storage_claims.of_two_that_claim_a_storage_without_a_point_only_one_makes_points),
+    (ClaimsOncePerSnapshot, storage_claims.snapshots_side_by_side_do_not_contend_for_their_own_claim),
     (KeepsItsClaim, storage_claims.a_claim_is_held_by_one_until_it_lets_go),
     (OverwritesAClone, storage_claims.the_name_of_a_clone_is_taken_once),
     (LeavesAFailedClone, storage_claims.a_clone_that_fails_leaves_nothing_behind),
