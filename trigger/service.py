@@ -45,6 +45,7 @@ AUDIT_SECONDS = 5.0
 UPKEEP_SHARE = 0.05
 ASKING_SECONDS = 3.0
 """How long the status waits for the database's word."""
+NOTE_CHARACTERS = 1000
 JOURNAL_START_SECONDS = 20.0
 STREAMS_START_SECONDS = 60.0
 
@@ -122,14 +123,18 @@ class Service:
         """Give the answer to one request of the command line."""
         match request.get("do"):
             case "point":
-                point = await self.point(str(request.get("note", ""))[:1000])
-                return {"point": data(point)}
+                return {"point": data(await self.point(_note(request)))}
             case "expire":
                 return {"expired": data(await give_up(self.parts, request))}
             case "status":
                 return {"status": await self.status()}
             case other:
                 raise TrigpointError(f"there is no request {other!r}")
+
+
+def _note(request: dict[str, Any]) -> str:
+    """Give the note in a request, cut where it is too long to be kept."""
+    return str(request.get("note", ""))[:NOTE_CHARACTERS]
 
 
 async def _or_trouble(asked: Awaitable[T], troubles: list[str]) -> T | None:
@@ -441,9 +446,10 @@ async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, A
     async with alone(options) as parts:
         match request.get("do"):
             case "point":
-                return {"point": data(await _take_one(parts, str(request.get("note", ""))))}
+                return {"point": data(await _take_one(parts, _note(request)))}
             case "expire":
-                await reconcile(parts.catalog, parts.storage)
+                if not request.get("dry_run"):  # which changes nothing
+                    await reconcile(parts.catalog, parts.storage)
                 return {"expired": data(await give_up(parts, request))}
             case other:
                 raise TrigpointError(f"only a running service answers {other!r}", hint="start it: trigpoint run")

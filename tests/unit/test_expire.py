@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from connectors.memory import SEGMENT_BYTES, MemoryJournal, MemoryStorage, World
 from tests.simulation.virtual import VirtualLoop
 from tests.unit.test_reconcile import HISTORY, NOON, Stage, inline, record
-from trigger import failpoint, tag
+from trigger import failpoint, service, tag
 from trigger.catalog import Catalog
 from trigger.errors import CatalogError, StorageError
 from trigger.expire import expire, give_up_before, make_room, release_log
@@ -197,6 +200,54 @@ def test_what_is_older_than_a_point_is_given_up_with_the_log_that_only_it_needed
         assert (await shelves.catalog.find(lsn=Lsn(1000 - 48)))[0].point == 1
 
     play(act)
+
+
+def test_without_a_service_a_dry_run_changes_nothing_not_even_what_a_crash_left() -> None:
+    async def act(shelves: Shelves) -> None:
+        await _filled(3)(shelves)
+        half = await shelves.cut(await shelves.opened(4))
+        options: Any = None
+
+        @contextlib.asynccontextmanager
+        async def alone(_: object) -> AsyncIterator[object]:
+            yield SimpleNamespace(catalog=shelves.catalog, storage=shelves.storage, journal=shelves.journal)
+
+        with patch.object(service, "alone", alone):
+            said = await service.answer_alone(options, {"do": "expire", "before": 3, "dry_run": True})
+            assert said["expired"]["points"] == [1, 2]
+            assert await shelves.numbers() == [1, 2, 3]
+            assert await shelves.numbers(State.OPEN) == [4]
+            assert half.id in shelves.world.kept
+            assert shelves.world.claimed_by is None
+            assert await service.answer_alone(options, {"do": "expire", "before": 3}) == said
+        assert await shelves.numbers() == [3]
+        assert await shelves.numbers(State.FAILED) == [4]
+        assert half.id not in shelves.world.kept
+
+    play(act)
+
+
+def test_a_note_is_cut_alike_with_and_without_a_service() -> None:
+    notes: list[str] = []
+
+    async def noted(_: object, note: str) -> str:
+        notes.append(note)
+        return note
+
+    async def act(_: Shelves) -> None:
+        @contextlib.asynccontextmanager
+        async def alone(_: object) -> AsyncIterator[object]:
+            yield None
+
+        options: Any = None
+        running: Any = SimpleNamespace(point=lambda note: noted(None, note))
+        request = {"do": "point", "note": "x" * 2000}
+        with patch.object(service, "alone", alone), patch.object(service, "_take_one", noted):
+            await service.answer_alone(options, request)
+        await service.Service.answer(running, request)
+
+    play(act)
+    assert notes == ["x" * service.NOTE_CHARACTERS] * 2
 
 
 def test_nothing_is_given_up_for_a_point_that_is_no_base() -> None:
