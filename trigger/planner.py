@@ -211,7 +211,7 @@ def _end(target: Target, held: Sequence[Stretch], begin: Lsn) -> Lsn:
     if target.kind is StopKind.LATEST:
         return max(_last_held(held), begin)
     if target.kind is StopKind.TIME:
-        return next(stretch.end for stretch in held if stretch.start <= begin < stretch.end)
+        return next((stretch.end for stretch in held if stretch.start <= begin < stretch.end), begin)
     return target.commit.end if target.inclusive and target.commit is not None else target.at
 
 
