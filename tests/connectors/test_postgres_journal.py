@@ -17,6 +17,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from connectors.databases.postgres import receiver
 from connectors.databases.postgres.archive import ArchiveReader
 from connectors.databases.postgres.journal import PostgresJournal
 from connectors.databases.postgres.programs import Programs
@@ -199,6 +200,66 @@ def test_the_journal_follows_production_to_another_timeline(newest: Ground) -> N
             assert lineage.includes(Position(fork.history, Lsn(fork.at - 100)))
             assert not lineage.includes(lost)
             assert await damage(here.journal) == []
+
+    asyncio.run(run())
+
+
+async def undone(here: Ground, segments: int, between: Callable[[], None] = lambda: None) -> tuple[Position, ...]:
+    """Let production be restored in place, write a number of segments, and have that undone.
+
+    Gives the ends of both of its pasts; the journal holds either, three segments of the first behind the fork.
+    """
+    await asyncio.to_thread(here.keep_for_fork)
+    fill(here.cluster, 2)
+    fork = here.durable()
+    fill(here.cluster, 3)
+    first = here.durable()
+    await here.journal_reaches(first)
+    await here.fork(Target(fork.history, StopKind.LSN, fork.at, True, "fork"))
+    fill(here.cluster, segments)
+    second = here.durable()
+    await here.journal_reaches(second)
+    between()
+    await asyncio.to_thread(here.undo_fork)
+    assert (second.history.timeline, here.history()) == (2, fork.history)
+    return first, second
+
+
+@pytest.mark.parametrize(("major", "segments"), [(15, 1), (16, 6), (18, 1), (18, 6)])
+def test_the_journal_follows_a_restore_that_is_undone(folder: Path, major: int, segments: int) -> None:
+    async def run(here: Ground) -> None:
+        begin = here.durable()
+        async with here.journaling():
+            ends = [*await undone(here, segments)]
+        async with here.journaling():  # from what it holds by now
+            fill(here.cluster, 2)
+            ends.append(here.durable())
+            await here.journal_reaches(ends[-1])
+            assert [extent.history.timeline for extent in await here.journal.extents()] == [1, 2]
+            assert await damage(here.journal) == []
+            for end in ends:
+                target = Target(end.history, StopKind.LSN, Lsn(end.at - 1), True, "end")
+                await here.journal.stage(begin, target, folder / "staged", silent)
+
+    with ground(major, folder, btrfs=False) as here:
+        asyncio.run(run(here))
+
+
+def test_a_journal_that_cannot_follow_it_says_what_to_do(newest: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*_: object) -> None:
+        raise PermissionError("the folder is locked")
+
+    async def run() -> None:
+        async with newest.journaling():
+            await undone(newest, 1, lambda: monkeypatch.setattr(receiver, "_mark", locked))
+            async with asyncio.timeout(20):
+                while not any("is locked" in found.message for found in newest.receiver.findings()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            (found,) = newest.receiver.findings()
+            assert "starting timeline 2 is not present" in found.message
+            assert "move the segments of the later timelines" in found.remedy
+            monkeypatch.undo()
+            await newest.journal_reaches(newest.durable())
 
     asyncio.run(run())
 

@@ -27,6 +27,7 @@ from connectors.databases.postgres.segments import SegmentFolder, give
 from connectors.databases.postgres.wal import SegmentName
 from trigger.errors import ConfigError, JournalError
 from trigger.model import Finding, Severity
+from trigger.ports import Extent
 from trigger.position import History, Lineage, Lsn
 
 _FIRST_PAUSE_SECONDS = 0.2
@@ -43,6 +44,14 @@ _CANNOT_SERVE = re.compile(
 )
 _OTHER_PAST = re.compile(
     r"is not in this server's history|requested timeline \d+ is not|requested timeline \d+ does not"
+)
+_WENT_BACK = re.compile(r"starting timeline \d+ is not present in the server")
+_WAIT = "until it goes on, the server keeps the log for the journal's slot, up to max_slot_wal_keep_size"
+_BY_HAND = (
+    "the server went back to an earlier timeline, as where an old data directory was put back; the journal follows by"
+    " itself as soon as it can read where slot {slot} reserves the log and can write into its own folder; see to both,"
+    " or stop the service, move the segments of the later timelines into the folder `left` in the journal's folder,"
+    " those of the server's timeline out of it, and start the service: the journal finds what lies in either"
 )
 
 
@@ -93,7 +102,7 @@ class Receiver:
         """Give why nothing is received at present; nothing while it is."""
         if not self._trouble:
             return []
-        remedy = "until it goes on, the server keeps the log for the journal's slot, up to max_slot_wal_keep_size"
+        remedy = _BY_HAND.format(slot=self._slot) if _WENT_BACK.search(self._trouble) else _WAIT
         return [Finding("pg_receivewal", Severity.WARNING, f"the log is not received: {self._trouble}", remedy)]
 
     async def run(self, segments: SegmentFolder) -> None:
@@ -111,7 +120,7 @@ class Receiver:
             pause = _FIRST_PAUSE_SECONDS if clock() - began > _GOOD_RUN_SECONDS else pause
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
-            if _CANNOT_SERVE.search(words) or _OTHER_PAST.search(words):
+            if any(sign.search(words) for sign in (_CANNOT_SERVE, _OTHER_PAST, _WENT_BACK)):
                 await self._lead_on(segments, words)
                 pause = _FIRST_PAUSE_SECONDS
 
@@ -158,41 +167,45 @@ class Receiver:
     async def _until_stall(self, segments: SegmentFolder, process: asyncio.subprocess.Process) -> None:
         """End the program when the server was ahead for `stall_seconds` and nothing arrived."""
         clock = asyncio.get_running_loop().time
-        arrived, since, pause = Lsn(0), clock(), 0.5
+        arrived: list[Extent] = []
+        since, pause = clock(), 0.5
         while True:
             await asyncio.sleep(pause)
             pause = min(self._stall_seconds / 4, 5.0)
             try:
-                ours = await asyncio.to_thread(_end_of_log, segments)
+                held = await asyncio.to_thread(segments.extents)
                 head = await self._head()
             except (TimeoutError, OSError, psycopg.Error):
                 continue  # the program notices for itself that the server, or its folder, is gone
-            if ours >= head.written or ours != arrived:
-                arrived, since, self._trouble = ours, clock(), ""
+            if held != arrived or _reaches(held, head):
+                arrived, since, self._trouble = held, clock(), ""
             elif clock() - since > self._stall_seconds:
                 await _end(process, signal.SIGKILL)
                 return
 
     async def _lead_on(self, segments: SegmentFolder, words: str) -> None:
-        """Let the program go on where the server still can, behind a hole that `audit` will report as missing.
+        """Let the program go on where the server still can; where that leaves a hole, `audit` will report it.
 
         `pg_receivewal` resumes behind the newest file of its folder. Where the server cannot serve that any more, an
         empty file marks where it can: where its timeline began, if it left ours (a standby was promoted, or production
-        was restored in place), else where a new slot reserves the log.
+        was restored in place); where our slot reserves the log, if it went back to an earlier timeline (such a restore
+        was undone); else where a new slot reserves it.
         """
         try:
             async with self._connect() as connection:
                 head = await _head(connection)
                 begin = None
-                if _OTHER_PAST.search(words) and head.timeline > 1:
+                if _WENT_BACK.search(words):
+                    begin = await _reserved(connection, self._slot)
+                elif _OTHER_PAST.search(words) and head.timeline > 1:
                     begin = await _fork(connection, head)
                 if begin is None:
                     await connection.execute(f"DROP_REPLICATION_SLOT {self._slot} WAIT".encode())
-                    begin = await _make_slot(connection, self._slot) or head.written
-            number = begin // segments.segment_bytes
-            await asyncio.to_thread(_mark, segments, SegmentName(head.timeline, number, partial=True), self.owner)
-        except (psycopg.Error, OSError) as error:
-            self._trouble = last_lines(str(error))
+                    begin = await _make_slot(connection, self._slot) or (head.timeline, head.written)
+            timeline, number = begin[0], begin[1] // segments.segment_bytes
+            await asyncio.to_thread(_mark, segments, SegmentName(timeline, number, partial=True), self.owner)
+        except (TimeoutError, psycopg.Error, OSError) as error:
+            self._trouble = last_lines(f"{words}\n{error}")
 
     async def _head(self) -> _Head:
         async with self._connect() as connection:
@@ -237,22 +250,27 @@ async def _head(connection: psycopg.AsyncConnection[Any]) -> _Head:
     return _Head(str(row[0]), int(row[1]), Lsn.parse(row[2]))
 
 
-async def _make_slot(connection: psycopg.AsyncConnection[Any], slot: str) -> Lsn | None:
-    """Make a physical slot that reserves the log from now on; gives from where on it does."""
+async def _make_slot(connection: psycopg.AsyncConnection[Any], slot: str) -> tuple[int, Lsn] | None:
+    """Make a physical slot that reserves the log from now on; gives from which timeline and position on it does."""
     with contextlib.suppress(psycopg.errors.DuplicateObject):
         await connection.execute(f"CREATE_REPLICATION_SLOT {slot} PHYSICAL RESERVE_WAL".encode())
+    return await _reserved(connection, slot)
+
+
+async def _reserved(connection: psycopg.AsyncConnection[Any], slot: str) -> tuple[int, Lsn] | None:
+    """Give from which timeline and position on a slot reserves the log; None where there is none, or it does not."""
     row = await (await connection.execute(f"READ_REPLICATION_SLOT {slot}".encode())).fetchone()
-    return Lsn.parse(row[1]) if row and row[1] else None
+    return (int(row[2]), Lsn.parse(row[1])) if row and row[1] and row[2] else None
 
 
-async def _fork(connection: psycopg.AsyncConnection[Any], head: _Head) -> Lsn | None:
-    """Give where the server's timeline left the one before."""
+async def _fork(connection: psycopg.AsyncConnection[Any], head: _Head) -> tuple[int, Lsn] | None:
+    """Give the server's timeline and where it left the one before."""
     row = await (await connection.execute(f"TIMELINE_HISTORY {head.timeline}".encode())).fetchone()
     if row is None:
         return None
     text = row[1] if isinstance(row[1], str) else bytes(row[1]).decode(errors="replace")
     forks = Lineage.from_history_file(History(head.system, head.timeline), text).forks
-    return forks[-1][1] if forks else None
+    return (head.timeline, forks[-1][1]) if forks else None
 
 
 def _dies_with_us() -> list[str]:
@@ -278,17 +296,23 @@ def _drop_half_made(segments: SegmentFolder) -> None:
 
 
 def _mark(segments: SegmentFolder, mark: SegmentName, owner: tuple[int, int] | None) -> None:
-    """Leave an empty partial segment as the newest file: what outranks it on other timelines is set aside."""
-    for name in segments.names():
+    """Let the program begin at `mark`, or behind what is held of that timeline from there on.
+
+    What was set aside of the timeline comes back into sight, what outranks it on other timelines is set aside; and an
+    empty partial segment is left as the newest file where nothing of that stretch is held.
+    """
+    segments.bring_back(mark.timeline)
+    for name in segments.in_sight():
         if name.number >= mark.number and name.timeline != mark.timeline:
             segments.set_aside(name)
-    if segments.locate(segments.file(mark).name) is None:
+    if mark not in segments.in_sight() and mark._replace(partial=False) not in segments.in_sight():
         segments.file(mark).touch(mode=0o600)
         give(segments.file(mark), owner)
 
 
-def _end_of_log(segments: SegmentFolder) -> Lsn:
-    return max((extent.end for extent in segments.extents()), default=Lsn(0))
+def _reaches(held: list[Extent], head: _Head) -> bool:
+    """Whether the log of the server's timeline is held up to where it stands."""
+    return any(extent.history.timeline == head.timeline and extent.end >= head.written for extent in held)
 
 
 async def _last_words(stream: asyncio.StreamReader) -> str:

@@ -71,8 +71,11 @@ class SegmentFolder:
 
     def file(self, name: SegmentName) -> Path:
         """Give the path of a segment, whether it is there or not."""
-        text = name.text(self.segment_bytes) + (".partial" if name.partial else "")
+        text = self._file_name(name)
         return self.locate(text) or self.path / text
+
+    def _file_name(self, name: SegmentName) -> str:
+        return name.text(self.segment_bytes) + (".partial" if name.partial else "")
 
     def locate(self, name: str) -> Path | None:
         """Give the path of a file that is there, by name."""
@@ -84,6 +87,22 @@ class SegmentFolder:
         status = self.path.stat()
         give(self.aside, (status.st_uid, status.st_gid))
         self.file(name).rename(self.aside / self.file(name).name)
+
+    def bring_back(self, timeline: int) -> None:
+        """Move what was set aside of a timeline into that program's sight again, where it sees no such file."""
+        with contextlib.suppress(FileNotFoundError):
+            for name in self._parsed(self.aside):
+                file = self.aside / self._file_name(name)
+                if name.timeline == timeline and not (self.path / file.name).exists():
+                    file.rename(self.path / file.name)
+
+    def in_sight(self) -> list[SegmentName]:
+        """Give the segments that such a program sees, complete and partial ones, in no order."""
+        return self._parsed(self.path)
+
+    def _parsed(self, folder: Path) -> list[SegmentName]:
+        found = (SegmentName.parse(entry.name, self.segment_bytes) for entry in folder.iterdir())
+        return [name for name in found if name is not None]
 
     def system(self) -> str:
         """Give the system identifier of the cluster whose log this is; "" where nothing says it yet."""
