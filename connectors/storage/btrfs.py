@@ -119,7 +119,7 @@ class BtrfsStorage:
         return [Finding(volume.name, Severity.OK, f"{path} is a btrfs subvolume")]
 
     async def claim(self) -> None:
-        """Hold the folder, by a lock on a file in it; where there is no folder yet, from the first snapshot on."""
+        """Hold the folder, by a lock on a file in it; where nothing is in it yet, from the first snapshot on."""
         with as_storage_error(f"claim of {self._shelf.folder}"):
             await self._threads.run(self._shelf.claim)
 

@@ -109,7 +109,7 @@ class DirectoryStorage:
         return any(Copier(exclude=self._exclude.get(volume.name, ())).leaves_out(level) for level in levels)
 
     async def claim(self) -> None:
-        """Hold the folder, by a lock on a file in it; where there is no folder yet, from the first snapshot on."""
+        """Hold the folder, by a lock on a file in it; where nothing is in it yet, from the first snapshot on."""
         with as_storage_error(f"claim of {self._shelf.folder}"):
             await self._threads.run(self._shelf.claim)
 

@@ -62,15 +62,16 @@ class Shelf:
     def claim(self) -> None:
         """Hold the folder for this shelf from now on, or else from the next point on (`require_room`).
 
-        It is put off where there is no folder, since its filesystem may not be mounted and the folder would be made
-        beneath; and where the filesystem is read-only, since nobody makes or removes anything there.
+        It is put off where there is no folder, or nothing in it that was ever ours: its filesystem may not be mounted,
+        and the claim would be left beneath. So it is where the filesystem is read-only, since nobody makes or removes
+        anything there.
 
         Raises:
             StorageError: another holds it, or it can be no folder.
         """
         self._claim_wanted = True
         self._require_folder_possible()
-        if not self.folder.exists():
+        if not self._ever_used():
             return
         try:
             self._take_claim()
@@ -99,6 +100,11 @@ class Shelf:
                 self._claim = held
                 return
         os.close(held)
+
+    def _ever_used(self) -> bool:
+        if not self.folder.exists():
+            return False
+        return (self.folder / "lock").exists() or any(_is_ours(found.name) for found in self.folder.iterdir())
 
     def _require_folder_possible(self) -> None:
         in_the_way = not_a_folder(self.folder)

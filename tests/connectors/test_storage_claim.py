@@ -18,7 +18,7 @@ from connectors.storage.shelf import Shelf
 from tests.fixtures.volumes import loop_volume
 from trigger.errors import StorageError
 from trigger.lock import lock
-from trigger.model import EPOCH, Severity, Volume, point_id
+from trigger.model import EPOCH, Severity, Volume, point_id, tag_name
 
 A, B = (point_id(EPOCH, number) for number in (1, 2))
 ANOTHER = "another trigpoint makes points in"
@@ -73,6 +73,24 @@ def test_what_is_mounted_after_the_claim_is_held_there_and_nothing_lies_beneath(
     shelf.close()
 
 
+def test_nothing_is_left_in_an_empty_folder_where_a_filesystem_may_be_mounted_later(tmp_path: Path) -> None:
+    (tmp_path / "storage").mkdir()
+    shelf = shelf_in(tmp_path / "storage")
+    shelf.claim()
+    assert list((tmp_path / "storage").iterdir()) == []
+    shelf.require_room()
+    assert lock(tmp_path / "storage" / "lock") is None
+    shelf.close()
+
+
+def test_points_that_nobody_held_are_claimed_at_once(tmp_path: Path) -> None:
+    shelf = shelf_in(tmp_path)
+    (tmp_path / tag_name(A)).mkdir()
+    shelf.claim()
+    assert lock(tmp_path / "lock") is None
+    shelf.close()
+
+
 def test_no_folder_is_made_for_a_claim_where_there_is_no_room_for_a_point(tmp_path: Path) -> None:
     shelf = shelf_in(tmp_path / "storage", budget=0)
     shelf.claim()
@@ -106,6 +124,7 @@ def test_without_a_claim_none_is_taken_and_after_the_end_none_is_left(tmp_path: 
 def test_the_end_does_not_wait_for_a_claim_that_hangs_and_no_such_claim_is_held_later(tmp_path: Path) -> None:
     begun, mended = threading.Event(), threading.Event()
     shelf = shelf_in(tmp_path)
+    (tmp_path / "lock").touch()
 
     def slow(path: Path) -> int | None:
         begun.set()
@@ -130,6 +149,7 @@ def test_a_read_only_storage_is_claimed_once_it_can_be_written(volume: Volume) -
         first, second = storage_in(mount), storage_in(mount)
 
         async def main() -> None:
+            (mount / "lock").touch()
             await asyncio.to_thread(remount, mount, "ro")
             for storage in (first, second):
                 await storage.claim()
@@ -194,6 +214,7 @@ def test_a_link_to_a_folder_is_a_folder(tmp_path: Path, volume: Volume) -> None:
     (tmp_path / "link").symlink_to(target)
     storage = storage_in(tmp_path / "link")
     asyncio.run(storage.claim())
-    assert (target / "lock").exists()
+    asyncio.run(storage.snapshot([volume], A, "tag"))
+    assert lock(target / "lock") is None
     assert all(found.severity is Severity.OK for found in asyncio.run(storage.check([volume])))
     asyncio.run(storage.close())
