@@ -7,13 +7,16 @@ base before it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from trigger.catalog import Catalog
-from trigger.errors import CatalogError
+from trigger.errors import CatalogError, JournalError
 from trigger.failpoint import reached
 from trigger.model import RecoveryPoint, State
 from trigger.ports import Journal, Storage
+from trigger.position import History, Lineage
 from trigger.retention import thin
 
 THIN_FROM = 0.9
@@ -22,10 +25,12 @@ THIN_TO = 0.7
 does not allow that, it ends at the first."""
 
 
-async def make_room(catalog: Catalog, storage: Storage, replay_limit_bytes: int) -> list[RecoveryPoint]:
+async def make_room(
+    catalog: Catalog, storage: Storage, journal: Journal, replay_limit_bytes: int
+) -> list[RecoveryPoint]:
     """Give the points whose snapshots were removed: as was begun before, or since the budget is nearly used up.
 
-    A point of which there is a clone stays.
+    A point of which there is a clone stays. The journal is asked for the past of each history.
     """
     begun = await catalog.points(states={State.EXPIRING}, newest_first=False)
     gone = [await expire(catalog, storage, point) for point in begun]
@@ -34,8 +39,19 @@ async def make_room(catalog: Catalog, storage: Storage, replay_limit_bytes: int)
         return gone
     pinned = {clone.point for clone in await storage.clones()}
     wanted, most = (int(space.budget * share) for share in (THIN_TO, THIN_FROM))
-    going = thin(await catalog.bases(), wanted, most, replay_limit_bytes, pinned)
+    bases = await catalog.bases()
+    lineages = await _lineages({base.floor.history for base in bases}, journal)
+    going = thin(bases, wanted, most, replay_limit_bytes, pinned, lineages)
     return gone + [await expire(catalog, storage, point) for point in going]
+
+
+async def _lineages(histories: Collection[History], journal: Journal) -> dict[History, Lineage]:
+    """Give the past of each history that the journal knows."""
+    found: dict[History, Lineage] = {}
+    for history in histories if len(histories) > 1 else ():
+        with suppress(JournalError):
+            found[history] = await journal.lineage(history)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,22 @@ protect nothing any more. It never gives up the oldest base (the beginning of wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 
 from trigger.model import RecoveryPoint
-from trigger.position import Position
+from trigger.position import History, Lineage, Position
 
 Cost = Callable[[Sequence[RecoveryPoint], int], float | None]
 
 
 def thin(
-    points: Sequence[RecoveryPoint], wanted: int, most: int, replay_limit_bytes: int, pinned: Collection[str] = ()
+    points: Sequence[RecoveryPoint],
+    wanted: int,
+    most: int,
+    replay_limit_bytes: int,
+    pinned: Collection[str] = (),
+    lineages: Mapping[History, Lineage] | None = None,
 ) -> list[RecoveryPoint]:
     """Give the points whose snapshots should go.
 
@@ -29,18 +34,24 @@ def thin(
         replay_limit_bytes: the longest replay between the redo position of a base and the ceiling of the next one
             that is still within the restore objective.
         pinned: ids of points that must stay (clones hang on them, somebody is verifying them).
+        lineages: the past of each history, where it is known; another counts as having none.
 
     Returns:
-        Oldest first; fewer than asked for where nothing more can go. A point goes only if both its neighbours stay in
-        its own history, so that the log between them is one replay.
+        Oldest first; fewer than asked for where nothing more can go. Within the objective a point goes only if both its
+        neighbours stay in its own history, so that the log between them is one replay; beyond it if one stays in its
+        past, from which everything can be replayed that is replayed from it.
     """
+    pasts = lineages or {}
 
     def within(kept: Sequence[RecoveryPoint], index: int) -> float | None:
         replay = _replay_without(*kept[index - 1 : index + 2])
         return None if replay is None or replay > replay_limit_bytes else replay
 
+    def for_its_age(kept: Sequence[RecoveryPoint], index: int) -> float | None:
+        return _replay_for_its_age(kept, index, pasts)
+
     kept = list(points)
-    goes = _let_go(kept, wanted, pinned, within) + _let_go(kept, most, pinned, _replay_for_its_age)
+    goes = _let_go(kept, wanted, pinned, within) + _let_go(kept, most, pinned, for_its_age)
     return sorted(goes, key=lambda point: point.number)
 
 
@@ -69,13 +80,22 @@ def _let_go(kept: list[RecoveryPoint], most: int, pinned: Collection[str], cost:
     return goes
 
 
-def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int) -> float | None:
+def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int, pasts: Mapping[History, Lineage]) -> float | None:
     """Give the replay that is left by the going of a point, as a share of all the log that was written since."""
-    replay = _replay_without(*kept[index - 1 : index + 2])
-    now, then = kept[-1].ceiling, kept[index].ceiling
-    if replay is None or now is None or then is None:
+    point, now = kept[index], kept[-1].ceiling
+    before = next((one for one in reversed(kept[:index]) if _is_past(one, point, pasts)), None)
+    after = next((one for one in kept[index + 1 :] if _is_past(point, one, pasts)), point)
+    if before is None or before.redo is None or now is None or after.ceiling is None or point.ceiling is None:
         return None
-    return replay / max(now.at - then.at, 1)
+    return max(after.ceiling.at - before.redo.at, 0) / max(now.at - point.ceiling.at, 1)
+
+
+def _is_past(one: RecoveryPoint, other: RecoveryPoint, pasts: Mapping[History, Lineage]) -> bool:
+    """Whether everything that `one` holds lies in the past of what `other` holds."""
+    history = other.floor.history
+    lineage = pasts.get(history) or Lineage(history)
+    places = [one.floor, one.ceiling or one.floor]
+    return all(lineage.includes(place) and place.at <= (other.ceiling or other.floor).at for place in places)
 
 
 def _replay_without(before: RecoveryPoint, point: RecoveryPoint, after: RecoveryPoint) -> int | None:

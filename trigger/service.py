@@ -385,7 +385,7 @@ async def watch_checkpoints(service: Service) -> None:
 async def keep_room(service: Service) -> None:
     """Thin snapshots before the storage's budget is used up, and let go of log that no kept point needs."""
     parts, agenda = service.parts, service.agenda
-    gone = await make_room(parts.catalog, parts.storage, agenda.replay_limit_bytes)
+    gone = await make_room(parts.catalog, parts.storage, parts.journal, agenda.replay_limit_bytes)
     if gone:
         log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
         await release_log(parts.catalog, parts.journal)

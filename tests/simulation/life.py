@@ -183,7 +183,8 @@ class Life:
 
     async def _keep_room(self, cluster: Protected) -> None:
         assert self.agenda is not None
-        await expire.make_room(cluster.catalog, cluster.storage, self.agenda.replay_limit_bytes)
+        journal = MemoryJournal(self.world)
+        await expire.make_room(cluster.catalog, cluster.storage, journal, self.agenda.replay_limit_bytes)
 
     async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         while True:

@@ -343,7 +343,7 @@ MUTANTS = (
         "the thinning keeps to the restore objective whatever the storage bears",
         retention,
         "thin",
-        " + _let_go(kept, most, pinned, _replay_for_its_age)",
+        " + _let_go(kept, most, pinned, for_its_age)",
         "",
         "liveness",
     ),

@@ -64,7 +64,7 @@ def _filled(count: int) -> Callable[[Shelves], Awaitable[list[RecoveryPoint]]]:
 def test_below_nine_tenths_of_the_budget_nothing_goes() -> None:
     async def act(shelves: Shelves) -> None:
         await _filled(18)(shelves)
-        assert await make_room(shelves.catalog, shelves.storage, FAR) == []
+        assert await make_room(shelves.catalog, shelves.storage, shelves.journal, FAR) == []
 
     play(act)
 
@@ -72,7 +72,7 @@ def test_below_nine_tenths_of_the_budget_nothing_goes() -> None:
 def test_above_it_snapshots_go_down_to_seven_tenths_and_their_commits_stay_on_record() -> None:
     async def act(shelves: Shelves) -> None:
         points = await _filled(19)(shelves)
-        gone = await make_room(shelves.catalog, shelves.storage, FAR)
+        gone = await make_room(shelves.catalog, shelves.storage, shelves.journal, FAR)
         assert len(gone) == 5
         assert all(point.state is State.EXPIRED for point in gone)
         assert (await shelves.storage.space()).snapshots == len(await shelves.numbers()) == 14
@@ -89,7 +89,7 @@ def test_what_a_clone_hangs_on_stays() -> None:
         points = await _filled(20)(shelves)
         for point in points[2:-1]:
             await shelves.storage.clone(point.id, f"of-{point.number}", lambda *_: None)
-        assert await make_room(shelves.catalog, shelves.storage, FAR) != []
+        assert await make_room(shelves.catalog, shelves.storage, shelves.journal, FAR) != []
         assert await shelves.numbers() == [1, *range(3, 21)]
 
     play(act)
@@ -98,12 +98,12 @@ def test_what_a_clone_hangs_on_stays() -> None:
 def test_where_the_restore_objective_allows_no_thinning_only_what_the_storage_cannot_bear_goes() -> None:
     async def act(shelves: Shelves) -> None:
         await _filled(20)(shelves)
-        assert len(await make_room(shelves.catalog, shelves.storage, 1999)) == 2
+        assert len(await make_room(shelves.catalog, shelves.storage, shelves.journal, 1999)) == 2
         assert (await shelves.storage.space()).snapshots == 18
 
     async def act_within(shelves: Shelves) -> None:
         await _filled(20)(shelves)
-        assert len(await make_room(shelves.catalog, shelves.storage, 2000)) == 6
+        assert len(await make_room(shelves.catalog, shelves.storage, shelves.journal, 2000)) == 6
 
     play(act_within)
 
@@ -152,7 +152,9 @@ def test_what_the_storage_would_not_delete_is_no_base_any_more_and_goes_with_the
             await expire(shelves.catalog, Stuck(shelves.world), points[1])
         assert await shelves.numbers(State.EXPIRING) == [2]
         assert await shelves.numbers() == [1, 3], "nobody plans a restore from it"
-        assert [point.number for point in await make_room(shelves.catalog, shelves.storage, FAR)] == [2]
+        assert [point.number for point in await make_room(shelves.catalog, shelves.storage, shelves.journal, FAR)] == [
+            2
+        ]
         assert (await shelves.storage.space()).snapshots == 2
 
     play(act)

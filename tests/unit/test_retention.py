@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trigger.model import Cause, RecoveryPoint, State, point_id
-from trigger.position import History, Lsn, Position
+from trigger.position import History, Lineage, Lsn, Position
 from trigger.retention import longest_replay, thin
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -128,10 +128,10 @@ def test_what_a_storage_cannot_bear_goes_beyond_the_objective(
     left = [one for one in points if one not in goes]
     assert left[:1] == points[:1]
     assert left[-1:] == points[-1:]
-    if len(left) > max(most, 2):  # then every one that is left is the edge of a history, or nobody knows its redo
-        for before, one, after in zip(left, left[1:], left[2:], strict=False):
-            histories = {place.floor.history for place in (before, one, after)}
-            assert len(histories) > 1 or before.redo is None, f"point {one.number} could go"
+    if len(left) > max(most, 2):
+        for index, one in enumerate(left[1:-1], start=1):
+            past = [base for base in left[:index] if base.floor.history == one.floor.history]
+            assert not past or past[-1].redo is None, f"point {one.number} could go"
     if len(left) < most:
         assert longest_replay(left) <= max(LIMIT, longest_replay(points)), "the objective was broken without need"
 
@@ -147,3 +147,30 @@ def test_beyond_the_objective_the_older_a_commit_the_longer_its_replay() -> None
     assert gaps[-3:] == [1, 1, 1], "what was just committed comes back at once"
     assert gaps[0] > 50
     assert all(older >= newer / 2 for older, newer in pairwise(gaps)), gaps
+
+
+@given(histories(), st.integers(2, 20))
+def test_what_goes_over_a_switch_of_timelines_leaves_a_base_in_the_past_of_all_that_it_served(
+    points: list[RecoveryPoint], most: int
+) -> None:
+    lineages = lineages_of(points)
+    goes = thin(points, most, most, LIMIT, lineages=lineages)
+    left = [one for one in points if one not in goes]
+    for gone in goes:
+        past = lineages[gone.floor.history]
+        bases = [base for base in left if base.ceiling and base.number < gone.number and past.includes(base.ceiling)]
+        assert bases, f"nothing serves what point {gone.number} served"
+    if all(one.redo is not None for one in points):
+        assert len(left) <= max(most, 2), "every timeline goes back to the first, so everything between may go"
+
+
+def lineages_of(points: list[RecoveryPoint]) -> dict[History, Lineage]:
+    """Give the past of each timeline: it left the one before behind its last point."""
+    found: dict[History, Lineage] = {}
+    forks: tuple[tuple[int, Lsn], ...] = ()
+    for one, after in zip_longest(points, points[1:]):
+        history = one.floor.history
+        found[history] = Lineage(history, forks)
+        if after is not None and after.floor.history != history and one.ceiling:
+            forks = (*forks, (history.timeline, one.ceiling.at))
+    return found
