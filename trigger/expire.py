@@ -38,8 +38,9 @@ async def make_room(
     if space.snapshots <= space.budget * THIN_FROM:
         return gone
     pinned = {clone.point for clone in await storage.clones()}
-    wanted, most = (int(space.budget * share) for share in (THIN_TO, THIN_FROM))
     bases = await catalog.bases()
+    others = max(space.snapshots - len(bases), 0)  # half made, strange, or not to be got rid of
+    wanted, most = (max(int(space.budget * share) - others, 0) for share in (THIN_TO, THIN_FROM))
     lineages = await _lineages({base.floor.history for base in bases}, journal)
     going = thin(bases, wanted, most, replay_limit_bytes, pinned, lineages)
     return gone + [await expire(catalog, storage, point) for point in going]

@@ -94,11 +94,11 @@ async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, ca
         await cluster.catalog.close_gaps(point.number)
         agenda.sealed(point)
         await window.settle(collected.settled)  # only now may the sources forget
-        await clear_away(cluster)
-        return
-    pause = agenda.failed(asyncio.get_running_loop().time(), point)
-    agenda.trouble = f"point {point.number} failed: {point.failure}"
-    log.error("point %d failed, trying again in %.0f s: %s", point.number, pause, point.failure)
+    else:
+        pause = agenda.failed(asyncio.get_running_loop().time(), point)
+        agenda.trouble = f"point {point.number} failed: {point.failure}"
+        log.error("point %d failed, trying again in %.0f s: %s", point.number, pause, point.failure)
+    await clear_away(cluster)
 
 
 async def take(cluster: Protected, cause: Cause, collected: Collected, note: str = "") -> RecoveryPoint:
@@ -213,10 +213,12 @@ async def abandon(cluster: Protected, point: RecoveryPoint, reason: str) -> Reco
 
 async def clear_away(cluster: Protected) -> None:
     """Remove what failed points left behind; what still will not go is tried again with the next point."""
-    for point in tuple(cluster.leftovers):
-        with contextlib.suppress(StorageError):
-            await cluster.storage.delete(point)
-            cluster.leftovers.remove(point)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(ABANDON_SECONDS):
+            for point in tuple(cluster.leftovers):
+                with contextlib.suppress(StorageError):
+                    await cluster.storage.delete(point)
+                    cluster.leftovers.remove(point)
 
 
 async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> None:

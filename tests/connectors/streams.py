@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from psycopg.errors import ObjectInUse
 
 from connectors.databases.postgres.pgoutput import Committed, Decoder
 from tests.connectors.reading import flushed, raw_messages
@@ -96,9 +99,22 @@ def fill(cluster: Cluster, database: str) -> Lsn:
             phases = "true" if variant.two_phase else "false"
             cluster.sql(f"SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput', false, {phases})", database)
     for statement in LOAD:
-        cluster.sql(statement, database)
+        _run_when_free(cluster, statement, database)
     cluster.sql("SELECT pg_switch_wal()")
     return flushed(cluster)
+
+
+def _run_when_free(cluster: Cluster, statement: str, database: str) -> None:
+    """Run a statement as soon as the session before it has let go of what it needs: an origin, after its end."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            cluster.sql(statement, database)
+            return
+        except ObjectInUse:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def slot_of(name: str) -> str:

@@ -288,10 +288,13 @@ def test_a_restore_in_place_keeps_the_old_state_and_is_undone() -> None:
         refused = fails(deployed, "restore", "--before-xid", xid, "--in-place")
         assert refused.returncode == 2
         assert "give --yes" in refused.stderr
+        served = fails(deployed, "restore", "--before-xid", xid, "--in-place", "--yes")
+        assert served.returncode == 2
+        assert "another trigpoint works in" in served.stderr
+        assert deployed.stop() == 0
         running = fails(deployed, "restore", "--before-xid", xid, "--in-place", "--yes")
         assert running.returncode == 9
         assert "stop it first" in running.stderr
-        assert deployed.stop() == 0
         cluster.stop()
         swap = deployed.ask("restore", "--before-xid", xid, "--in-place", "--yes")["swap"]
         cluster.start()
