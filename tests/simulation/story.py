@@ -140,7 +140,7 @@ def tell(seed: int, *, commits: int = 22) -> Story:
             )
         ),
         volumes=draw.choice((1, 1, 2)),
-        budget=draw.choice((1000, 1000, 8)),
+        budget=draw.choice((1000, 8, 8)),
         weather=Weather() if calm else _weather(draw),
         acts=tuple(sorted((act for act in acts if act.at < ends_at), key=lambda act: act.at)),
         ends_at=ends_at,

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.simulation.run import simulate
-from trigger import agenda, pipeline, planner, point_index, reconcile, retention, window
+from trigger import agenda, expire, pipeline, planner, point_index, reconcile, window
 
 SEEDS = 400
 ANNOTATIONS = __future__.annotations.compiler_flag
@@ -164,8 +164,8 @@ MUTANTS = (
         "drops the window when a round fails",
         pipeline,
         "protect_pending",
-        "    pause = agenda.failed(",
-        "    for stream in window._streams.values():\n        stream.pending.clear()\n    pause = agenda.failed(",
+        "        pause = agenda.failed(",
+        "        for one in window._streams.values():\n            one.pending.clear()\n        pause = agenda.failed(",
         "P1",
     ),
     Mutant(
@@ -341,10 +341,10 @@ MUTANTS = (
     ),
     Mutant(
         "the thinning keeps to the restore objective whatever the storage bears",
-        retention,
-        "thin",
-        " + _let_go(kept, most, pinned, for_its_age)",
-        "",
+        expire,
+        "make_room",
+        "thin(bases, wanted, most,",
+        "thin(bases, wanted, len(bases),",
         "liveness",
     ),
 )
