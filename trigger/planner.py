@@ -206,12 +206,10 @@ def _limit(base: RecoveryPoint, target: Target) -> Lsn:
 
 def _end(target: Target, held: Sequence[Stretch], begin: Lsn) -> Lsn:
     """Give where the replay ends; for a time a place by which it has gone past it."""
-    if target.kind is StopKind.TIME and target.reach is not None:
-        return target.reach
     if target.kind is StopKind.LATEST:
         return max(_last_held(held), begin)
     if target.kind is StopKind.TIME:
-        return next((stretch.end for stretch in held if stretch.start <= begin < stretch.end), begin)
+        return target.reach or next((stretch.end for stretch in held if stretch.start <= begin < stretch.end), begin)
     return target.commit.end if target.inclusive and target.commit is not None else target.at
 
 

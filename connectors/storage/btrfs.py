@@ -23,14 +23,12 @@ from pathlib import Path
 
 from connectors.storage import libbtrfsutil
 from connectors.storage.shelf import (
-    NOT_A_FOLDER_REMEDY,
     Shelf,
     Sidecar,
     as_storage_error,
     is_inside,
     make_folder,
     nearest_existing,
-    not_a_folder,
     remove_tree,
     require_names,
 )
@@ -74,10 +72,8 @@ class BtrfsStorage:
 
     def _check(self, volumes: Sequence[Volume]) -> list[Finding]:
         here, subject = nearest_existing(self._shelf.folder), str(self._shelf.folder)
-        in_the_way = not_a_folder(self._shelf.folder)
-        if in_the_way is not None:
-            message = f"{in_the_way} is not a directory"
-            return [Finding(subject, Severity.REFUSED, message, NOT_A_FOLDER_REMEDY)]
+        if (refused := self._shelf.refused()) is not None:
+            return [refused]
         filesystem = libbtrfsutil.filesystem_id(here)
         if filesystem is None:
             remedy = "choose a folder on the btrfs that holds the volumes, or use storage directory"

@@ -26,14 +26,12 @@ from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, can_reflink
 from connectors.storage.shelf import (
-    NOT_A_FOLDER_REMEDY,
     Shelf,
     Sidecar,
     as_storage_error,
     is_inside,
     make_folder,
     nearest_existing,
-    not_a_folder,
     remove_tree,
     require_names,
 )
@@ -81,9 +79,8 @@ class DirectoryStorage:
 
     def _check(self, volumes: Sequence[Volume]) -> Iterator[Finding]:
         here, subject = nearest_existing(self._shelf.folder), str(self._shelf.folder)
-        in_the_way = not_a_folder(self._shelf.folder)
-        if in_the_way is not None:
-            yield Finding(subject, Severity.REFUSED, f"{in_the_way} is not a directory", NOT_A_FOLDER_REMEDY)
+        if (refused := self._shelf.refused()) is not None:
+            yield refused
             return
         for volume in volumes:
             path = Path(volume.path)

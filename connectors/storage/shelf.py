@@ -28,13 +28,13 @@ from typing import Any
 
 from trigger.errors import StorageError
 from trigger.lock import lock
-from trigger.model import Snapshot, Volume, is_point_id, tag_name
+from trigger.model import Finding, Severity, Snapshot, Volume, is_point_id, tag_name
 from trigger.ports import Clone, Space, Tagged
 
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _PREFIX = tag_name("")
-NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
+_NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
 _FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
 
 
@@ -107,9 +107,16 @@ class Shelf:
         return (self.folder / "lock").exists() or any(_is_ours(found.name) for found in self.folder.iterdir())
 
     def _require_folder_possible(self) -> None:
-        in_the_way = not_a_folder(self.folder)
-        if in_the_way is not None:
-            raise StorageError(f"{in_the_way} is not a directory", hint=NOT_A_FOLDER_REMEDY, retryable=False)
+        if (refused := self.refused()) is not None:
+            raise StorageError(refused.message, hint=refused.remedy, retryable=False)
+
+    def refused(self) -> Finding | None:
+        """Give what keeps the folder from being one, a file or a broken link there or above it; None if nothing."""
+        places = (self.folder, *self.folder.parents)
+        found = next(place for place in places if os.path.lexists(place))
+        if found.is_dir():
+            return None
+        return Finding(str(self.folder), Severity.REFUSED, f"{found} is not a directory", _NOT_A_FOLDER_REMEDY)
 
     def close(self) -> None:
         """Let go of the claim, and want it no more; never waits for a filesystem that does not answer."""
@@ -281,12 +288,6 @@ def make_folder(folder: Path) -> None:
 def nearest_existing(path: Path) -> Path:
     """Give `path`, or the nearest of its parents that is there."""
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
-
-
-def not_a_folder(path: Path) -> Path | None:
-    """Give what keeps `path` from being a folder, a file or a broken link there or above it; None if nothing does."""
-    found = next(candidate for candidate in (path, *path.parents) if os.path.lexists(candidate))
-    return None if found.is_dir() else found
 
 
 def is_inside(path: Path, folder: Path) -> bool:

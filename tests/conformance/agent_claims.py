@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from tests.conformance.agent_rigs import AgentRig, LocalAgentRig, run
+from tests.conformance.agent_rigs import AgentRig, LocalAgentRig
+from tests.fixtures.volumes import run
 from trigger.errors import AgentError
 from trigger.model import EPOCH, Volume, point_id
 

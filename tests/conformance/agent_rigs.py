@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Protocol
 
 from connectors.hosts.local import LocalAgent
 from connectors.memory import MemoryAgent, World
-from tests.fixtures.volumes import FailingVolume
+from tests.fixtures.volumes import FailingVolume, run
 from trigger.model import Volume
 from trigger.ports import Agent
 
@@ -104,7 +103,3 @@ class LocalAgentRig:
 
     def break_writes(self) -> None:
         self.disk.overflow()
-
-
-def run(*command: str | Path) -> None:
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=60)

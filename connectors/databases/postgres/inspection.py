@@ -13,6 +13,7 @@ from typing import NamedTuple
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from connectors.databases.postgres.isolation import is_segment
 from connectors.databases.postgres.programs import Programs, last_lines, run
 from connectors.databases.postgres.segments import SegmentFolder
 from connectors.databases.postgres.wal import SegmentName
@@ -25,7 +26,6 @@ from trigger.position import Lsn
 Result = tuple[str, bool, str]
 
 _LOOK_BACK = 5
-_NAME_LENGTH = 24
 _DEEP_SECONDS = 4 * 3600.0
 
 
@@ -150,7 +150,7 @@ class _Staged(NamedTuple):
     @classmethod
     def of(cls, subject: Subject) -> _Staged:
         timeline = subject.target.history.timeline
-        sizes = [entry.stat().st_size for entry in subject.log_folder.iterdir() if len(entry.name) == _NAME_LENGTH]
+        sizes = [entry.stat().st_size for entry in subject.log_folder.iterdir() if is_segment(entry.name)]
         if not sizes:
             return cls(timeline, 1, frozenset())
         names = SegmentFolder(subject.log_folder, sizes[0]).names()
