@@ -146,8 +146,9 @@ class Shelf:
             StorageError: the folder was there before and is gone; points would seem lost, and new ones would be
                 made on whatever filesystem lies beneath.
         """
+        was_there = self._was_there  # asked first: somebody may make the folder between two looks
         if not self.folder.exists():
-            if self._was_there:
+            if was_there:
                 raise StorageError(f"{self.folder} is gone", hint="mount its filesystem again")
             return []
         self._was_there = True
