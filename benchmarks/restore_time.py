@@ -9,7 +9,8 @@ archives its log and has a full backup taken right after the service's first poi
 - pgBackRest: `restore --type=lsn` of the same commit record into an empty folder, then the server started and waited
   for until it is promoted and answers.
 
-Both clones are dropped before the next. Given are medians in seconds, how ours divides into steps, and the ratio
+Both clones are dropped before the next, and all filesystems synced, so that neither meets what the removal of the
+other's gigabytes left to write. Given are medians in seconds, how ours divides into steps, and the ratio
 pgBackRest : ours. Needs root and pgBackRest (`apt-get install pgbackrest`).
 
     python -m benchmarks.restore_time --sizes 0.1 1 10 --restores 5 --json FILE
@@ -83,6 +84,7 @@ class PgBackRest:
         for part in (clone.sockets, folder):
             part.mkdir(mode=0o700)
             os.chown(part, *server_owner())
+        os.sync()
         began = time.monotonic()
         try:
             self.run(
@@ -135,6 +137,7 @@ def prepared(gigabytes: float, seconds: int) -> Iterator[tuple[Deployment, PgBac
 
 def ours(deployed: Deployment, commit: CommitRecord) -> dict[str, float]:
     """Give the seconds of one restore by us, whole and by step; the clone is dropped afterwards."""
+    os.sync()
     began = time.monotonic()
     report: dict[str, Any] = deployed.ask("restore", "--to-xid", str(commit.xid))
     took = time.monotonic() - began

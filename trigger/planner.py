@@ -143,6 +143,31 @@ class Stretch(NamedTuple):
     end: Lsn
 
 
+class HeldLog:
+    """The log of one history and of its past, as far as the journal holds it.
+
+    Args:
+        extents: what the journal holds.
+        lineage: the past of the history.
+        segment_bytes: the size of one file of the log.
+    """
+
+    def __init__(self, extents: Sequence[Extent], lineage: Lineage, segment_bytes: int = WAL_SEGMENT_BYTES) -> None:
+        self._lineage = lineage
+        self._held = _held(extents, lineage, segment_bytes)
+        self._segment_bytes = segment_bytes
+
+    def leads(self, base: RecoveryPoint, point: RecoveryPoint) -> bool:
+        """Whether a replay from `base` comes past all that `point` holds, so that it brings back all that `point` can.
+
+        `point` lies in the history of this log. Log behind all that the journal holds counts as still to come.
+        """
+        begin, end = _file_start(_log_from(base).at, self._segment_bytes), _held_at_most(point)
+        within = _held_at_most(base) < end or (_held_at_most(base) == end and (_is_exact(base) or not _is_exact(point)))
+        past = within and _inside(base, self._lineage)
+        return past and _first_hole(self._held, Stretch(begin, min(Lsn(end + 1), _last_held(self._held)))) is None
+
+
 def _as_it_is(base: RecoveryPoint, target: Target, rate: float, passed: Sequence[PassedOver]) -> Plan:
     end = base.ceiling or base.floor
     begin = base.redo or base.floor
@@ -214,15 +239,20 @@ def _end(target: Target, held: Sequence[Stretch], begin: Lsn) -> Lsn:
 
 
 def _ends_at(base: RecoveryPoint, target: Target) -> bool:
-    """Whether the snapshot holds exactly the target: floor, ceiling and the end of the state are one place.
-
-    Only an atomic snapshot can: the log of a bracketed copy ends behind the record that closes the bracket.
-    """
-    if base.state is not State.SEALED or base.bracket or base.ceiling != base.floor or target.kind in _OPEN:
+    """Whether the snapshot holds exactly the target: floor, ceiling and the end of the state are one place."""
+    if base.state is not State.SEALED or not _is_exact(base) or target.kind in _OPEN:
         return False
     if not target.inclusive:
         return base.floor.at == target.at
     return target.commit is not None and base.floor.at == target.commit.end
+
+
+def _is_exact(base: RecoveryPoint) -> bool:
+    """Whether it is known to the byte what the snapshot holds, so that it needs no replay to be a state of its own.
+
+    Only an atomic one can be: the log of a bracketed copy ends behind the record that closes the bracket.
+    """
+    return base.bracket is None and base.ceiling == base.floor
 
 
 def _unfit(base: RecoveryPoint, target: Target, lineage: Lineage) -> str:

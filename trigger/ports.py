@@ -278,6 +278,15 @@ class Space:
     snapshots: int
     budget: int
     """How many snapshots the storage bears."""
+    needed_bytes: int = 0
+    """What a snapshot that found no room wants at the least besides `wanted_free_bytes`; 0 once another is begun."""
+    freeing: bool = False
+    """Whether what was deleted still gives room back."""
+
+    @property
+    def short(self) -> bool:
+        """Whether no further snapshot will find room, as far as is known, unless others are deleted."""
+        return self.free_bytes < self.wanted_free_bytes + self.needed_bytes and not self.freeing
 
 
 class Storage(Protocol):

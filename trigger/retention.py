@@ -1,19 +1,22 @@
 """Which snapshots may go: pure; what goes is decided here, done in `expire`.
 
-Removing the snapshot of a point loses no commit as long as an earlier base stands and the journal holds the log
-between: the commits are then replayed from further back. So thinning trades snapshots for replay time: within the
-restore objective while that will do, and beyond it where the storage bears no more, since a storage that is full would
-protect nothing any more. It never gives up the oldest base (the beginning of what can be restored) or the newest.
+Removing the snapshot of a point loses no commit where an earlier base stands and the journal holds the log between:
+the commits are then replayed from further back. Where it does not, the snapshot stays, whatever else goes. So thinning
+trades snapshots for replay time: within the restore objective while that will do, and beyond it where the storage bears
+no more, since a storage that is full would protect nothing any more. It never gives up the oldest base (the beginning
+of what can be restored) or the newest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 
 from trigger.model import RecoveryPoint
-from trigger.position import History, Lineage, Position
+from trigger.position import Position
 
+Leads = Callable[[RecoveryPoint, RecoveryPoint], bool]
+"""Whether a replay from the first point brings back all that the second can; see `planner.HeldLog`."""
 Cost = Callable[[Sequence[RecoveryPoint], int], float | None]
 
 
@@ -22,8 +25,8 @@ def thin(
     wanted: int,
     most: int,
     replay_limit_bytes: int,
+    leads: Leads,
     pinned: Collection[str] = (),
-    lineages: Mapping[History, Lineage] | None = None,
 ) -> list[RecoveryPoint]:
     """Give the points whose snapshots should go.
 
@@ -33,22 +36,22 @@ def thin(
         most: how many may stay in any case; beyond the objective the older ones make room, the older the more.
         replay_limit_bytes: the longest replay between the redo position of a base and the ceiling of the next one
             that is still within the restore objective.
+        leads: whether the log between two points is there, and the first in the past of the second.
         pinned: ids of points that must stay (clones hang on them, somebody is verifying them).
-        lineages: the past of each history, where it is known; another counts as having none.
 
     Returns:
         Oldest first; fewer than asked for where nothing more can go. Within the objective a point goes only if both its
-        neighbours stay in its own history, so that the log between them is one replay; beyond it if one stays in its
-        past, from which everything can be replayed that is replayed from it.
+        neighbours stay in its own history, so that the log between them is one replay; beyond it if one stays that
+        leads to it.
     """
-    pasts = lineages or {}
 
     def within(kept: Sequence[RecoveryPoint], index: int) -> float | None:
-        replay = _replay_without(*kept[index - 1 : index + 2])
-        return None if replay is None or replay > replay_limit_bytes else replay
+        before, point, after = kept[index - 1 : index + 2]
+        replay = _replay_without(before, point, after)
+        return None if replay is None or replay > replay_limit_bytes or not leads(before, point) else replay
 
     def for_its_age(kept: Sequence[RecoveryPoint], index: int) -> float | None:
-        return _replay_for_its_age(kept, index, pasts)
+        return _replay_for_its_age(kept, index, leads)
 
     kept = list(points)
     goes = _let_go(kept, wanted, pinned, within) + _let_go(kept, most, pinned, for_its_age)
@@ -80,22 +83,14 @@ def _let_go(kept: list[RecoveryPoint], most: int, pinned: Collection[str], cost:
     return goes
 
 
-def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int, pasts: Mapping[History, Lineage]) -> float | None:
+def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int, leads: Leads) -> float | None:
     """Give the replay that is left by the going of a point, as a share of all the log that was written since."""
     point, now = kept[index], kept[-1].ceiling
-    before = next((one for one in reversed(kept[:index]) if _is_past(one, point, pasts)), None)
-    after = next((one for one in kept[index + 1 :] if _is_past(point, one, pasts)), point)
+    before = next((one for one in reversed(kept[:index]) if leads(one, point)), None)
+    after = next((one for one in kept[index + 1 :] if leads(point, one)), point)
     if before is None or before.redo is None or now is None or after.ceiling is None or point.ceiling is None:
         return None
     return max(after.ceiling.at - before.redo.at, 0) / max(now.at - point.ceiling.at, 1)
-
-
-def _is_past(one: RecoveryPoint, other: RecoveryPoint, pasts: Mapping[History, Lineage]) -> bool:
-    """Whether everything that `one` holds lies in the past of what `other` holds."""
-    history = other.floor.history
-    lineage = pasts.get(history) or Lineage(history)
-    places = [one.floor, one.ceiling or one.floor]
-    return all(lineage.includes(place) and place.at <= (other.ceiling or other.floor).at for place in places)
 
 
 def _replay_without(before: RecoveryPoint, point: RecoveryPoint, after: RecoveryPoint) -> int | None:

@@ -19,7 +19,7 @@ from trigger.agenda import Agenda
 from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
 from trigger.errors import DatabaseError, JournalError, PreflightError, TrigpointError
-from trigger.expire import GivenUp, give_up_before, make_room, release_log
+from trigger.expire import GivenUp, KnownLog, give_up_before, make_room, release_log
 from trigger.model import Cause, Finding, RecoveryPoint, Severity
 from trigger.options import Options
 from trigger.pipeline import Protected, protect, take
@@ -58,6 +58,7 @@ class Service:
     cluster: Protected
     window: Window
     agenda: Agenda
+    known_log: KnownLog
     started_at: datetime
     last_audit: Sequence[Finding] = ()
     upkeep: dict[str, str] = field(default_factory=dict)
@@ -237,7 +238,8 @@ async def begin(parts: Parts) -> Service:
     settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
     window = Window(parts.sources, settled, Rules(options.rules).judge)
     agenda = Agenda(options.points, await _base(parts), open_gap=bool(await parts.catalog.gaps(open_only=True)))
-    return Service(parts, cluster, window, agenda, clock.now())
+    known_log = KnownLog(parts.journal, parts.site.segment_bytes)
+    return Service(parts, cluster, window, agenda, known_log, clock.now())
 
 
 async def _base(parts: Parts) -> RecoveryPoint | None:
@@ -385,7 +387,7 @@ async def watch_checkpoints(service: Service) -> None:
 async def keep_room(service: Service) -> None:
     """Thin snapshots before the storage's budget is used up, and let go of log that no kept point needs."""
     parts, agenda = service.parts, service.agenda
-    gone = await make_room(parts.catalog, parts.storage, parts.journal, agenda.replay_limit_bytes)
+    gone = await make_room(parts.catalog, parts.storage, service.known_log, agenda.replay_limit_bytes)
     if gone:
         log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
         await release_log(parts.catalog, parts.journal)

@@ -15,7 +15,7 @@ from trigger.model import (
 )
 from trigger.position import History, Lineage, Lsn
 
-SEGMENT_BYTES = 1 << 16
+SEGMENT_BYTES = 1 << 12
 FIRST_LSN = Lsn(1 << 24)
 _COMMIT_BYTES = 48
 

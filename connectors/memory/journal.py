@@ -18,6 +18,8 @@ from trigger.model import (
 from trigger.ports import Extent, Progress
 from trigger.position import History, Lineage, Lsn, Position
 
+_ENDLESS = Lsn((1 << 64) - 1)
+
 
 class MemoryJournal:
     """Port `Journal`: keeps the cluster's flushed log, resuming where it stopped."""
@@ -39,12 +41,10 @@ class MemoryJournal:
         begin = FIRST_LSN
         for timeline, end in (*lineage.forks, (lineage.history.timeline, cluster.flushed)):
             extents = held.setdefault(timeline, [])
-            resume = extents[-1][1] if extents else begin
-            if end > resume:
-                if extents:
-                    extents[-1] = extents[-1][0], end
-                else:
-                    extents.append((resume, end))
+            if not extents and end > begin:
+                extents.append((_file_start(begin), end))  # a timeline's first file begins with a copy of its parent's
+            elif extents and end > extents[-1][1]:
+                extents[-1] = extents[-1][0], end
             begin = end
 
     async def extents(self) -> list[Extent]:
@@ -79,16 +79,15 @@ class MemoryJournal:
         lineage = await self.lineage(target.history)
         staged: list[Extent] = []
         reached = start.at
-        for timeline, left_at in (*lineage.forks, (lineage.history.timeline, None)):
-            if timeline < start.history.timeline or (left_at is not None and left_at <= reached):
+        timelines = [*lineage.forks, (lineage.history.timeline, _ENDLESS)]
+        for (timeline, left_at), (child, _) in itertools.zip_longest(timelines, timelines[1:], fillvalue=(0, _ENDLESS)):
+            if timeline < start.history.timeline or left_at <= reached:
                 continue
-            history = History(lineage.history.system, timeline)
-            pieces = self._world.journal.get(timeline, [])
-            end = next((high for low, high in pieces if low <= reached < high), reached)
-            end = end if left_at is None else min(end, left_at)
-            staged.append(Extent(history, reached, end))
-            reached = end
-            if left_at is not None and end < left_at:
+            begin, pieces = reached, self._world.journal.get(timeline, []) + self._world.journal.get(child, [])
+            while end := next((high for low, high in pieces if low <= reached < min(high, left_at)), None):
+                reached = min(end, left_at)
+            staged.append(Extent(History(lineage.history.system, timeline), begin, reached))
+            if reached < left_at:
                 break
         needed = start.at if target.kind is StopKind.END else target.at
         if reached < needed or (reached == needed and target.kind is StopKind.LSN and target.inclusive):
@@ -106,3 +105,7 @@ class MemoryJournal:
             released += sum(max(0, (min(end, limit) - start) // SEGMENT_BYTES) for start, end in pieces)
             self._world.journal[timeline] = [(max(start, limit), end) for start, end in pieces if end > limit]
         return released
+
+
+def _file_start(at: Lsn) -> Lsn:
+    return Lsn(at - at % SEGMENT_BYTES)

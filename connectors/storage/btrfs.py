@@ -129,19 +129,19 @@ class BtrfsStorage:
         folder = self._shelf.point_folder(point)
         if folder.exists():
             return self._shelf.made_before(volumes, point, _look)
-        self._shelf.require_room()
-        for volume in volumes:
-            _require_whole_subvolume(Path(volume.path))
-        make_folder(folder)
-        try:
-            now = datetime.now(UTC)
-            planned = [Snapshot(each.name, self.name, str(folder / each.name), now, now) for each in volumes]
-            self._shelf.write_ahead(point, Sidecar(tag, tuple(planned)))  # the cut commits its name
-            return tuple(_cut(Path(each.path), kept) for each, kept in zip(volumes, planned, strict=True))
-        except BaseException:
-            with contextlib.suppress(OSError):  # what is left is unfinished, and is shown as that
-                self._delete(point)
-            raise
+        with self._shelf.making():
+            for volume in volumes:
+                _require_whole_subvolume(Path(volume.path))
+            make_folder(folder)
+            try:
+                now = datetime.now(UTC)
+                planned = [Snapshot(each.name, self.name, str(folder / each.name), now, now) for each in volumes]
+                self._shelf.write_ahead(point, Sidecar(tag, tuple(planned)))  # the cut commits its name
+                return tuple(_cut(Path(each.path), kept) for each, kept in zip(volumes, planned, strict=True))
+            except BaseException:
+                with contextlib.suppress(OSError):  # what is left is unfinished, and is shown as that
+                    self._delete(point)
+                raise
 
     async def retag(self, point: str, tag: str) -> None:
         """Replace the tag of a point."""
@@ -200,7 +200,12 @@ class BtrfsStorage:
     async def space(self) -> Space:
         """Give the room that is left."""
         with as_storage_error(f"room of {self._shelf.folder}"):
-            return await self._threads.run(self._shelf.space)
+            return await self._threads.run(self._space)
+
+    def _space(self) -> Space:
+        space = self._shelf.space()
+        freeing = space.short and libbtrfsutil.is_cleaning(nearest_existing(self._shelf.folder))
+        return replace(space, freeing=freeing)
 
     async def close(self) -> None:
         """Let go of the claim."""

@@ -125,18 +125,18 @@ class DirectoryStorage:
             if is_inside(self._shelf.folder, Path(volume.path)) and not self._leaves_out_itself(volume):
                 message = f"the folder for snapshots, {self._shelf.folder}, lies inside {volume.path}"
                 raise StorageError(message, hint="choose a folder outside every volume", retryable=False)
-        self._shelf.require_room()
-        earlier = self._newest_whole()
-        make_folder(folder)
-        try:
-            with _flushed(folder):
-                made = tuple(self._copy(volume, folder, earlier, stop) for volume in volumes)
-            self._shelf.write(point, Sidecar(tag, made))  # the last thing: from here on the point is whole
-            return made
-        except BaseException:
-            with contextlib.suppress(OSError):  # what is left is unfinished, and is shown as that
-                remove_tree(folder)
-            raise
+        with self._shelf.making():
+            earlier = self._newest_whole()
+            make_folder(folder)
+            try:
+                with _flushed(folder):
+                    made = tuple(self._copy(volume, folder, earlier, stop) for volume in volumes)
+                self._shelf.write(point, Sidecar(tag, made))  # the last thing: from here on the point is whole
+                return made
+            except BaseException:
+                with contextlib.suppress(OSError):  # what is left is unfinished, and is shown as that
+                    remove_tree(folder)
+                raise
 
     def _newest_whole(self) -> Path | None:
         """Give the folder of the newest whole point, whose copies may be shared."""

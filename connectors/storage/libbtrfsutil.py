@@ -9,9 +9,10 @@ part of every distribution (Debian: libbtrfsutil1). Numbers and structures are t
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_long, c_uint8, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_long, c_size_t, c_uint8, c_uint64, c_void_p
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -82,6 +83,7 @@ def _library() -> ctypes.CDLL:
     library.btrfs_util_destroy_subvolume_iterator.argtypes = [c_void_p]
     library.btrfs_util_destroy_subvolume_iterator.restype = None
     library.btrfs_util_subvolume_iterator_next.argtypes = [c_void_p, POINTER(c_void_p), POINTER(c_uint64)]
+    library.btrfs_util_deleted_subvolumes.argtypes = [c_char_p, POINTER(c_void_p), POINTER(c_size_t)]
     return library
 
 
@@ -158,6 +160,20 @@ def nested(path: Path) -> list[str]:
             _free(text)
     finally:
         library.btrfs_util_destroy_subvolume_iterator(iterator)
+
+
+def is_cleaning(path: Path) -> bool:
+    """Whether deleted subvolumes of the filesystem that holds `path` still give room back; False where only root knows.
+
+    The kernel cleans them up in the background, after the commit that deleted them.
+    """
+    identifiers, count = c_void_p(), c_size_t()
+    result = _library().btrfs_util_deleted_subvolumes(os.fsencode(path), byref(identifiers), byref(count))
+    if result != _OK and ctypes.get_errno() == errno.EPERM:
+        return False
+    _require_ok(result, path)
+    _free(identifiers)
+    return count.value > 0
 
 
 def _free(pointer: c_void_p) -> None:

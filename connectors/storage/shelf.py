@@ -53,6 +53,7 @@ class Shelf:
         self.folder = folder
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
+        self._needed_bytes = 0
         self._was_there = False
         self._claim_wanted = False
         self._claim: int | None = None
@@ -60,7 +61,7 @@ class Shelf:
         self._swapping = threading.Lock()  # held for an instant
 
     def claim(self) -> None:
-        """Hold the folder for this shelf from now on, or else from the next point on (`require_room`).
+        """Hold the folder for this shelf from now on, or else from the next point on (`making`).
 
         It is put off where there is no folder, or nothing in it that was ever ours: its filesystem may not be mounted,
         and the claim would be left beneath. So it is where the filesystem is read-only, since nobody makes or removes
@@ -235,25 +236,42 @@ class Shelf:
 
     def space(self) -> Space:
         """Give the room that is left on the filesystem of the folder."""
+        free, total = self._room()
+        return Space(free, total, self._wanted_free_bytes, len(self.points()), self._budget, self._needed_bytes)
+
+    def _room(self) -> tuple[int, int]:
+        """Give the bytes that are free, and all there are."""
         room = os.statvfs(nearest_existing(self.folder))
-        free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
-        return Space(free, total, self._wanted_free_bytes, len(self.points()), self._budget)
+        return room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
 
     def require_free(self, more_bytes: int = 0) -> None:
         """Raise `StorageError` where `more_bytes` would leave less free than is wanted."""
-        room = os.statvfs(nearest_existing(self.folder))
-        free = room.f_bavail * room.f_frsize
+        free, _ = self._room()
         if free - more_bytes < self._wanted_free_bytes:
             message = f"{self.folder}: {free} bytes are free, {self._wanted_free_bytes + more_bytes} are wanted"
             hint = "delete points, make the filesystem larger, or lower storage.keep_free"
-            raise StorageError(message, hint=hint)
+            raise _NoRoomError(message, hint=hint)
 
-    def require_room(self) -> None:
-        """Make sure that one more point may be made; a claim that was put off is taken here.
+    @contextlib.contextmanager
+    def making(self) -> Iterator[None]:
+        """Let one more point be made inside the block; a claim that was put off is taken before.
+
+        Where it finds no room, `space` wants more than there was: once what it made is removed, that looks like enough.
 
         Raises:
             StorageError: it would be too much, or another holds the folder.
         """
+        free, _ = self._room()
+        self._needed_bytes = 0
+        self._require_room()
+        try:
+            yield
+        except (OSError, _NoRoomError) as error:
+            if isinstance(error, _NoRoomError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._needed_bytes = max(free - self._wanted_free_bytes, 0) + 1
+            raise
+
+    def _require_room(self) -> None:
         self.require_free()
         kept = len(self.points())
         if kept >= self._budget:
@@ -263,6 +281,10 @@ class Shelf:
             self._require_folder_possible()
             make_folder(self.folder)
             self._take_claim()
+
+
+class _NoRoomError(StorageError):
+    """There is less free than is wanted."""
 
 
 def _is_ours(name: str) -> bool:

@@ -151,7 +151,7 @@ class ForgetsTheSecondVolume(DirectoryStorage):
 class TakesNoNoticeOfRoom(DirectoryStorage):
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, **options)
-        self._shelf.require_room = lambda: None  # type: ignore[method-assign]
+        self._shelf._require_room = lambda: None  # type: ignore[method-assign]
         self._shelf.require_free = lambda more_bytes=0: None  # type: ignore[method-assign]
 
 

@@ -143,6 +143,30 @@ def test_no_snapshot_is_made_on_a_filesystem_that_is_nearly_full(tmp_path: Path)
             asyncio.run(storage.snapshot([volume], POINTS[1], "tag"))
         assert "bytes are free" in refused(storage, volume).message
         assert [found.point for found in asyncio.run(storage.tagged())] == [POINTS[0]]
+        assert asyncio.run(storage.space()).short
+
+
+def test_while_what_was_deleted_still_gives_room_back_a_storage_is_not_called_short(tmp_path: Path) -> None:
+    with loop_volume("btrfs", 256) as mount:
+        make_subvolume(mount / "data")
+        volume = Volume("data", str(mount / "data"))
+        (mount / "data" / "large").write_bytes(b"x" * (100 << 20))
+        storage = BtrfsStorage(mount / "storage", volumes=[volume], wanted_free_bytes=0)
+        asyncio.run(storage.snapshot([volume], POINTS[0], "tag"))
+        free = asyncio.run(storage.space()).free_bytes
+        (mount / "data" / "large").unlink()
+        os.sync()
+        storage = BtrfsStorage(mount / "storage", volumes=[volume], wanted_free_bytes=free + (50 << 20))
+        assert asyncio.run(storage.space()).short
+        asyncio.run(storage.delete(POINTS[0]))
+        given = asyncio.run(storage.space())
+        assert not given.short
+        assert given.freeing or given.free_bytes > given.wanted_free_bytes
+        subprocess.run(["btrfs", "subvolume", "sync", str(mount)], check=True, timeout=60)
+        os.sync()
+        left = asyncio.run(storage.space())
+        assert not left.freeing
+        assert left.free_bytes > left.wanted_free_bytes
 
 
 KILLED = """

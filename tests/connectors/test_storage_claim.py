@@ -68,7 +68,8 @@ def test_what_is_mounted_after_the_claim_is_held_there_and_nothing_lies_beneath(
     shelf = shelf_in(tmp_path / "mount" / "storage")
     shelf.claim()
     (tmp_path / "mount" / "storage").mkdir(parents=True)  # as by a mount
-    shelf.require_room()
+    with shelf.making():
+        pass
     assert lock(tmp_path / "mount" / "storage" / "lock") is None
     shelf.close()
 
@@ -78,7 +79,8 @@ def test_nothing_is_left_in_an_empty_folder_where_a_filesystem_may_be_mounted_la
     shelf = shelf_in(tmp_path / "storage")
     shelf.claim()
     assert list((tmp_path / "storage").iterdir()) == []
-    shelf.require_room()
+    with shelf.making():
+        pass
     assert lock(tmp_path / "storage" / "lock") is None
     shelf.close()
 
@@ -94,8 +96,8 @@ def test_points_that_nobody_held_are_claimed_at_once(tmp_path: Path) -> None:
 def test_no_folder_is_made_for_a_claim_where_there_is_no_room_for_a_point(tmp_path: Path) -> None:
     shelf = shelf_in(tmp_path / "storage", budget=0)
     shelf.claim()
-    with pytest.raises(StorageError, match="the budget is 0"):
-        shelf.require_room()
+    with pytest.raises(StorageError, match="the budget is 0"), shelf.making():
+        pass
     assert not (tmp_path / "storage").exists()
 
 
@@ -106,8 +108,8 @@ def test_a_storage_that_was_there_and_is_gone_is_not_made_anew_for_its_claim(tmp
     folder.mkdir()
     assert shelf.points() == []
     folder.rmdir()
-    with pytest.raises(StorageError, match="is gone"):
-        shelf.require_room()
+    with pytest.raises(StorageError, match="is gone"), shelf.making():
+        pass
     assert not folder.exists()
 
 
@@ -117,8 +119,8 @@ def test_without_a_claim_none_is_taken_and_after_the_end_none_is_left(tmp_path: 
     ended.claim()
     ended.close()
     for shelf in (unclaimed, ended):
-        shelf.require_room()
-        assert not folder.exists()
+        with shelf.making():
+            assert not folder.exists()
 
 
 def test_the_end_does_not_wait_for_a_claim_that_hangs_and_no_such_claim_is_held_later(tmp_path: Path) -> None:

@@ -260,6 +260,12 @@ def test_nothing_is_copied_that_would_leave_too_little_free(tmp_path: Path) -> N
             house.cut(0)
         assert raised.value.retryable
         assert not (mount / "storage" / tag_name(POINTS[0])).exists()
+        space = asyncio.run(house.storage.space())
+        assert space.needed_bytes > 20 << 20
+        assert space.short, "what was copied is removed again, so that it looks as if there were room"
+        (house.source / "large").write_bytes(b"x" * (10 << 20))
+        house.cut(0)
+        assert not asyncio.run(house.storage.space()).short
 
 
 @pytest.mark.volume
@@ -273,6 +279,7 @@ def test_a_full_disk_is_an_error_and_never_a_point(kind: str, tmp_path: Path) ->
         with pytest.raises(StorageError), patch("connectors.storage.shelf.Shelf.require_free"):
             house.cut(0)
         assert [found for found in asyncio.run(house.storage.tagged()) if found.complete] == []
+        assert asyncio.run(house.storage.space()).short, "there is room again, but not enough"
         (house.source / "large").unlink()
         (house.source / "small").write_text("content")
         asyncio.run(house.storage.delete(POINTS[0]))

@@ -18,7 +18,8 @@ from trigger import planner, reconcile, tag
 from trigger.catalog import Catalog, Found
 from trigger.errors import JournalError, RestoreError
 from trigger.model import Changes, Commit, CommitRecord, Gap, Outcome, RecoveryPoint, State, StopKind, Target, Volume
-from trigger.position import Lineage, Position
+from trigger.ports import Extent
+from trigger.position import Lineage, Lsn, Position
 
 if TYPE_CHECKING:
     from tests.simulation.run import Simulation
@@ -284,14 +285,19 @@ def _target(simulation: Simulation, draw: random.Random, commit: Commit) -> tupl
     inclusive = draw.random() < 0.7
     later = [t for t in simulation.cluster.logs if simulation.cluster.lineage(t).includes(commit.position)]
     timeline = draw.choice(sorted(later))
+    limit = commit.end if inclusive else commit.start
+    held = [other.xid for other in simulation.truth(timeline) if other.end <= limit]
+    return _target_of(simulation, commit, inclusive, timeline), held
+
+
+def _target_of(simulation: Simulation, commit: Commit, inclusive: bool, timeline: int) -> Target:
+    """Give the state right after a commit, or right before it, on a timeline."""
     history = simulation.cluster.lineage(timeline).history
     record = CommitRecord(
         commit.stream, commit.xid, commit.start, commit.end, commit.time_us, commit.markers, Outcome.COALESCED
     )
     words = f"{'commit' if inclusive else 'before transaction'} {commit.xid} ({commit.start}) on timeline {timeline}"
-    target = Target(history, StopKind.LSN, commit.start, inclusive, words, commit=record if inclusive else None)
-    limit = commit.end if inclusive else commit.start
-    return target, [other.xid for other in simulation.truth(timeline) if other.end <= limit]
+    return Target(history, StopKind.LSN, commit.start, inclusive, words, commit=record if inclusive else None)
 
 
 def _compare(target: Target, base: RecoveryPoint, got: Sequence[int], wanted: Sequence[int]) -> None:
@@ -301,6 +307,47 @@ def _compare(target: Target, base: RecoveryPoint, got: Sequence[int], wanted: Se
         list(got) == list(wanted),
         f"P2: {target.description} from point {base.number}: {more} too many, {fewer} too few",
     )
+
+
+def check_thinning(
+    simulation: Simulation, before: Sequence[RecoveryPoint], left: Sequence[RecoveryPoint], extents: Sequence[Extent]
+) -> None:
+    """What thinning took away is not missed: what could be restored with it can be restored from what is left.
+
+    By the log that the journal held, and that it has not come to yet.
+    """
+    kept = {point.id for point in left}
+    for timeline, log in simulation.cluster.logs.items():
+        history = simulation.cluster.lineage(timeline).history
+        held = max((extent.end for extent in extents if extent.history == history), default=Lsn(0))
+        if log and log[-1].end > held:
+            extents = [*extents, Extent(history, held, log[-1].end)]
+    for gone in (point for point in before if point.id not in kept):
+        for commit in _around(simulation, gone):
+            for inclusive in (True, False):
+                target = _target_of(simulation, commit, inclusive, commit.history.timeline)
+                if _is_planned(simulation, target, before, extents):
+                    still = _is_planned(simulation, target, left, extents)
+                    require(still, f"P2: {target.description} was lost when point {gone.number} was thinned")
+
+
+def _around(simulation: Simulation, point: RecoveryPoint) -> list[Commit]:
+    """Give the last commit that a point holds, and the first that it does not."""
+    assert point.ceiling is not None
+    log = simulation.truth(point.ceiling.history.timeline)
+    held = [commit for commit in log if is_past(simulation, commit, point.ceiling)]
+    return [*held[-1:], *log[len(held) :][:1]]
+
+
+def _is_planned(
+    simulation: Simulation, target: Target, points: Sequence[RecoveryPoint], extents: Sequence[Extent]
+) -> bool:
+    lineage = simulation.cluster.lineage(target.history.timeline)
+    try:
+        planner.plan(target, points, extents, lineage, 1e6, segment_bytes=SEGMENT_BYTES)
+    except RestoreError:
+        return False
+    return True
 
 
 async def _restore(

@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import Engine
 
 from connectors.memory import (
+    SEGMENT_BYTES,
     MemoryAgent,
     MemoryClock,
     MemoryDatabase,
@@ -32,7 +33,7 @@ from trigger.catalog import Catalog
 from trigger.errors import TrigpointError
 from trigger.model import Commit, RecoveryPoint, Volume
 from trigger.pipeline import Protected
-from trigger.ports import Break
+from trigger.ports import Break, Extent
 from trigger.position import Position
 from trigger.qualify import Rules
 from trigger.window import Window
@@ -62,8 +63,11 @@ class Life:
     """Called when one pass has been made at the start, with what is stuck in the storage."""
     begins: Callable[[str], None]
     """Told that a stream was opened for the first time."""
+    thinned: Callable[[Sequence[RecoveryPoint], Sequence[RecoveryPoint], Sequence[Extent]], None]
+    """Told which bases stood before a pass of thinning and which stand after it, and what the journal held."""
     window: Window | None = None
     agenda: Agenda | None = None
+    cluster: Protected | None = None
     delivered: list[Commit] = field(default_factory=list)
     """What has come into its window."""
     answers: list[asyncio.Future[RecoveryPoint]] = field(default_factory=list)
@@ -111,6 +115,16 @@ class Life:
             self.answers.append(self.agenda.ask("asked for"))
             self.window.wake()
 
+    def give_up_the_past(self) -> None:
+        """Give up all but the newest base, as `trigpoint expire` does."""
+        self._start(self._give_up_the_past)
+
+    async def _give_up_the_past(self) -> None:
+        assert self.cluster is not None
+        catalog, storage = self.cluster.catalog, self.cluster.storage
+        if newest := await catalog.latest():
+            await expire.give_up_before(newest, catalog, storage, MemoryJournal(self.world))
+
     def _end(self, how: str) -> None:
         if not self.ended:
             self.ended = how
@@ -133,7 +147,7 @@ class Life:
 
     async def _body(self) -> None:
         """Begin as the service begins, then work until the main path ends."""
-        cluster = await self._parts()
+        cluster = self.cluster = await self._parts()
         cluster.leftovers[:] = (await reconcile.reconcile(cluster.catalog, cluster.storage)).stuck
         await self.reconciled(cluster.leftovers)
         for agent in cluster.agents:
@@ -184,7 +198,13 @@ class Life:
     async def _keep_room(self, cluster: Protected) -> None:
         assert self.agenda is not None
         journal = MemoryJournal(self.world)
-        await expire.make_room(cluster.catalog, cluster.storage, journal, self.agenda.replay_limit_bytes)
+        before, held = await cluster.catalog.bases(), await journal.extents()
+        known = expire.KnownLog(journal, SEGMENT_BYTES)
+        gone = await expire.make_room(cluster.catalog, cluster.storage, known, self.agenda.replay_limit_bytes)
+        if gone:
+            left = [base for base in before if base.id not in {point.id for point in gone}]
+            self.thinned(before, left, [*held, *await journal.extents()])
+            self.agenda.retry()
 
     async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         while True:

@@ -28,7 +28,8 @@ from tests.simulation.story import WANTED_MARKER, WANTED_TABLE, Act, Story, Weat
 from tests.simulation.virtual import VirtualLoop
 from tests.simulation.wire import Ended, Violation, Wire
 from trigger import failpoint, schema
-from trigger.model import Changes, Commit
+from trigger.model import Changes, Commit, RecoveryPoint
+from trigger.ports import Extent
 from trigger.position import History, Lsn, Position
 
 RESTART_SECONDS = 1.0
@@ -130,11 +131,17 @@ class Simulation:
         wire.catalog_full = self.catalog_full
         wire.before["source.acknowledge"] = self._check_acknowledge
         draw = random.Random(self.draw.getrandbits(64))
-        return Life(self.world, self.engine, self.story, wire, draw, self._reconciled, self._begins)
+        return Life(self.world, self.engine, self.story, wire, draw, self._reconciled, self._begins, self._thinned)
 
     async def _reconciled(self, stuck: Sequence[str]) -> None:
         """One pass at the start leaves nothing behind."""
         await checks.judge_pass(self, stuck)
+
+    def _thinned(
+        self, before: Sequence[RecoveryPoint], left: Sequence[RecoveryPoint], extents: Sequence[Extent]
+    ) -> None:
+        """One pass of thinning costs no state that could be restored before it."""
+        checks.check_thinning(self, before, left, extents)
 
     def _begins(self, stream: str) -> None:
         """The service answers for a stream from where it first found it, once the catalog knows of the stream."""
@@ -155,9 +162,14 @@ class Simulation:
     async def _settled(self, lives: asyncio.Future[None]) -> None:
         """Wait until every stream is settled up to the end of its log."""
         bound = self.loop.time() + QUIET_SECONDS
+        given_up = not any(act.name == "damage_journal" for act in self.story.acts)
         while not self._is_settled():
             if self.loop.time() > bound:
                 raise Violation(f"liveness: not settled {QUIET_SECONDS:g} s after the last mishap")
+            if self.loop.time() > bound - QUIET_SECONDS / 2 and not given_up and self.life and not self.life.ended:
+                self.note("an operator gives up what lies before the damage of the journal")
+                self.life.give_up_the_past()
+                given_up = True
             await self._until(self.loop.time() + 1.0, lives)
             self._act_flush()  # the end of a burst may come in later, and a server's log writer never rests
         self.note("all is settled")

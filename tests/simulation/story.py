@@ -140,7 +140,7 @@ def tell(seed: int, *, commits: int = 22) -> Story:
             )
         ),
         volumes=draw.choice((1, 1, 2)),
-        budget=draw.choice((1000, 8, 8)),
+        budget=draw.choice((1000, 8, 6)),
         weather=Weather() if calm else _weather(draw),
         acts=tuple(sorted((act for act in acts if act.at < ends_at), key=lambda act: act.at)),
         ends_at=ends_at,
@@ -236,7 +236,7 @@ def _mishaps(draw: random.Random, streams: tuple[str, ...], ends_at: float) -> l
     acts: list[Act] = []
     for _ in range(draw.choice((0, 1, 2, 3, 5))):
         at = draw.uniform(0.1, ends_at)
-        acts += draw.choice((_slot, _outage, _failover, _failover, _storage, _elsewhere))(draw, streams, at)
+        acts += draw.choice((_slot, _outage, _failover, _failover, _storage, _journal, _elsewhere))(draw, streams, at)
     return acts
 
 
@@ -268,10 +268,14 @@ def _storage(draw: random.Random, _: tuple[str, ...], at: float) -> list[Act]:
     return [Act(at, begin), Act(at + _length(draw), end)]
 
 
+def _journal(draw: random.Random, _: tuple[str, ...], at: float) -> list[Act]:
+    return [Act(at, "damage_journal")]
+
+
 def _elsewhere(draw: random.Random, _: tuple[str, ...], at: float) -> list[Act]:
     if draw.random() < 0.3:
         return [Act(at, "skew", (draw.choice((-3600.0, -5.0, 5.0, 3600.0)),))]
-    return [Act(at, draw.choice(("cut_connections", "damage_journal", "stop", "crash", "crash")))]
+    return [Act(at, draw.choice(("cut_connections", "stop", "crash", "crash")))]
 
 
 def _length(draw: random.Random) -> float:

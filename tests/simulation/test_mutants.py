@@ -347,6 +347,22 @@ MUTANTS = (
         "thin(bases, wanted, len(bases),",
         "liveness",
     ),
+    Mutant(
+        "the thinning takes a base to which no log leads",
+        planner,
+        "HeldLog.leads",
+        "return past and _first_hole(",
+        "return past or _first_hole(",
+        "was lost when point",
+    ),
+    Mutant(
+        "the thinning takes a base of another past",
+        planner,
+        "HeldLog.leads",
+        "and _inside(base, self._lineage)",
+        "",
+        "was lost when point",
+    ),
 )
 
 

@@ -57,6 +57,12 @@ class House:
     def make_room(self, what: str) -> None:
         (self.volumes[what] / "ballast").unlink()
 
+    def leave(self, what: str, room_bytes: int) -> None:
+        """Leave so much free on a volume."""
+        self.fill(what)
+        ballast = self.volumes[what] / "ballast"
+        os.truncate(ballast, ballast.stat().st_size - room_bytes)
+
     def break_down(self, what: str) -> None:
         """Turn a volume read-only under its open files, as the kernel does after an error of the disk."""
         subprocess.run(["mount", "-o", "remount,abort", str(self.volumes[what])], check=True, timeout=30)
@@ -244,7 +250,16 @@ def test_a_catalog_that_may_not_be_written_is_refused_at_start_with_a_remedy(hou
 def test_a_storage_that_takes_nothing_fails_points_keeps_commits_and_makes_good(house: House, fault: str) -> None:
     hurt, heal = FAULTS[fault]
     hurt(house, "storage")
-    house.wait_for_trouble("No space left", "Read-only file system", "Permission denied")
+    if fault == "full":  # until its own points cannot make room any more
+
+        def nothing_more_to_thin() -> bool:
+            house.fill("storage")
+            house.commit()
+            return len(_numbers(house, "sealed")) <= 2
+
+        house.deployed.wait_for(nothing_more_to_thin, "the oldest and the newest point alone")
+        house.fill("storage")
+    house.wait_for_trouble("No space left", "are wanted", "Read-only file system", "Permission denied")
     house.commit(10)
     house.require_nothing_forgotten()
     assert house.deployed.status()["pending_commits"] >= 10
@@ -256,9 +271,32 @@ def test_a_storage_that_takes_nothing_fails_points_keeps_commits_and_makes_good(
         house.deployed.start()
     else:  # what cannot be removed keeps no service from starting
         house.deployed.start(wait=False)
-        house.wait_for_trouble("No space left", "Read-only file system")
+        house.wait_for_trouble("No space left", "are wanted", "Read-only file system")
         heal(house, "storage")
     house.require_all_well()
+
+
+def test_a_storage_that_its_own_points_fill_goes_on_with_fewer_of_them(house: House) -> None:
+    cluster = house.deployed.cluster
+    cluster.sql("CREATE TABLE large (id integer PRIMARY KEY, words text)")
+    cluster.sql("INSERT INTO large SELECT i, repeat(md5(i::text), 20) FROM generate_series(1, 20000) i")
+    house.commit()
+    house.deployed.settle()
+    house.leave("storage", 140 << 20)
+    before, gone = _newest_sealed(house), len(_numbers(house, "expired"))
+    for number in range(8):  # each copies the table anew, which is 27 MB
+        cluster.sql("UPDATE large SET words = reverse(words)")
+        cluster.sql("VACUUM large")
+        _mark(house, f"filled-{number}")
+        house.deployed.settle()
+    assert _newest_sealed(house) >= before + 8
+    assert len(_numbers(house, "expired")) > gone, "there was room for all: nothing was tried"
+    house.make_room("storage")
+    house.require_all_well()
+    house.deployed.start()
+    for number in (0, 3):  # points of which are gone
+        _assert_comes_back(house, f"filled-{number}")
+    cluster.sql("DROP TABLE large")
 
 
 # ------------------------------------------------------------------------------------------------------- journal
@@ -272,15 +310,26 @@ def test_a_journal_that_cannot_be_written_is_shown_points_go_on_and_no_log_is_lo
     house.wait_for_trouble("No space left", "Read-only file system", "Permission denied", "permission denied")
     before = _newest_sealed(house)
     marker = f"during-{fault.replace(' ', '-')}"
-    house.deployed.cluster.sql(
-        f"BEGIN; INSERT INTO truth (what) VALUES ('{marker}');"
-        f" SELECT pg_logical_emit_message(true, 'trigpoint', '{marker}'); COMMIT"
-    )
+    _mark(house, marker)
     house.deployed.wait_for(lambda: _newest_sealed(house) > before, "a point while there is no journal")
     heal(house, "journal")
     _switch_segments(house)
     house.require_all_well()
     _assert_comes_back(house, marker)
+
+
+def _mark(house: House, marker: str) -> None:
+    """Commit with a marker."""
+    house.deployed.cluster.sql(
+        f"BEGIN; INSERT INTO truth (what) VALUES ('{marker}');"
+        f" SELECT pg_logical_emit_message(true, 'trigpoint', '{marker}'); COMMIT"
+    )
+
+
+def _numbers(house: House, state: str) -> list[int]:
+    """Give the numbers of the points in a state."""
+    points = house.deployed.ask("list", "--state", state, "--limit", "1000")
+    return [point["number"] for point in points]
 
 
 def _switch_segments(house: House) -> None:

@@ -17,8 +17,9 @@ from tests.unit.test_reconcile import HISTORY, NOON, Stage, inline, record
 from trigger import failpoint, service, tag
 from trigger.catalog import Catalog
 from trigger.errors import CatalogError, StorageError
-from trigger.expire import expire, give_up_before, make_room, release_log
+from trigger.expire import KnownLog, expire, give_up_before, make_room, release_log
 from trigger.model import Cause, RecoveryPoint, State, point_id
+from trigger.ports import Extent
 from trigger.position import History, Lsn, Position
 from trigger.reconcile import reconcile
 
@@ -33,6 +34,8 @@ class Shelves(Stage):
         super().__init__(catalog, world)
         self.storage = MemoryStorage(world, budget=POINTS)
         self.journal = MemoryJournal(world)
+        self.known = KnownLog(self.journal, SEGMENT_BYTES)
+        world.journal[HISTORY.timeline] = [(Lsn(0), Lsn(1 << 40))]
 
     async def sealed_at(self, number: int, lsn: int, history: History = HISTORY) -> RecoveryPoint:
         """Seal a point whose redo, floor and ceiling lie at one place, with one commit of its own."""
@@ -64,7 +67,7 @@ def _filled(count: int) -> Callable[[Shelves], Awaitable[list[RecoveryPoint]]]:
 def test_below_nine_tenths_of_the_budget_nothing_goes() -> None:
     async def act(shelves: Shelves) -> None:
         await _filled(18)(shelves)
-        assert await make_room(shelves.catalog, shelves.storage, shelves.journal, FAR) == []
+        assert await make_room(shelves.catalog, shelves.storage, shelves.known, FAR) == []
 
     play(act)
 
@@ -72,7 +75,7 @@ def test_below_nine_tenths_of_the_budget_nothing_goes() -> None:
 def test_above_it_snapshots_go_down_to_seven_tenths_and_their_commits_stay_on_record() -> None:
     async def act(shelves: Shelves) -> None:
         points = await _filled(19)(shelves)
-        gone = await make_room(shelves.catalog, shelves.storage, shelves.journal, FAR)
+        gone = await make_room(shelves.catalog, shelves.storage, shelves.known, FAR)
         assert len(gone) == 5
         assert all(point.state is State.EXPIRED for point in gone)
         assert (await shelves.storage.space()).snapshots == len(await shelves.numbers()) == 14
@@ -89,7 +92,7 @@ def test_what_a_clone_hangs_on_stays() -> None:
         points = await _filled(20)(shelves)
         for point in points[2:-1]:
             await shelves.storage.clone(point.id, f"of-{point.number}", lambda *_: None)
-        assert await make_room(shelves.catalog, shelves.storage, shelves.journal, FAR) != []
+        assert await make_room(shelves.catalog, shelves.storage, shelves.known, FAR) != []
         assert await shelves.numbers() == [1, *range(3, 21)]
 
     play(act)
@@ -98,14 +101,66 @@ def test_what_a_clone_hangs_on_stays() -> None:
 def test_where_the_restore_objective_allows_no_thinning_only_what_the_storage_cannot_bear_goes() -> None:
     async def act(shelves: Shelves) -> None:
         await _filled(20)(shelves)
-        assert len(await make_room(shelves.catalog, shelves.storage, shelves.journal, 1999)) == 2
+        assert len(await make_room(shelves.catalog, shelves.storage, shelves.known, 1999)) == 2
         assert (await shelves.storage.space()).snapshots == 18
 
     async def act_within(shelves: Shelves) -> None:
         await _filled(20)(shelves)
-        assert len(await make_room(shelves.catalog, shelves.storage, shelves.journal, 2000)) == 6
+        assert len(await make_room(shelves.catalog, shelves.storage, shelves.known, 2000)) == 6
 
     play(act_within)
+
+    play(act)
+
+
+def test_where_the_journal_has_a_hole_the_first_base_behind_it_stays() -> None:
+    async def act(shelves: Shelves) -> None:
+        shelves.world.journal[1] = [(Lsn(0), Lsn(2 * SEGMENT_BYTES)), (Lsn(3 * SEGMENT_BYTES), Lsn(1 << 40))]
+        for number in range(1, 21):
+            await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
+        await make_room(shelves.catalog, shelves.storage, shelves.known, 0)
+        assert 6 in await shelves.numbers(), "nothing leads to it from before 3 segments"
+        assert (await shelves.storage.space()).snapshots == 18
+
+    play(act)
+
+
+def test_a_journal_that_cannot_be_looked_at_counts_as_it_was_seen_last() -> None:
+    class Unreadable(MemoryJournal):
+        readable = True
+
+        async def extents(self) -> list[Extent]:
+            if not self.readable:
+                raise PermissionError(13, "Permission denied")
+            return await super().extents()
+
+    async def act(shelves: Shelves) -> None:
+        journal = Unreadable(shelves.world)
+        known = KnownLog(journal, SEGMENT_BYTES)
+        shelves.world.journal[1] = [(Lsn(0), Lsn(2 * SEGMENT_BYTES)), (Lsn(3 * SEGMENT_BYTES), Lsn(1 << 40))]
+        for number in range(1, 20):
+            await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
+        await make_room(shelves.catalog, shelves.storage, known, 0)
+        assert 6 in await shelves.numbers()
+        journal.readable = False
+        for number in range(20, 40):
+            await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
+            assert await make_room(shelves.catalog, shelves.storage, known, 0), "points would end"
+        assert 6 in await shelves.numbers(), "nothing leads to it from before the hole"
+
+    play(act)
+
+
+def test_a_storage_short_of_bytes_lets_a_tenth_go_at_a_time_and_not_the_oldest_or_the_newest() -> None:
+    async def act(shelves: Shelves) -> None:
+        await _filled(10)(shelves)
+        shelves.world.free_bytes = 0
+        arguments = (shelves.catalog, shelves.storage, shelves.known, FAR)
+        left = []
+        while await make_room(*arguments):
+            left.append((await shelves.storage.space()).snapshots)
+        assert left == [9, 8, 7, 6, 5, 4, 3, 2]
+        assert await shelves.numbers() == [1, 10]
 
     play(act)
 
@@ -152,9 +207,7 @@ def test_what_the_storage_would_not_delete_is_no_base_any_more_and_goes_with_the
             await expire(shelves.catalog, Stuck(shelves.world), points[1])
         assert await shelves.numbers(State.EXPIRING) == [2]
         assert await shelves.numbers() == [1, 3], "nobody plans a restore from it"
-        assert [point.number for point in await make_room(shelves.catalog, shelves.storage, shelves.journal, FAR)] == [
-            2
-        ]
+        assert [point.number for point in await make_room(shelves.catalog, shelves.storage, shelves.known, FAR)] == [2]
         assert (await shelves.storage.space()).snapshots == 2
 
     play(act)
