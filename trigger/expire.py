@@ -7,7 +7,8 @@ base before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -27,6 +28,11 @@ does not allow that, it ends at the first. Where the storage is short of bytes, 
 that may stay this time."""
 
 
+LOOK_SECONDS = 5.0
+LOOK_SHARE = 0.05
+"""How often the journal is looked into at most, and how much of the time that may take: it grows with its history."""
+
+
 class KnownLog:
     """What is known of the log in the journal; while it cannot be looked at, what was seen last counts."""
 
@@ -35,20 +41,27 @@ class KnownLog:
         self._segment_bytes = segment_bytes
         self._extents: Sequence[Extent] = ()
         self._lineages: dict[History, Lineage] = {}
+        self._look_at = 0.0
 
     async def leads(self, bases: Sequence[RecoveryPoint]) -> Leads:
         """Give whether a replay leads from one of `bases` to another."""
         histories = {_history(base) for base in bases}
         with suppress(JournalError, OSError):
-            self._extents = await self._journal.extents()
-            for history in histories - set(self._lineages):
-                with suppress(JournalError):  # a past that is not known counts as none
-                    self._lineages[history] = await self._journal.lineage(history)
+            await self._look(histories)
         logs = {
             history: HeldLog(self._extents, self._lineages.get(history, Lineage(history)), self._segment_bytes)
             for history in histories
         }
         return lambda base, point: logs[_history(point)].leads(base, point)
+
+    async def _look(self, histories: Collection[History]) -> None:
+        clock = asyncio.get_running_loop().time
+        if (began := clock()) >= self._look_at:
+            self._extents = await self._journal.extents()
+            self._look_at = clock() + max(LOOK_SECONDS, (clock() - began) / LOOK_SHARE)
+        for history in set(histories) - set(self._lineages):
+            with suppress(JournalError):  # a past that is not known counts as none
+                self._lineages[history] = await self._journal.lineage(history)
 
 
 def _history(point: RecoveryPoint) -> History:

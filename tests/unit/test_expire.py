@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from tests.unit.test_reconcile import HISTORY, NOON, Stage, inline, record
 from trigger import failpoint, service, tag
 from trigger.catalog import Catalog
 from trigger.errors import CatalogError, StorageError
-from trigger.expire import KnownLog, expire, give_up_before, make_room, release_log
+from trigger.expire import LOOK_SECONDS, KnownLog, expire, give_up_before, make_room, release_log
 from trigger.model import Cause, RecoveryPoint, State, point_id
 from trigger.ports import Extent
 from trigger.position import History, Lsn, Position
@@ -143,6 +144,7 @@ def test_a_journal_that_cannot_be_looked_at_counts_as_it_was_seen_last() -> None
         await make_room(shelves.catalog, shelves.storage, known, 0)
         assert 6 in await shelves.numbers()
         journal.readable = False
+        await asyncio.sleep(LOOK_SECONDS)
         for number in range(20, 40):
             await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
             assert await make_room(shelves.catalog, shelves.storage, known, 0), "points would end"
