@@ -50,7 +50,7 @@ LAYERS = (
     ),
     Layer(
         "the acts; no I/O of their own, all through ports and catalog",
-        ("pipeline", "reconcile", "rebuild", "expire", "target", "locate", "clones", "restore", "inplace"),
+        ("pipeline", "reconcile", "rebuild", "expire", "room", "target", "locate", "clones", "restore", "inplace"),
     ),
     Layer("the door to the drivers; proof by restoring", ("connect", "verify", "initialise")),
     Layer("what runs: tasks, signals, order of start and end", ("service", "watch")),

@@ -157,15 +157,30 @@ class HeldLog:
         self._held = _held(extents, lineage, segment_bytes)
         self._segment_bytes = segment_bytes
 
-    def leads(self, base: RecoveryPoint, point: RecoveryPoint) -> bool:
+    def leads(self, base: RecoveryPoint, point: RecoveryPoint, *, to_come: bool = False) -> bool:
         """Whether a replay from `base` comes past all that `point` holds, so that it brings back all that `point` can.
 
-        `point` lies in the history of this log. Log behind all that the journal holds counts as still to come.
+        Args:
+            base: where the replay begins.
+            point: lies in the history of this log.
+            to_come: let log behind all that the journal holds count as held.
         """
         begin, end = _file_start(_log_from(base).at, self._segment_bytes), _held_at_most(point)
-        within = _held_at_most(base) < end or (_held_at_most(base) == end and (_is_exact(base) or not _is_exact(point)))
-        past = within and _inside(base, self._lineage)
-        return past and _first_hole(self._held, Stretch(begin, min(Lsn(end + 1), _last_held(self._held)))) is None
+        past = _is_within(base, point) and _latest_stamp(base) <= _latest_stamp(point) and _inside(base, self._lineage)
+        until = min(Lsn(end + 1), _last_held(self._held)) if to_come else Lsn(end + 1)
+        return past and _first_hole(self._held, Stretch(begin, until)) is None
+
+
+def _is_within(base: RecoveryPoint, point: RecoveryPoint) -> bool:
+    """Whether `base` surely holds no more than `point`, and is as exact where both may end at one place."""
+    end, limit = _held_at_most(base), _held_at_most(point)
+    return end < limit or (end == limit and (_is_exact(base) or not _is_exact(point)))
+
+
+def _latest_stamp(base: RecoveryPoint) -> int:
+    """Give the time in microseconds behind which a base serves a target that is a time; see `_too_late`."""
+    cuts = [snapshot.ended_at for snapshot in base.snapshots] + ([base.sealed_at] if base.sealed_at else [])
+    return max([*map(to_microseconds, cuts), *([base.commit.time_us] if base.commit else [])], default=0)
 
 
 def _as_it_is(base: RecoveryPoint, target: Target, rate: float, passed: Sequence[PassedOver]) -> Plan:

@@ -17,6 +17,8 @@ from trigger.position import Position
 
 Leads = Callable[[RecoveryPoint, RecoveryPoint], bool]
 """Whether a replay from the first point brings back all that the second can; see `planner.HeldLog`."""
+_NEAR = 32
+"""How many neighbours are tried on each side: beyond them only other pasts would be passed over."""
 Cost = Callable[[Sequence[RecoveryPoint], int], float | None]
 
 
@@ -25,7 +27,8 @@ def thin(
     wanted: int,
     most: int,
     replay_limit_bytes: int,
-    leads: Leads,
+    held: Leads,
+    to_come: Leads,
     pinned: Collection[str] = (),
 ) -> list[RecoveryPoint]:
     """Give the points whose snapshots should go.
@@ -36,7 +39,8 @@ def thin(
         most: how many may stay in any case; beyond the objective the older ones make room, the older the more.
         replay_limit_bytes: the longest replay between the redo position of a base and the ceiling of the next one
             that is still within the restore objective.
-        leads: whether the log between two points is there, and the first in the past of the second.
+        held: whether the log between two points is there, and the first in the past of the second.
+        to_come: the same by log that the journal has not come to yet; asked only where there are too many without it.
         pinned: ids of points that must stay (clones hang on them, somebody is verifying them).
 
     Returns:
@@ -48,13 +52,17 @@ def thin(
     def within(kept: Sequence[RecoveryPoint], index: int) -> float | None:
         before, point, after = kept[index - 1 : index + 2]
         replay = _replay_without(before, point, after)
-        return None if replay is None or replay > replay_limit_bytes or not leads(before, point) else replay
+        return None if replay is None or replay > replay_limit_bytes or not held(before, point) else replay
 
     def for_its_age(kept: Sequence[RecoveryPoint], index: int) -> float | None:
-        return _replay_for_its_age(kept, index, leads)
+        return _replay_for_its_age(kept, index, held)
+
+    def in_hope(kept: Sequence[RecoveryPoint], index: int) -> float | None:
+        return _replay_for_its_age(kept, index, to_come)
 
     kept = list(points)
-    goes = _let_go(kept, wanted, pinned, within) + _let_go(kept, most, pinned, for_its_age)
+    goes = _let_go(kept, wanted, pinned, within)
+    goes += _let_go(kept, most, pinned, for_its_age) + _let_go(kept, most, pinned, in_hope)
     return sorted(goes, key=lambda point: point.number)
 
 
@@ -86,8 +94,8 @@ def _let_go(kept: list[RecoveryPoint], most: int, pinned: Collection[str], cost:
 def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int, leads: Leads) -> float | None:
     """Give the replay that is left by the going of a point, as a share of all the log that was written since."""
     point, now = kept[index], kept[-1].ceiling
-    before = next((one for one in reversed(kept[:index]) if leads(one, point)), None)
-    after = next((one for one in kept[index + 1 :] if leads(point, one)), point)
+    before = next((one for one in reversed(kept[max(index - _NEAR, 0) : index]) if leads(one, point)), None)
+    after = next((one for one in kept[index + 1 : index + 1 + _NEAR] if leads(point, one)), point)
     if before is None or before.redo is None or now is None or after.ceiling is None or point.ceiling is None:
         return None
     return max(after.ceiling.at - before.redo.at, 0) / max(now.at - point.ceiling.at, 1)

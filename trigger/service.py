@@ -16,10 +16,11 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from trigger.agenda import Agenda
+from trigger.catalog import Catalog
 from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
 from trigger.errors import DatabaseError, JournalError, PreflightError, TrigpointError
-from trigger.expire import GivenUp, KnownLog, give_up_before, make_room, release_log
+from trigger.expire import GivenUp, release_log
 from trigger.model import Cause, Finding, RecoveryPoint, Severity
 from trigger.options import Options
 from trigger.pipeline import Protected, protect, take
@@ -28,6 +29,7 @@ from trigger.position import distance
 from trigger.qualify import Rules
 from trigger.reconcile import reconcile
 from trigger.retention import longest_replay
+from trigger.room import Room
 from trigger.shape import data
 from trigger.window import Collected, Window
 
@@ -58,7 +60,7 @@ class Service:
     cluster: Protected
     window: Window
     agenda: Agenda
-    known_log: KnownLog
+    room: Room
     started_at: datetime
     last_audit: Sequence[Finding] = ()
     upkeep: dict[str, str] = field(default_factory=dict)
@@ -126,7 +128,7 @@ class Service:
             case "point":
                 return {"point": data(await self.point(_note(request)))}
             case "expire":
-                return {"expired": data(await give_up(self.parts, request))}
+                return {"expired": data(await give_up(self.parts.catalog, self.room, request))}
             case "status":
                 return {"status": await self.status()}
             case other:
@@ -238,8 +240,7 @@ async def begin(parts: Parts) -> Service:
     settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
     window = Window(parts.sources, settled, Rules(options.rules).judge)
     agenda = Agenda(options.points, await _base(parts), open_gap=bool(await parts.catalog.gaps(open_only=True)))
-    known_log = KnownLog(parts.journal, parts.site.segment_bytes)
-    return Service(parts, cluster, window, agenda, known_log, clock.now())
+    return Service(parts, cluster, window, agenda, _room(parts), clock.now())
 
 
 async def _base(parts: Parts) -> RecoveryPoint | None:
@@ -385,12 +386,13 @@ async def watch_checkpoints(service: Service) -> None:
 
 
 async def keep_room(service: Service) -> None:
-    """Thin snapshots before the storage's budget is used up, and let go of log that no kept point needs."""
-    parts, agenda = service.parts, service.agenda
-    gone = await make_room(parts.catalog, parts.storage, service.known_log, agenda.replay_limit_bytes)
+    """Thin snapshots before the storage is used up, and let go of log that no kept point needs."""
+    parts, agenda, room = service.parts, service.agenda, service.room
+    lacked, gone = room.lacking, await room.make(service.agenda.replay_limit_bytes)
     if gone:
         log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
         await release_log(parts.catalog, parts.journal)
+    if gone or (lacked and not room.lacking):
         agenda.retry()
         service.window.wake()
     what = "the restore objective is not kept"
@@ -404,19 +406,22 @@ def _note_long_replays(service: Service, what: str, replay: int) -> None:
         service.upkeep.pop(what, None)
         return
     why = (
-        f"the storage bears no more snapshots, so that restores of old commits replay up to {replay} bytes; raise"
-        " storage.budget, or give up what is too old (trigpoint expire)"
+        f"the storage bears no more snapshots, so that restores of old commits replay up to {replay} bytes; make it"
+        " larger (bytes, or storage.budget), or give up what is too old (trigpoint expire)"
     )
     if what not in service.upkeep:
         log.warning("%s: %s", what, why)
     service.upkeep[what] = why
 
 
-async def give_up(parts: Parts, request: dict[str, Any]) -> GivenUp:
+async def give_up(catalog: Catalog, room: Room, request: dict[str, Any]) -> GivenUp:
     """Give up every point older than the one called `before` in a request; see `expire.give_up_before`."""
-    first = await parts.catalog.point(request.get("before", ""))
-    dry_run = bool(request.get("dry_run"))
-    return await give_up_before(first, parts.catalog, parts.storage, parts.journal, dry_run=dry_run)
+    first = await catalog.point(request.get("before", ""))
+    return await room.give_up_before(first, dry_run=bool(request.get("dry_run")))
+
+
+def _room(parts: Parts) -> Room:
+    return Room(parts.catalog, parts.storage, parts.journal, parts.site.segment_bytes)
 
 
 async def audit_journal(service: Service) -> None:
@@ -426,6 +431,7 @@ async def audit_journal(service: Service) -> None:
     for finding in damage:
         log.error("%s: %s; %s", finding.subject, finding.message, finding.remedy)
     if damage:
+        service.room.known_log.look_again()
         await _new_base(service, f"the journal is damaged: {damage[0].message}")
 
 
@@ -452,7 +458,7 @@ async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, A
             case "expire":
                 if not request.get("dry_run"):  # which changes nothing
                     await reconcile(parts.catalog, parts.storage)
-                return {"expired": data(await give_up(parts, request))}
+                return {"expired": data(await give_up(parts.catalog, _room(parts), request))}
             case other:
                 raise TrigpointError(f"only a running service answers {other!r}", hint="start it: trigpoint run")
 

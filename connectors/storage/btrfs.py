@@ -14,7 +14,9 @@ A full btrfs still makes snapshots and stops the database a moment later, so roo
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -37,6 +39,10 @@ from trigger.errors import StorageError
 from trigger.model import Finding, Severity, Snapshot, Volume
 from trigger.ports import Capability, Clone, Progress, Space, Tagged
 
+_COUNTED_SECONDS = 5.0
+_CLEANED_SECONDS = 60.0
+"""How long after a deletion its room may not be counted yet, and how long it may be cleaned up: the kernel does that
+after the next commit, which comes within 30 s."""
 _DELETION_DENIED = "run as root, or mount the filesystem with user_subvol_rm_allowed"
 
 
@@ -64,6 +70,7 @@ class BtrfsStorage:
         self.capabilities = frozenset(capabilities)
         self._shelf = Shelf(folder, budget=budget, wanted_free_bytes=wanted_free_bytes)
         self._threads = Threads("btrfs")
+        self._deleted_at = -math.inf
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give what stands in the way of snapshots of `volumes`."""
@@ -79,13 +86,7 @@ class BtrfsStorage:
             remedy = "choose a folder on the btrfs that holds the volumes, or use storage directory"
             return [Finding(subject, Severity.REFUSED, f"{here} is not on btrfs", remedy)]
         findings = [finding for volume in volumes for finding in self._check_volume(volume, filesystem)]
-        if not os.access(here, os.W_OK | os.X_OK):
-            remedy = "give it to the user that runs the service"
-            findings.append(Finding(subject, Severity.REFUSED, f"{here} cannot be written to", remedy))
-        space = self._shelf.space()
-        if space.free_bytes < space.wanted_free_bytes:
-            message = f"{space.free_bytes} bytes are free, {space.wanted_free_bytes} are wanted"
-            findings.append(Finding(subject, Severity.REFUSED, message, "make room, or lower storage.keep_free"))
+        findings += self._shelf.look()
         if os.geteuid() != 0:
             message = "an ordinary user deletes subvolumes only where the filesystem allows it"
             findings.append(Finding(subject, Severity.NOTE, message, "mount it with user_subvol_rm_allowed"))
@@ -163,6 +164,7 @@ class BtrfsStorage:
         if folder.exists():
             self._shelf.forget(point)
             _remove(folder)
+            self._deleted_at = time.monotonic()
 
     async def clone(self, point: str, name: str, progress: Progress) -> Clone:
         """Make writable snapshots of a point's snapshots."""
@@ -203,9 +205,11 @@ class BtrfsStorage:
             return await self._threads.run(self._space)
 
     def _space(self) -> Space:
-        space = self._shelf.space()
-        freeing = space.short and libbtrfsutil.is_cleaning(nearest_existing(self._shelf.folder))
-        return replace(space, freeing=freeing)
+        space, since = self._shelf.space(), time.monotonic() - self._deleted_at
+        if not space.short or since > _CLEANED_SECONDS:  # longer than that something else is cleaned, or held open
+            return space
+        cleaning = libbtrfsutil.is_cleaning(nearest_existing(self._shelf.folder))
+        return replace(space, freeing=since < _COUNTED_SECONDS or cleaning is not False)
 
     async def close(self) -> None:
         """Let go of the claim."""

@@ -78,7 +78,7 @@ class DirectoryStorage:
             return await self._threads.run(lambda: list(self._check(volumes)))
 
     def _check(self, volumes: Sequence[Volume]) -> Iterator[Finding]:
-        here, subject = nearest_existing(self._shelf.folder), str(self._shelf.folder)
+        here = nearest_existing(self._shelf.folder)
         if (refused := self._shelf.refused()) is not None:
             yield refused
             return
@@ -93,12 +93,7 @@ class DirectoryStorage:
                 shares = Capability.INSTANT_CLONE in self.capabilities and path.stat().st_dev == here.stat().st_dev
                 how = "changed files share their blocks" if shares else "changed files are copied"
                 yield Finding(volume.name, Severity.OK, f"{path}: {how}")
-        if not os.access(here, os.W_OK | os.X_OK):
-            yield Finding(subject, Severity.REFUSED, f"{here} cannot be written to", "give it to the service's user")
-        space = self._shelf.space()
-        if space.free_bytes < space.wanted_free_bytes:
-            message = f"{space.free_bytes} bytes are free, {space.wanted_free_bytes} are wanted"
-            yield Finding(subject, Severity.REFUSED, message, "make room, or lower storage.keep_free")
+        yield from self._shelf.look()
 
     def _leaves_out_itself(self, volume: Volume) -> bool:
         inside = self._shelf.folder.resolve().relative_to(Path(volume.path).resolve())

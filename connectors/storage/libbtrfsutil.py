@@ -162,15 +162,15 @@ def nested(path: Path) -> list[str]:
         library.btrfs_util_destroy_subvolume_iterator(iterator)
 
 
-def is_cleaning(path: Path) -> bool:
-    """Whether deleted subvolumes of the filesystem that holds `path` still give room back; False where only root knows.
+def is_cleaning(path: Path) -> bool | None:
+    """Whether deleted subvolumes of the filesystem that holds `path` still give room back; None where only root knows.
 
     The kernel cleans them up in the background, after the commit that deleted them.
     """
     identifiers, count = c_void_p(), c_size_t()
     result = _library().btrfs_util_deleted_subvolumes(os.fsencode(path), byref(identifiers), byref(count))
     if result != _OK and ctypes.get_errno() == errno.EPERM:
-        return False
+        return None
     _require_ok(result, path)
     _free(identifiers)
     return count.value > 0

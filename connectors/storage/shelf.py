@@ -34,6 +34,8 @@ from trigger.ports import Clone, Space, Tagged
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _PREFIX = tag_name("")
+_OUTER_POINTS = 2
+"""The oldest and the newest one, which thinning leaves."""
 _NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
 _FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
 
@@ -238,6 +240,17 @@ class Shelf:
         """Give the room that is left on the filesystem of the folder."""
         free, total = self._room()
         return Space(free, total, self._wanted_free_bytes, len(self.points()), self._budget, self._needed_bytes)
+
+    def look(self) -> Iterator[Finding]:
+        """Find out whether the folder can be written to, and has room; what thinning can mend is a warning only."""
+        here, subject = nearest_existing(self.folder), str(self.folder)
+        if not os.access(here, os.W_OK | os.X_OK):
+            yield Finding(subject, Severity.REFUSED, f"{here} cannot be written to", "give it to the service's user")
+        space = self.space()
+        if space.free_bytes < space.wanted_free_bytes:
+            message = f"{space.free_bytes} bytes are free, {space.wanted_free_bytes} are wanted"
+            severity = Severity.WARNING if space.snapshots > _OUTER_POINTS else Severity.REFUSED
+            yield Finding(subject, severity, message, "make room, or lower storage.keep_free; else older points go")
 
     def _room(self) -> tuple[int, int]:
         """Give the bytes that are free, and all there are."""

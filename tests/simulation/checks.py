@@ -317,11 +317,9 @@ def check_thinning(
     By the log that the journal held, and that it has not come to yet.
     """
     kept = {point.id for point in left}
-    for timeline, log in simulation.cluster.logs.items():
-        history = simulation.cluster.lineage(timeline).history
-        held = max((extent.end for extent in extents if extent.history == history), default=Lsn(0))
-        if log and log[-1].end > held:
-            extents = [*extents, Extent(history, held, log[-1].end)]
+    newest = simulation.cluster.lineage().history
+    held = max((extent.end for extent in extents if extent.history == newest), default=Lsn(0))
+    extents = [*extents, Extent(newest, held, max(held, simulation.cluster.flushed))]
     for gone in (point for point in before if point.id not in kept):
         for commit in _around(simulation, gone):
             for inclusive in (True, False):

@@ -27,7 +27,7 @@ from connectors.memory import (
 )
 from tests.simulation.story import Story
 from tests.simulation.wire import Ended, Wire
-from trigger import expire, pipeline, reconcile
+from trigger import pipeline, reconcile
 from trigger.agenda import Agenda
 from trigger.catalog import Catalog
 from trigger.errors import TrigpointError
@@ -36,6 +36,7 @@ from trigger.pipeline import Protected
 from trigger.ports import Break, Extent
 from trigger.position import Position
 from trigger.qualify import Rules
+from trigger.room import Room
 from trigger.window import Window
 
 WATCH_SECONDS = 5.0
@@ -68,6 +69,7 @@ class Life:
     window: Window | None = None
     agenda: Agenda | None = None
     cluster: Protected | None = None
+    room: Room | None = None
     delivered: list[Commit] = field(default_factory=list)
     """What has come into its window."""
     answers: list[asyncio.Future[RecoveryPoint]] = field(default_factory=list)
@@ -121,9 +123,9 @@ class Life:
 
     async def _give_up_the_past(self) -> None:
         assert self.cluster is not None
-        catalog, storage = self.cluster.catalog, self.cluster.storage
-        if newest := await catalog.latest():
-            await expire.give_up_before(newest, catalog, storage, MemoryJournal(self.world))
+        assert self.room is not None
+        if newest := await self.cluster.catalog.latest():
+            await self.room.give_up_before(newest)
 
     def _end(self, how: str) -> None:
         if not self.ended:
@@ -148,6 +150,7 @@ class Life:
     async def _body(self) -> None:
         """Begin as the service begins, then work until the main path ends."""
         cluster = self.cluster = await self._parts()
+        self.room = Room(cluster.catalog, cluster.storage, MemoryJournal(self.world), SEGMENT_BYTES)
         cluster.leftovers[:] = (await reconcile.reconcile(cluster.catalog, cluster.storage)).stuck
         await self.reconciled(cluster.leftovers)
         for agent in cluster.agents:
@@ -199,11 +202,12 @@ class Life:
         assert self.agenda is not None
         journal = MemoryJournal(self.world)
         before, held = await cluster.catalog.bases(), await journal.extents()
-        known = expire.KnownLog(journal, SEGMENT_BYTES)
-        gone = await expire.make_room(cluster.catalog, cluster.storage, known, self.agenda.replay_limit_bytes)
+        assert self.room is not None
+        lacked, gone = self.room.lacking, await self.room.make(self.agenda.replay_limit_bytes)
         if gone:
             left = [base for base in before if base.id not in {point.id for point in gone}]
             self.thinned(before, left, [*held, *await journal.extents()])
+        if gone or (lacked and not self.room.lacking):
             self.agenda.retry()
 
     async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.simulation.run import simulate
-from trigger import agenda, expire, pipeline, planner, point_index, reconcile, window
+from trigger import agenda, pipeline, planner, point_index, reconcile, room, window
 
 SEEDS = 400
 ANNOTATIONS = __future__.annotations.compiler_flag
@@ -341,8 +341,8 @@ MUTANTS = (
     ),
     Mutant(
         "the thinning keeps to the restore objective whatever the storage bears",
-        expire,
-        "make_room",
+        room,
+        "Room.make",
         "thin(bases, wanted, most,",
         "thin(bases, wanted, len(bases),",
         "liveness",
@@ -351,15 +351,15 @@ MUTANTS = (
         "the thinning takes a base to which no log leads",
         planner,
         "HeldLog.leads",
-        "return past and _first_hole(",
-        "return past or _first_hole(",
+        "return past and _first_hole(self._held, Stretch(begin, until)) is None",
+        "return past",
         "was lost when point",
     ),
     Mutant(
         "the thinning takes a base of another past",
         planner,
         "HeldLog.leads",
-        "and _inside(base, self._lineage)",
+        " and _inside(base, self._lineage)",
         "",
         "was lost when point",
     ),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,11 +19,12 @@ from tests.unit.test_reconcile import HISTORY, NOON, Stage, inline, record
 from trigger import failpoint, service, tag
 from trigger.catalog import Catalog
 from trigger.errors import CatalogError, StorageError
-from trigger.expire import LOOK_SECONDS, KnownLog, expire, give_up_before, make_room, release_log
+from trigger.expire import expire, give_up_before, release_log
 from trigger.model import Cause, RecoveryPoint, State, point_id
 from trigger.ports import Extent
 from trigger.position import History, Lsn, Position
 from trigger.reconcile import reconcile
+from trigger.room import LOOK_SECONDS, Room
 
 FAR = 1 << 40
 POINTS = 20
@@ -35,7 +37,7 @@ class Shelves(Stage):
         super().__init__(catalog, world)
         self.storage = MemoryStorage(world, budget=POINTS)
         self.journal = MemoryJournal(world)
-        self.known = KnownLog(self.journal, SEGMENT_BYTES)
+        self.room = Room(catalog, self.storage, self.journal, SEGMENT_BYTES)
         world.journal[HISTORY.timeline] = [(Lsn(0), Lsn(1 << 40))]
 
     async def sealed_at(self, number: int, lsn: int, history: History = HISTORY) -> RecoveryPoint:
@@ -68,7 +70,7 @@ def _filled(count: int) -> Callable[[Shelves], Awaitable[list[RecoveryPoint]]]:
 def test_below_nine_tenths_of_the_budget_nothing_goes() -> None:
     async def act(shelves: Shelves) -> None:
         await _filled(18)(shelves)
-        assert await make_room(shelves.catalog, shelves.storage, shelves.known, FAR) == []
+        assert await shelves.room.make(FAR) == []
 
     play(act)
 
@@ -76,7 +78,7 @@ def test_below_nine_tenths_of_the_budget_nothing_goes() -> None:
 def test_above_it_snapshots_go_down_to_seven_tenths_and_their_commits_stay_on_record() -> None:
     async def act(shelves: Shelves) -> None:
         points = await _filled(19)(shelves)
-        gone = await make_room(shelves.catalog, shelves.storage, shelves.known, FAR)
+        gone = await shelves.room.make(FAR)
         assert len(gone) == 5
         assert all(point.state is State.EXPIRED for point in gone)
         assert (await shelves.storage.space()).snapshots == len(await shelves.numbers()) == 14
@@ -93,7 +95,7 @@ def test_what_a_clone_hangs_on_stays() -> None:
         points = await _filled(20)(shelves)
         for point in points[2:-1]:
             await shelves.storage.clone(point.id, f"of-{point.number}", lambda *_: None)
-        assert await make_room(shelves.catalog, shelves.storage, shelves.known, FAR) != []
+        assert await shelves.room.make(FAR) != []
         assert await shelves.numbers() == [1, *range(3, 21)]
 
     play(act)
@@ -102,12 +104,12 @@ def test_what_a_clone_hangs_on_stays() -> None:
 def test_where_the_restore_objective_allows_no_thinning_only_what_the_storage_cannot_bear_goes() -> None:
     async def act(shelves: Shelves) -> None:
         await _filled(20)(shelves)
-        assert len(await make_room(shelves.catalog, shelves.storage, shelves.known, 1999)) == 2
+        assert len(await shelves.room.make(1999)) == 2
         assert (await shelves.storage.space()).snapshots == 18
 
     async def act_within(shelves: Shelves) -> None:
         await _filled(20)(shelves)
-        assert len(await make_room(shelves.catalog, shelves.storage, shelves.known, 2000)) == 6
+        assert len(await shelves.room.make(2000)) == 6
 
     play(act_within)
 
@@ -119,36 +121,83 @@ def test_where_the_journal_has_a_hole_the_first_base_behind_it_stays() -> None:
         shelves.world.journal[1] = [(Lsn(0), Lsn(2 * SEGMENT_BYTES)), (Lsn(3 * SEGMENT_BYTES), Lsn(1 << 40))]
         for number in range(1, 21):
             await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
-        await make_room(shelves.catalog, shelves.storage, shelves.known, 0)
+        await shelves.room.make(0)
         assert 6 in await shelves.numbers(), "nothing leads to it from before 3 segments"
         assert (await shelves.storage.space()).snapshots == 18
 
     play(act)
 
 
-def test_a_journal_that_cannot_be_looked_at_counts_as_it_was_seen_last() -> None:
-    class Unreadable(MemoryJournal):
-        readable = True
+HOLE = [(Lsn(0), Lsn(2 * SEGMENT_BYTES)), (Lsn(3 * SEGMENT_BYTES), Lsn(10 * SEGMENT_BYTES))]
+"""A journal whose third segment is lost; of points half a segment apart, number 6 is the first one behind that."""
 
-        async def extents(self) -> list[Extent]:
-            if not self.readable:
-                raise PermissionError(13, "Permission denied")
-            return await super().extents()
 
+class Journal(MemoryJournal):
+    """A journal that may not be readable, or may lie in a folder that is not mounted."""
+
+    readable = mounted = True
+
+    async def extents(self) -> list[Extent]:
+        if not self.readable:
+            raise PermissionError(13, "Permission denied")
+        return await super().extents() if self.mounted else []
+
+
+@pytest.mark.parametrize("how", ["readable", "mounted"])
+def test_a_journal_that_cannot_be_looked_at_counts_as_it_was_seen_last_and_points_go_on(how: str) -> None:
     async def act(shelves: Shelves) -> None:
-        journal = Unreadable(shelves.world)
-        known = KnownLog(journal, SEGMENT_BYTES)
-        shelves.world.journal[1] = [(Lsn(0), Lsn(2 * SEGMENT_BYTES)), (Lsn(3 * SEGMENT_BYTES), Lsn(1 << 40))]
+        journal = Journal(shelves.world)
+        room = Room(shelves.catalog, shelves.storage, journal, SEGMENT_BYTES)
+        shelves.world.journal[1] = HOLE
         for number in range(1, 20):
             await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
-        await make_room(shelves.catalog, shelves.storage, known, 0)
+        await room.make(0)
         assert 6 in await shelves.numbers()
-        journal.readable = False
-        await asyncio.sleep(LOOK_SECONDS)
-        for number in range(20, 40):
+        setattr(journal, how, False)
+        for number in range(20, 40):  # behind all that was seen
+            await asyncio.sleep(LOOK_SECONDS)
             await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
-            assert await make_room(shelves.catalog, shelves.storage, known, 0), "points would end"
+            assert await room.make(0), "points would end"
         assert 6 in await shelves.numbers(), "nothing leads to it from before the hole"
+
+    play(act)
+
+
+def test_what_only_log_to_come_would_lead_to_goes_last() -> None:
+    async def act(shelves: Shelves) -> None:
+        shelves.world.journal[1] = [(Lsn(0), Lsn(5 * SEGMENT_BYTES))]
+        for number in range(1, 20):
+            await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
+        await shelves.room.make(FAR)
+        assert set(range(10, 20)) <= set(await shelves.numbers()), "they lie behind all that the journal holds"
+
+    play(act)
+
+
+def test_damage_that_was_just_found_counts_at_once() -> None:
+    async def act(shelves: Shelves) -> None:
+        for number in range(1, 20):
+            await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
+        await shelves.room.known_log.look()
+        shelves.world.journal[1] = HOLE
+        shelves.room.known_log.look_again()
+        await shelves.room.make(FAR)
+        assert 6 in await shelves.numbers()
+
+    play(act)
+
+
+def test_where_the_clock_was_set_back_the_first_point_by_the_new_one_stays() -> None:
+    async def act(shelves: Shelves) -> None:
+        points = await _filled(20)(shelves)
+        late = shelves.catalog.bases
+
+        async def bases() -> list[RecoveryPoint]:
+            return [replace(p, sealed_at=NOON - timedelta(hours=p.number >= 8)) for p in await late()]
+
+        with patch.object(shelves.catalog, "bases", bases):
+            await shelves.room.make(FAR)
+        assert points[7].number in await shelves.numbers(), "no other base serves the hour that was lived twice"
 
     play(act)
 
@@ -157,12 +206,52 @@ def test_a_storage_short_of_bytes_lets_a_tenth_go_at_a_time_and_not_the_oldest_o
     async def act(shelves: Shelves) -> None:
         await _filled(10)(shelves)
         shelves.world.free_bytes = 0
-        arguments = (shelves.catalog, shelves.storage, shelves.known, FAR)
         left = []
-        while await make_room(*arguments):
+        while await shelves.room.make(FAR):
+            shelves.world.free_bytes += 1
             left.append((await shelves.storage.space()).snapshots)
         assert left == [9, 8, 7, 6, 5, 4, 3, 2]
         assert await shelves.numbers() == [1, 10]
+
+    play(act)
+
+
+def test_where_a_tenth_gave_nothing_back_no_more_go_until_there_was_room_again() -> None:
+    async def act(shelves: Shelves) -> None:
+        await _filled(10)(shelves)
+        shelves.world.free_bytes = 0
+        assert len(await shelves.room.make(FAR)) == 1
+        for _ in range(3):
+            with pytest.raises(StorageError, match="something else fills the storage"):
+                await shelves.room.make(FAR)
+        lacking = [shelves.room.lacking]
+        shelves.world.free_bytes = 1 << 40
+        assert await shelves.room.make(FAR) == []
+        assert [*lacking, shelves.room.lacking] == [True, False]
+        shelves.world.free_bytes = 0
+        assert len(await shelves.room.make(FAR)) == 1
+
+    play(act)
+
+
+def test_thinning_and_giving_up_wait_for_each_other() -> None:
+    class Slow(MemoryStorage):
+        async def delete(self, point: str) -> None:
+            await asyncio.sleep(1)
+            await super().delete(point)
+
+    async def act(shelves: Shelves) -> None:
+        shelves.storage = Slow(shelves.world, budget=POINTS)
+        shelves.room = Room(shelves.catalog, shelves.storage, shelves.journal, SEGMENT_BYTES)
+        points = await _filled(20)(shelves)
+        async with asyncio.TaskGroup() as tasks:
+            thinned = tasks.create_task(shelves.room.make(FAR))
+            await asyncio.sleep(0.5)
+            first = points[-1]
+            given_up = tasks.create_task(shelves.room.give_up_before(first))
+        assert len(thinned.result()) == 6
+        assert len(given_up.result().points) == 13
+        assert await shelves.numbers() == [first.number]
 
     play(act)
 
@@ -209,7 +298,7 @@ def test_what_the_storage_would_not_delete_is_no_base_any_more_and_goes_with_the
             await expire(shelves.catalog, Stuck(shelves.world), points[1])
         assert await shelves.numbers(State.EXPIRING) == [2]
         assert await shelves.numbers() == [1, 3], "nobody plans a restore from it"
-        assert [point.number for point in await make_room(shelves.catalog, shelves.storage, shelves.known, FAR)] == [2]
+        assert [point.number for point in await shelves.room.make(FAR)] == [2]
         assert (await shelves.storage.space()).snapshots == 2
 
     play(act)
@@ -267,7 +356,8 @@ def test_without_a_service_a_dry_run_changes_nothing_not_even_what_a_crash_left(
 
         @contextlib.asynccontextmanager
         async def alone(_: object) -> AsyncIterator[object]:
-            yield SimpleNamespace(catalog=shelves.catalog, storage=shelves.storage, journal=shelves.journal)
+            site = SimpleNamespace(segment_bytes=SEGMENT_BYTES)
+            yield SimpleNamespace(catalog=shelves.catalog, storage=shelves.storage, journal=shelves.journal, site=site)
 
         with patch.object(service, "alone", alone):
             said = await service.answer_alone(options, {"do": "expire", "before": 3, "dry_run": True})

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectors.databases.postgres.wal import SegmentName, Tail, history_timeline, page_header, tail
-from trigger.errors import JournalError
+from trigger.errors import JournalError, PositionError
 from trigger.model import StopKind, Target
 from trigger.ports import Extent, Progress
 from trigger.position import History, Lineage, Lsn, Position
@@ -120,11 +120,11 @@ class SegmentFolder:
             timeline = history_timeline(entry)
             if timeline is not None:
                 with contextlib.suppress(FileNotFoundError):
-                    found[timeline] = (self.locate(entry) or self.path / entry).read_text()
+                    found[timeline] = (self.locate(entry) or self.path / entry).read_text(errors="replace")
         return found
 
     def lineage(self, history: History) -> Lineage:
-        """Give the past of a history by its history file; raises `JournalError` where that is not held."""
+        """Give the past of a history by its history file; raises `JournalError` where that is not held, or damaged."""
         if history.timeline == 1:
             return Lineage(history)
         text = self.histories().get(history.timeline)
@@ -133,7 +133,13 @@ class SegmentFolder:
                 f"{history.timeline:08X}.history is not in {self.path}",
                 hint="the journal never saw that timeline, or the file was deleted; fetch it from the server's pg_wal",
             )
-        return Lineage.from_history_file(history, text)
+        try:
+            return Lineage.from_history_file(history, text)
+        except PositionError as error:
+            raise JournalError(
+                f"{history.timeline:08X}.history in {self.path} is damaged: {error.message}",
+                hint="fetch it from the server's pg_wal",
+            ) from error
 
     def extents(self) -> list[Extent]:
         """Give the stretches that are held without a hole, damaged segments left out."""

@@ -1,0 +1,157 @@
+"""Keep room in the storage: `retention` decides which snapshots go, `expire` does it; here it is seen when they must.
+
+Room is short where the budget of snapshots is nearly used up, or where there are too few bytes for another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+
+from trigger.catalog import Catalog
+from trigger.errors import JournalError, StorageError
+from trigger.expire import GivenUp, expire, give_up_before
+from trigger.model import RecoveryPoint, State
+from trigger.planner import WAL_SEGMENT_BYTES, HeldLog
+from trigger.ports import Extent, Journal, Space, Storage
+from trigger.position import History, Lineage
+from trigger.retention import Leads, thin
+
+THIN_FROM = 0.9
+THIN_TO = 0.7
+"""Shares of the storage's budget: thinning begins above the first and ends at the second; where the restore objective
+does not allow that, it ends at the first. Where the storage is short of bytes, the first is the share of the snapshots
+that may stay this time."""
+LOOK_SECONDS = 5.0
+LOOK_SHARE = 0.01
+LOOK_DEADLINE_SECONDS = 30.0
+"""How often the journal is looked into at most, how much of the time that may take, since it grows with its history,
+and how long one look may last."""
+
+
+class KnownLog:
+    """What is known of the log in the journal; while it cannot be looked at, what was seen last counts."""
+
+    def __init__(self, journal: Journal, segment_bytes: int = WAL_SEGMENT_BYTES) -> None:
+        self._journal = journal
+        self._segment_bytes = segment_bytes
+        self._extents: Sequence[Extent] = ()
+        self._lineages: dict[History, Lineage] = {}
+        self._look_at = 0.0
+
+    def look_again(self) -> None:
+        """Let the next look be a new one: what the journal holds has changed."""
+        self._look_at = 0.0
+
+    async def look(self) -> None:
+        """See what log there is, and the past of its histories, unless that was done just now."""
+        clock = asyncio.get_running_loop().time
+        if (began := clock()) < self._look_at:
+            return
+        with suppress(JournalError, OSError):  # a deadline that has passed is one of the latter
+            async with asyncio.timeout(LOOK_DEADLINE_SECONDS):
+                found = await self._journal.extents()
+                self._extents = found or self._extents  # a folder that is not mounted is empty
+                await self._learn({extent.history for extent in self._extents})
+        self._look_at = clock() + max(LOOK_SECONDS, (clock() - began) / LOOK_SHARE)
+
+    async def _learn(self, histories: Collection[History]) -> None:
+        for history in set(histories) - set(self._lineages):
+            with suppress(JournalError):  # a past that is not known counts as none
+                self._lineages[history] = await self._journal.lineage(history)
+
+    def leads(self, bases: Sequence[RecoveryPoint]) -> tuple[Leads, Leads]:
+        """Give whether a replay leads from one of `bases` to another: by the log that is held; by what may yet come.
+
+        Log comes only to the newest history, behind all that is held.
+        """
+        logs = {history: self._log(history) for history in {_history(base) for base in bases}}
+        newest = _history(bases[-1]) if bases else None
+
+        def held(base: RecoveryPoint, point: RecoveryPoint) -> bool:
+            return logs[_history(point)].leads(base, point)
+
+        def to_come(base: RecoveryPoint, point: RecoveryPoint) -> bool:
+            history = _history(point)
+            return logs[history].leads(base, point, to_come=history == newest)
+
+        return held, to_come
+
+    def _log(self, history: History) -> HeldLog:
+        return HeldLog(self._extents, self._lineages.get(history, Lineage(history)), self._segment_bytes)
+
+
+def _history(point: RecoveryPoint) -> History:
+    return (point.ceiling or point.floor).history
+
+
+class Room:
+    """Keeps room in one storage; only one pass, or one giving up, at a time."""
+
+    def __init__(
+        self, catalog: Catalog, storage: Storage, journal: Journal, segment_bytes: int = WAL_SEGMENT_BYTES
+    ) -> None:
+        self._catalog = catalog
+        self._storage = storage
+        self._journal = journal
+        self.known_log = KnownLog(journal, segment_bytes)
+        self.lacking = False
+        """Whether the storage had too few bytes for another snapshot when it was last looked at."""
+        self._free_before: int | None = None
+        self._one_at_a_time = asyncio.Lock()
+
+    async def make(self, replay_limit_bytes: int) -> list[RecoveryPoint]:
+        """Give the points whose snapshots were removed: as was begun before, or since the storage is nearly used up.
+
+        A point of which there is a clone stays, and one to which no log leads from an earlier one.
+
+        Raises:
+            StorageError: there are too few bytes, and removing snapshots has given nothing back.
+        """
+        async with self._one_at_a_time:
+            begun = await self._catalog.points(states={State.EXPIRING}, newest_first=False)
+            gone = [await expire(self._catalog, self._storage, point) for point in begun]
+            await self.known_log.look()
+            space = await self._storage.space()
+            if not self._is_needed(space):
+                return gone
+            bases = await self._catalog.bases()
+            wanted, most = self._wanted(space, len(bases))
+            pinned = {clone.point for clone in await self._storage.clones()}
+            going = thin(bases, wanted, most, replay_limit_bytes, *self.known_log.leads(bases), pinned)
+            return gone + [await expire(self._catalog, self._storage, point) for point in going]
+
+    def _is_needed(self, space: Space) -> bool:
+        self.lacking = space.short or space.freeing
+        self._free_before = self._free_before if self.lacking else None
+        return space.short or space.snapshots > space.budget * THIN_FROM
+
+    def _wanted(self, space: Space, bases: int) -> tuple[int, int]:
+        """Give how many of so many bases should stay, and how many may stay in any case."""
+        wanted = most = bases
+        if space.snapshots > space.budget * THIN_FROM:
+            others = max(space.snapshots - bases, 0)  # half made, strange, or not to be got rid of
+            wanted, most = (max(int(space.budget * share) - others, 0) for share in (THIN_TO, THIN_FROM))
+        if space.short and self._gains(space):  # what a removal gives is known only when it is done
+            wanted = most = min(most, int(bases * THIN_FROM))
+        elif space.short and most >= bases:
+            raise StorageError(
+                f"{space.free_bytes} bytes are free, {space.wanted_free_bytes + space.needed_bytes} are wanted, and"
+                " removing snapshots gave nothing back: something else fills the storage",
+                hint="make room, make the filesystem larger, or lower storage.keep_free",
+            )
+        return wanted, most
+
+    def _gains(self, space: Space) -> bool:
+        """Whether the last removal for want of bytes gave some back; the next one is measured against now."""
+        before, self._free_before = self._free_before, space.free_bytes
+        if before is None or space.free_bytes > before:
+            return True
+        self._free_before = before
+        return False
+
+    async def give_up_before(self, first: RecoveryPoint, *, dry_run: bool = False) -> GivenUp:
+        """Give up every point older than `first`; see `expire.give_up_before`."""
+        async with self._one_at_a_time:
+            return await give_up_before(first, self._catalog, self._storage, self._journal, dry_run=dry_run)
