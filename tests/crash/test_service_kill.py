@@ -109,6 +109,8 @@ def test_a_service_killed_between_any_two_steps_loses_nothing_and_leaves_nothing
 @pytest.mark.timeout(14_400)
 def test_four_hundred_kills_between_any_two_steps_lose_nothing_and_leave_nothing_over(deployed: Deployment) -> None:
     _matrix(deployed, rounds=25)
+    left = judge.read(deployed)
+    print(f"{25 * len(FAILPOINTS)} kills, PostgreSQL {deployed.cluster.major}: {len(left.outcomes)} commits, none lost")
 
 
 @pytest.mark.server
