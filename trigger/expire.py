@@ -28,10 +28,8 @@ class GivenUp:
     """How many segments of the journal went with them."""
 
 
-async def give_up_before(
-    first: RecoveryPoint, catalog: Catalog, storage: Storage, journal: Journal, *, dry_run: bool = False
-) -> GivenUp:
-    """Give up every point older than `first`, and the log that only they needed; with `dry_run` only say which.
+async def give_up_before(first: RecoveryPoint, catalog: Catalog, storage: Storage, *, dry_run: bool = False) -> GivenUp:
+    """Give up every point older than `first`; with `dry_run` only say which.
 
     Commits before `first` keep their record and cannot be restored any more. May be repeated.
 
@@ -44,13 +42,10 @@ async def give_up_before(
     older = [point for point in await catalog.bases() if point.number < first.number]
     pinned = {clone.point for clone in await storage.clones()}
     going = [point for point in older if point.id not in pinned]
-    segments = 0
-    if not dry_run:
-        for point in going:
-            await expire(catalog, storage, point)
-        segments = await release_log(catalog, journal)
+    for point in () if dry_run else going:
+        await expire(catalog, storage, point)
     kept = [point.number for point in older if point.id in pinned]
-    return GivenUp(tuple(point.number for point in going), tuple(kept), segments)
+    return GivenUp(tuple(point.number for point in going), tuple(kept), 0)
 
 
 async def expire(catalog: Catalog, storage: Storage, point: RecoveryPoint) -> RecoveryPoint:

@@ -279,7 +279,7 @@ class Space:
     budget: int
     """How many snapshots the storage bears."""
     needed_bytes: int = 0
-    """What a snapshot that found no room wants at the least besides `wanted_free_bytes`; 0 once another is begun."""
+    """What a snapshot that found no room wants at the least besides `wanted_free_bytes`; 0 once one is made."""
     freeing: bool = False
     """Whether what was deleted still gives room back."""
 

@@ -6,12 +6,14 @@ Room is short where the budget of snapshots is nearly used up, or where there ar
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from trigger.catalog import Catalog
 from trigger.errors import JournalError, StorageError
-from trigger.expire import GivenUp, expire, give_up_before
+from trigger.expire import GivenUp, expire, give_up_before, release_log
 from trigger.model import RecoveryPoint, State
 from trigger.planner import WAL_SEGMENT_BYTES, HeldLog
 from trigger.ports import Extent, Journal, Space, Storage
@@ -28,6 +30,9 @@ LOOK_SHARE = 0.01
 LOOK_DEADLINE_SECONDS = 30.0
 """How often the journal is looked into at most, how much of the time that may take, since it grows with its history,
 and how long one look may last."""
+LEAST_PAUSE_SECONDS = 10.0
+LONGEST_PAUSE_SECONDS = 3600.0
+"""How long no more snapshots go for want of bytes after some went and gave nothing back; twice as long each time."""
 
 
 class KnownLog:
@@ -39,6 +44,8 @@ class KnownLog:
         self._extents: Sequence[Extent] = ()
         self._lineages: dict[History, Lineage] = {}
         self._look_at = 0.0
+        self.unseen_from: int | None = None
+        """Up to which point it is not known what log there was, while none was ever seen; None before a first pass."""
 
     def look_again(self) -> None:
         """Let the next look be a new one: what the journal holds has changed."""
@@ -49,12 +56,14 @@ class KnownLog:
         clock = asyncio.get_running_loop().time
         if (began := clock()) < self._look_at:
             return
+        self._look_at = next_at = began + LOOK_SECONDS
         with suppress(JournalError, OSError):  # a deadline that has passed is one of the latter
             async with asyncio.timeout(LOOK_DEADLINE_SECONDS):
                 found = await self._journal.extents()
                 self._extents = found or self._extents  # a folder that is not mounted is empty
                 await self._learn({extent.history for extent in self._extents})
-        self._look_at = clock() + max(LOOK_SECONDS, (clock() - began) / LOOK_SHARE)
+        if self._look_at == next_at:  # nobody asked for another look meanwhile
+            self._look_at = clock() + max(LOOK_SECONDS, (clock() - began) / LOOK_SHARE)
 
     async def _learn(self, histories: Collection[History]) -> None:
         for history in set(histories) - set(self._lineages):
@@ -64,8 +73,10 @@ class KnownLog:
     def leads(self, bases: Sequence[RecoveryPoint]) -> tuple[Leads, Leads]:
         """Give whether a replay leads from one of `bases` to another: by the log that is held; by what may yet come.
 
-        Log comes only to the newest history, behind all that is held.
+        Log comes only to the newest history, behind all that is held. While none was ever seen, nobody knows where
+        that is: it counts as coming from the newest point on that there was at first.
         """
+        from_number = 0 if self._extents else self.unseen_from or 0
         logs = {history: self._log(history) for history in {_history(base) for base in bases}}
         newest = _history(bases[-1]) if bases else None
 
@@ -74,7 +85,7 @@ class KnownLog:
 
         def to_come(base: RecoveryPoint, point: RecoveryPoint) -> bool:
             history = _history(point)
-            return logs[history].leads(base, point, to_come=history == newest)
+            return logs[history].leads(base, point, to_come=history == newest and base.number >= from_number)
 
         return held, to_come
 
@@ -98,20 +109,24 @@ class Room:
         self.known_log = KnownLog(journal, segment_bytes)
         self.lacking = False
         """Whether the storage had too few bytes for another snapshot when it was last looked at."""
+        self.trouble = ""
+        """What kept the last pass from making room; "" for nothing."""
         self._free_before: int | None = None
+        self._pause_seconds = 0.0
+        self._again_at = -math.inf
         self._one_at_a_time = asyncio.Lock()
 
     async def make(self, replay_limit_bytes: int) -> list[RecoveryPoint]:
         """Give the points whose snapshots were removed: as was begun before, or since the storage is nearly used up.
 
         A point of which there is a clone stays, and one to which no log leads from an earlier one.
-
-        Raises:
-            StorageError: there are too few bytes, and removing snapshots has given nothing back.
         """
         async with self._one_at_a_time:
-            begun = await self._catalog.points(states={State.EXPIRING}, newest_first=False)
-            gone = [await expire(self._catalog, self._storage, point) for point in begun]
+            self.trouble = ""
+            if self.known_log.unseen_from is None:
+                newest = await self._catalog.latest()
+                self.known_log.unseen_from = newest.number if newest else 0
+            gone = await self._expire(await self._catalog.points(states={State.EXPIRING}, newest_first=False))
             await self.known_log.look()
             space = await self._storage.space()
             if not self._is_needed(space):
@@ -119,12 +134,27 @@ class Room:
             bases = await self._catalog.bases()
             wanted, most = self._wanted(space, len(bases))
             pinned = {clone.point for clone in await self._storage.clones()}
-            going = thin(bases, wanted, most, replay_limit_bytes, *self.known_log.leads(bases), pinned)
-            return gone + [await expire(self._catalog, self._storage, point) for point in going]
+            thinned = await self._expire(
+                thin(bases, wanted, most, replay_limit_bytes, *self.known_log.leads(bases), pinned)
+            )
+            if space.short and thinned:
+                self._free_before = space.free_bytes
+            return gone + thinned
+
+    async def _expire(self, points: Sequence[RecoveryPoint]) -> list[RecoveryPoint]:
+        """Give those of `points` that are expired now; of the others it is told why not, and the next pass goes on."""
+        gone: list[RecoveryPoint] = []
+        for point in points:
+            try:
+                gone.append(await expire(self._catalog, self._storage, point))
+            except StorageError as error:
+                self.trouble = str(error)
+        return gone
 
     def _is_needed(self, space: Space) -> bool:
         self.lacking = space.short or space.freeing
-        self._free_before = self._free_before if self.lacking else None
+        if not self.lacking:
+            self._free_before, self._pause_seconds, self._again_at = None, 0.0, -math.inf
         return space.short or space.snapshots > space.budget * THIN_FROM
 
     def _wanted(self, space: Space, bases: int) -> tuple[int, int]:
@@ -133,25 +163,33 @@ class Room:
         if space.snapshots > space.budget * THIN_FROM:
             others = max(space.snapshots - bases, 0)  # half made, strange, or not to be got rid of
             wanted, most = (max(int(space.budget * share) - others, 0) for share in (THIN_TO, THIN_FROM))
-        if space.short and self._gains(space):  # what a removal gives is known only when it is done
-            wanted = most = min(most, int(bases * THIN_FROM))
-        elif space.short and most >= bases:
-            raise StorageError(
-                f"{space.free_bytes} bytes are free, {space.wanted_free_bytes + space.needed_bytes} are wanted, and"
-                " removing snapshots gave nothing back: something else fills the storage",
-                hint="make room, make the filesystem larger, or lower storage.keep_free",
-            )
+        if space.short and self._tenth_is_due(space):  # what a removal gives is known only when it is done
+            most = min(most, int(bases * THIN_FROM))
+            wanted = min(wanted, most)
         return wanted, most
 
-    def _gains(self, space: Space) -> bool:
-        """Whether the last removal for want of bytes gave some back; the next one is measured against now."""
-        before, self._free_before = self._free_before, space.free_bytes
-        if before is None or space.free_bytes > before:
-            return True
-        self._free_before = before
-        return False
+    def _tenth_is_due(self, space: Space) -> bool:
+        """Whether more may go for want of bytes, by what the last ones that went have given back."""
+        now = asyncio.get_running_loop().time()
+        if self._free_before is not None:
+            gained = space.free_bytes > self._free_before
+            longer = min(max(2 * self._pause_seconds, LEAST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+            self._pause_seconds = 0.0 if gained else longer
+            self._again_at, self._free_before = now + self._pause_seconds, None
+        if now < self._again_at:
+            self.trouble = (
+                f"fewer bytes are free than the {space.wanted_free_bytes + space.needed_bytes} that are wanted, and"
+                " removing snapshots gave nothing back: something else fills the storage; make room there"
+            )
+        return now >= self._again_at
 
-    async def give_up_before(self, first: RecoveryPoint, *, dry_run: bool = False) -> GivenUp:
-        """Give up every point older than `first`; see `expire.give_up_before`."""
-        async with self._one_at_a_time:
-            return await give_up_before(first, self._catalog, self._storage, self._journal, dry_run=dry_run)
+    async def give_up_before(self, first: str | int, *, dry_run: bool = False) -> GivenUp:
+        """Give up every point older than the one called `first`, and the log that only they needed.
+
+        Raises: as `expire.give_up_before`; and `JournalError` where the log cannot be let go of, which can wait.
+        """
+        async with self._one_at_a_time:  # what it is called is read in here: thinning may just have taken it
+            point = await self._catalog.point(first)
+            given_up = await give_up_before(point, self._catalog, self._storage, dry_run=dry_run)
+        segments = 0 if dry_run else await release_log(self._catalog, self._journal)
+        return replace(given_up, segments=segments)

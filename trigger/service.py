@@ -16,7 +16,6 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from trigger.agenda import Agenda
-from trigger.catalog import Catalog
 from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
 from trigger.errors import DatabaseError, JournalError, PreflightError, TrigpointError
@@ -24,7 +23,7 @@ from trigger.expire import GivenUp, release_log
 from trigger.model import Cause, Finding, RecoveryPoint, Severity
 from trigger.options import Options
 from trigger.pipeline import Protected, protect, take
-from trigger.ports import Retained
+from trigger.ports import Journal, Retained
 from trigger.position import distance
 from trigger.qualify import Rules
 from trigger.reconcile import reconcile
@@ -48,6 +47,8 @@ UPKEEP_SHARE = 0.05
 ASKING_SECONDS = 3.0
 """How long the status waits for the database's word."""
 NOTE_CHARACTERS = 1000
+RELEASE_SECONDS = 30.0
+"""How long the journal may take to let go of old log before thinning goes on without it."""
 JOURNAL_START_SECONDS = 20.0
 STREAMS_START_SECONDS = 60.0
 
@@ -128,7 +129,7 @@ class Service:
             case "point":
                 return {"point": data(await self.point(_note(request)))}
             case "expire":
-                return {"expired": data(await give_up(self.parts.catalog, self.room, request))}
+                return {"expired": data(await give_up(self.room, request))}
             case "status":
                 return {"status": await self.status()}
             case other:
@@ -349,10 +350,17 @@ async def _journal_begun(service: Service) -> None:
     """Wait until the journal holds log, so that the first base is followed by it; not for ever, nor past a stop."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(JOURNAL_START_SECONDS):
-            while not service.agenda.stopping and not await service.parts.journal.extents():  # noqa: ASYNC110 - a folder that another program fills
+            while not service.agenda.stopping and not await _has_log(service.parts.journal):  # noqa: ASYNC110 - a folder that another program fills
                 await asyncio.sleep(0.05)
             return
     log.error("the journal has not begun within %.0f s; points are taken all the same", JOURNAL_START_SECONDS)
+
+
+async def _has_log(journal: Journal) -> bool:
+    try:
+        return bool(await journal.extents())
+    except (JournalError, OSError):  # shown by its audit
+        return False
 
 
 async def _streams_open(service: Service) -> None:
@@ -389,35 +397,56 @@ async def keep_room(service: Service) -> None:
     """Thin snapshots before the storage is used up, and let go of log that no kept point needs."""
     parts, agenda, room = service.parts, service.agenda, service.room
     lacked, gone = room.lacking, await room.make(service.agenda.replay_limit_bytes)
-    if gone:
-        log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
-        await release_log(parts.catalog, parts.journal)
+    _show(service, "the storage has too little room", room.trouble)
     if gone or (lacked and not room.lacking):
         agenda.retry()
         service.window.wake()
+    if gone:
+        log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
+        await _release_log(service)
     what = "the restore objective is not kept"
     if gone or what in service.upkeep:
         _note_long_replays(service, what, longest_replay(await parts.catalog.bases()))
 
 
-def _note_long_replays(service: Service, what: str, replay: int) -> None:
-    """Show in the status whether the snapshots that are left lie too far apart for the restore objective."""
-    if replay <= service.agenda.replay_limit_bytes:
+async def _release_log(service: Service) -> None:
+    """Let go of log that no kept point needs; a journal that does not answer is not waited for."""
+    why = ""
+    try:
+        async with asyncio.timeout(RELEASE_SECONDS):
+            await release_log(service.parts.catalog, service.parts.journal)
+    except TimeoutError:
+        why = f"the journal did not answer within {RELEASE_SECONDS:g} s"
+    except (JournalError, OSError) as error:
+        why = str(error)
+    _show(service, "old log is not let go of", why)
+
+
+def _show(service: Service, what: str, why: str) -> None:
+    """Show in the status why something is not done at present; "" for nothing any more."""
+    if not why:
         service.upkeep.pop(what, None)
         return
-    why = (
-        f"the storage bears no more snapshots, so that restores of old commits replay up to {replay} bytes; make it"
-        " larger (bytes, or storage.budget), or give up what is too old (trigpoint expire)"
-    )
-    if what not in service.upkeep:
+    if what not in service.upkeep:  # once, not every second
         log.warning("%s: %s", what, why)
     service.upkeep[what] = why
 
 
-async def give_up(catalog: Catalog, room: Room, request: dict[str, Any]) -> GivenUp:
+def _note_long_replays(service: Service, what: str, replay: int) -> None:
+    """Show in the status whether the snapshots that are left lie too far apart for the restore objective."""
+    _show(
+        service,
+        what,
+        f"the storage bears no more snapshots, so that restores of old commits replay up to {replay} bytes; make it"
+        " larger (bytes, or storage.budget), or give up what is too old (trigpoint expire)"
+        if replay > service.agenda.replay_limit_bytes
+        else "",
+    )
+
+
+async def give_up(room: Room, request: dict[str, Any]) -> GivenUp:
     """Give up every point older than the one called `before` in a request; see `expire.give_up_before`."""
-    first = await catalog.point(request.get("before", ""))
-    return await room.give_up_before(first, dry_run=bool(request.get("dry_run")))
+    return await room.give_up_before(request.get("before", ""), dry_run=bool(request.get("dry_run")))
 
 
 def _room(parts: Parts) -> Room:
@@ -458,7 +487,7 @@ async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, A
             case "expire":
                 if not request.get("dry_run"):  # which changes nothing
                     await reconcile(parts.catalog, parts.storage)
-                return {"expired": data(await give_up(parts.catalog, _room(parts), request))}
+                return {"expired": data(await give_up(_room(parts), request))}
             case other:
                 raise TrigpointError(f"only a running service answers {other!r}", hint="start it: trigpoint run")
 

@@ -275,10 +275,10 @@ class Shelf:
             StorageError: it would be too much, or another holds the folder.
         """
         free, _ = self._room()
-        self._needed_bytes = 0
         self._require_room()
         try:
             yield
+            self._needed_bytes = 0
         except (OSError, _NoRoomError) as error:
             if isinstance(error, _NoRoomError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self._needed_bytes = max(free - self._wanted_free_bytes, 0) + 1

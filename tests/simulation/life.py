@@ -125,7 +125,7 @@ class Life:
         assert self.cluster is not None
         assert self.room is not None
         if newest := await self.cluster.catalog.latest():
-            await self.room.give_up_before(newest)
+            await self.room.give_up_before(newest.id)
 
     def _end(self, how: str) -> None:
         if not self.ended:

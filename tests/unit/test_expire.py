@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -216,20 +217,82 @@ def test_a_storage_short_of_bytes_lets_a_tenth_go_at_a_time_and_not_the_oldest_o
     play(act)
 
 
-def test_where_a_tenth_gave_nothing_back_no_more_go_until_there_was_room_again() -> None:
+def test_where_a_tenth_gave_nothing_back_the_next_one_waits_longer_and_longer_and_it_is_said() -> None:
     async def act(shelves: Shelves) -> None:
         await _filled(10)(shelves)
         shelves.world.free_bytes = 0
-        assert len(await shelves.room.make(FAR)) == 1
-        for _ in range(3):
-            with pytest.raises(StorageError, match="something else fills the storage"):
-                await shelves.room.make(FAR)
+        clock, went = asyncio.get_running_loop().time, []
+        began = clock()
+        while clock() - began < 100:
+            if await shelves.room.make(FAR):
+                went.append(round(clock() - began))
+            else:
+                assert "something else fills the storage" in shelves.room.trouble
+            await asyncio.sleep(1)
+        assert [round(after - before, -1) for before, after in pairwise(went)] == [10, 20, 40]
         lacking = [shelves.room.lacking]
         shelves.world.free_bytes = 1 << 40
         assert await shelves.room.make(FAR) == []
-        assert [*lacking, shelves.room.lacking] == [True, False]
+        assert ([*lacking, shelves.room.lacking], shelves.room.trouble) == ([True, False], "")
         shelves.world.free_bytes = 0
         assert len(await shelves.room.make(FAR)) == 1
+
+    play(act)
+
+
+def test_a_snapshot_that_cannot_be_deleted_keeps_no_other_from_going() -> None:
+    class Stuck(MemoryStorage):
+        stuck = ""
+
+        async def delete(self, point: str) -> None:
+            if point == self.stuck:
+                raise StorageError(f"{point} is busy")
+            await super().delete(point)
+
+    async def act(shelves: Shelves) -> None:
+        storage = Stuck(shelves.world, budget=POINTS)
+        room = Room(shelves.catalog, storage, shelves.journal, SEGMENT_BYTES)
+        points = await _filled(20)(shelves)
+        storage.stuck = points[1].id
+        assert len(await room.make(FAR)) == 5
+        assert "is busy" in room.trouble
+        assert await shelves.numbers(State.EXPIRING) == [2]
+        storage.stuck = ""
+        assert [point.number for point in await room.make(FAR)] == [2]
+        assert room.trouble == ""
+
+    play(act)
+
+
+def test_what_is_given_up_before_a_point_is_not_given_up_where_thinning_has_taken_that_point() -> None:
+    async def act(shelves: Shelves) -> None:
+        await _filled(20)(shelves)
+        async with asyncio.TaskGroup() as tasks:
+            thinned = tasks.create_task(shelves.room.make(FAR))
+            await asyncio.sleep(0)
+            given_up = tasks.create_task(_refused(shelves.room.give_up_before(2)))
+        assert 2 in [point.number for point in thinned.result()]
+        assert "point 2 is expired" in given_up.result()
+        assert 1 in await shelves.numbers()
+
+    play(act)
+
+
+async def _refused(call: Awaitable[object]) -> str:
+    with pytest.raises(CatalogError) as raised:
+        await call
+    return str(raised.value)
+
+
+def test_while_no_log_was_ever_seen_only_what_was_taken_since_may_go() -> None:
+    async def act(shelves: Shelves) -> None:
+        shelves.world.journal.clear()
+        await _filled(10)(shelves)
+        assert await shelves.room.make(FAR) == []
+        for number in range(11, 40):
+            await shelves.sealed_at(number, number * 1000)
+            await shelves.room.make(FAR)
+        assert set(range(1, 11)) <= set(await shelves.numbers()), "there may be a hole between them"
 
     play(act)
 
@@ -248,7 +311,7 @@ def test_thinning_and_giving_up_wait_for_each_other() -> None:
             thinned = tasks.create_task(shelves.room.make(FAR))
             await asyncio.sleep(0.5)
             first = points[-1]
-            given_up = tasks.create_task(shelves.room.give_up_before(first))
+            given_up = tasks.create_task(shelves.room.give_up_before(first.number))
         assert len(thinned.result()) == 6
         assert len(given_up.result().points) == 13
         assert await shelves.numbers() == [first.number]
@@ -332,17 +395,17 @@ def test_what_is_older_than_a_point_is_given_up_with_the_log_that_only_it_needed
     async def act(shelves: Shelves) -> None:
         fill = await _filled(6)(shelves)
         await shelves.storage.clone(fill[1].id, "one", lambda *_: None)
-        arguments = (fill[3], shelves.catalog, shelves.storage, shelves.journal)
-        said = await give_up_before(*arguments, dry_run=True)
+        first, give_up = fill[3].id, shelves.room.give_up_before
+        said = await give_up(first, dry_run=True)
         assert (said.points, said.kept) == ((1, 3), (2,))
         assert await shelves.numbers() == [1, 2, 3, 4, 5, 6]
-        assert await give_up_before(*arguments) == said
+        assert await give_up(first) == said
         assert await shelves.numbers() == [2, 4, 5, 6]
         assert await shelves.numbers(State.EXPIRED) == [1, 3]
         assert fill[0].id not in shelves.world.kept
         await shelves.storage.drop_clone("one")
-        assert (await give_up_before(*arguments)).points == (2,)
-        assert (await give_up_before(*arguments)).points == ()
+        assert (await give_up(first)).points == (2,)
+        assert (await give_up(first)).points == ()
         assert (await shelves.catalog.find(lsn=Lsn(1000 - 48)))[0].point == 1
 
     play(act)
@@ -402,7 +465,7 @@ def test_nothing_is_given_up_for_a_point_that_is_no_base() -> None:
         fill = await _filled(3)(shelves)
         gone = await expire(shelves.catalog, shelves.storage, fill[1])
         with pytest.raises(CatalogError, match="point 2 is expired"):
-            await give_up_before(gone, shelves.catalog, shelves.storage, shelves.journal)
+            await give_up_before(gone, shelves.catalog, shelves.storage)
         assert await shelves.numbers() == [1, 3]
 
     play(act)
