@@ -24,7 +24,7 @@ class GivenUp:
     """Their snapshots are gone, and what only they could bring back."""
     kept: tuple[int, ...]
     """Older as well, and kept: there is a clone of them."""
-    segments: int
+    segments: int = 0
     """How many segments of the journal went with them."""
 
 
@@ -45,7 +45,7 @@ async def give_up_before(first: RecoveryPoint, catalog: Catalog, storage: Storag
     for point in () if dry_run else going:
         await expire(catalog, storage, point)
     kept = [point.number for point in older if point.id in pinned]
-    return GivenUp(tuple(point.number for point in going), tuple(kept), 0)
+    return GivenUp(tuple(point.number for point in going), tuple(kept))
 
 
 async def expire(catalog: Catalog, storage: Storage, point: RecoveryPoint) -> RecoveryPoint:

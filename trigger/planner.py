@@ -179,8 +179,13 @@ def _is_within(base: RecoveryPoint, point: RecoveryPoint) -> bool:
 
 def _latest_stamp(base: RecoveryPoint) -> int:
     """Give the time in microseconds behind which a base serves a target that is a time; see `_too_late`."""
-    cuts = [snapshot.ended_at for snapshot in base.snapshots] + ([base.sealed_at] if base.sealed_at else [])
-    return max([*map(to_microseconds, cuts), *([base.commit.time_us] if base.commit else [])], default=0)
+    stamps = [*map(to_microseconds, _cuts(base)), *([base.commit.time_us] if base.commit else [])]
+    return max(stamps, default=0)
+
+
+def _cuts(base: RecoveryPoint) -> list[datetime]:
+    """Give the times by our clock by which all that the base holds was cut; none where that is not known."""
+    return [snapshot.ended_at for snapshot in base.snapshots] + ([base.sealed_at] if base.sealed_at else [])
 
 
 def _as_it_is(base: RecoveryPoint, target: Target, rate: float, passed: Sequence[PassedOver]) -> Plan:
@@ -301,10 +306,9 @@ def _too_late(base: RecoveryPoint, time: datetime | None) -> str:
     """
     if time is None:
         raise RestoreError("a target of kind time has no time")
-    stamps = [snapshot.ended_at for snapshot in base.snapshots] + ([base.sealed_at] if base.sealed_at else [])
-    if not stamps:
+    if not (cuts := _cuts(base)):
         return "it is not known when it was cut"
-    if (cut := max(stamps)) >= time:
+    if (cut := max(cuts)) >= time:
         return f"it was cut until {cut.isoformat()}, not before {time.isoformat()}"
     if base.commit and base.commit.time_us >= to_microseconds(time):
         return f"it was taken for commit {base.commit.xid}, which is not before {time.isoformat()}"

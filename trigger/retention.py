@@ -10,6 +10,7 @@ of what can be restored) or the newest.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import pairwise
 
 from trigger.model import RecoveryPoint
@@ -54,15 +55,10 @@ def thin(
         replay = _replay_without(before, point, after)
         return None if replay is None or replay > replay_limit_bytes or not held(before, point) else replay
 
-    def for_its_age(kept: Sequence[RecoveryPoint], index: int) -> float | None:
-        return _replay_for_its_age(kept, index, held)
-
-    def in_hope(kept: Sequence[RecoveryPoint], index: int) -> float | None:
-        return _replay_for_its_age(kept, index, to_come)
-
     kept = list(points)
     goes = _let_go(kept, wanted, pinned, within)
-    goes += _let_go(kept, most, pinned, for_its_age) + _let_go(kept, most, pinned, in_hope)
+    for leads in (held, to_come):
+        goes += _let_go(kept, most, pinned, partial(_replay_for_its_age, leads=leads))
     return sorted(goes, key=lambda point: point.number)
 
 

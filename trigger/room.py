@@ -97,6 +97,10 @@ def _history(point: RecoveryPoint) -> History:
     return (point.ceiling or point.floor).history
 
 
+def _is_crowded(space: Space) -> bool:
+    return space.snapshots > space.budget * THIN_FROM
+
+
 class Room:
     """Keeps room in one storage; only one pass, or one giving up, at a time."""
 
@@ -155,12 +159,12 @@ class Room:
         self.lacking = space.short or space.freeing
         if not self.lacking:
             self._free_before, self._pause_seconds, self._again_at = None, 0.0, -math.inf
-        return space.short or space.snapshots > space.budget * THIN_FROM
+        return space.short or _is_crowded(space)
 
     def _wanted(self, space: Space, bases: int) -> tuple[int, int]:
         """Give how many of so many bases should stay, and how many may stay in any case."""
         wanted = most = bases
-        if space.snapshots > space.budget * THIN_FROM:
+        if _is_crowded(space):
             others = max(space.snapshots - bases, 0)  # half made, strange, or not to be got rid of
             wanted, most = (max(int(space.budget * share) - others, 0) for share in (THIN_TO, THIN_FROM))
         if space.short and self._tenth_is_due(space):  # what a removal gives is known only when it is done

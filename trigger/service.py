@@ -395,8 +395,8 @@ async def watch_checkpoints(service: Service) -> None:
 
 async def keep_room(service: Service) -> None:
     """Thin snapshots before the storage is used up, and let go of log that no kept point needs."""
-    parts, agenda, room = service.parts, service.agenda, service.room
-    lacked, gone = room.lacking, await room.make(service.agenda.replay_limit_bytes)
+    agenda, room = service.agenda, service.room
+    lacked, gone = room.lacking, await room.make(agenda.replay_limit_bytes)
     _show(service, "the storage has too little room", room.trouble)
     if gone or (lacked and not room.lacking):
         agenda.retry()
@@ -406,7 +406,7 @@ async def keep_room(service: Service) -> None:
         await _release_log(service)
     what = "the restore objective is not kept"
     if gone or what in service.upkeep:
-        _note_long_replays(service, what, longest_replay(await parts.catalog.bases()))
+        _note_long_replays(service, what, longest_replay(await service.parts.catalog.bases()))
 
 
 async def _release_log(service: Service) -> None:

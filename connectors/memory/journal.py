@@ -99,7 +99,7 @@ class MemoryJournal:
     async def release(self, before: Lsn) -> int:
         """Delete whole segments before `before`."""
         await asyncio.sleep(0)
-        limit = Lsn(before - before % SEGMENT_BYTES)
+        limit = _file_start(before)
         released = 0
         for timeline, pieces in self._world.journal.items():
             released += sum(max(0, (min(end, limit) - start) // SEGMENT_BYTES) for start, end in pieces)

@@ -151,13 +151,13 @@ def test_a_snapshot_that_is_exactly_a_commit_stays_where_the_one_before_may_hold
 def test_what_a_storage_cannot_bear_goes_beyond_the_objective(
     points: list[RecoveryPoint], wanted: int, most: int
 ) -> None:
-    goes = thin(points, wanted, most, LIMIT, *over(points, whole(points)))
+    held, to_come = over(points, whole(points))
+    goes = thin(points, wanted, most, LIMIT, held, to_come)
     left = [one for one in points if one not in goes]
     assert left[:1] == points[:1]
     assert left[-1:] == points[-1:]
     if len(left) > max(most, 2):
         for index, one in enumerate(left[1:-1], start=1):
-            held, _ = over(points, whole(points))
             before = next((base for base in reversed(left[:index]) if held(base, one)), None)
             assert before is None or before.redo is None, f"point {one.number} could go"
     if len(left) < most:
