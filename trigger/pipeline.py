@@ -144,12 +144,12 @@ async def take(cluster: Protected, cause: Cause, collected: Collected, note: str
 
 
 async def open_point(cluster: Protected, cause: Cause, newest: Pending | None, note: str) -> RecoveryPoint:
-    """Write the intent of a point into the catalog; its floor is the newest commit, or what is durable now."""
+    """Write the intent of a point into the catalog; its floor is the newest commit, or the end of the log."""
     now = cluster.clock.now()
     return await cluster.catalog.open_point(
         id=point_id(now, cluster.random.getrandbits(80)),
         cause=cause,
-        floor=newest.commit.position if newest else await cluster.database.durable(),
+        floor=newest.commit.position if newest else await cluster.database.record_end(),
         opened_at=now,
         commit=record(newest.commit, Outcome.PROTECTED) if newest else None,
         rule=newest.rule if newest else "",

@@ -121,6 +121,10 @@ class Database(Protocol):
         """Give the position up to which the log is on stable storage; raises `DatabaseError`."""
         ...
 
+    async def record_end(self) -> Position:
+        """Give the end of a record, durable and behind all that is visible; commits as `mark` does to make it so."""
+        ...
+
     async def ceiling(self) -> Position:
         """Give a position at or after everything that a snapshot finished before this call can hold.
 

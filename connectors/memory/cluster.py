@@ -16,6 +16,7 @@ from trigger.model import (
 from trigger.position import History, Lineage, Lsn
 
 SEGMENT_BYTES = 1 << 12
+PAGE_BYTES = 1 << 9
 FIRST_LSN = Lsn(1 << 24)
 _COMMIT_BYTES = 48
 
@@ -121,6 +122,12 @@ class Cluster:
     def flush(self) -> None:
         """Let the server flush its log."""
         self.written = self.flushed = self.inserted
+        self._notify()
+
+    def flush_pages(self) -> None:
+        """Let the log writer flush the pages that are full; the last of them may end in the middle of a record."""
+        self.flushed = max(self.flushed, Lsn(self.inserted // PAGE_BYTES * PAGE_BYTES))
+        self.written = max(self.written, self.flushed)
         self._notify()
 
     def write_back(self) -> None:

@@ -139,6 +139,14 @@ class MemoryDatabase:
         cluster = await self._connected()
         return cluster.lineage().at(cluster.flushed)
 
+    async def record_end(self) -> Position:
+        """Give the end of the log, flushed."""
+        cluster = await self._connected()
+        end = cluster.lineage().at(cluster.inserted)
+        if cluster.flushed < cluster.inserted:
+            await self.mark()
+        return end
+
     async def ceiling(self) -> Position:
         """Give the position up to which the log is inserted."""
         cluster = await self._connected()

@@ -105,3 +105,9 @@ def commit_records(cluster: Cluster, start: Lsn, end: Lsn) -> list[CommitRecord]
             prepared = _PREPARED_XID.match(match[4]) if match[3] == "COMMIT_PREPARED" else None
             found.append(CommitRecord(int(prepared[1] if prepared else match[1]), Lsn.parse(match[2])))
     return found
+
+
+def record_starts(cluster: Cluster, start: Lsn, end: Lsn) -> set[Lsn]:
+    """Give where records begin in a stretch of log, by pg_waldump."""
+    text = cluster.run("pg_waldump", "-p", cluster.data / "pg_wal", "-s", str(start), "-e", str(end)).stdout
+    return {Lsn.parse(match[1]) for match in re.finditer(r"lsn: ([0-9A-F]+/[0-9A-F]+),", text)}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from connectors.databases.postgres import Postgres
-from tests.connectors.reading import flushed, fresh_database
+from tests.connectors.reading import flushed, fresh_database, record_starts
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import ConfigError, DatabaseError
@@ -69,6 +71,86 @@ def test_durable_covers_what_was_committed_and_ceiling_covers_durable(cluster: C
     with_database(cluster, act)
 
 
+def test_a_record_ends_at_record_end_and_is_durable_whatever_others_write(cluster: Cluster) -> None:
+    """The flushed position would not do: it is often in the middle of a record of theirs."""
+    stop = threading.Event()
+
+    def write(size: int) -> None:
+        with cluster.connect() as connection:
+            while not stop.wait(0.002):
+                connection.execute("SELECT pg_logical_emit_message(false, 'noise', repeat('x', %s))", (size,))
+
+    async def act(database: Postgres) -> None:
+        ends = []
+        with ThreadPoolExecutor(3) as pool:
+            writers = [pool.submit(write, size) for size in (1, 20_000, 100_001)]
+            try:
+                for _ in range(40):
+                    seen = inserted(cluster)
+                    ends.append(await database.record_end())
+                    assert flushed(cluster) >= ends[-1].at >= seen - SEGMENT_HEADER
+            finally:
+                stop.set()
+            for writer in writers:
+                writer.result(30)
+        assert_records_end_at(cluster, [end.at for end in ends])
+
+    with_database(cluster, act)
+
+
+def test_a_record_that_fills_its_page_ends_where_the_page_does_and_nothing_is_written_to_find_out(
+    cluster: Cluster,
+) -> None:
+    async def act(database: Postgres) -> None:
+        for of_segment in (False, True):
+            behind = fill_segment(cluster) if of_segment else fill_page(cluster)
+            end = (await database.record_end()).at
+            assert end % (SEGMENT if of_segment else PAGE) == 0
+            assert inserted(cluster) == behind > end
+            assert_records_end_at(cluster, [end])
+
+    with_database(cluster, act)
+
+
+PAGE, SEGMENT, PAGE_HEADER, SEGMENT_HEADER = 8192, 16 << 20, 24, 40
+
+
+def inserted(cluster: Cluster) -> Lsn:
+    return Lsn.parse(cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
+
+
+def fill_page(cluster: Cluster) -> Lsn:
+    """Write a record whose last byte is the last of its page; gives the insert position, behind the next header."""
+    message = "SELECT pg_logical_emit_message(true, '', repeat('x', %d))"
+    for _ in range(20):
+        left = PAGE - inserted(cluster) % PAGE
+        cluster.sql(message % (left + PAGE // 2))
+        before = inserted(cluster)
+        cluster.sql(message % 1000)
+        overhead = inserted(cluster) - before - 1000
+        cluster.sql(message % (PAGE - inserted(cluster) % PAGE - overhead))
+        if (at := inserted(cluster)) % PAGE == PAGE_HEADER:
+            return at
+    raise AssertionError("no record came to end where a page does")
+
+
+def fill_segment(cluster: Cluster) -> Lsn:
+    """Leave the rest of a segment empty; gives the insert position, behind the header of the next."""
+    cluster.sql("SELECT pg_switch_wal()")
+    at = inserted(cluster)
+    assert at % SEGMENT == SEGMENT_HEADER
+    return at
+
+
+def assert_records_end_at(cluster: Cluster, places: list[Lsn]) -> None:
+    """A record ends where the next one begins, or the page does in front of which the next one begins: pg_waldump's."""
+    cluster.sql("SELECT pg_logical_emit_message(true, '', '')")
+    begins = record_starts(cluster, Lsn(min(places) // SEGMENT * SEGMENT), flushed(cluster))
+    for place in places:
+        header = 0 if place % PAGE else PAGE_HEADER if place % SEGMENT else SEGMENT_HEADER
+        assert place + header in begins, f"{place} is in the middle of a record"
+
+
 def test_ceiling_covers_log_that_was_written_but_is_not_durable_yet(cluster: Cluster) -> None:
     async def act(database: Postgres) -> None:
         with cluster.connect() as connection:
@@ -113,6 +195,16 @@ def test_a_mark_lies_behind_what_was_committed_without_a_flush_and_no_stream_sho
             cluster.sql("DROP PUBLICATION everything")
 
     with_database(cluster, act)
+
+
+def test_a_mark_is_made_where_sessions_may_only_read_by_default(cluster: Cluster) -> None:
+    async def run() -> None:
+        database = Postgres(f"{cluster.conninfo} options='-c default_transaction_read_only=on'", ["postgres"])
+        before = inserted(cluster)
+        assert (await database.mark()).at > before
+        await database.close()
+
+    asyncio.run(run())
 
 
 def changes(cluster: Cluster) -> int:

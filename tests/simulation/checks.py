@@ -7,12 +7,14 @@ records it wrote. P4's half that can be seen here, the order of catalog and ackn
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from connectors.memory import SEGMENT_BYTES, Content, MemoryJournal, MemoryRecovery, MemoryStorage
+from connectors.memory.cluster import FIRST_LSN
 from tests.simulation.wire import Violation
 from trigger import planner, reconcile, tag
 from trigger.catalog import Catalog, Found
@@ -84,7 +86,7 @@ def check_completeness(
         require(matters(truth[xid]), f"P1: {found} does not qualify")
         _check_record(truth[xid], found)
         by_xid[xid] = found
-    present = simulation.truth()
+    present = [commit for commit in simulation.truth() if commit.stream]  # no stream shows a mark of ours
     for commit in present:
         if matters(commit) and commit.end > simulation.covered_from[commit.stream]:
             _check_outcome(simulation, commit, by_xid.get(commit.xid), gaps)
@@ -162,6 +164,7 @@ def _check_snapshot(simulation: Simulation, point: RecoveryPoint) -> None:
     require(kept is not None and kept.complete, f"P3: sealed point {point.number} has no whole snapshot")
     assert kept is not None
     require(bool(point.flushes) and len(point.snapshots) == len(kept.cuts), f"P3: {point.number} lacks proofs")
+    require(_ends_a_record(simulation, point.floor), f"P3: the floor of point {point.number} lies within a record")
     ceiling = point.ceiling
     require(ceiling is not None, f"P3: sealed point {point.number} has no ceiling")
     assert ceiling is not None
@@ -177,6 +180,15 @@ def _check_snapshot(simulation: Simulation, point: RecoveryPoint) -> None:
     if kept.tag is not None:
         sealed, _ = tag.decode(kept.tag)
         require(sealed.state is State.SEALED, f"P5: point {point.number} is sealed, its tag says {sealed.state}")
+
+
+def _ends_a_record(simulation: Simulation, place: Position) -> bool:
+    cluster = simulation.cluster
+    log, forks = cluster.logs[place.history.timeline], cluster.forks[place.history.timeline]
+    index = bisect_left(log, place.at, key=lambda entry: entry.end)
+    if index < len(log) and log[index].end == place.at:
+        return True
+    return place.at == (forks[-1][1] if forks else FIRST_LSN)
 
 
 def _leads_to(content: Content, ceiling: Position) -> bool:

@@ -294,6 +294,10 @@ class Simulation:
         if self.cluster.up:
             self.cluster.flush()
 
+    def _act_flush_pages(self) -> None:
+        if self.cluster.up:
+            self.cluster.flush_pages()
+
     def _act_write_back(self) -> None:
         self.cluster.write_back()
 

@@ -210,7 +210,8 @@ def _load(draw: random.Random, streams: tuple[str, ...], ends_at: float, commits
         if draw.random() < 0.2:
             acts.append(Act(at, "ddl", (draw.choice((40, 400, 4000)),)))
         if draw.random() < 0.3:
-            acts.append(Act(at + draw.random(), draw.choice(("write", "write_back", "flush", "checkpoint"))))
+            housekeeping = draw.choice(("write", "write_back", "flush", "flush_pages", "flush_pages", "checkpoint"))
+            acts.append(Act(at + draw.random(), housekeeping))
     if draw.random() < 0.4:
         began = draw.uniform(0, ends_at / 2)
         acts.append(Act(began, "begin_long"))

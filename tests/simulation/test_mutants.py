@@ -135,6 +135,14 @@ MUTANTS = (
         "replace(newest.commit.position, at=type(newest.commit.end)(newest.commit.end + 4096)) if newest",
         "P3|liveness",
     ),
+    Mutant(
+        "takes the flushed position for the end of a record",
+        pipeline,
+        "open_point",
+        "await cluster.database.record_end()",
+        "await cluster.database.durable()",
+        "P3: the floor of point .* lies within a record",
+    ),
     Mutant("records no gap", pipeline, "record_breaks", "await cluster.catalog.record_gap(", "repr(", "P1"),
     Mutant(
         "forgets to close gaps",

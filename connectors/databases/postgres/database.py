@@ -32,6 +32,18 @@ _DURABLE: LiteralString = (
 _CEILING: LiteralString = (
     "SELECT pg_current_wal_insert_lsn()::text, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)"
 )
+_RECORD_END: LiteralString = """
+SELECT durable::text, (inserted - CASE
+           WHEN at.file_offset = 40 THEN 40
+           WHEN mod(at.file_offset, current_setting('wal_block_size')::int) = 24 THEN 24
+           ELSE 0 END)::text, left(at.file_name, 8)
+  FROM (SELECT pg_current_wal_insert_lsn() AS inserted, pg_current_wal_flush_lsn() AS durable) AS now,
+       pg_walfile_name_offset(inserted) AS at
+"""
+"""The insert position is where the next record begins, behind the header of a page on which nothing stands yet (40
+bytes in the first page of a segment, 24 in others: access/xlog_internal.h); the record before it ends where the page
+begins. A record that goes on from the page before never ends right behind the header: at least a byte of it follows.
+"""
 _REDO: LiteralString = "SELECT redo_lsn::text, timeline_id FROM pg_control_checkpoint()"
 _MARK: LiteralString = (
     "SELECT set_config('synchronous_commit', 'local', true), pg_logical_emit_message(false, %s, ''),"
@@ -139,6 +151,17 @@ class Postgres:
         """Ask for (LSN, timeline in hexadecimal); the timeline is the one that log is written on at this moment."""
         lsn, timeline = await self._ask(question)
         return Position(History(self._system, int(timeline, 16)), Lsn.parse(lsn))
+
+    async def record_end(self) -> Position:
+        """Give the end of the newest record, durable on return; see port `Database`.
+
+        The flushed position will not do: where others write it may lie in the middle of a record, and a server that
+        is brought up from a snapshot ends right before that one.
+        """
+        durable, end, timeline = await self._ask(_RECORD_END)
+        if Lsn.parse(durable) < Lsn.parse(end):
+            await self.mark()  # a commit flushes all that came before it
+        return Position(History(self._system, int(timeline, 16)), Lsn.parse(end))
 
     async def redo(self) -> Position:
         """Give the redo position of the last completed checkpoint; raises `DatabaseError`."""
@@ -286,6 +309,7 @@ class Postgres:
             raise _failed("no connection to the database", error) from error
         settings: LiteralString = (
             "SELECT set_config('search_path', 'pg_catalog', false), set_config('statement_timeout', %s, false),"
+            " set_config('default_transaction_read_only', 'off', false),"
             " system_identifier::text FROM pg_control_system()"
         )
         try:
