@@ -9,6 +9,7 @@ of what can be restored) or the newest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import pairwise
@@ -20,7 +21,8 @@ Leads = Callable[[RecoveryPoint, RecoveryPoint], bool]
 """Whether a replay from the first point brings back all that the second can; see `planner.HeldLog`."""
 _NEAR = 32
 """How many neighbours are tried on each side: beyond them only other pasts would be passed over."""
-Cost = Callable[[Sequence[RecoveryPoint], int], float | None]
+Cost = Callable[[Sequence[RecoveryPoint], int], float]
+"""What the going of the point at a place costs; infinite where it may not go."""
 
 
 def thin(
@@ -50,10 +52,10 @@ def thin(
         leads to it.
     """
 
-    def within(kept: Sequence[RecoveryPoint], index: int) -> float | None:
+    def within(kept: Sequence[RecoveryPoint], index: int) -> float:
         before, point, after = kept[index - 1 : index + 2]
         replay = _replay_without(before, point, after)
-        return None if replay is None or replay > replay_limit_bytes or not held(before, point) else replay
+        return math.inf if replay is None or replay > replay_limit_bytes or not held(before, point) else replay
 
     kept = list(points)
     goes = _let_go(kept, wanted, pinned, within)
@@ -70,30 +72,30 @@ def longest_replay(points: Sequence[RecoveryPoint]) -> int:
 def _let_go(kept: list[RecoveryPoint], most: int, pinned: Collection[str], cost: Cost) -> list[RecoveryPoint]:
     """Take the cheapest point out of `kept` until `most` are left or none may go; gives what was taken out."""
 
-    def price(index: int) -> float | None:
+    def price(index: int) -> float:
         outer = not 0 < index < len(kept) - 1
-        return None if outer or kept[index].id in pinned else cost(kept, index)
+        return math.inf if outer or kept[index].id in pinned else cost(kept, index)
 
     goes: list[RecoveryPoint] = []
     prices = [price(index) for index in range(len(kept))]
     while len(kept) > most:
-        cheapest = min(((known, index) for index, known in enumerate(prices) if known is not None), default=None)
-        if cheapest is None:
+        cheapest = min(prices, default=math.inf)
+        if cheapest == math.inf:
             break
-        _, index = cheapest
+        index = prices.index(cheapest)
         goes.append(kept.pop(index))
         prices.pop(index)
         prices[index - 1], prices[index] = price(index - 1), price(index)  # no other has new neighbours
     return goes
 
 
-def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int, leads: Leads) -> float | None:
+def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int, leads: Leads) -> float:
     """Give the replay that is left by the going of a point, as a share of all the log that was written since."""
     point, now = kept[index], kept[-1].ceiling
     before = next((one for one in reversed(kept[max(index - _NEAR, 0) : index]) if leads(one, point)), None)
     after = next((one for one in kept[index + 1 : index + 1 + _NEAR] if leads(point, one)), point)
     if before is None or before.redo is None or now is None or after.ceiling is None or point.ceiling is None:
-        return None
+        return math.inf
     return max(after.ceiling.at - before.redo.at, 0) / max(now.at - point.ceiling.at, 1)
 
 

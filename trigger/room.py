@@ -113,6 +113,8 @@ class Room:
         self.known_log = KnownLog(journal, segment_bytes)
         self.lacking = False
         """Whether the storage had too few bytes for another snapshot when it was last looked at."""
+        self.eased = False
+        """Whether the last pass made room, or found some where there was none: what waits for it may be tried again."""
         self.trouble = ""
         """What kept the last pass from making room; "" for nothing."""
         self._free_before: int | None = None
@@ -126,24 +128,29 @@ class Room:
         A point of which there is a clone stays, and one to which no log leads from an earlier one.
         """
         async with self._one_at_a_time:
-            self.trouble = ""
-            if self.known_log.unseen_from is None:
-                newest = await self._catalog.latest()
-                self.known_log.unseen_from = newest.number if newest else 0
-            gone = await self._expire(await self._catalog.points(states={State.EXPIRING}, newest_first=False))
-            await self.known_log.look()
-            space = await self._storage.space()
-            if not self._is_needed(space):
-                return gone
-            bases = await self._catalog.bases()
-            wanted, most = self._wanted(space, len(bases))
-            pinned = {clone.point for clone in await self._storage.clones()}
-            thinned = await self._expire(
-                thin(bases, wanted, most, replay_limit_bytes, *self.known_log.leads(bases), pinned)
-            )
-            if space.short and thinned:
-                self._free_before = space.free_bytes
-            return gone + thinned
+            lacked, self.trouble, self.eased = self.lacking, "", False
+            gone = await self._make(replay_limit_bytes)
+            self.eased = bool(gone) or (lacked and not self.lacking)
+            return gone
+
+    async def _make(self, replay_limit_bytes: int) -> list[RecoveryPoint]:
+        if self.known_log.unseen_from is None:
+            newest = await self._catalog.latest()
+            self.known_log.unseen_from = newest.number if newest else 0
+        gone = await self._expire(await self._catalog.points(states={State.EXPIRING}, newest_first=False))
+        await self.known_log.look()
+        space = await self._storage.space()
+        if not self._is_needed(space):
+            return gone
+        bases = await self._catalog.bases()
+        wanted, most = self._wanted(space, len(bases))
+        pinned = {clone.point for clone in await self._storage.clones()}
+        thinned = await self._expire(
+            thin(bases, wanted, most, replay_limit_bytes, *self.known_log.leads(bases), pinned)
+        )
+        if space.short and thinned:
+            self._free_before = space.free_bytes
+        return gone + thinned
 
     async def _expire(self, points: Sequence[RecoveryPoint]) -> list[RecoveryPoint]:
         """Give those of `points` that are expired now; of the others it is told why not, and the next pass goes on."""

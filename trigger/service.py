@@ -396,9 +396,9 @@ async def watch_checkpoints(service: Service) -> None:
 async def keep_room(service: Service) -> None:
     """Thin snapshots before the storage is used up, and let go of log that no kept point needs."""
     agenda, room = service.agenda, service.room
-    lacked, gone = room.lacking, await room.make(agenda.replay_limit_bytes)
+    gone = await room.make(agenda.replay_limit_bytes)
     _show(service, "the storage has too little room", room.trouble)
-    if gone or (lacked and not room.lacking):
+    if room.eased:
         agenda.retry()
         service.window.wake()
     if gone:

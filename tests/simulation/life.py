@@ -203,11 +203,11 @@ class Life:
         journal = MemoryJournal(self.world)
         before, held = await cluster.catalog.bases(), await journal.extents()
         assert self.room is not None
-        lacked, gone = self.room.lacking, await self.room.make(self.agenda.replay_limit_bytes)
+        gone = await self.room.make(self.agenda.replay_limit_bytes)
         if gone:
             left = [base for base in before if base.id not in {point.id for point in gone}]
             self.thinned(before, left, [*held, *await journal.extents()])
-        if gone or (lacked and not self.room.lacking):
+        if self.room.eased:
             self.agenda.retry()
 
     async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:

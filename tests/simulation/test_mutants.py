@@ -350,7 +350,7 @@ MUTANTS = (
     Mutant(
         "the thinning keeps to the restore objective whatever the storage bears",
         room,
-        "Room.make",
+        "Room._make",
         "thin(bases, wanted, most,",
         "thin(bases, wanted, len(bases),",
         "liveness",

@@ -230,10 +230,10 @@ def test_where_a_tenth_gave_nothing_back_the_next_one_waits_longer_and_longer_an
                 assert "something else fills the storage" in shelves.room.trouble
             await asyncio.sleep(1)
         assert [round(after - before, -1) for before, after in pairwise(went)] == [10, 20, 40]
-        lacking = [shelves.room.lacking]
+        assert (shelves.room.lacking, shelves.room.eased) == (True, False)
         shelves.world.free_bytes = 1 << 40
         assert await shelves.room.make(FAR) == []
-        assert ([*lacking, shelves.room.lacking], shelves.room.trouble) == ([True, False], "")
+        assert (shelves.room.lacking, shelves.room.eased, shelves.room.trouble) == (False, True, "")
         shelves.world.free_bytes = 0
         assert len(await shelves.room.make(FAR)) == 1
 
