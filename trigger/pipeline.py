@@ -144,17 +144,31 @@ async def take(cluster: Protected, cause: Cause, collected: Collected, note: str
 
 
 async def open_point(cluster: Protected, cause: Cause, newest: Pending | None, note: str) -> RecoveryPoint:
-    """Write the intent of a point into the catalog; its floor is the newest commit, or the end of the log."""
+    """Write the intent of a point into the catalog."""
     now = cluster.clock.now()
     return await cluster.catalog.open_point(
         id=point_id(now, cluster.random.getrandbits(80)),
         cause=cause,
-        floor=newest.commit.position if newest else await cluster.database.record_end(),
+        floor=await choose_floor(cluster.database, cause, newest),
         opened_at=now,
         commit=record(newest.commit, Outcome.PROTECTED) if newest else None,
         rule=newest.rule if newest else "",
         note=note,
     )
+
+
+async def choose_floor(database: Database, cause: Cause, newest: Pending | None) -> Position:
+    """Give the newest commit for a point that is taken for it, and the end of the log for one taken for a moment.
+
+    Commits of before a switch of the timeline, or of a log that is no more, are a floor of their own in any case.
+    """
+    if newest is not None and cause is Cause.COMMIT:
+        return newest.commit.position
+    end = await database.record_end()
+    if newest is None:
+        return end
+    commit = newest.commit.position
+    return end if end.history == commit.history and end.covers(commit) else commit
 
 
 async def flush(agents: Sequence[Agent], point: RecoveryPoint, deadline_seconds: float) -> tuple[Flush, ...]:

@@ -493,7 +493,7 @@ async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, A
 
 
 async def _take_one(parts: Parts, note: str) -> RecoveryPoint:
-    """Take one point of whatever is durable now; gives it sealed or failed."""
+    """Take one point of what is there now; gives it sealed or failed."""
     await preflight(parts, force=False)
     service = await begin(parts)
     return await take(service.cluster, Cause.DEMAND, Collected((), {}), note)

@@ -34,7 +34,7 @@ class Named:
     latest: bool = False
     """All there is."""
     point: str | int | None = None
-    """What the point was taken for: its commit, or its floor."""
+    """What the point was taken for: a commit, or the moment at which it was asked for or due."""
     marker: str | None = None
     """The transaction that wrote this marker, whole text."""
     before_xid: int | None = None
@@ -182,7 +182,7 @@ async def _at_point(point: RecoveryPoint, catalog: Catalog, journal: Journal) ->
             hint="name the commit instead (--to-xid); it can be restored from an earlier point",
         )
     words = f"point {point.number}: "
-    if point.commit is not None:
+    if point.commit is not None and point.commit.end == point.floor.at:
         return _commit(Found(point.commit, point.number, "", point.floor.history), words)
     lineage = await journal.lineage(point.floor.history)
     last = await catalog.commit_before(point.floor.at, lineage)

@@ -148,6 +148,8 @@ def check_points(simulation: Simulation, points: Sequence[RecoveryPoint], outcom
     for found in outcomes:
         if found.point is not None:
             of_point.setdefault(found.point, []).append(found)
+    too_early = [said for life in simulation.lives for said in life.too_early]
+    require(not too_early, f"P3: {too_early}")
     for point in points:
         mine = of_point.get(point.number, [])
         if point.state is State.SEALED:

@@ -31,7 +31,7 @@ from trigger import pipeline, reconcile
 from trigger.agenda import Agenda
 from trigger.catalog import Catalog
 from trigger.errors import TrigpointError
-from trigger.model import Commit, RecoveryPoint, Volume
+from trigger.model import Commit, RecoveryPoint, State, Volume
 from trigger.pipeline import Protected
 from trigger.ports import Break, Extent
 from trigger.position import Position
@@ -73,6 +73,8 @@ class Life:
     delivered: list[Commit] = field(default_factory=list)
     """What has come into its window."""
     answers: list[asyncio.Future[RecoveryPoint]] = field(default_factory=list)
+    too_early: list[str] = field(default_factory=list)
+    """Of the answers, those that do not hold what was there when they were asked for."""
     storage: MemoryStorage = field(init=False)
     ended: str = ""
     """How it ended; "" while it lives."""
@@ -114,8 +116,19 @@ class Life:
     def ask(self) -> None:
         """Ask for a point, as `trigpoint point` does."""
         if self.agenda is not None and self.window is not None:
-            self.answers.append(self.agenda.ask("asked for"))
+            answer, cluster = self.agenda.ask("asked for"), self.world.cluster
+            asked, session = Position(cluster.history, cluster.inserted), cluster.session
+            self.answers.append(answer)
+            answer.add_done_callback(lambda done: self._answered(done, asked, session))
             self.window.wake()
+
+    def _answered(self, answer: asyncio.Future[RecoveryPoint], asked: Position, session: int) -> None:
+        """Note a point that does not hold what was there when it was asked for, on a server that lost nothing since."""
+        if answer.cancelled() or self.world.cluster.session != session:
+            return
+        point = answer.result()
+        if point.state is State.SEALED and point.floor.history == asked.history and point.floor.at < asked.at:
+            self.too_early.append(f"point {point.number} holds log up to {point.floor}, it was asked for at {asked}")
 
     def give_up_the_past(self) -> None:
         """Give up all but the newest base, as `trigpoint expire` does."""

@@ -182,6 +182,25 @@ def test_a_points_own_snapshot_is_proven_where_the_restore_needs_an_older_one(ba
     assert bank.ask("clones", "list") == []
 
 
+@pytest.mark.volume
+def test_a_point_that_was_asked_for_is_that_moment_though_an_older_commit_still_waits_for_its_point() -> None:
+    with deployment(18, extra="[points]\nmin_interval_seconds = 600\nmax_delay_seconds = 600\n") as here:
+        here.cluster.sql("CREATE TABLE paid (n int PRIMARY KEY)")
+        here.start()
+        here.cluster.sql("INSERT INTO paid VALUES (1)")
+        here.wait_for(lambda: here.status()["pending_commits"] == 1, "the payment in the window")
+        here.cluster.sql("SET synchronous_commit = off; CREATE TABLE unseen (n int)")  # no stream shows it
+        taken = here.ask("point", "--note", "before the upgrade")
+        assert taken["commits"] == 1
+        here.cluster.sql("INSERT INTO paid VALUES (2); DROP TABLE unseen")
+        report = here.ask("restore", "--to-point", str(taken["number"]), "--name", "one")
+        assert held(report["conninfo"]) == [1]
+        with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
+            assert connection.execute("SELECT count(*) FROM unseen").fetchone() == (0,)
+        result = here.ask("verify", str(taken["number"]))
+        assert result["passed"], result
+
+
 def test_production_is_put_back_in_place_and_the_accident_can_be_had_again(bank: Deployment) -> None:
     cluster = bank.cluster
     cluster.sql("ALTER SYSTEM SET work_mem = '5MB'")

@@ -410,6 +410,23 @@ def test_whoever_asks_for_a_point_gets_it_even_where_an_answer_was_lost() -> Non
     Stage().play(act)
 
 
+def test_a_point_that_is_asked_for_holds_what_is_there_though_an_older_commit_waits_for_its_point() -> None:
+    async def act(stage: Stage) -> None:
+        waiting = stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        stage.cluster.write_ahead(1000)  # what no stream shows, and nobody flushed
+        asked_at = stage.cluster.inserted
+        answer = stage.agenda.ask("before the upgrade")
+        stage.window.wake()
+        async with asyncio.timeout(30):
+            point = await answer
+        assert point.commit is not None
+        assert (point.cause, point.commit.xid, point.floor.at) == (Cause.DEMAND, waiting.xid, asked_at)
+        assert await stage.outcomes() == {waiting.xid: Outcome.PROTECTED}
+
+    Stage(min_interval_seconds=500, max_delay_seconds=500).play(act)
+
+
 def test_a_cancelled_round_is_undone_by_the_next_start() -> None:
     async def act(stage: Stage) -> None:
         stage.when("after snapshot", lambda: asyncio.sleep(60))

@@ -56,7 +56,7 @@ ToLsn = Annotated[str | None, _target("--to-lsn", "The commit whose record begin
 ToXid = Annotated[str | None, _target("--to-xid", "Up to this transaction.")]
 ToTime = Annotated[str | None, _target("--to-time", "All commits up to then, ISO-8601 with a zone.")]
 ToLatest = Annotated[bool, _target("--to-latest", "The latest state that there is.")]
-ToPoint = Annotated[str | None, _target("--to-point", "What this point was taken for.")]
+ToPoint = Annotated[str | None, _target("--to-point", "What this point was taken for: a commit, or a moment.")]
 ToMarker = Annotated[str | None, _target("--to-marker", "Up to the transaction with this marker.")]
 BeforeXid = Annotated[str | None, _target("--before-xid", "All before this transaction, not it.")]
 Database = Annotated[str | None, typer.Option("--database", help="Only commits of this one.", show_default=False)]

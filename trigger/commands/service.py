@@ -55,7 +55,8 @@ def point(
 ) -> None:
     """Take a recovery point now; through the running service, or without one if none runs.
 
-    Ends when the point is sealed. Exit code 0 only then.
+    It holds everything that is visible by now, whatever the rules say, and restore --to-point brings that back. Ends
+    when the point is sealed. Exit code 0 only then.
     """
     chosen = options(config)
     taken = asyncio.run(_asked(chosen, {"do": "point", "note": note}))["point"]
