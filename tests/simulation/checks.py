@@ -311,7 +311,9 @@ def _target_of(simulation: Simulation, commit: Commit, inclusive: bool, timeline
         commit.stream, commit.xid, commit.start, commit.end, commit.time_us, commit.markers, Outcome.COALESCED
     )
     words = f"{'commit' if inclusive else 'before transaction'} {commit.xid} ({commit.start}) on timeline {timeline}"
-    return Target(history, StopKind.LSN, commit.start, inclusive, words, commit=record if inclusive else None)
+    if inclusive:
+        return Target(history, StopKind.LSN, commit.start, inclusive, words, commit=record)
+    return Target(history, StopKind.LSN, commit.start, inclusive, words, reach=commit.end)  # seen whole, or not at all
 
 
 def _compare(target: Target, base: RecoveryPoint, got: Sequence[int], wanted: Sequence[int]) -> None:
