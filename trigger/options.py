@@ -104,7 +104,7 @@ class StorageOptions(_Section):
     folder: WholePath = Field(examples=["/var/lib/postgresql/trigpoint-snapshots"])
     """The folder for snapshots and clones; for btrfs on the filesystem of the volumes."""
     budget: Annotated[int, Field(ge=2, le=100_000)] = 200
-    """How many snapshots may exist; at the limit no more are made and the operator is told."""
+    """How many snapshots may exist; from nine tenths of it on older ones are thinned, which loses no commit."""
     keep_free: ByteSize = Field(default=ByteSize(1 << 30), validate_default=True)
     """No snapshot is made while less than this is free: it would succeed, and the database stop."""
     paranoid: bool = False
@@ -153,7 +153,7 @@ class PointOptions(_Section):
     restore_objective_seconds: Seconds = 30
     """Take a point whenever the log since the last base could not be replayed within this time."""
     replay_bytes_per_second: ByteSize = Field(default=ByteSize(50_000_000), gt=0, validate_default=True)
-    """How fast this host replays log; `trigpoint verify` measures it."""
+    """How fast this host replays log; `trigpoint verify` says how many bytes it replayed in which time."""
     round_seconds: Seconds = 3600
     """The longest that one round may last, the copying of what changed included; then it is given up."""
     retry_seconds: Seconds = 5

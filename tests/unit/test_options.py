@@ -131,7 +131,7 @@ def read(document: str) -> Options | ConfigError:
 
 
 def test_the_committed_reference_is_what_the_options_say() -> None:
-    assert (ROOT / "configs" / "reference.toml").read_text() == toml_text(), "make reference"
+    assert (ROOT / "configs" / "reference.toml").read_text() == toml_text(), "trigpoint config reference --format toml"
 
 
 def test_every_option_is_in_every_form_of_the_reference() -> None:

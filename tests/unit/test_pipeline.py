@@ -17,7 +17,7 @@ from trigger.catalog import Catalog
 from trigger.errors import AgentError, CatalogError, DatabaseError, StorageError
 from trigger.model import Cause, Outcome, RecoveryPoint, State, Volume
 from trigger.options import PointOptions
-from trigger.pipeline import Protected, protect
+from trigger.pipeline import Protected, protect, require_cover
 from trigger.ports import Capability
 from trigger.reconcile import reconcile
 from trigger.window import Window
@@ -258,6 +258,18 @@ def test_a_snapshot_that_could_not_be_removed_is_removed_by_the_next_pass() -> N
         await asyncio.sleep(60)
         sealed = {point.id for point in await stage.points() if point.state is State.SEALED}
         assert set(stage.world.kept) == sealed
+
+    Stage().play(act)
+
+
+def test_a_commit_that_the_log_on_disk_does_not_cover_is_no_floor() -> None:
+    async def act(stage: Stage) -> None:
+        database = MemoryDatabase(stage.world)
+        on_disk = stage.cluster.commit("bank")
+        in_memory = stage.cluster.commit("bank", synchronous=False)
+        assert (await require_cover(database, on_disk.position)).at == on_disk.end
+        with pytest.raises(DatabaseError, match="does not cover"):
+            await require_cover(database, in_memory.position)
 
     Stage().play(act)
 

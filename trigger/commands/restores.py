@@ -95,7 +95,8 @@ def restore_state(
 
     The state holds the commit and every one before it in the log, and none behind it; that is checked before the
     clone is reported. Its server listens on a Unix socket only, has no archive, no subscriptions and no slots, and
-    runs on a timeline of its own. Nothing of the running cluster is touched.
+    runs on a timeline of its own. Nothing of the running cluster is touched; for a --to-time behind the last known
+    commit it is made to commit an empty transaction.
 
     With --in-place the proven clone takes the place of production, by renames: the old state stays beside it as
     `<volume>.before-<time>`, and --undo puts it back. The server must be stopped for that, and the service too; then

@@ -327,7 +327,7 @@ def unreachable(error: DatabaseError) -> Finding:
 
 # ---- what a stream cannot see
 
-_HELD = "a catch-all point holds it: one is taken when the log has moved and no commit was seen"
+_HELD = "a catch-all point holds it: one is taken when the log has moved by 512 bytes and no commit was seen"
 _SEEN, _UNSEEN = "seen", "not seen"
 BLIND_SPOTS: tuple[tuple[str, str, str], ...] = (
     ("insert, COPY, CREATE TABLE AS", _SEEN, "every inserted row is counted"),

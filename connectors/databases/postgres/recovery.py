@@ -47,7 +47,7 @@ _HINTS = {
     "before consistent recovery point": "the base holds more than the target; an earlier point is needed",
     "recovery ended before configured recovery target": "the journal ends before the target, or is damaged there; for a"
     " time: no commit is later, and the running cluster did not make one (--to-latest gives all there is)",
-    "resource manager with ID": "an extension wrote the log; name its library in database.keep_libraries",
+    "resource manager with ID": "an extension wrote the log; name its library in restore.keep_libraries",
     "could not create lock file": "another server already runs on this clone",
     "Permission denied": "the owner of the data must be able to reach the clone, the staged log and the programs",
 }
