@@ -92,8 +92,10 @@ async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, ca
     point = await take(cluster, cause, collected, agenda.note)
     if point.state is State.SEALED:
         await cluster.catalog.close_gaps(point.number)
+        reached("after-close-gaps")
         agenda.sealed(point)
         await window.settle(collected.settled)  # only now may the sources forget
+        reached("after-settle")
     else:
         pause = agenda.failed(asyncio.get_running_loop().time(), point)
         agenda.trouble = f"point {point.number} failed: {point.failure}"

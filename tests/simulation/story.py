@@ -102,6 +102,8 @@ FAILPOINTS = (
     "after-ceiling",
     "after-retag",
     "after-seal",
+    "after-close-gaps",
+    "after-settle",
     "after-expiring",
     "after-delete",
     "catalog-open-committed",
