@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from trigger.clones import CloneStatus
 from trigger.expire import GivenUp
+from trigger.initialise import Proposal
 from trigger.inplace import Swap
 from trigger.locate import Location
 from trigger.model import CommitRecord, Finding, Gap, RecoveryPoint, Verification
@@ -23,6 +24,7 @@ from trigger.planner import Plan
 from trigger.position import History, Lsn, Position
 from trigger.rebuild import Rebuilt
 from trigger.reconcile import Reconciliation
+from trigger.reference import Section
 from trigger.rehearse import RehearsedPoint
 from trigger.restore import Report
 
@@ -48,6 +50,48 @@ STATUS = {
     "space": "free_bytes, total_bytes, wanted_free_bytes, snapshots, budget, needed_bytes, freeing, or null",
 }
 
+REHEARSAL = {
+    "seen": "how many commits there were",
+    "qualifying": "those that a rule took",
+    "protected": "those that would have had a point of their own",
+    "coalesced": "those that would have gone into another one's",
+    "passed_over": "those that no rule took",
+    "by_rule": "commits by rule",
+    "rule_errors": "how often an expression threw",
+    "longest_wait_seconds": "the longest that one would have waited for its point to begin",
+    "commits": "a list, in log order: database, time, xid, end, rows, rule, outcome, point, waited_seconds",
+    "points": "a list of RehearsedPoint",
+}
+
+DEMO = {
+    "proven": "whether every check held",
+    "checks": "a list: what was checked, whether it held, what was seen",
+    "storage": "the storage's driver",
+    "commits": "how many there were",
+    "commits_per_second": "while the bank worked",
+    "points": "how many were sealed",
+    "milliseconds": "p50 and p99 of each step of a point, by its name",
+    "restore_seconds": "the whole command",
+    "restore": "what that printed",
+    "accident": "xid and rows of the transaction that was undone",
+    "folder": "where everything lies, or null where nothing was kept",
+    "config": "the configuration there, or null",
+}
+
+OBJECTS: dict[str, dict[str, str]] = {
+    "status": STATUS,
+    "rules test": REHEARSAL,
+    "demo": DEMO,
+    "config check": {"file": "which it was", "name": "of the cluster", "right": "true; else it is an error"},
+    "run": {
+        "time": "when, one object a line, on standard error",
+        "level": "info, warning or error",
+        "logger": "the part that says it",
+        "message": "one sentence",
+    },
+}
+"""Answers that are objects of their own: what stands under each key."""
+
 SHAPES: tuple[tuple[str, Any], ...] = (
     ("check, explain", list[Finding]),
     ("point", RecoveryPoint),
@@ -59,8 +103,8 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("restore", Report),
     ("restore --dry-run", Plan),
     ("restore --in-place", {"report": Report, "swap": Swap}),
-    ("restore --undo, --resume", Swap),
-    ("clones list", list[CloneStatus]),
+    ("restore --undo, restore --resume", Swap),
+    ("clones, clones list", list[CloneStatus]),
     ("clones start", list[CloneStatus]),
     ("clones stop", list[CloneStatus]),
     ("clones drop", list[str]),
@@ -69,9 +113,10 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("clear", {"cleared": str}),
     ("release", {"dropped": list[str]}),
     ("catalog rebuild", Rebuilt),
-    ("rules test", {"commits": list[dict[str, Any]], "points": list[RehearsedPoint]}),
+    ("init", {"file": Path, "proposal": Proposal}),
+    ("config reference", list[Section]),
 )
-"""What each command prints; a mapping is an object with these keys (for `rules test` besides its counts)."""
+"""What each command prints; a mapping is an object with these keys. Others are in `OBJECTS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +133,9 @@ def text() -> str:
     """Give the reference of all answers in Markdown."""
     lines = ["# Answers of `--json`", "", *_INTRODUCTION, ""]
     lines += [f"- `{command}`: {_kind(shape)}" for command, shape in SHAPES]
-    lines += ["- `status`: an object with", *(f"  - `{key}`: {doc}" for key, doc in STATUS.items()), ""]
+    for command, keys in OBJECTS.items():
+        lines += [f"- `{command}`: an object with", *(f"  - `{key}`: {doc}" for key, doc in keys.items())]
+    lines.append("")
     for shape in shapes():
         lines += [f"## {shape.name}", "", shape.doc, ""]
         lines += [f"- `{name}`: {kind}{'; ' + doc if doc else ''}" for name, (kind, doc) in shape.fields.items()]
@@ -106,7 +153,7 @@ _INTRODUCTION = (
 def shapes() -> list[Shape]:
     """Give every object that occurs in an answer, by name."""
     found: dict[str, Shape] = {}
-    for _, shape in SHAPES:
+    for _, shape in (*SHAPES, ("rules test", RehearsedPoint)):
         for kind in shape.values() if isinstance(shape, dict) else [shape]:
             _collect(kind, found)
     return [found[name] for name in sorted(found)]

@@ -16,6 +16,7 @@ import pytest
 
 from connectors.databases.postgres.programs import as_owner, copy_programs, find_programs, server_owner
 from tests.fixtures.volumes import plain_folder
+from trigger import json_reference
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -54,6 +55,7 @@ def left_behind(folder: Path) -> list[str]:
 @pytest.mark.volume
 def test_the_demo_proves_its_restore_and_leaves_nothing_behind(folder: Path) -> None:
     told = json.loads(demo("--json", "--storage", "btrfs", "--folder", folder).stdout)
+    assert list(told) == list(json_reference.DEMO)
     assert told["proven"]
     assert len(told["checks"]) == 8
     assert all(check["held"] for check in told["checks"])

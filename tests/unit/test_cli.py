@@ -8,9 +8,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from trigger import __main__ as program
 from trigger import cli, errors, json_reference
@@ -275,6 +278,19 @@ def test_every_field_of_an_answer_is_in_its_reference() -> None:
     assert all(shape.doc for shape in names.values())
 
 
+def test_every_command_that_prints_json_says_in_the_reference_what_it_prints() -> None:
+    described = {name for command, _ in json_reference.SHAPES for name in command.split(", ")}
+    described = {name.partition(" --")[0] for name in described} | set(json_reference.OBJECTS)
+    assert set(_printing_json(get_command(cli.app))) | {"demo"} == described
+
+
+def _printing_json(command: Any, words: tuple[str, ...] = ()) -> Iterator[str]:
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _printing_json(inner, (*words, name))
+    if any("--json" in parameter.opts for parameter in command.params):
+        yield " ".join(words)
+
+
 def test_the_reference_is_data_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert trigpoint("config", "reference", "--json") == 0
     sections = json.loads(capsys.readouterr().out)
@@ -324,6 +340,7 @@ def test_rules_are_tried_on_a_file(config: Path, tmp_path: Path, capsys: pytest.
     )
     assert trigpoint("rules", "test", "-c", config, "--file", file, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
+    assert list(answer) == list(json_reference.REHEARSAL)
     assert {key: answer[key] for key in ("seen", "qualifying", "protected", "coalesced", "passed_over")} == {
         "seen": 4,
         "qualifying": 3,
