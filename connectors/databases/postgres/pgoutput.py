@@ -16,6 +16,7 @@ was read off PostgreSQL 15, 16 and 18 and is held by tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from struct import Struct
 from struct import error as StructError  # noqa: N812 - the module's own name for it says nothing here
 from typing import NamedTuple
@@ -269,7 +270,7 @@ class Decoder:
                 if name not in sums:
                     sums[name] = [0, 0, 0, 0]
                 sums[name][key & 3] += count
-        return {name: Changes(*four) for name, four in sums.items()}
+        return {name: _changes(*four) for name, four in sums.items()}
 
     # ---- messages inside a transaction
 
@@ -398,6 +399,12 @@ class Decoder:
         if flags:
             raise _damaged(f"a rollback prepared with flags {flags}")
         self._prepared.pop(gid, None)
+
+
+@lru_cache(_NAMED_LIMIT)
+def _changes(inserted: int, updated: int, deleted: int, truncated: int) -> Changes:
+    """Give these counts; equal ones are one object as long as they are usual, since many commits may have to wait."""
+    return Changes(inserted, updated, deleted, truncated)
 
 
 def _damaged(what: str) -> SourceError:
