@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 BOUND = 100_000
 """How many commits may wait in one window; beyond that the sources are not read, and the servers keep their log."""
+ORDINARY_TABLES = 8
+ORDINARY_MARKER_CHARACTERS = 128
+"""A commit that brings so much beside itself counts for two, one that brings a hundred times as much for a hundred."""
 
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 15.0
@@ -78,6 +81,8 @@ class _Stream:
     through: Position | None
     """Everything up to here was delivered to the window; what comes again at or before it is a repetition."""
     pending: deque[Pending] = field(default_factory=deque)
+    weight: int = 0
+    """For how many ordinary commits those that are pending count."""
     connected: bool = False
     trouble: str = ""
     """Why it is not connected."""
@@ -85,6 +90,22 @@ class _Stream:
     def has(self, position: Position) -> bool:
         """Whether what ends at `position` was delivered already."""
         return self.through is not None and _at_or_before(position, self.through)
+
+    def keep(self, pending: Pending) -> None:
+        """Let a commit wait."""
+        self.pending.append(pending)
+        self.weight += _weight(pending.commit)
+
+    def settle(self, through: Position) -> None:
+        """Let go of the commits up to `through`."""
+        while self.pending and _at_or_before(self.pending[0].commit.position, through):
+            self.weight -= _weight(self.pending.popleft().commit)
+
+    def forget(self, gone: Iterable[Pending]) -> None:
+        """Let go of some commits, wherever they stand."""
+        ids = set(map(id, gone))
+        self.pending = deque(p for p in self.pending if id(p) not in ids)
+        self.weight = sum(_weight(p.commit) for p in self.pending)
 
 
 class Window:
@@ -94,7 +115,7 @@ class Window:
         sources: one a stream.
         settled: by stream, the position whose commits have an outcome already.
         judge: gives the rule that takes a commit, or None.
-        bound: how many commits may wait.
+        bound: how many ordinary commits may wait; one with many tables or long markers counts for several.
     """
 
     def __init__(
@@ -175,14 +196,13 @@ class Window:
         """Drop the commits up to `settled`, whose outcome the catalog has, and let the sources forget them."""
         for name, through in settled.items():
             stream = self._streams[name]
-            while stream.pending and _at_or_before(stream.pending[0].commit.position, through):
-                stream.pending.popleft()
+            stream.settle(through)
             if stream.connected and not any(broken.stream == name for broken in self._breaks):
                 try:
                     await stream.source.acknowledge(through)
                 except SourceError as error:
                     log.warning("stream %s: not acknowledged, will be repeated: %s", name, error)
-        if len(self) < self._bound:
+        if not self._full:
             self._room.set()
 
     def lost(self, broken: Broken, lineage: Lineage) -> list[Pending]:
@@ -191,8 +211,7 @@ class Window:
 
     def forget(self, broken: Broken, lost: Iterable[Pending]) -> None:
         """Let go of a break, and of what was lost with it: the catalog has both."""
-        stream, gone = self._streams[broken.stream], set(map(id, lost))
-        stream.pending = deque(p for p in stream.pending if id(p) not in gone)
+        self._streams[broken.stream].forget(lost)
         self._breaks.remove(broken)
 
     @property
@@ -243,8 +262,12 @@ class Window:
             self._breaks.append(Broken(stream.source.name, after, seen))
             stream.through = seen.until
 
+    @property
+    def _full(self) -> bool:
+        return sum(stream.weight for stream in self._streams.values()) >= self._bound
+
     async def _wait_for_room(self, stream: _Stream) -> None:
-        while len(self) >= self._bound:
+        while self._full:
             self._room.clear()
             try:
                 async with asyncio.timeout(stream.source.heartbeat_seconds):
@@ -261,10 +284,16 @@ class Window:
             rule = self._judge(commit)
             self.tally.count(rule)
             if rule is not None:
-                stream.pending.append(Pending(commit, rule, now))
+                stream.keep(Pending(commit, rule, now))
         if not stream.has(through):
             stream.through = through
         self._changed.set()
+
+
+def _weight(commit: Commit) -> int:
+    """Give for how many ordinary commits one counts, by the memory it takes while it waits."""
+    characters = sum(map(len, commit.markers)) + 8 * len(commit.markers)
+    return 1 + len(commit.tables) // ORDINARY_TABLES + characters // ORDINARY_MARKER_CHARACTERS
 
 
 def _at_or_before(position: Position, through: Position) -> bool:

@@ -287,6 +287,40 @@ def test_a_full_window_stops_reading_and_keeps_the_connection_alive() -> None:
     Stage("bank", bound=3).play(act)
 
 
+def test_a_commit_with_long_markers_or_many_tables_takes_the_room_of_several() -> None:
+    async def act(stage: Stage) -> None:
+        for heavy in ({"markers": ("x" * 1000, "y" * 1000)}, {"tables": {f"t{n}": Changes(1) for n in range(160)}}):
+            for _ in range(4):
+                stage.cluster.commit("bank", **heavy)
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(30)
+            assert len(stage.window) == 2
+            await stage.window.settle(stage.window.collect().settled)
+            assert len(await stage.arrived()) == 2
+            await stage.window.settle(stage.window.collect().settled)
+
+    Stage("bank", bound=30).play(act)
+
+
+def test_a_window_that_was_full_of_what_a_failover_left_behind_is_read_again() -> None:
+    async def act(stage: Stage) -> None:
+        kept = stage.cluster.commit("bank")
+        for _ in range(3):
+            stage.cluster.commit("bank", markers=("x" * 1000,))
+            await asyncio.sleep(0.1)
+        assert len(await stage.arrived()) == 4
+        stage.cluster.promote(kept.end, keep_slots=True)
+        await asyncio.sleep(30)
+        (broken,) = stage.window.breaks
+        stage.window.forget(broken, stage.window.lost(broken, stage.cluster.lineage()))
+        assert len(stage.window) == 1
+        stage.cluster.commit("bank")
+        await asyncio.sleep(30)
+        assert len(stage.window) == 2
+
+    Stage("bank", bound=20).play(act)
+
+
 def test_waiting_for_more_ends_with_a_change_a_wake_up_or_the_moment() -> None:
     async def act(stage: Stage) -> None:
         await stage.window.more(0)
