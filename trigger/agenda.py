@@ -16,12 +16,12 @@ from cronsim import CronSim
 
 from trigger.model import Cause, RecoveryPoint
 from trigger.options import PointOptions
-from trigger.position import Position, distance
+from trigger.position import Lsn, Position, distance
 from trigger.qualify import Due, Pace
 
 IDLE_NOISE_BYTES = 512
-"""A server that does nothing still writes a little log now and then (running-transaction records, the end of our
-own bracket); less than this since the last point is not worth one."""
+"""A server that does nothing still writes a little log now and then (running-transaction records); less than this
+since the last point is not worth one."""
 
 CHECKPOINT_SHARE = 0.5
 REPLAY_SHARE = 0.75
@@ -45,12 +45,14 @@ class Agenda:
     Args:
         options: intervals, schedules and limits.
         base: the newest sealed point of the present lineage; None makes a start point due at once.
+        segment_bytes: the size of a file of the log where the end of a bracket ends one; 0 where it does not.
     """
 
     options: PointOptions
     base: RecoveryPoint | None
     demands: deque[Demand] = field(default_factory=deque)
     open_gap: bool = False
+    segment_bytes: int = 0
     stopping: bool = False
     """Set when the service is to end after the round at hand."""
     trouble: str = ""
@@ -95,12 +97,26 @@ class Agenda:
             yield Due(Cause.INTERVAL, self._last + self.options.interval_seconds)
         if self.options.cron is not None:
             yield Due(Cause.CRON, now + self._seconds_to_cron(wall))
-        if self.base is None or self.base.ceiling is None or log_end is None:
+        if log_end is None:
             return
-        if self.options.catch_all_seconds is not None and distance(log_end, self.base.ceiling) > IDLE_NOISE_BYTES:
+        if self.options.catch_all_seconds is not None and self.log_since_base(log_end) > IDLE_NOISE_BYTES:
             yield Due(Cause.CATCH_ALL, self._last + self.options.catch_all_seconds)
         if self._replay_is_long(log_end):
             yield Due(Cause.REPLAY, now)
+
+    def log_since_base(self, log_end: Position | None) -> int:
+        """Give the bytes of log behind the newest base.
+
+        What the end of its own bracket left unused of a file of the log is none of them: each point would be a reason
+        for the next one.
+        """
+        base = self.base
+        if base is None or base.ceiling is None or log_end is None:
+            return 0
+        begin = base.ceiling
+        if base.bracket is not None and self.segment_bytes:
+            begin = Position(begin.history, Lsn(-(-begin.at // self.segment_bytes) * self.segment_bytes))
+        return distance(log_end, begin)
 
     def _seconds_to_cron(self, wall: datetime) -> float:
         if self._cron_after is None or self._cron_after > wall:

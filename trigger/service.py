@@ -92,7 +92,6 @@ class Service:
         ]
         oldest, log_end, base = self.window.oldest, self.window.log_end, self.agenda.base
         now = asyncio.get_running_loop().time()
-        ceiling = base.ceiling if base else None
         return {
             "name": self.parts.options.name,
             "ready": base is not None and all(self.window.connected().values()),
@@ -105,7 +104,7 @@ class Service:
             "commits_by_rule": dict(self.window.tally.as_dict()),
             "last_point": base.number if base else None,
             "last_sealed_at": data(base.sealed_at) if base else None,
-            "log_since_last_point_bytes": distance(log_end, ceiling) if log_end and ceiling else 0,
+            "log_since_last_point_bytes": self.agenda.log_since_base(log_end),
             "replay_bytes": distance(log_end, base.redo) if base and log_end and base.redo else 0,
             "replay_limit_bytes": self.agenda.replay_limit_bytes,
             "journal": [data(finding) for finding in self.last_audit if finding.severity is not Severity.OK],
@@ -240,7 +239,8 @@ async def begin(parts: Parts) -> Service:
     )
     settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
     window = Window(parts.sources, settled, Rules(options.rules).judge)
-    agenda = Agenda(options.points, await _base(parts), open_gap=bool(await parts.catalog.gaps(open_only=True)))
+    gap = bool(await parts.catalog.gaps(open_only=True))
+    agenda = Agenda(options.points, await _base(parts), open_gap=gap, segment_bytes=parts.site.segment_bytes)
     return Service(parts, cluster, window, agenda, _room(parts), clock.now())
 
 

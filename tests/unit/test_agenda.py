@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.simulation.virtual import VirtualLoop
 from trigger.agenda import IDLE_NOISE_BYTES, LONGEST_RETRY_SECONDS, Agenda
-from trigger.model import Cause, RecoveryPoint, State
+from trigger.model import Bracket, Cause, RecoveryPoint, State
 from trigger.options import PointOptions
 from trigger.position import History, Lsn, Position
 
@@ -107,6 +108,17 @@ def test_log_without_visible_commits_is_caught_and_the_noise_of_an_idle_server_i
     due = book.next(10.0, NOON, at(1001 + IDLE_NOISE_BYTES))
     assert due is not None
     assert (due.cause, due.at) == (Cause.CATCH_ALL, 300.0)
+
+
+def test_what_the_end_of_its_own_bracket_left_unused_of_a_segment_is_no_reason_for_the_next_point() -> None:
+    inside = replace(point(ceiling=1000), bracket=Bracket(at(500), at(1000), "label"))
+    bracketed = Agenda(PointOptions(catch_all_seconds=300), inside, segment_bytes=1 << 20)
+    behind = 1 << 20
+    assert bracketed.next(0.0, NOON, at(behind - 1)) is None
+    assert bracketed.next(0.0, NOON, at(behind + IDLE_NOISE_BYTES)) is None
+    assert bracketed.next(0.0, NOON, at(behind + IDLE_NOISE_BYTES + 1)) is not None
+    cut = Agenda(PointOptions(catch_all_seconds=300), point(ceiling=1000), segment_bytes=1 << 20)
+    assert cut.next(0.0, NOON, at(1001 + IDLE_NOISE_BYTES)) is not None
 
 
 def test_a_point_is_due_before_a_replay_takes_longer_than_promised() -> None:
