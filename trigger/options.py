@@ -122,7 +122,8 @@ class JournalOptions(_Section):
     """The log, kept so that every commit between two snapshots can be replayed."""
 
     driver: Literal["receivewal", "archive"] = "receivewal"
-    """`receivewal` keeps it with PostgreSQL's own program; `archive` reads an archive that exists already."""
+    """`receivewal` keeps it with PostgreSQL's own program; `archive` copies it out of an archive
+    that exists already, in which it changes nothing."""
     folder: WholePath | None = Field(default=None, examples=["/var/lib/trigpoint/journal"])
     """Where segments are kept; `<state_folder>/journal` if not given. Never on a protected volume."""
     restore_command: str | None = Field(default=None, examples=["cp /srv/archive/%f %p"])

@@ -385,11 +385,11 @@ def _refusal(
     if holes:
         base, hole = holes[0]
         last = held[-1].end if held else None
-        if last is not None and hole.start >= last:
+        if last is None or hole.start >= last:
+            ends = "holds nothing yet" if last is None else f"ends at {last}"
             or_else = "; --to-latest needs less of it" if target.kind is StopKind.TIME else ""
             return RestoreError(
-                f"{target.description} lies in the future of the journal, which ends at {last}"
-                f" and must reach {hole.end}",
+                f"{target.description} lies in the future of the journal, which {ends} and must reach {hole.end}",
                 hint=f"wait until the journal has caught up (trigpoint status), or name an earlier target{or_else}",
                 retryable=True,
             )

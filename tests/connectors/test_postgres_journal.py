@@ -478,7 +478,7 @@ def test_an_archive_is_followed_and_asked_for_what_a_restore_needs(folder: Path)
             async def first() -> Position:
                 return begin
 
-            reader = ArchiveReader(f"cp {archive}/%f %p", first, owner=here.cluster.owner, poll_seconds=0.1)
+            reader = ArchiveReader(f"cp {archive}/%f %p", first, first, owner=here.cluster.owner, poll_seconds=0.1)
             here.journal = PostgresJournal(here.segments, reader, here.dump)
             task = asyncio.create_task(here.journal.run())
             fill(here.cluster, 3)

@@ -184,6 +184,12 @@ def test_a_refusal_says_that_the_target_is_in_the_future_of_the_journal() -> Non
         make(commit(0x9000, 0x9030), base(1, 0x2000, 0x2100))
 
 
+def test_a_journal_that_holds_nothing_yet_has_lost_nothing() -> None:
+    with pytest.raises(RestoreError, match=r"in the future of the journal, which holds nothing yet") as refused:
+        make(commit(0x3000, 0x3030), base(1, 0x2000, 0x2100), extents=())
+    assert refused.value.retryable
+
+
 def test_the_journal_must_reach_the_end_of_the_commit_record() -> None:
     with pytest.raises(RestoreError, match="future"):
         make(commit(0x8FF0, 0x9020), base(1, 0x2000, 0x2100))

@@ -146,7 +146,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
                 space and f"{space['snapshots']} of {space['budget']}, {show.size(space['free_bytes'])} free",
             ),
             ("database keeps", _retained(answer["retained"])),
-            *(("journal", f"{finding['subject']}: {finding['message']}") for finding in answer["journal"]),
+            *(("journal", f"{one['subject']}: {one['message']}; {one['remedy']}") for one in answer["journal"]),
             *(("TROUBLE", trouble) for trouble in answer["troubles"]),
         ]
     )

@@ -33,7 +33,7 @@ def received_journal(database: Postgres, layout: Layout, folder: Path, restore_c
 def archived_journal(database: Postgres, layout: Layout, folder: Path, restore_command: str | None) -> PostgresJournal:
     """Give the journal that is read from an archive through its own `restore_command`, by way of `folder`."""
     assert restore_command is not None
-    return _journal(database, layout, folder, ArchiveReader(restore_command, database.redo))
+    return _journal(database, layout, folder, ArchiveReader(restore_command, database.redo, database.durable))
 
 
 def _journal(database: Postgres, layout: Layout, folder: Path, feed: Feed) -> PostgresJournal:

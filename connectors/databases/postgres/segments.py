@@ -335,9 +335,12 @@ class SegmentFolder:
             source.chmod(0o640)
 
     def release(self, before: Lsn) -> int:
-        """Delete the complete segments that lie wholly before `before`, on every timeline; gives how many."""
+        """Delete the complete segments that lie wholly before `before`, on every timeline; gives how many.
+
+        The newest segment stays: who follows an archive goes on behind it.
+        """
         count = 0
-        for name in self.names():
+        for name in self.names()[:-1]:
             if not name.partial and name.start(self.segment_bytes) + self.segment_bytes <= before:
                 self.file(name).unlink(missing_ok=True)
                 self.damaged.pop(self.file(name).name, None)
