@@ -39,8 +39,8 @@ async def verify(
     """Give what a restore of `wanted` into a sandbox showed; for a point it is stored in the catalog too.
 
     For a point that was taken for a commit the restore goes to that commit: it must be there, the next must not.
-    Where the planner goes there from an older base, the point's own snapshot is brought up by itself too, since it
-    is what later commits are restored from.
+    Where the planner goes there from an older base, the point's own snapshot is brought up and looked at by itself
+    too, since it is what later commits are restored from.
 
     Args:
         wanted: a sealed point, or any target.
@@ -64,7 +64,8 @@ async def verify(
             async for check in _looked_at(found, site, assertions, progress):
                 checks.append(check)  # noqa: PERF401 - a deadline keeps what was seen before it
             if point is not None and found.base.id != point.id:
-                checks.append(await _comes_up(point, site, progress))
+                async for check in _looked_at_by_itself(point, site, progress):
+                    checks.append(check)  # noqa: PERF401 - likewise
     except TimeoutError:
         checks.append(("all checks", False, f"not run to the end within {deadline_seconds:g} s"))
     except (TrigpointError, OSError) as error:
@@ -102,16 +103,17 @@ async def _looked_at(
         await to_its_end(_throw_away(name, site))
 
 
-async def _comes_up(point: RecoveryPoint, site: Site, progress: Progress) -> Check:
-    """Give whether the point's own snapshot becomes a consistent server, in a sandbox that is gone afterwards."""
+async def _looked_at_by_itself(point: RecoveryPoint, site: Site, progress: Progress) -> AsyncIterator[Check]:
+    """Give whether the point's own snapshot becomes a consistent server, and what is seen in it; likewise."""
     found = own(point, site.replay_bytes_per_second, segment_bytes=site.segment_bytes)
     await require_room(found, site)
     name = new_name("verify")
     async with raised(found, site, name, progress, throwaway=True) as up:
         seen = f"consistent up to {up.running.replayed}, at or behind its floor {point.floor.at}"
-        held = up.running.replayed >= point.floor.at
+        yield "its own snapshot comes up", up.running.replayed >= point.floor.at, seen
+        async for what, held, found_there in site.recovery.inspect(up.running, found.target, up.log_folder, deep=True):
+            yield f"its own snapshot: {what}", held, found_there
         await to_its_end(_throw_away(name, site))
-    return "its own snapshot comes up", held, seen
 
 
 async def _asserted(assertion: VerifyAssertion, up: Raised, site: Site) -> Check:

@@ -148,13 +148,24 @@ def isolate(clone: Clone, placement: Placement, volumes: Sequence[Volume], brack
             hint="its snapshot is not one instant and would start with damaged data; use another point",
         )
     owner = _owner(data)
-    isolated = Isolated(data, owner, int((data / "PG_VERSION").read_text()), _names(data / "pg_replslot"))
+    isolated = Isolated(data, owner, major_of(data), _names(data / "pg_replslot"))
     _own_folder(isolated)
     _take_out(isolated)
     _point_links_inside(isolated, clone, placement, volumes)
     if bracket is not None:
         _start_from_label(isolated, bracket)
     return isolated
+
+
+def major_of(data: Path) -> int:
+    """Give the major version of a data directory; raises `RestoreError` where its file does not say one."""
+    try:
+        return int((data / "PG_VERSION").read_text())
+    except ValueError:
+        raise RestoreError(
+            f"{data / 'PG_VERSION'} names no version of PostgreSQL",
+            hint="the snapshot is damaged; use another point",
+        ) from None
 
 
 def _owner(data: Path) -> tuple[int, int]:

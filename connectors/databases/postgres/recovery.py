@@ -131,7 +131,7 @@ class PostgresRecovery:
     ) -> AsyncIterator[tuple[str, bool, str]]:
         """Give (what was checked, whether it held, what was seen), one a check; see `inspection`."""
         state = _State.read(running.data_directory)
-        programs = self._programs_for(int((running.data_directory / "PG_VERSION").read_text()))
+        programs = self._programs_for(isolation.major_of(running.data_directory))
         dump = WalDump(programs, _owner_of(running.data_directory))
         subject = inspection.Subject(running, target, log_folder, state.next_xid, self._admin_conninfo(running))
         for check in (inspection.holds_target, inspection.lacks_next, inspection.holds_those_before):
@@ -167,7 +167,7 @@ class PostgresRecovery:
         if data is None:
             raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
         state = _State.read(data)
-        programs = self._programs_for(int((data / "PG_VERSION").read_text()))
+        programs = self._programs_for(isolation.major_of(data))
         isolated = Isolated(data, _owner_of(data), programs.major, ())
         self._socket_folder(isolated)
         await asyncio.to_thread(postmaster.forget_the_dead, data)
