@@ -118,6 +118,7 @@ async def restore(target: Target, site: Site, *, progress: Progress, name: str =
 
 async def _restored(found: Plan, site: Site, name: str, progress: Progress) -> Report:
     async with raised(found, site, name, progress) as up:
+        progress("prove", 0, 0)
         checks = await prove(up, site)
         await asyncio.to_thread(clone_records.remove_folder, up.log_folder)  # replayed; the clone goes on without it
         await asyncio.to_thread(clone_records.finish, site.records_folder, _record(up, site))

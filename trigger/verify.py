@@ -92,6 +92,7 @@ async def _looked_at(
     async with raised(found, site, name, progress, throwaway=True) as up:
         how = f"from point {found.base.number}, {found.replay_bytes} bytes replayed in {up.seconds['replay']:.2f} s"
         yield "restore", True, how
+        progress("check structures and pages", 0, 0)
         seen = 0
         async for check in site.recovery.inspect(up.running, found.target, up.log_folder, deep=True):
             seen += 1
@@ -110,6 +111,7 @@ async def _looked_at_by_itself(point: RecoveryPoint, site: Site, progress: Progr
     name = new_name("verify")
     async with raised(found, site, name, progress, throwaway=True) as up:
         seen = f"consistent up to {up.running.replayed}, at or behind its floor {point.floor.at}"
+        progress("check structures and pages of its own snapshot", 0, 0)
         yield "its own snapshot comes up", up.running.replayed >= point.floor.at, seen
         async for what, held, found_there in site.recovery.inspect(up.running, found.target, up.log_folder, deep=True):
             yield f"its own snapshot: {what}", held, found_there

@@ -58,12 +58,12 @@ class Archive:
 
 
 @contextlib.contextmanager
-def archived(major: int, storage: str = "btrfs") -> Iterator[tuple[Deployment, Archive]]:
+def archived(major: int) -> Iterator[tuple[Deployment, Archive]]:
     """A cluster that archives its log, and a service that is to read it there and is not started yet."""
     settings: dict[str, Any] = {"archive_mode": "on", "max_wal_size": "64MB", "min_wal_size": "2MB"}
     with (
         plain_folder() as folder,
-        deployment(major, storage, initdb=["--wal-segsize=1"], **settings) as found,
+        deployment(major, initdb=["--wal-segsize=1"], **settings) as found,
     ):
         archive = Archive(folder)
         found.cluster.configure({"archive_command": f"{archive.keep} %p %f"})
@@ -292,11 +292,14 @@ def _assert_holds_still(archive: Archive, before: dict[str, str]) -> None:
 
 
 def test_a_journal_without_a_segment_begins_after_a_restart_where_it_would_have_before() -> None:
-    with archived(18, "directory") as (deployed, _):
+    with archived(18) as (deployed, _):
+        _switch(deployed)
+        deployed.cluster.sql("CHECKPOINT")
         deployed.start(wait=False)
         deployed.wait_for(lambda: any(_journal(deployed).glob("0*")), "a journal that knows where it begins")
         first = deployed.cluster.sql("SELECT pg_walfile_name(redo_lsn) FROM pg_control_checkpoint()")[0][0]
         assert deployed.stop() == 0
+        assert [file.name for file in _journal(deployed).glob("0*")] == [f"{first}.partial"]
         for _ in range(3):
             _switch(deployed)
             deployed.cluster.sql("CHECKPOINT")
