@@ -33,6 +33,18 @@ def end_of_log(here: Deployment) -> Lsn:
     return Lsn.parse(here.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
 
 
+def done(here: Deployment, statement: str) -> Lsn:
+    """Run a statement and give where the log was flushed to by its commit.
+
+    What the server writes of its own accord right behind it may be too little for another point.
+    """
+    with here.cluster.connect() as connection:
+        connection.execute(statement.encode())
+        row = connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
+    assert row is not None
+    return Lsn.parse(row[0])
+
+
 def sealed(here: Deployment, cause: Cause | None = None, floor: int = 0) -> list[RecoveryPoint]:
     """Give the sealed points, the oldest first; of one cause, and with everything up to `floor`, if that is given."""
     points = [point for point in judge.read(here).points if point.state is State.SEALED]
@@ -91,8 +103,7 @@ def watched() -> Iterator[Deployment]:
 def test_what_no_stream_shows_is_in_a_catch_all_point_soon_after(watched: Deployment, kind: str) -> None:
     make, there = UNSEEN[kind]
     known, begin, began = len(sealed(watched)), end_of_log(watched), datetime.now(UTC)
-    watched.cluster.sql(make)
-    end = end_of_log(watched)
+    end = done(watched, make)
     assert end - begin > IDLE_NOISE_BYTES
     watched.wait_for(lambda: sealed(watched, Cause.CATCH_ALL, end), "a catch-all point that holds it")
     assert {point.cause for point in sealed(watched)[known:]} == {Cause.CATCH_ALL}
@@ -107,8 +118,7 @@ def test_what_no_stream_shows_is_in_a_catch_all_point_soon_after(watched: Deploy
 def test_a_server_that_is_idle_gets_no_catch_all_points(storage: str) -> None:
     with deployment(15, storage, extra=CATCH_ALL) as here:
         here.start()
-        here.cluster.sql("CREATE TABLE made (n int)")
-        end = end_of_log(here)
+        end = done(here, "CREATE TABLE made (n int)")
         here.wait_for(lambda: sealed(here, Cause.CATCH_ALL, end), "the point for what was made")
         known = sealed(here)
         for points in watch(here, 6):
@@ -164,8 +174,7 @@ def test_log_that_no_rule_takes_leads_to_points_that_keep_replays_within_the_obj
         here.cluster.sql("CREATE TABLE bulk (n int, words text)")
         here.start()
         for number in range(1, 3):
-            here.cluster.sql("INSERT INTO bulk SELECT n, repeat('x', 1000) FROM generate_series(1, 25000) n")
-            end = end_of_log(here)
+            end = done(here, "INSERT INTO bulk SELECT n, repeat('x', 1000) FROM generate_series(1, 25000) n")
             here.wait_for(lambda end=end: sealed(here, Cause.REPLAY, end), f"point {number} for replay debt")
             here.cluster.sql("INSERT INTO bulk VALUES (0, 'after')")
             last = end_of_log(here)
