@@ -53,7 +53,7 @@ LAYERS = (
         ("pipeline", "reconcile", "rebuild", "expire", "room", "target", "locate", "clones", "restore", "inplace"),
     ),
     Layer("the door to the drivers; proof by restoring", ("connect", "verify", "initialise")),
-    Layer("what runs: tasks, signals, order of start and end", ("service", "watch")),
+    Layer("what runs: tasks, signals, order of start and end", ("service", "upkeep", "watch")),
     Layer("what people see", ("show", "json_reference", "commands", "demo", "cli", "__main__")),
 )
 """From the bottom up, as in chapter 9 of the design."""

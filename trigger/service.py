@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
@@ -18,18 +18,18 @@ from typing import Any, TypeVar
 from trigger.agenda import Agenda
 from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
-from trigger.errors import DatabaseError, JournalError, PreflightError, TrigpointError
-from trigger.expire import GivenUp, release_log
-from trigger.model import Cause, Finding, RecoveryPoint, Severity
+from trigger.errors import JournalError, PreflightError, TrigpointError
+from trigger.expire import GivenUp
+from trigger.model import Cause, RecoveryPoint, Severity
 from trigger.options import Options
 from trigger.pipeline import Protected, protect, take
 from trigger.ports import Journal, Retained
 from trigger.position import distance
 from trigger.qualify import Rules
 from trigger.reconcile import reconcile
-from trigger.retention import longest_replay
 from trigger.room import Room
 from trigger.shape import data
+from trigger.upkeep import Upkeep
 from trigger.window import Collected, Window
 
 log = logging.getLogger(__name__)
@@ -37,18 +37,10 @@ T = TypeVar("T")
 
 GRACE_SECONDS = 30.0
 """How long a stop waits for the round at hand."""
-WATCH_SECONDS = 5.0
-ROOM_SECONDS = 1.0
-ROOM_SHARE = 0.5
-"""How often it is looked whether snapshots must go: a tenth of a small budget may last no longer; and how much of the
-time their removal may take, since commits wait for it."""
-AUDIT_SECONDS = 5.0
-UPKEEP_SHARE = 0.05
+JOURNAL_RETRY_SECONDS = 5.0
 ASKING_SECONDS = 3.0
 """How long the status waits for the database's word."""
 NOTE_CHARACTERS = 1000
-RELEASE_SECONDS = 30.0
-"""How long the journal may take to let go of old log before thinning goes on without it."""
 JOURNAL_START_SECONDS = 20.0
 STREAMS_START_SECONDS = 60.0
 
@@ -61,11 +53,8 @@ class Service:
     cluster: Protected
     window: Window
     agenda: Agenda
-    room: Room
+    upkeep: Upkeep
     started_at: datetime
-    last_audit: Sequence[Finding] = ()
-    upkeep: dict[str, str] = field(default_factory=dict)
-    """What beside the main path is not done at present, and why."""
     stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     def stop(self) -> None:
@@ -107,7 +96,7 @@ class Service:
             "log_since_last_point_bytes": self.agenda.log_since_base(log_end),
             "replay_bytes": distance(log_end, base.redo) if base and log_end and base.redo else 0,
             "replay_limit_bytes": self.agenda.replay_limit_bytes,
-            "journal": [data(finding) for finding in self.last_audit if finding.severity is not Severity.OK],
+            "journal": [data(finding) for finding in self.upkeep.last_audit if finding.severity is not Severity.OK],
             "troubles": troubles,
             "totals": data(totals),
             "space": data(space),
@@ -120,7 +109,7 @@ class Service:
             yield self.agenda.trouble
         for name, why in self.window.troubles().items():
             yield f"stream {name}: {why}"
-        yield from (f"{what}: {why}" for what, why in self.upkeep.items())
+        yield from (f"{what}: {why}" for what, why in self.upkeep.troubles.items())
 
     async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Give the answer to one request of the command line."""
@@ -128,7 +117,7 @@ class Service:
             case "point":
                 return {"point": data(await self.point(_note(request)))}
             case "expire":
-                return {"expired": data(await give_up(self.room, request))}
+                return {"expired": data(await give_up(self.upkeep.room, request))}
             case "status":
                 return {"status": await self.status()}
             case other:
@@ -241,7 +230,7 @@ async def begin(parts: Parts) -> Service:
     window = Window(parts.sources, settled, Rules(options.rules).judge)
     gap = bool(await parts.catalog.gaps(open_only=True))
     agenda = Agenda(options.points, await _base(parts), open_gap=gap, segment_bytes=parts.site.segment_bytes)
-    return Service(parts, cluster, window, agenda, _room(parts), clock.now())
+    return Service(parts, cluster, window, agenda, Upkeep(parts, window, agenda, _room(parts)), clock.now())
 
 
 async def _base(parts: Parts) -> RecoveryPoint | None:
@@ -258,15 +247,8 @@ async def work(service: Service, ready: Callable[[Service], None] | None = None)
             background = [tasks.create_task(_keep_journal(service), name="journal")]
             await _journal_begun(service)
             background += [tasks.create_task(window.follow(source.name), name=source.name) for source in parts.sources]
-            background += [
-                tasks.create_task(coroutine, name=name)
-                for name, coroutine in (
-                    ("checkpoints", _every(WATCH_SECONDS, watch_checkpoints, service, "checkpoints are not watched")),
-                    ("room", _every(ROOM_SECONDS, keep_room, service, "no room is made for snapshots", ROOM_SHARE)),
-                    ("audit", _every(AUDIT_SECONDS, audit_journal, service, "the journal is not audited")),
-                    ("control", serve(parts.options.state_folder, service.answer)),
-                )
-            ]
+            background += [tasks.create_task(act, name=name) for name, act in service.upkeep.acts()]
+            background.append(tasks.create_task(serve(parts.options.state_folder, service.answer), name="control"))
             await _streams_open(service)
             main = tasks.create_task(protect(service.cluster, window, service.agenda), name="protect")
             background.append(tasks.create_task(_give_up_after_grace(service, main), name="grace"))
@@ -306,44 +288,19 @@ def _signals(service: Service) -> Any:
             loop.remove_signal_handler(number)
 
 
-async def _every(
-    seconds: float,
-    act: Callable[[Service], Awaitable[None]],
-    service: Service,
-    if_not: str,
-    share: float = UPKEEP_SHARE,
-) -> None:
-    """Do `act` for ever, `seconds` apart; an expected error is shown in the status until it has gone.
-
-    What takes long is done less often, so that it takes no more than `share` of the time; what failed is tried again
-    sooner.
-    """
-    clock = asyncio.get_running_loop().time
-    while True:
-        began, may_take = clock(), share
-        try:
-            await act(service)
-            service.upkeep.pop(if_not, None)
-        except (TrigpointError, OSError) as error:
-            if service.upkeep.get(if_not) != str(error):  # once, not every second
-                log.warning("%s: %s", if_not, error)
-            service.upkeep[if_not], may_take = str(error), 1.0
-        await asyncio.sleep(max(seconds, (clock() - began) / may_take))
-
-
 async def _keep_journal(service: Service) -> None:
     """Keep the journal; where it cannot go on, say so loudly and try again, since points still have their worth."""
     what = "the journal is not kept"
     while True:
-        runs = asyncio.get_running_loop().call_later(WATCH_SECONDS, service.upkeep.pop, what, None)
+        runs = asyncio.get_running_loop().call_later(JOURNAL_RETRY_SECONDS, service.upkeep.troubles.pop, what, None)
         try:
             await service.parts.journal.run()
         except (JournalError, OSError) as error:
-            service.upkeep[what] = str(error)
+            service.upkeep.troubles[what] = str(error)
             log.error("%s: commits between points cannot be restored exactly: %s", what, error)
         finally:
             runs.cancel()
-        await asyncio.sleep(WATCH_SECONDS)
+        await asyncio.sleep(JOURNAL_RETRY_SECONDS)
 
 
 async def _journal_begun(service: Service) -> None:
@@ -382,68 +339,6 @@ async def _announce(service: Service, ready: Callable[[Service], None] | None) -
         ready(service)
 
 
-async def watch_checkpoints(service: Service) -> None:
-    """Keep the agenda's redo position fresh, and ask for a checkpoint where replays would grow too long."""
-    database, agenda = service.parts.database, service.agenda
-    agenda.redo = await database.redo()
-    if agenda.wants_checkpoint(service.window.log_end):
-        log.info("asking for a checkpoint: the log since the last one is long for the restore objective")
-        await database.checkpoint()
-        agenda.redo = await database.redo()
-    service.window.wake()
-
-
-async def keep_room(service: Service) -> None:
-    """Thin snapshots before the storage is used up, and let go of log that no kept point needs."""
-    agenda, room = service.agenda, service.room
-    gone = await room.make(agenda.replay_limit_bytes)
-    _show(service, "the storage has too little room", room.trouble)
-    if room.eased:
-        agenda.retry()
-        service.window.wake()
-    if gone:
-        log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
-        await _release_log(service)
-    what = "the restore objective is not kept"
-    if gone or what in service.upkeep:
-        _note_long_replays(service, what, longest_replay(await service.parts.catalog.bases()))
-
-
-async def _release_log(service: Service) -> None:
-    """Let go of log that no kept point needs; a journal that does not answer is not waited for."""
-    why = ""
-    try:
-        async with asyncio.timeout(RELEASE_SECONDS):
-            await release_log(service.parts.catalog, service.parts.journal)
-    except TimeoutError:
-        why = f"the journal did not answer within {RELEASE_SECONDS:g} s"
-    except (JournalError, OSError) as error:
-        why = str(error)
-    _show(service, "old log is not let go of", why)
-
-
-def _show(service: Service, what: str, why: str) -> None:
-    """Show in the status why something is not done at present; "" for nothing any more."""
-    if not why:
-        service.upkeep.pop(what, None)
-        return
-    if what not in service.upkeep:  # once, not every second
-        log.warning("%s: %s", what, why)
-    service.upkeep[what] = why
-
-
-def _note_long_replays(service: Service, what: str, replay: int) -> None:
-    """Show in the status whether the snapshots that are left lie too far apart for the restore objective."""
-    _show(
-        service,
-        what,
-        f"the storage bears no more snapshots, so that restores of old commits replay up to {replay} bytes; make it"
-        " larger (bytes, or storage.budget), or give up what is too old (trigpoint expire)"
-        if replay > service.agenda.replay_limit_bytes
-        else "",
-    )
-
-
 async def give_up(room: Room, request: dict[str, Any]) -> GivenUp:
     """Give up every point older than the one called `before` in a request; see `expire.give_up_before`."""
     return await room.give_up_before(request.get("before", ""), dry_run=bool(request.get("dry_run")))
@@ -451,27 +346,6 @@ async def give_up(room: Room, request: dict[str, Any]) -> GivenUp:
 
 def _room(parts: Parts) -> Room:
     return Room(parts.catalog, parts.storage, parts.journal, parts.site.segment_bytes)
-
-
-async def audit_journal(service: Service) -> None:
-    """Look at the journal's new segments; new damage is logged, and a new base is taken behind it."""
-    known, service.last_audit = set(service.last_audit), await service.parts.journal.audit()
-    damage = [found for found in service.last_audit if found.severity is Severity.REFUSED and found not in known]
-    for finding in damage:
-        log.error("%s: %s; %s", finding.subject, finding.message, finding.remedy)
-    if damage:
-        service.room.known_log.look_again()
-        await _new_base(service, f"the journal is damaged: {damage[0].message}")
-
-
-async def _new_base(service: Service, note: str) -> None:
-    """Ask for a point from which a replay begins here, not at the last checkpoint, however long ago that was."""
-    try:
-        await service.parts.database.checkpoint()
-    except DatabaseError as error:
-        log.warning("no checkpoint was made, so the next point's replay begins at the last one: %s", error)
-    service.agenda.ask(note)
-    service.window.wake()
 
 
 async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 from tests.fixtures import judge
 from tests.fixtures.loading import Load
 from tests.fixtures.service import Deployment, deployment
-from tests.fixtures.volumes import loop_volume
+from tests.fixtures.volumes import loop_volume, plain_folder
 from trigger.errors import RestoreError
 from trigger.position import Lsn
 
@@ -202,3 +202,15 @@ def second_of_four(here: Deployment) -> str:
 def held(here: Deployment) -> tuple[Any, Any]:
     """Give how many rows are in the tablespace, and how many beside it."""
     return here.cluster.sql("SELECT (SELECT count(*) FROM truth), (SELECT count(*) FROM beside)")[0][:2]
+
+
+def test_a_tablespace_that_is_made_on_no_volume_is_a_trouble_until_it_is_gone() -> None:
+    with deployment(16) as here, plain_folder() as elsewhere:
+        shutil.chown(elsewhere, here.cluster.data.owner())
+        here.start()
+        assert here.status()["troubles"] == []
+        here.cluster.sql(f"CREATE TABLESPACE elsewhere LOCATION '{elsewhere}'")
+        here.wait_for(lambda: f"in no point: {elsewhere}; move it" in str(here.status()["troubles"]), "the trouble")
+        here.cluster.sql("DROP TABLESPACE elsewhere")
+        here.wait_for(lambda: here.status()["troubles"] == [], "no trouble any more")
+        assert here.stop() == 0
