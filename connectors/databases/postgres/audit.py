@@ -142,7 +142,7 @@ class Audit:
         size = self._segments.file(name).stat().st_size
         if size != self._segments.segment_bytes:
             return _truncated(size, self._segments.segment_bytes)
-        with self._segments.mapped(name) as segment:
+        with self._segments.slices(name) as segment:
             first = page_header(segment[:64])
             if not state.system and first is not None:
                 state.system = first.system

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectors.databases.postgres.wal import SegmentName, Tail, history_timeline, page_header, tail
+from connectors.databases.postgres.wal import SegmentName, Slices, Tail, history_timeline, page_header, tail
 from trigger.errors import JournalError, PositionError
 from trigger.model import StopKind, Target
 from trigger.ports import Extent, Progress
@@ -33,6 +33,17 @@ class Needed:
     timelines: tuple[int, ...]
     until: Lsn | None
     """None where the replay can do without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The bytes of an open file, read where they are asked for."""
+
+    descriptor: int
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        begin = part.start or 0
+        return os.pread(self.descriptor, part.stop - begin, begin)
 
 
 class SegmentFolder:
@@ -162,13 +173,19 @@ class SegmentFolder:
 
     @contextlib.contextmanager
     def mapped(self, name: SegmentName) -> Iterator[memoryview]:
-        """Give the bytes of a segment without reading them all."""
+        """Give the bytes of a segment, of which a few are looked at."""
         with (
             self.file(name).open("rb") as file,
             mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping,
             memoryview(mapping) as view,
         ):
             yield view
+
+    @contextlib.contextmanager
+    def slices(self, name: SegmentName) -> Iterator[Slices]:
+        """Give the bytes of a segment to look at from end to end; of a mapping all would count as memory of ours."""
+        with self.file(name).open("rb", buffering=0) as file:
+            yield _Read(file.fileno())
 
     def _held(self, name: SegmentName) -> tuple[str, Lsn | None]:
         """Give the system identifier of a segment and where what it holds ends; None for nothing usable."""

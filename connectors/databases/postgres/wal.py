@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from trigger.position import Lsn
 
@@ -96,7 +96,15 @@ def page_header(page: bytes | memoryview) -> PageHeader | None:
     return PageHeader(magic, timeline, Lsn(address), remaining, _SHORT.size + _LONG.size, str(system), segment, block)
 
 
-def page_faults(segment: memoryview, name: SegmentName, segment_bytes: int, system: str) -> Iterator[str]:
+class Slices(Protocol):
+    """Bytes of which slices can be had, such as a file's."""
+
+    def __getitem__(self, part: slice, /) -> bytes | memoryview:
+        """Give the bytes of a slice without a step."""
+        ...
+
+
+def page_faults(segment: Slices, name: SegmentName, segment_bytes: int, system: str) -> Iterator[str]:
     """Give what is wrong with the page headers of a whole segment, in words; nothing where all is well.
 
     The pages behind a log switch are zero up to the end of the segment. A segment made when a timeline was left
@@ -117,7 +125,8 @@ def page_faults(segment: memoryview, name: SegmentName, segment_bytes: int, syst
         header = page_header(segment[offset : offset + 64])
         address = Lsn(start + offset)
         if header is None:
-            if any(segment[offset:]):
+            pages = range(offset, segment_bytes, PAGE_BYTES)
+            if any(bytes(segment[at : at + PAGE_BYTES]).strip(b"\0") for at in pages):
                 yield f"page {address} has no valid header"
             return
         if header.address != address:
