@@ -49,6 +49,13 @@ def load_until_points_were_taken(here: Deployment) -> dict[int, Lsn]:
     return {xid: at for xid, at in judge.logged_commits(here.cluster, first).items() if xid in written}
 
 
+def neighbours(commits: dict[int, Lsn]) -> list[int]:
+    """Give two transactions in the middle of a load that are next to each other in the log."""
+    in_order = sorted(commits, key=lambda xid: commits[xid])
+    middle = len(in_order) // 2
+    return in_order[middle : middle + 2]
+
+
 def require_exact(here: Deployment, commits: dict[int, Lsn], xid: int) -> None:
     """Restore to one transaction: all at or before it in the log are there, and no other."""
     report = here.ask("restore", "--to-xid", str(xid), "--name", "one")
@@ -75,9 +82,7 @@ def test_adjacent_commits_of_a_load_come_back_exactly_from_copies_on_any_filesys
         assert checked["data"].endswith("share their blocks" if shares else "changed files are copied")
         here.start()
         commits = load_until_points_were_taken(here)
-        in_order = sorted(commits, key=lambda xid: commits[xid])
-        middle = len(in_order) // 2
-        for xid in in_order[middle : middle + 2]:
+        for xid in neighbours(commits):
             require_exact(here, commits, xid)
         result = here.ask("verify")
         assert result["passed"], result["checks"]
@@ -136,11 +141,10 @@ def spread_out(here: Deployment, folder: Path) -> Deployment:
 def test_commits_in_a_tablespace_come_back_exactly_with_the_log_on_another_volume(spread: Deployment) -> None:
     spread.start()
     commits = load_until_points_were_taken(spread)
-    in_order = sorted(commits, key=lambda xid: commits[xid])
-    middle = len(in_order) // 2
-    for xid in in_order[middle : middle + 2]:
+    first, second = neighbours(commits)
+    for xid in (first, second):
         require_exact(spread, commits, xid)
-    report = spread.ask("restore", "--to-xid", str(in_order[middle]), "--name", "two")
+    report = spread.ask("restore", "--to-xid", str(first), "--name", "two")
     data = Path(report["data_directory"])
     for link in (data / "pg_wal", *(data / "pg_tblspc").iterdir()):
         assert link.resolve().is_relative_to(spread.root / "snapshots" / "clones" / "two")
