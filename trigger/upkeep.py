@@ -16,7 +16,7 @@ from typing import Any
 
 from trigger.agenda import Agenda
 from trigger.connect import Parts
-from trigger.errors import DatabaseError, JournalError, TrigpointError
+from trigger.errors import DatabaseError, TrigpointError
 from trigger.expire import release_log
 from trigger.model import Finding, Severity, Volume
 from trigger.ports import Layout
@@ -34,8 +34,8 @@ time their removal may take, since commits wait for it."""
 AUDIT_SECONDS = 5.0
 PLACES_SECONDS = 10.0
 UPKEEP_SHARE = 0.05
-RELEASE_SECONDS = 30.0
-"""How long the journal may take to let go of old log before thinning goes on without it."""
+LONG_SECONDS = 30.0
+"""How long one act may take before the status says that it is still at it."""
 
 
 @dataclass(slots=True)
@@ -49,11 +49,14 @@ class Upkeep:
     troubles: dict[str, str] = field(default_factory=dict)
     """What is not done at present, or not in order, and why."""
     last_audit: Sequence[Finding] = ()
+    log_may_go: bool = True
+    """Whether points went since log was last let go of; before a first time nobody knows."""
 
     def acts(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """Give everything that is to run for ever, by name."""
         yield "checkpoints", self._every(WATCH_SECONDS, self.watch_checkpoints, "checkpoints are not watched")
         yield "room", self._every(ROOM_SECONDS, self.keep_room, "no room is made for snapshots", ROOM_SHARE)
+        yield "old log", self._every(WATCH_SECONDS, self.release_log, "old log is not let go of")
         yield "audit", self._every(AUDIT_SECONDS, self.audit_journal, "the journal is not audited")
         yield "places", self._every(PLACES_SECONDS, self.watch_places, "it is not known where the cluster lies")
 
@@ -69,15 +72,18 @@ class Upkeep:
         What takes long is done less often, so that it takes no more than `share` of the time; what failed is tried
         again sooner.
         """
-        clock = asyncio.get_running_loop().time
+        loop = asyncio.get_running_loop()
         while True:
-            began, may_take, why = clock(), share, ""
+            began, may_take, why = loop.time(), share, ""
+            still = loop.call_later(LONG_SECONDS, self.show, if_not, f"still at it after {LONG_SECONDS:g} s")
             try:
                 await act()
             except (TrigpointError, OSError) as error:
                 may_take, why = 1.0, str(error)
+            finally:
+                still.cancel()
             self.show(if_not, why)
-            await asyncio.sleep(max(seconds, (clock() - began) / may_take))
+            await asyncio.sleep(max(seconds, (loop.time() - began) / may_take))
 
     async def watch_checkpoints(self) -> None:
         """Keep the agenda's redo position fresh, and ask for a checkpoint where replays would grow too long."""
@@ -90,7 +96,7 @@ class Upkeep:
         self.window.wake()
 
     async def keep_room(self) -> None:
-        """Thin snapshots before the storage is used up, and let go of log that no kept point needs."""
+        """Thin snapshots before the storage is used up."""
         agenda, room = self.agenda, self.room
         gone = await room.make(agenda.replay_limit_bytes)
         self.show("the storage has too little room", room.trouble)
@@ -99,22 +105,23 @@ class Upkeep:
             self.window.wake()
         if gone:
             log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
-            await self._release_log()
+            self.log_may_go = True
         what = "the restore objective is not kept"
         if gone or what in self.troubles:
             self._note_long_replays(what, longest_replay(await self.parts.catalog.bases()))
 
-    async def _release_log(self) -> None:
-        """Let go of log that no kept point needs; a journal that does not answer is not waited for."""
-        why = ""
+    async def release_log(self) -> None:
+        """Let go of log that no kept point needs: beside thinning, which must not wait for the journal's disk."""
+        if not self.log_may_go:
+            return
+        self.log_may_go = False  # before, since more points may go meanwhile
         try:
-            async with asyncio.timeout(RELEASE_SECONDS):
-                await release_log(self.parts.catalog, self.parts.journal)
-        except TimeoutError:
-            why = f"the journal did not answer within {RELEASE_SECONDS:g} s"
-        except (JournalError, OSError) as error:
-            why = str(error)
-        self.show("old log is not let go of", why)
+            released = await release_log(self.parts.catalog, self.parts.journal)
+        except (TrigpointError, OSError):
+            self.log_may_go = True
+            raise
+        if released:
+            log.info("let go of %d segments of old log", released)
 
     def show(self, what: str, why: str) -> None:
         """Show in the status why something is not done at present; "" for nothing any more."""

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
@@ -20,16 +17,12 @@ import pytest
 from connectors.databases.postgres import receiver
 from connectors.databases.postgres.archive import ArchiveReader
 from connectors.databases.postgres.journal import PostgresJournal
-from connectors.databases.postgres.programs import Programs
 from connectors.databases.postgres.receiver import Receiver
-from connectors.databases.postgres.segments import SegmentFolder
 from connectors.databases.postgres.wal import SegmentName
-from connectors.databases.postgres.waldump import WalDump
-from tests.fixtures.postgres import Cluster
-from tests.fixtures.restores import SEGMENT_BYTES, Ground, ground, silent
+from tests.fixtures.restores import SEGMENT_BYTES, Ground, damage, fill, ground, silent
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import JournalError
-from trigger.model import Severity, StopKind, Target
+from trigger.model import StopKind, Target
 from trigger.position import Lsn, Position
 
 pytestmark = [pytest.mark.server]
@@ -62,19 +55,6 @@ def receivers(folder: Path) -> dict[int, str]:
             if "/pg_receivewal " in words and f"--directory={folder} " in words:
                 found[int(entry.parent.name)] = words
     return found
-
-
-async def damage(journal: PostgresJournal) -> list[str]:
-    """Give what a fresh audit has against the segments, apart from what hinders the feed."""
-    return [finding.message for finding in await journal.audit() if finding.severity is Severity.REFUSED]
-
-
-def fill(cluster: Cluster, segments: int) -> None:
-    """Complete a number of segments, each with something in it."""
-    for _ in range(segments):
-        cluster.sql("INSERT INTO ledger VALUES (pg_current_xact_id())")
-        cluster.sql("SELECT pg_logical_emit_message(false, 'fill', repeat('x', 100000))")
-        cluster.sql("SELECT pg_switch_wal()")
 
 
 def test_a_commit_is_in_the_journal_within_a_second(here: Ground) -> None:
@@ -318,151 +298,6 @@ def test_a_folder_with_the_log_of_another_cluster_is_refused(newest: Ground) -> 
 
     (newest.folder / "other").mkdir()
     asyncio.run(run())
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A journal of a handful of complete segments, audited and found sound, that a test may damage."""
-
-    journal: PostgresJournal
-    segments: SegmentFolder
-    dump: WalDump
-    folder: Path
-
-    def again(self) -> PostgresJournal:
-        """Give another service's journal over the same folder."""
-        segments = SegmentFolder(self.segments.path, SEGMENT_BYTES, self.segments.owner)
-        return PostgresJournal(segments, Receiver("", Programs(self.folder, 18), "none"), self.dump)
-
-    def unaudited(self) -> PostgresJournal:
-        (self.segments.path / "audit.json").unlink()
-        return self.again()
-
-    def complete(self) -> list[Path]:
-        return [self.segments.file(name) for name in self.segments.names() if not name.partial]
-
-
-@pytest.fixture(scope="module")
-def sound() -> Iterator[Ground]:
-    async def run(here: Ground) -> None:
-        async with here.journaling():
-            fill(here.cluster, 5)
-            await here.journal_reaches(here.durable())
-        assert await damage(here.journal) == []
-
-    with plain_folder() as folder, ground(18, folder, btrfs=False) as here:
-        asyncio.run(run(here))
-        here.cluster.stop()
-        yield here
-
-
-@pytest.fixture
-def kept(sound: Ground, folder: Path) -> Kept:
-    subprocess.run(["cp", "-a", sound.segments.path, folder / "journal"], check=True)
-    segments = SegmentFolder(folder / "journal", SEGMENT_BYTES, sound.cluster.owner)
-    return Kept(PostgresJournal(segments, sound.receiver, sound.dump), segments, sound.dump, folder)
-
-
-def _flip(file: Path) -> None:
-    """Flip one bit inside a record's data."""
-    with file.open("r+b") as handle:
-        handle.seek(60_000)
-        byte = handle.read(1)
-        handle.seek(60_000)
-        handle.write(bytes([byte[0] ^ 0x10]))
-
-
-def _make_foreign(file: Path) -> None:
-    with file.open("r+b") as handle:
-        handle.seek(24)
-        handle.write((42).to_bytes(8, "little"))
-
-
-FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (Path.unlink, "missing"),
-    "truncated": (lambda file: os.truncate(file, 4_000_000), "truncated: 4000000 of 16777216"),
-    "foreign": (_make_foreign, "another cluster"),
-    "flipped": (_flip, "checksum"),
-    "swapped": (lambda file: shutil.copy(file.with_name("000000010000000000000002"), file), "says that it is"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_chain_is_found_and_names_its_file(kept: Kept, fault: str) -> None:
-    do, words = FAULTS[fault]
-    victim = kept.complete()[3]
-    do(victim)
-
-    async def run() -> None:
-        journal = kept.unaudited()
-        findings = await journal.audit()
-        assert [finding.subject for finding in findings] == [victim.name]
-        assert words in findings[0].message
-        assert await journal.audit() == findings  # until it is mended, or released
-        held = await journal.extents()
-        number = int(victim.name[-2:], 16)
-        assert held[0].end == number * SEGMENT_BYTES
-        assert held[1].start == (number + 1) * SEGMENT_BYTES
-        start = Position(held[0].history, held[0].start)
-        target = Target(held[0].history, StopKind.LSN, Lsn(held[1].start + 100), True, "behind")
-        with pytest.raises(JournalError, match=victim.name):
-            await journal.stage(start, target, kept.folder / "staged", silent)
-
-    asyncio.run(run())
-
-
-def test_a_segment_that_vanishes_after_its_audit_is_reported(kept: Kept) -> None:
-    victim = kept.complete()[2]
-    victim.unlink()
-    (finding,) = asyncio.run(kept.journal.audit())
-    assert finding.subject == victim.name
-
-
-def test_a_segment_that_is_written_to_after_its_audit_is_looked_at_again(kept: Kept) -> None:
-    victim = kept.complete()[2]
-    _flip(victim)
-    (finding,) = asyncio.run(kept.journal.audit())
-    assert finding.subject == victim.name
-    assert "checksum" in finding.message
-    _flip(victim)  # back to what it was
-    assert asyncio.run(kept.again().audit()) == []
-
-
-def test_what_the_audit_found_survives_a_restart(kept: Kept) -> None:
-    victim = kept.complete()[2]
-    _flip(victim)
-    asyncio.run(kept.unaudited().audit())
-    reopened = kept.again()
-    assert len(asyncio.run(reopened.extents())) == 2
-    assert [finding.subject for finding in asyncio.run(reopened.audit())] == [victim.name]
-
-
-@pytest.mark.parametrize("damage", [_flip, Path.unlink])
-def test_damage_right_behind_the_target_is_no_hindrance(kept: Kept, damage: Callable[[Path], object]) -> None:
-    victim = kept.complete()[2]
-    damage(victim)
-    assert [finding.subject for finding in asyncio.run(kept.unaudited().audit())] in ([victim.name], [])
-    journal = kept.again()
-    held, *_ = asyncio.run(journal.extents())
-    last = Target(held.history, StopKind.LSN, Lsn(held.end - 100), True, "the last before it")
-    start = Position(held.history, held.start)
-    assert asyncio.run(journal.stage(start, last, kept.folder / "staged", silent)) >= 2 * SEGMENT_BYTES
-    assert not (kept.folder / "staged" / victim.name).exists()
-
-
-def test_release_lets_go_of_whole_segments_before_a_position_and_is_no_fault(kept: Kept) -> None:
-    names = kept.complete()
-    number = int(names[2].name[-2:], 16)
-    assert asyncio.run(kept.journal.release(Lsn(number * SEGMENT_BYTES + 5))) == 2
-    assert kept.complete() == names[2:]
-    assert asyncio.run(kept.journal.audit()) == []
-
-
-def test_a_missing_first_segment_is_named(kept: Kept) -> None:
-    (extent,) = asyncio.run(kept.journal.extents())
-    target = Target(extent.history, StopKind.LSN, Lsn(extent.end + 3 * SEGMENT_BYTES), True, "the future")
-    with pytest.raises(JournalError, match=SegmentName(1, extent.end // SEGMENT_BYTES).text(SEGMENT_BYTES)):
-        asyncio.run(kept.journal.stage(Position(extent.history, extent.start), target, kept.folder / "s", silent))
 
 
 def test_an_archive_is_followed_and_asked_for_what_a_restore_needs(folder: Path) -> None:

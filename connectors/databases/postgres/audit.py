@@ -21,6 +21,8 @@ from trigger.model import Finding, Severity
 from trigger.position import Lsn
 
 _STATE_FILE = "audit.json"
+_KEEP_SECONDS = 2.0
+"""How much of a long audit may be lost with the process; it may never come to an end where that dies often."""
 _MISSING = "missing"
 _REMEDY = (
     "commits whose replay needs it cannot be restored: take a point now, and bring a sound copy of the file back if"
@@ -46,7 +48,7 @@ class _State:
     timelines: dict[int, _Timeline] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
     looked_ns: int = 0
-    """When the last audit began; what was written to since is looked at again."""
+    """When it was last seen whether known segments changed; what was written to since is looked at again."""
 
 
 class Audit:
@@ -56,19 +58,30 @@ class Audit:
         self._segments = segments
         self._dump = dump
         self._state: _State | None = None
+        self.between_segments = asyncio.Lock()
+        """Held while one segment is looked at; to be held by whoever takes segments away meanwhile."""
 
     async def run(self) -> list[Finding]:
         """Look at the segments that are new since the last audit, and whether the others are still there, and whole.
 
         Gives all that is wrong, also what an earlier audit found.
         """
-        state, began_ns = await asyncio.to_thread(self.load), time.time_ns()
-        names = [name for name in await asyncio.to_thread(self._segments.names) if not name.partial]
-        await asyncio.to_thread(self._look_at_known, state, names)
+        began_ns = time.time_ns()
+        async with self.between_segments:
+            state = await asyncio.to_thread(self.load)
+            names = [name for name in await asyncio.to_thread(self._segments.names) if not name.partial]
+            await asyncio.to_thread(self._look_at_known, state, names)
+            state.looked_ns = began_ns
+        kept_at = time.monotonic()
         for name in names:
-            await self._look_at_new(state, name)
-        state.looked_ns = began_ns
-        return [*await asyncio.to_thread(self._kept), *(_damage(*one) for one in sorted(state.damaged.items()))]
+            async with self.between_segments:
+                await self._look_at_new(state, name)
+                if time.monotonic() - kept_at > _KEEP_SECONDS:
+                    await asyncio.to_thread(self._kept)
+                    kept_at = time.monotonic()
+        async with self.between_segments:
+            kept = await asyncio.to_thread(self._kept)
+        return [*kept, *(_damage(*one) for one in sorted(state.damaged.items()))]
 
     def _kept(self) -> list[Finding]:
         """Keep what was found; gives why that could not be done, since what was found is worth telling all the same."""
@@ -85,12 +98,14 @@ class Audit:
             self._segments.damaged = self._state.damaged
         return self._state
 
-    def released(self, before: Lsn) -> None:
-        """Forget what lies wholly before `before`; it was deleted on purpose."""
+    def forget(self, before: Lsn) -> None:
+        """Miss nothing any more that lies wholly before `before`, looked at or not: it is deleted on purpose."""
         state = self.load()
         oldest = before // self._segments.segment_bytes
         for timeline in state.timelines.values():
-            timeline.first = max(timeline.first, min(oldest, timeline.following))
+            timeline.first = max(timeline.first, oldest)
+            if timeline.following < oldest:
+                timeline.following, timeline.resume = oldest, 0
         for name in list(state.damaged):
             parsed = SegmentName.parse(name, self._segments.segment_bytes)
             if parsed is not None and parsed.number < oldest:
@@ -115,6 +130,8 @@ class Audit:
 
     async def _look_at_new(self, state: _State, name: SegmentName) -> None:
         segment_bytes = self._segments.segment_bytes
+        if not self._segments.file(name).exists():  # gone since it was listed
+            return
         known = state.timelines.get(name.timeline)
         if known is None:
             known = state.timelines[name.timeline] = _Timeline(name.number, name.number, 0)

@@ -7,6 +7,7 @@ business: `receiver` streams them, `archive` reads them from an archive that is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Protocol
 
@@ -51,7 +52,6 @@ class PostgresJournal:
         self._segments = segments
         self._feed = feed
         self._audit = Audit(segments, dump)
-        self._one_at_a_time = asyncio.Lock()
 
     async def run(self) -> None:
         """Keep the log until cancelled.
@@ -81,13 +81,12 @@ class PostgresJournal:
 
     async def audit(self) -> list[Finding]:
         """Give all that is wrong with the segments by now, and what hinders the feed at present."""
-        async with self._one_at_a_time:
-            hindered = self._feed.findings()
-            try:
-                return [*hindered, *await self._audit.run()]
-            except (OSError, JournalError) as error:
-                message = f"the segments in {self._segments.path} cannot be looked at: {error}"
-                return [*hindered, Finding("audit", Severity.WARNING, message, "mount the folder, and give it to us")]
+        hindered = self._feed.findings()
+        try:
+            return [*hindered, *await self._audit.run()]
+        except (OSError, JournalError) as error:
+            message = f"the segments in {self._segments.path} cannot be looked at: {error}"
+            return [*hindered, Finding("audit", Severity.WARNING, message, "mount the folder, and give it to us")]
 
     async def stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:
         """Put into `folder` every file that a replay from `start` to `target` asks for; gives the bytes put there.
@@ -115,7 +114,14 @@ class PostgresJournal:
 
     async def release(self, before: Lsn) -> int:
         """Delete the segments that lie wholly before `before`; gives how many. History files stay: they are tiny."""
-        async with self._one_at_a_time:
-            count = await asyncio.to_thread(self._segments.release, before)
-            await asyncio.to_thread(self._audit.released, before)
-            return count
+        async with self._audit.between_segments:
+            return await asyncio.to_thread(self._release, before)
+
+    def _release(self, before: Lsn) -> int:
+        going = self._segments.before(before)
+        if going:
+            with contextlib.suppress(JournalError):  # where the disk is full, what goes makes room for it
+                self._audit.forget(before)
+            self._segments.delete(going)
+            self._audit.forget(before)
+        return len(going)

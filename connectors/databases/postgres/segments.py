@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +39,9 @@ class _Read:
     """The bytes of an open file, read where they are asked for."""
 
     descriptor: int
+
+    def __len__(self) -> int:
+        return os.fstat(self.descriptor).st_size
 
     def __getitem__(self, part: slice, /) -> bytes:
         begin = part.start or 0
@@ -168,22 +170,12 @@ class SegmentFolder:
 
     def tail(self, name: SegmentName) -> Tail:
         """Give where the complete records of a segment end."""
-        with self.mapped(name) as segment:
+        with self.slices(name) as segment:
             return tail(segment, name.start(self.segment_bytes))
 
     @contextlib.contextmanager
-    def mapped(self, name: SegmentName) -> Iterator[memoryview]:
-        """Give the bytes of a segment, of which a few are looked at."""
-        with (
-            self.file(name).open("rb") as file,
-            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping,
-            memoryview(mapping) as view,
-        ):
-            yield view
-
-    @contextlib.contextmanager
     def slices(self, name: SegmentName) -> Iterator[Slices]:
-        """Give the bytes of a segment to look at from end to end; of a mapping all would count as memory of ours."""
+        """Give the bytes of a segment, read where they are looked at; a mapping would count as memory of ours."""
         with self.file(name).open("rb", buffering=0) as file:
             yield _Read(file.fileno())
 
@@ -351,18 +343,22 @@ class SegmentFolder:
             os.chown(source, -1, self.owner[1], follow_symlinks=False)
             source.chmod(0o640)
 
-    def release(self, before: Lsn) -> int:
-        """Delete the complete segments that lie wholly before `before`, on every timeline; gives how many.
+    def before(self, before: Lsn) -> list[SegmentName]:
+        """Give the complete segments that lie wholly before `before`, on every timeline.
 
-        The newest segment stays: who follows an archive goes on behind it.
+        The newest segment is not one of them: who follows an archive goes on behind it.
         """
-        count = 0
-        for name in self.names()[:-1]:
-            if not name.partial and name.start(self.segment_bytes) + self.segment_bytes <= before:
-                self.file(name).unlink(missing_ok=True)
-                self.damaged.pop(self.file(name).name, None)
-                count += 1
-        return count
+        return [
+            name
+            for name in self.names()[:-1]
+            if not name.partial and name.start(self.segment_bytes) + self.segment_bytes <= before
+        ]
+
+    def delete(self, names: Sequence[SegmentName]) -> None:
+        """Delete segments; what is gone already is no error."""
+        for name in names:
+            self.file(name).unlink(missing_ok=True)
+            self.damaged.pop(self.file(name).name, None)
 
 
 def give(path: Path, owner: tuple[int, int] | None) -> None:

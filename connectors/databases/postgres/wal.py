@@ -99,6 +99,8 @@ def page_header(page: bytes | memoryview) -> PageHeader | None:
 class Slices(Protocol):
     """Bytes of which slices can be had, such as a file's."""
 
+    def __len__(self) -> int: ...
+
     def __getitem__(self, part: slice, /) -> bytes | memoryview:
         """Give the bytes of a slice without a step."""
         ...
@@ -147,7 +149,7 @@ class Tail(NamedTuple):
     """Behind it; where the next record begins, or would begin."""
 
 
-def tail(segment: memoryview, start: Lsn) -> Tail:
+def tail(segment: Slices, start: Lsn) -> Tail:
     """Find the end of the complete records in a segment that was written from its start and may be unfinished.
 
     Only the end is looked at: the last written page is found by bisection, the records are followed from the last
@@ -169,7 +171,7 @@ def tail(segment: memoryview, start: Lsn) -> Tail:
     return Tail(None, start)
 
 
-def _written_pages(segment: memoryview, start: Lsn) -> int:
+def _written_pages(segment: Slices, start: Lsn) -> int:
     low, high = 0, len(segment) // PAGE_BYTES
     while low < high:
         middle = (low + high) // 2
@@ -181,7 +183,7 @@ def _written_pages(segment: memoryview, start: Lsn) -> int:
     return low
 
 
-def _first_record(segment: memoryview, page: int) -> int | None:
+def _first_record(segment: Slices, page: int) -> int | None:
     """Give the offset at which the first record of a page begins; None where one from before fills the page."""
     offset = page * PAGE_BYTES
     header = page_header(segment[offset : offset + 64])
@@ -191,7 +193,7 @@ def _first_record(segment: memoryview, page: int) -> int | None:
     return offset + position if position < PAGE_BYTES else None
 
 
-def _follow(segment: memoryview, start: Lsn, limit: int, position: int) -> Tail:
+def _follow(segment: Slices, start: Lsn, limit: int, position: int) -> Tail:
     """Follow the records from `position` (an offset) up to the last complete one before `limit`."""
     records: list[tuple[int, int, bytes]] = []
     while (head := _collect(segment, position, _RECORD.size, limit)) is not None:
@@ -210,7 +212,7 @@ def _follow(segment: memoryview, start: Lsn, limit: int, position: int) -> Tail:
     return Tail(Lsn(start + records[-1][0]) if records else None, Lsn(start + position))
 
 
-def _collect(segment: memoryview, position: int, count: int, limit: int) -> tuple[bytes, int] | None:
+def _collect(segment: Slices, position: int, count: int, limit: int) -> tuple[bytes, int] | None:
     """Give `count` bytes of records from an offset on, leaping page headers, and the offset behind them."""
     parts = []
     while count:
