@@ -35,6 +35,7 @@ LAYERS = (
     Layer(
         "what keeps state, and what this host says of itself",
         (
+            "recent",
             "window",
             "agenda",
             "rehearse",

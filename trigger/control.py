@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 _LINE_LIMIT = 1 << 20
+_ANSWER_LIMIT = 64 << 20
 _REQUEST_SECONDS = 10.0
 
 
@@ -111,7 +112,7 @@ async def ask(state_folder: Path, request: dict[str, Any], deadline_seconds: flo
     path = socket_path(state_folder)
     try:
         async with asyncio.timeout(deadline_seconds):
-            reader, writer = await asyncio.open_unix_connection(path, limit=_LINE_LIMIT)
+            reader, writer = await asyncio.open_unix_connection(path, limit=_ANSWER_LIMIT)
             try:
                 writer.write(json.dumps(request).encode() + b"\n")
                 line = await reader.readline()

@@ -123,7 +123,7 @@ def text(proposal: Proposal) -> str:
 _RULES = (
     "",
     "# Without a rule every commit qualifies. Rules narrow that; a commit qualifies if one of them takes it.",
-    "# Try them on live commits before they decide: `trigpoint rules test --minutes 5`.",
+    "# Try them on live commits before they decide: `trigpoint rules test --watch 5`.",
     "#",
     "# [[rules]]",
     '# name = "large-or-marked"',

@@ -31,6 +31,11 @@ class Changes(NamedTuple):
         return self.inserted + self.updated + self.deleted
 
 
+ORDINARY_TABLES = 8
+ORDINARY_MARKER_CHARACTERS = 128
+"""A commit that brings so much beside itself counts for two, one that brings a hundred times as much for a hundred."""
+
+
 @dataclass(frozen=True, slots=True)
 class Commit:
     """One committed transaction, as a source reports it.
@@ -69,6 +74,12 @@ class Commit:
     def rows(self) -> int:
         """Rows changed in all tables."""
         return sum(changes.rows for changes in self.tables.values())
+
+    @property
+    def weight(self) -> int:
+        """For how many ordinary commits it counts, by the memory that it takes."""
+        characters = sum(map(len, self.markers)) + 8 * len(self.markers)
+        return 1 + len(self.tables) // ORDINARY_TABLES + characters // ORDINARY_MARKER_CHARACTERS
 
 
 def from_microseconds(time_us: int) -> datetime:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
+from trigger import commit_lines
 from trigger.agenda import Agenda
 from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
@@ -41,6 +42,8 @@ JOURNAL_RETRY_SECONDS = 5.0
 ASKING_SECONDS = 3.0
 """How long the status waits for the database's word."""
 NOTE_CHARACTERS = 1000
+RECENT_AT_ONCE = 200
+"""How many commits one answer holds: putting them into words keeps the streams waiting."""
 JOURNAL_START_SECONDS = 20.0
 STREAMS_START_SECONDS = 60.0
 
@@ -111,6 +114,17 @@ class Service:
             yield f"stream {name}: {why}"
         yield from (f"{what}: {why}" for what, why in self.upkeep.troubles.items())
 
+    def recent(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Give the next of the commits that were seen last, as lines, behind the one of the number in a request."""
+        after, remembered = request.get("after"), self.window.recent
+        commits, last = remembered.behind(after if isinstance(after, int) else 0, RECENT_AT_ONCE)
+        return {
+            "commits": [commit_lines.write(commit) for commit in commits],
+            "last": last,
+            "forgotten": remembered.forgotten,
+            "started_at": data(self.started_at),
+        }
+
     async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Give the answer to one request of the command line."""
         match request.get("do"):
@@ -120,6 +134,8 @@ class Service:
                 return {"expired": data(await give_up(self.upkeep.room, request))}
             case "status":
                 return {"status": await self.status()}
+            case "recent":
+                return self.recent(request)
             case other:
                 raise TrigpointError(f"there is no request {other!r}")
 

@@ -1,25 +1,59 @@
-"""Look at the commits of a cluster for a while without protecting any: what `trigpoint rules test` tries rules on.
+"""Look at the commits of a cluster without protecting any: what `trigpoint rules test` tries rules on.
 
-A server shows a new slot only what is committed from then on, so there is no looking at the past. The slots and
-publications are our own (`<prefix>_try`), apart from those of a service that may be running, and go at the end.
+The last ones are known to the running service alone: a server shows a new slot only what is committed from then on.
+The next ones are watched; the slots and publications for that are our own (`<prefix>_try`), apart from those of a
+service that may be running, and go at the end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+from trigger.commit_lines import read
 from trigger.connect import driver
+from trigger.control import ask
 from trigger.errors import SourceError
 from trigger.model import Commit
 from trigger.options import Options
 
+ASK_SECONDS = 10.0
 BOUND = 1_000_000
 """How many commits are looked at; memory is bounded, and rules are judged by fewer."""
 
 _REMOVE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What a running service remembers of the commits that it saw last."""
+
+    commits: Sequence[Commit]
+    """In the order in which they came; those that no rule took are here too."""
+    forgotten: int
+    """How many it saw before these."""
+    started_at: datetime
+    """When the service was started."""
+
+
+async def remembered(options: Options) -> Remembered:
+    """Give what the running service remembers.
+
+    Raises:
+        NotRunningError: none runs.
+    """
+    commits: list[Commit] = []
+    last = 0
+    while True:
+        answer = await ask(options.state_folder, {"do": "recent", "after": last}, ASK_SECONDS)
+        commits += read(answer["commits"], "the service", options.database.databases[0])
+        if not answer["commits"]:
+            return Remembered(commits, answer["forgotten"], datetime.fromisoformat(answer["started_at"]))
+        last = answer["last"]
 
 
 async def watch(options: Options, seconds: float, seen: Callable[[Commit], None]) -> int:

@@ -19,15 +19,12 @@ from trigger.model import Changes, Commit, CommitRecord, Outcome
 from trigger.ports import Break, Source
 from trigger.position import Lineage, Position
 from trigger.qualify import Pending, Tally
+from trigger.recent import Recent
 
 log = logging.getLogger(__name__)
 
 BOUND = 100_000
 """How many commits may wait in one window; beyond that the sources are not read, and the servers keep their log."""
-ORDINARY_TABLES = 8
-ORDINARY_MARKER_CHARACTERS = 128
-"""A commit that brings so much beside itself counts for two, one that brings a hundred times as much for a hundred."""
-
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 15.0
 
@@ -94,18 +91,18 @@ class _Stream:
     def keep(self, pending: Pending) -> None:
         """Let a commit wait."""
         self.pending.append(pending)
-        self.weight += _weight(pending.commit)
+        self.weight += pending.commit.weight
 
     def settle(self, through: Position) -> None:
         """Let go of the commits up to `through`."""
         while self.pending and _at_or_before(self.pending[0].commit.position, through):
-            self.weight -= _weight(self.pending.popleft().commit)
+            self.weight -= self.pending.popleft().commit.weight
 
     def forget(self, gone: Iterable[Pending]) -> None:
         """Let go of some commits, wherever they stand."""
         ids = set(map(id, gone))
         self.pending = deque(p for p in self.pending if id(p) not in ids)
-        self.weight = sum(_weight(p.commit) for p in self.pending)
+        self.weight = sum(p.commit.weight for p in self.pending)
 
 
 class Window:
@@ -133,6 +130,7 @@ class Window:
         self._room.set()
         self._breaks: list[Broken] = []
         self.tally = Tally()
+        self.recent = Recent()
 
     # What the pipeline sees
 
@@ -276,11 +274,12 @@ class Window:
                 await stream.source.heartbeat()
 
     def _receive(self, stream: _Stream, commits: Sequence[Commit], through: Position) -> None:
-        """Judge what has arrived; what no rule takes is counted and not kept."""
+        """Judge what has arrived; what no rule takes is counted, remembered for a while, and does not wait."""
         now = asyncio.get_running_loop().time()
         for commit in commits:
             if stream.has(commit.position):
                 continue
+            self.recent.saw(commit)
             rule = self._judge(commit)
             self.tally.count(rule)
             if rule is not None:
@@ -288,12 +287,6 @@ class Window:
         if not stream.has(through):
             stream.through = through
         self._changed.set()
-
-
-def _weight(commit: Commit) -> int:
-    """Give for how many ordinary commits one counts, by the memory it takes while it waits."""
-    characters = sum(map(len, commit.markers)) + 8 * len(commit.markers)
-    return 1 + len(commit.tables) // ORDINARY_TABLES + characters // ORDINARY_MARKER_CHARACTERS
 
 
 def _at_or_before(position: Position, through: Position) -> bool:

@@ -19,6 +19,7 @@ from trigger import __main__ as program
 from trigger import cli, errors, json_reference
 from trigger.commands import arguments
 from trigger.commands.restores import TARGETS
+from trigger.control import NotRunningError
 from trigger.model import RecoveryPoint
 
 ROOT = Path(__file__).parents[2]
@@ -128,8 +129,8 @@ def test_completion_is_there_for_every_shell(shell: str) -> None:
         (("list", "--limit", "0"), "greater than or equal to 1"),
         (("list", "--state", "seald"), "seald"),
         (("show",), "Missing argument"),
-        (("rules", "test"), "give either --file or --minutes"),
-        (("rules", "test", "--file", "x", "--record", "y"), "--record goes with --minutes"),
+        (("rules", "test", "--last", "1", "--watch", "1"), "give one of --last, --watch and --file"),
+        (("rules", "test", "--file", "x", "--record", "y"), "--record does not go with --file"),
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2_with_a_hint(
@@ -327,6 +328,13 @@ def test_a_cluster_that_does_not_answer_is_exit_code_4(
     err = capsys.readouterr().err
     assert "error: no connection to the database" in err
     assert "Traceback" not in err
+
+
+def test_without_a_service_nobody_knows_the_last_commits(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trigpoint("rules", "test", "-c", config, "--last", "5") == NotRunningError.exit_code
+    err = " ".join(capsys.readouterr().err.split())
+    assert "no service answers at" in err
+    assert "watch the commits to come: --watch MINUTES" in err
 
 
 def test_rules_are_tried_on_a_file(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

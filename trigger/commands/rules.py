@@ -1,9 +1,9 @@
-"""`trigpoint rules test`: what a set of rules would do, with the commits of a file or of the next minutes."""
+"""`trigpoint rules test`: what a set of rules would do, with the commits of the last or next minutes, or of a file."""
 
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ import typer
 from trigger import show
 from trigger.commands.arguments import Config, Json, options
 from trigger.commit_lines import read, write
+from trigger.control import NotRunningError
 from trigger.errors import ConfigError
 from trigger.model import Commit, Outcome
 
@@ -24,14 +25,18 @@ app = typer.Typer(no_args_is_help=True, help="Try rules before they decide.")
 
 @app.command("test")
 def try_rules(
+    last: Annotated[
+        float | None, typer.Option("--last", min=0.01, metavar="MINUTES", help="Only commits of the last minutes.")
+    ] = None,
+    watch: Annotated[
+        float | None,
+        typer.Option("--watch", min=0.01, max=1440, metavar="MINUTES", help="Watch the commits of the next minutes."),
+    ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Commits as JSON lines.", show_default=False, dir_okay=False)
     ] = None,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", min=0.01, max=1440, help="Watch the live stream this long.")
-    ] = None,
     record: Annotated[
-        Path | None, typer.Option("--record", help="With --minutes: write what was seen to this file.")
+        Path | None, typer.Option("--record", help="Write the commits to this file, for --file.", show_default=False)
     ] = None,
     round_seconds: Annotated[float, typer.Option(min=0, help="How long one round is taken to last.")] = 0.05,
     limit: Annotated[int, typer.Option(min=0, help="How many commits and points to show, at most.")] = 50,
@@ -40,24 +45,30 @@ def try_rules(
 ) -> None:
     """Say what the rules and budgets of a configuration would have done; nothing is protected, nothing changed.
 
-    With --file the commits come from a file of JSON lines, such as
+    The commits are those that the running service saw last; it remembers ten thousand, also those that none of its
+    own rules took. With --watch they are watched from now on, through temporary replication slots, also where no
+    service runs. With --file they come from a file of JSON lines, such as
 
     {"time": "2026-03-01T12:00:05.25Z", "database": "bank", "xid": 7731, "tables": {"public.accounts": {"updated": 2}},
     "markers": ["payroll"]}
 
-    of which only "time" is needed. With --minutes they are watched live, through temporary replication slots that
-    see what is committed from now on (a server does not show the past to a new slot); --record keeps them for --file.
+    of which only "time" is needed; --record writes one of what was seen.
     """
-    if (file is None) == (minutes is None):
-        raise ConfigError("give either --file or --minutes", hint="`trigpoint rules test --help` tells what they do")
-    if record is not None and minutes is None:
-        raise ConfigError("--record goes with --minutes", hint="a file of commits is a record already")
+    if sum(option is not None for option in (last, watch, file)) > 1:
+        raise ConfigError("give one of --last, --watch and --file", hint="`trigpoint rules test --help` tells more")
+    if record is not None and file is not None:
+        raise ConfigError("--record does not go with --file", hint="a file of commits is a record already")
     from trigger.qualify import Rules
     from trigger.rehearse import rehearse
 
     chosen = options(config)
     rules = Rules(chosen.rules)
-    commits = from_file(file, chosen) if file is not None else watched(chosen, timedelta(minutes=minutes or 0))
+    if file is not None:
+        commits = from_file(file, chosen)
+    elif watch is not None:
+        commits = watched(chosen, timedelta(minutes=watch))
+    else:
+        commits = seen(chosen, timedelta(minutes=last) if last is not None else None)
     if record is not None:
         record.write_text("".join(f"{write(commit)}\n" for commit in commits))
     answer = rehearse(commits, rules, chosen.points, round_seconds=round_seconds)
@@ -65,6 +76,25 @@ def try_rules(
         show.print_json(summary(answer) | {"commits": commit_rows(answer), "points": answer.points})
     else:
         show_rehearsal(answer, limit)
+
+
+def seen(chosen: Options, length: timedelta | None) -> list[Commit]:
+    """Give the commits that the running service saw in the last `length`, or all that it remembers."""
+    from trigger.watch import remembered
+
+    try:
+        found = asyncio.run(remembered(chosen))
+    except NotRunningError as error:
+        raise NotRunningError(
+            error.message, hint="start it with `trigpoint run`, or watch the commits to come: --watch MINUTES"
+        ) from None
+    begin = datetime.now(UTC) - length if length is not None else found.started_at
+    commits = [commit for commit in found.commits if length is None or commit.time >= begin]
+    if found.forgotten and len(commits) == len(found.commits):
+        show.note(f"{found.forgotten} earlier commits are not remembered by the service any more")
+    elif begin < found.started_at:
+        show.note(f"the service was started at {show.moment(found.started_at)} and saw none before")
+    return commits
 
 
 def from_file(file: Path, chosen: Options) -> list[Commit]:
