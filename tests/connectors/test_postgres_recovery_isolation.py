@@ -393,8 +393,3 @@ def test_a_path_that_a_shell_could_misread_is_refused(folder: Path) -> None:
 
     with ground(15, folder, btrfs=True) as here:
         asyncio.run(run(here))
-
-
-def test_a_placement_survives_being_written_down() -> None:
-    placement = Placement(Spot("a", "x/y"), Spot("b", ""), ((16400, Spot("c", "z")),))
-    assert Placement.from_json(placement.as_json()) == placement

@@ -208,13 +208,26 @@ def held(here: Deployment) -> tuple[Any, Any]:
     return here.cluster.sql("SELECT (SELECT count(*) FROM truth), (SELECT count(*) FROM beside)")[0][:2]
 
 
-def test_a_tablespace_that_is_made_on_no_volume_is_a_trouble_until_it_is_gone() -> None:
+def test_a_tablespace_that_is_made_on_no_volume_is_a_trouble_until_it_is_gone_and_hides_no_earlier_commit() -> None:
     with deployment(16) as here, plain_folder() as elsewhere:
         shutil.chown(elsewhere, here.cluster.data.owner())
         here.start()
         assert here.status()["troubles"] == []
+        before = here.ask("point")["number"]
         here.cluster.sql(f"CREATE TABLESPACE elsewhere LOCATION '{elsewhere}'")
         here.wait_for(lambda: f"in no point: {elsewhere}; move it" in str(here.status()["troubles"]), "the trouble")
+        oid = here.cluster.sql("SELECT oid FROM pg_tablespace WHERE spcname = 'elsewhere'")[0][0]
+        assert f"{elsewhere} lies on no volume" in here.trigpoint("check", check=False).stdout
+        after = here.ask("point")["number"]
+        report = here.ask("restore", "--to-point", str(before), "--name", "before")
+        assert all(held for _, held, _ in report["checks"])
+        refused = here.trigpoint("restore", "--to-point", str(after), check=False)
+        assert refused.returncode == RestoreError.exit_code
+        words = " ".join(refused.stderr.split())
+        assert f"pg_tblspc/{oid} of the cluster leads to {elsewhere}, which the clone has no copy of" in words
+        assert "restore a commit from before it was there" in words
+        assert [clone["name"] for clone in here.ask("clones")] == ["before"]
+        here.trigpoint("clones", "drop", "before")
         here.cluster.sql("DROP TABLESPACE elsewhere")
         here.wait_for(lambda: here.status()["troubles"] == [], "no trouble any more")
         assert here.stop() == 0

@@ -8,13 +8,12 @@ original (lock file, slots, `ALTER SYSTEM` settings) is taken out, and every lin
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -58,44 +57,43 @@ class Placement:
 
     @classmethod
     def of(cls, layout: Layout, volumes: Sequence[Volume]) -> Self:
-        """Give the placement of a running cluster.
+        """Give the placement of a cluster, without the tablespaces that lie in none of the volumes.
+
+        Such a one may be there for an hour, and must not stand in the way of the commits from before it.
 
         Raises:
-            PreflightError: a part of it lies in none of the volumes.
+            PreflightError: the data directory or the log lies in none of the volumes.
         """
         inside = layout.wal_directory.is_relative_to(layout.data_directory)
+        spots = ((oid, _spot(path, volumes)) for oid, path in layout.tablespaces)
         return cls(
-            data=_spot(layout.data_directory, volumes, "the data directory"),
-            wal=None if inside else _spot(layout.wal_directory, volumes, "pg_wal"),
-            tablespaces=tuple((oid, _spot(path, volumes, f"tablespace {oid}")) for oid, path in layout.tablespaces),
+            data=_required(layout.data_directory, volumes, "the data directory"),
+            wal=None if inside else _required(layout.wal_directory, volumes, "pg_wal"),
+            tablespaces=tuple((oid, spot) for oid, spot in spots if spot is not None),
         )
 
-    def as_json(self) -> str:
-        """Give the text from which `from_json` makes the same placement."""
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what `as_json` wrote; raises `RestoreError` for anything else."""
-        try:
-            found = json.loads(text)
-            wal = Spot(*found["wal"]) if found["wal"] else None
-            spots = tuple((int(oid), Spot(*spot)) for oid, spot in found["tablespaces"])
-            return cls(Spot(*found["data"]), wal, spots)
-        except (ValueError, KeyError, TypeError) as error:
-            raise RestoreError(f"not a placement of a cluster: {text[:80]!r}") from error
-
-
-def _spot(path: Path, volumes: Sequence[Volume], what: str) -> Spot:
-    for volume in sorted(volumes, key=lambda volume: len(volume.path), reverse=True):
-        root = Path(os.path.realpath(volume.path))
-        if path.is_relative_to(root):
-            inside = str(path.relative_to(root))
-            return Spot(volume.name, "" if inside == "." else inside)
+def _required(path: Path, volumes: Sequence[Volume], what: str) -> Spot:
+    if (found := _spot(path, volumes)) is not None:
+        return found
     raise PreflightError(
         f"{what} at {path} lies in none of the volumes {', '.join(volume.path for volume in volumes)}",
         hint="add its filesystem or subvolume to the volumes, so that it is in every snapshot",
     )
+
+
+def _spot(path: Path, volumes: Sequence[Volume]) -> Spot | None:
+    volume = volume_of(path, volumes)
+    if volume is None:
+        return None
+    inside = str(path.relative_to(Path(volume.path).resolve()))
+    return Spot(volume.name, "" if inside == "." else inside)
+
+
+def volume_of(path: Path, volumes: Sequence[Volume]) -> Volume | None:
+    """Give the innermost volume that holds `path` (real paths), None where none does."""
+    holding = [volume for volume in volumes if path.is_relative_to(Path(volume.path).resolve())]
+    return max(holding, key=lambda volume: len(Path(volume.path).resolve().parts), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +217,8 @@ def _point_links_inside(isolated: Isolated, clone: Clone, placement: Placement, 
         if inside is None or not inside.is_dir():
             raise RestoreError(
                 f"{name} of the cluster leads to {link.readlink()}, which the clone has no copy of",
-                hint="its server would write into production's files; add that folder to the volumes",
+                hint="its server would write into production's files; restore a commit from before it was there, or"
+                " add that folder to the volumes and take a point",
             )
         link.unlink()
         link.symlink_to(inside)

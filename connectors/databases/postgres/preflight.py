@@ -15,6 +15,7 @@ import psycopg
 
 from connectors.databases.postgres import publication, slot
 from connectors.databases.postgres.copyboth import CopyBoth
+from connectors.databases.postgres.isolation import volume_of
 from connectors.databases.postgres.source import PostgresSource
 from trigger.errors import DatabaseError, SourceError
 from trigger.model import Finding, Severity, Volume
@@ -289,12 +290,6 @@ def place_parts(parts: Sequence[tuple[str, Path]], volumes: Sequence[Volume]) ->
             )
         else:
             yield Finding(what, _REFUSED, f"{path} lies on no volume", "add a volume that holds it")
-
-
-def volume_of(path: Path, volumes: Sequence[Volume]) -> Volume | None:
-    """Give the innermost volume that holds `path` (real paths), None where none does."""
-    holding = [volume for volume in volumes if path.is_relative_to(Path(volume.path).resolve())]
-    return max(holding, key=lambda volume: len(Path(volume.path).resolve().parts), default=None)
 
 
 def check_mounts(volumes: Sequence[Volume], mounts: Sequence[Path], parts: Sequence[Path]) -> Iterator[Finding]:
