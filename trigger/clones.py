@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,7 @@ from trigger import clone_records
 from trigger.catalog import Catalog
 from trigger.clone_records import CloneRecord, Written, clone_name
 from trigger.errors import RestoreError
-from trigger.model import Volume
+from trigger.model import Address, Volume
 from trigger.planner import WAL_SEGMENT_BYTES
 from trigger.ports import Clock, Clone, Journal, Recovery, Storage
 
@@ -104,17 +104,23 @@ async def status_of(name: str, site: Site) -> CloneStatus:
     return status
 
 
-async def start(name: str, site: Site) -> CloneStatus:
+async def start(name: str, site: Site, listen: Address | None = None) -> CloneStatus:
     """Start the server of a stopped clone, as it was left; one that runs stays as it is.
+
+    With `listen` it can be reached over TCP there too, and one that runs is started anew for that.
 
     Raises:
         RestoreError: there is no such clone, it was never finished, or its server does not come up.
     """
     status = await status_of(name, site)
-    if status.state is CloneState.STOPPED:
-        await site.recovery.resume(await _whole(name, site))
-    elif status.state is not CloneState.RUNNING:
+    if status.record is None or status.state not in (CloneState.STOPPED, CloneState.RUNNING):
         raise RestoreError(f"clone {name} is {status.state}", hint=f"trigpoint clones drop {name}")
+    if status.state is CloneState.RUNNING and listen is not None:
+        await stop(name, site)
+    if status.state is CloneState.STOPPED or listen is not None:
+        running = await site.recovery.resume(await _whole(name, site), listen)
+        record = replace(status.record, conninfo=running.conninfo)
+        await asyncio.to_thread(clone_records.finish, site.records_folder, record)
     return await status_of(name, site)
 
 

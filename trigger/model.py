@@ -17,6 +17,13 @@ from trigger.position import History, Lsn, Position
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+class Address(NamedTuple):
+    """Where a server listens over TCP: an IP address of this host, or one that means several, and a port."""
+
+    host: str
+    port: int
+
+
 class Changes(NamedTuple):
     """How many rows of one table a commit inserted, updated and deleted, and how often it truncated the table."""
 

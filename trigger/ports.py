@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from trigger.model import Bracket, Commit, Finding, Flush, Snapshot, Target, Volume
+from trigger.model import Address, Bracket, Commit, Finding, Flush, Snapshot, Target, Volume
 from trigger.position import History, Lineage, Lsn, Position
 
 
@@ -475,8 +475,8 @@ class Recovery(Protocol):
         """Stop the server of a clone; one that does not run is no error."""
         ...
 
-    async def resume(self, clone: Clone) -> Running:
-        """Start the server of a clone that was brought up before and stopped; as it was left, nothing is replayed.
+    async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
+        """Start the stopped server of a clone as it was left; with `listen` it is reached there too, with a password.
 
         Raises:
             RestoreError: it was never brought up, or does not come up.

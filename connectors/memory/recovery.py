@@ -10,6 +10,7 @@ from connectors.memory.cluster import FIRST_LSN, Content, Entry
 from connectors.memory.world import Restored, World
 from trigger.errors import RestoreError
 from trigger.model import (
+    Address,
     Bracket,
     StopKind,
     Target,
@@ -134,7 +135,7 @@ class MemoryRecovery:
         if (stopped := self._world.restored.pop(clone.name, None)) is not None:
             self._world.stopped[clone.name] = stopped
 
-    async def resume(self, clone: Clone) -> Running:
+    async def resume(self, clone: Clone, listen: Address | None = None) -> Running:  # noqa: ARG002 - the port's
         """Start the server of a clone that was stopped."""
         await asyncio.sleep(0)
         if clone.name not in self._world.stopped:

@@ -7,6 +7,7 @@ import concurrent.futures
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.fixtures.service import CHECKOUT, Deployment, deployment
 from trigger.connect import Parts, connect
+from trigger.errors import RestoreError
 from trigger.inplace import restore_in_place, swaps, undo
 from trigger.model import from_microseconds
 from trigger.options import load
@@ -146,6 +148,35 @@ def test_a_clone_comes_up_again_as_it_was_left(bank: Deployment, how: str) -> No
     assert held(report["conninfo"]) == [*range(8), 1000]
     bank.trigpoint("clones", "drop", "one")
     assert not servers_in(bank.root / "snapshots")
+
+
+def test_a_clone_listens_over_tcp_only_where_it_was_asked_to_and_wants_a_password(bank: Deployment) -> None:
+    bank.cluster.sql("CREATE ROLE auditor LOGIN PASSWORD 'seen by this test alone'")
+    bank.ask("restore", "--to-point", str(bank.ask("point")["number"]), "--name", "one")
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    place = ("clones", "start", "one", "--listen", f"127.0.0.1:{port}")
+    refused = bank.trigpoint(*place, check=False)
+    assert refused.returncode == RestoreError.exit_code
+    assert "or its port is taken" in " ".join(refused.stderr.split())
+    assert bank.ask("clones")[0]["state"] == "stopped"
+    taken.close()
+    (clone,) = bank.ask(*place)
+    assert clone["state"] == "running"
+    assert held(clone["record"]["conninfo"]) == list(range(COMMITS))
+    over_tcp = {"host": "127.0.0.1", "port": port, "dbname": "postgres"}
+    with psycopg.connect(**over_tcp, user="auditor", password="seen by this test alone") as connection:
+        assert connection.execute("SHOW listen_addresses").fetchone() == ("127.0.0.1",)
+    for user, password in (("auditor", "a guess"), ("postgres", ""), ("postgres", "a guess")):
+        with pytest.raises(psycopg.OperationalError, match="password"):
+            psycopg.connect(**over_tcp, user=user, password=password)
+    bank.trigpoint("clones", "stop", "one")
+    (clone,) = bank.ask("clones", "start", "one")
+    assert held(clone["record"]["conninfo"]) == list(range(COMMITS))
+    with pytest.raises(psycopg.OperationalError, match="refused"):
+        psycopg.connect(**over_tcp, user="auditor", password="seen by this test alone")
+    bank.trigpoint("clones", "drop", "one")
+    bank.cluster.sql("DROP ROLE auditor")
 
 
 def servers_in(folder: Path) -> list[str]:

@@ -131,6 +131,8 @@ def test_completion_is_there_for_every_shell(shell: str) -> None:
         (("show",), "Missing argument"),
         (("rules", "test", "--last", "1", "--watch", "1"), "give one of --last, --watch and --file"),
         (("rules", "test", "--file", "x", "--record", "y"), "--record does not go with --file"),
+        (("clones", "start", "a", "b", "--listen", "127.0.0.1:5433"), "--listen is for one clone"),
+        (("clones", "start", "a", "--listen", "5433"), "not an address and a port: '5433'"),
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2_with_a_hint(
@@ -328,6 +330,20 @@ def test_a_cluster_that_does_not_answer_is_exit_code_4(
     err = capsys.readouterr().err
     assert "error: no connection to the database" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "host"), [("127.0.0.1:5433", "127.0.0.1"), ("[::1]:5433", "::1"), ("0.0.0.0:5433", "0.0.0.0")]
+)
+def test_an_address_to_listen_at_is_an_ip_address_and_a_port(text: str, host: str) -> None:
+    assert arguments.address(text) == (host, 5433)
+
+
+@pytest.mark.parametrize("text", ["5433", ":5433", "127.0.0.1", "127.0.0.1:0", "::1:5433", "a:5433", "1.2.3.4:70000"])
+def test_what_is_no_address_to_listen_at_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(errors.ConfigError, match="not an address and a port") as caught:
+        arguments.address(text)
+    assert "127.0.0.1:5433" in caught.value.hint
 
 
 def test_without_a_service_nobody_knows_the_last_commits(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

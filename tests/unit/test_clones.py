@@ -18,7 +18,7 @@ from trigger import clone_records
 from trigger.clone_records import CloneRecord, clone_name
 from trigger.clones import CloneState, clones, drop, start, stop
 from trigger.errors import RestoreError
-from trigger.model import EPOCH
+from trigger.model import EPOCH, Address
 from trigger.restore import restore
 
 
@@ -51,8 +51,8 @@ def test_a_clone_is_stopped_and_started_again_with_what_it_held(tmp_path: Path) 
         before = it.held("one")
         for _ in range(2):  # what is so already stays so
             assert (await stop("one", it.site)).state is CloneState.STOPPED
-        for _ in range(2):
-            assert (await start("one", it.site)).state is CloneState.RUNNING
+        for listen in (None, None, Address("127.0.0.1", 5433)):
+            assert (await start("one", it.site, listen)).state is CloneState.RUNNING
         assert it.held("one") == before
         await it.site.storage.drop_clone("one")
         with pytest.raises(RestoreError, match="clone one is gone"):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 from contextvars import ContextVar
 from datetime import datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trigger.errors import ConfigError
+from trigger.model import Address
 from trigger.position import Lsn
 
 if TYPE_CHECKING:  # pydantic and CEL take a while to load, and help and completion do without
@@ -98,6 +101,17 @@ def transaction(text: str) -> int:
 def point_reference(text: str) -> int | str:
     """Give what names a point: its number, or its id or name."""
     return int(text) if text.isdigit() else text
+
+
+def address(text: str) -> Address:
+    """Give the `ADDRESS:PORT` written in `text`, an IPv6 address in brackets; raises `ConfigError` for another."""
+    parts = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([0-9.]+)):([0-9]{1,5})", text.strip())
+    with contextlib.suppress(ValueError):
+        if parts and 0 < int(parts[3]) < 1 << 16:
+            return Address(str(ip_address(parts[1] or parts[2])), int(parts[3]))
+    raise ConfigError(
+        f"not an address and a port: {text!r}", hint="such as 127.0.0.1:5433, [::1]:5433, or 0.0.0.0:5433 for all"
+    )
 
 
 def lsn(text: str) -> Lsn:

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from trigger import show
-from trigger.commands.arguments import Config, Json, Yes, confirm, lsn, options, point_reference, time, transaction
+from trigger.commands.arguments import (
+    Config,
+    Json,
+    Yes,
+    address,
+    confirm,
+    lsn,
+    options,
+    point_reference,
+    time,
+    transaction,
+)
 from trigger.errors import CatalogError, ConfigError, RestoreError, VerifyError
 from trigger.model import Verification
 
@@ -94,9 +105,9 @@ def restore_state(
     """Bring back exactly the state after one commit (or before it), in a clone beside the running cluster.
 
     The state holds the commit and every one before it in the log, and none behind it; that is checked before the
-    clone is reported. Its server listens on a Unix socket only, has no archive, no subscriptions and no slots, and
-    runs on a timeline of its own. Nothing of the running cluster is touched; for a --to-time behind the last known
-    commit it is made to commit an empty transaction.
+    clone is reported. Its server listens on a Unix socket only (for TCP: `clones start --listen`), has no archive, no
+    subscriptions and no slots, and runs on a timeline of its own. Nothing of the running cluster is touched; for a
+    --to-time behind the last known commit it is made to commit an empty transaction.
 
     With --in-place the proven clone takes the place of production, by renames: the old state stays beside it as
     `<volume>.before-<time>`, and --undo puts it back. The server must be stopped for that, and the service too; then
@@ -307,11 +318,29 @@ def stop_clones(names: Names, config: Config = None, as_json: Json = False) -> N
 
 
 @clones.command("start")
-def start_clones(names: Names, config: Config = None, as_json: Json = False) -> None:
-    """Start the servers of stopped clones again, as they were left: after a reboot of the host, say."""
+def start_clones(
+    names: Names,
+    listen: Annotated[
+        str | None, typer.Option("--listen", metavar="ADDRESS:PORT", help="Let it be reached over TCP too.")
+    ] = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Start the servers of stopped clones again, as they were left: after a reboot of the host, say.
+
+    With --listen one clone, which may run already, can be reached over TCP until it is stopped: by the roles that it
+    holds, with the passwords that they had then (SCRAM only). What is sent is not encrypted.
+    """
     from trigger.clones import start
 
-    show_clones(at(options(config), lambda parts: _each(names, parts, start)), as_json=as_json)
+    where = address(listen) if listen is not None else None
+    if where is not None and len(names) > 1:
+        raise ConfigError("--listen is for one clone", hint="two servers cannot share an address")
+
+    async def begin(name: str, site: Site) -> CloneStatus:
+        return await start(name, site, where)
+
+    show_clones(at(options(config), lambda parts: _each(names, parts, begin)), as_json=as_json)
 
 
 @clones.command("drop")

@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 from connectors.databases.postgres.segments import give
 from connectors.databases.postgres.wal import history_timeline
 from trigger.errors import PreflightError, RestoreError
-from trigger.model import Bracket, StopKind, Target, Volume
+from trigger.model import Address, Bracket, StopKind, Target, Volume
 from trigger.ports import Clone, Layout
 
 OWN_FOLDER = "trigpoint"
@@ -36,6 +36,8 @@ _CARRIED = {
     "max_locks_per_transaction": "max_locks_per_xact setting",
 }
 _HBA = "local all all trust\nlocal replication all reject\n"
+_HBA_OVER_TCP = "host replication all all reject\nhost all all all scram-sha-256\n"
+_LISTEN_FILE = "listen.conf"
 
 
 class Spot(NamedTuple):
@@ -313,6 +315,7 @@ def settings(
         "fsync": "off",  # nobody relies on it before it is up; `PostgresRecovery` syncs all at once then
         "shared_buffers": "128MB",
         "max_wal_size": "4GB",
+        "include_if_exists": _LISTEN_FILE,
     }
     if isolated.major >= 17:
         found |= {"sync_replication_slots": "off", "synchronized_standby_slots": "", "summarize_wal": "off"}
@@ -355,6 +358,21 @@ def write_configuration(isolated: Isolated, found: Mapping[str, str]) -> Path:
     write(isolated.folder / "pg_hba.conf", _HBA, isolated.owner)
     write(isolated.folder / "pg_ident.conf", "", isolated.owner)
     return write(isolated.folder / "postgresql.conf", configuration(found), isolated.owner)
+
+
+def listen(isolated: Isolated, address: Address | None) -> None:
+    """Let the server of a copy listen over TCP from its next start on, or at its socket alone; blocks on small files.
+
+    Over TCP a role has to prove its password (SCRAM; one that is stored as md5 or not at all cannot), nothing is
+    encrypted, and nothing can be replicated.
+    """
+    write(isolated.folder / "pg_hba.conf", _HBA + (_HBA_OVER_TCP if address else ""), isolated.owner)
+    file = isolated.folder / _LISTEN_FILE
+    if address is None:
+        file.unlink(missing_ok=True)
+    else:
+        found = {"listen_addresses": address.host, "port": str(address.port)}
+        write(file, configuration(found), isolated.owner)
 
 
 def write(path: Path, text: str, owner: tuple[int, int]) -> Path:

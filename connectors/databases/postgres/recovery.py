@@ -16,7 +16,7 @@ import shutil
 import signal
 import stat
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -32,12 +32,12 @@ from connectors.databases.postgres.segments import SegmentFolder, give
 from connectors.databases.postgres.wal import history_timeline
 from connectors.databases.postgres.waldump import Stretch, WalDump
 from trigger.errors import DatabaseError, RestoreError
-from trigger.model import Bracket, StopKind, Target, Volume
+from trigger.model import Address, Bracket, StopKind, Target, Volume
 from trigger.ports import Clone, Progress, Running
 from trigger.position import History, Lineage, Lsn
 
 PORT = 5432
-_SOCKET_PATH_LIMIT = 107 - len(f"/.s.PGSQL.{PORT}.lock")
+_SOCKET_PATH_LIMIT = 107 - len("/.s.PGSQL.65535.lock")
 _POLL_SECONDS = 0.01
 _PROGRAM_SECONDS = 60.0
 _SYNC_SECONDS = 600.0
@@ -49,6 +49,7 @@ _HINTS = {
     " time: no commit is later, and the running cluster did not make one (--to-latest gives all there is)",
     "resource manager with ID": "an extension wrote the log; name its library in restore.keep_libraries",
     "could not create lock file": "another server already runs on this clone",
+    "could not create any TCP/IP sockets": "the address is not one of this host's, or its port is taken",
     "Permission denied": "the owner of the data must be able to reach the clone, the staged log and the programs",
 }
 
@@ -161,7 +162,7 @@ class PostgresRecovery:
         await postmaster.end(data, signal.SIGINT)
         await asyncio.to_thread(shutil.rmtree, self._socket_path(data), ignore_errors=True)
 
-    async def resume(self, clone: Clone) -> Running:
+    async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
         """Start the server of a clone that was brought up before, as it was left; see port `Recovery`."""
         data = self._data(clone)
         if data is None:
@@ -171,10 +172,14 @@ class PostgresRecovery:
         isolated = Isolated(data, _owner_of(data), programs.major, ())
         self._socket_folder(isolated)
         await asyncio.to_thread(postmaster.forget_the_dead, data)
+        await asyncio.to_thread(isolation.listen, isolated, listen)
         await self._start_again(programs, isolated, state)
         server = postmaster.find(data)
         if server is None:
             raise RestoreError(f"the server of {clone.name} ended right after its start")
+        port = listen.port if listen else PORT  # of the socket too: a server has one
+        state = replace(state, conninfo=make_conninfo(state.conninfo, port=port))
+        await asyncio.to_thread(isolation.write, isolated.folder / _State.FILE, state.as_json(), isolated.owner)
         return state.running(data, server.pid)
 
     async def _start_again(self, programs: Programs, isolated: Isolated, state: _State) -> None:
