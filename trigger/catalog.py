@@ -48,7 +48,6 @@ make_engine = schema.make_engine
 T = TypeVar("T")
 
 _PAGE = 500
-_SYSTEM = "system"
 
 
 class Run(Protocol):
@@ -141,20 +140,6 @@ class Catalog:
                 "its file was removed or replaced while it was open",
                 hint="stop the service, put the right file back or run: trigpoint catalog rebuild",
             )
-
-    # ---- whose catalog it is
-
-    async def identity(self) -> Mapping[str, str]:
-        """Give what the catalog is bound to: `system`, the cluster's system identifier, once it was bound."""
-        return await self._read(point_index.identity)
-
-    async def bind(self, system: str) -> None:
-        """Make this the catalog of the cluster `system`, for good; binding to the same one again is fine.
-
-        Raises:
-            CatalogError: it belongs to another cluster.
-        """
-        await self._write(partial(point_index.bind, system=system))
 
     # ---- how far each stream is settled
 

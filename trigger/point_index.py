@@ -30,8 +30,6 @@ from trigger.model import (
 from trigger.position import History, Lsn, Position
 from trigger.schema import gaps, points
 
-_SYSTEM = "system"
-
 _BY_ID = select(points.c.number, points.c.document).where(points.c.id == bindparam("key"))
 _BY_NUMBER = select(points.c.number, points.c.document).where(points.c.number == bindparam("key"))
 _UPDATE = update(points).where(points.c.number == bindparam("key"))
@@ -49,24 +47,6 @@ class Totals:
     """Commits that came again after they had an outcome, and were dropped."""
     open_gaps: int
     bytes: int
-
-
-def identity(connection: Connection) -> dict[str, str]:
-    """Give what the catalog is bound to, by name."""
-    table = schema.identity
-    return {row.name: row.value for row in connection.execute(select(table.c.name, table.c.value))}
-
-
-def bind(connection: Connection, system: str) -> None:
-    """Bind the catalog to the cluster `system`; raises `CatalogError` where it belongs to another."""
-    bound = identity(connection).get(_SYSTEM)
-    if bound is None:
-        connection.execute(insert(schema.identity).values(name=_SYSTEM, value=system))
-    elif bound != system:
-        raise CatalogError(
-            f"it belongs to the cluster with system identifier {bound}, not to {system}",
-            hint="give this cluster a catalog of its own, or restore the right data directory",
-        )
 
 
 def _settle_all(

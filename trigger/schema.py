@@ -74,12 +74,6 @@ schema_version = Table(
     Column("version", Integer, primary_key=True, autoincrement=False),
     Column("reached_at", Text, nullable=False),
 )
-identity = Table(
-    "identity",
-    metadata,
-    Column("name", Text, primary_key=True),
-    Column("value", Text, nullable=False),
-)
 counters = Table(
     "counters",
     metadata,

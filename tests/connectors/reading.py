@@ -45,13 +45,9 @@ async def opened(cluster: Cluster, database: str, *, keep: bool = False) -> Asyn
             await source.remove()
 
 
-def flushed(cluster: Cluster) -> Lsn:
-    return Lsn.parse(cluster.sql("SELECT pg_current_wal_flush_lsn()::text")[0][0])
-
-
 async def everything(cluster: Cluster, source: PostgresSource) -> list[Commit]:
     """Give all commits up to now; fails where the stream does not come this far."""
-    until = flushed(cluster)
+    until = cluster.flushed()
     commits: list[Commit] = []
     async with asyncio.timeout(PATIENCE_SECONDS):
         while source._through < until:  # a read would wait for more

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from psycopg.errors import ObjectInUse
 
 from connectors.databases.postgres.pgoutput import Committed, Decoder
-from tests.connectors.reading import flushed, raw_messages
+from tests.connectors.reading import raw_messages
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 from trigger.position import Lsn
@@ -101,7 +101,7 @@ def fill(cluster: Cluster, database: str) -> Lsn:
     for statement in LOAD:
         _run_when_free(cluster, statement, database)
     cluster.sql("SELECT pg_switch_wal()")
-    return flushed(cluster)
+    return cluster.flushed()
 
 
 def _run_when_free(cluster: Cluster, statement: str, database: str) -> None:

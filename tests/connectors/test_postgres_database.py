@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from connectors.databases.postgres import Postgres
-from tests.connectors.reading import flushed, fresh_database, record_starts
+from tests.connectors.reading import fresh_database, record_starts
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import ConfigError, DatabaseError
@@ -60,7 +60,7 @@ def refusals(findings: list[Finding]) -> list[Finding]:
 def test_durable_covers_what_was_committed_and_ceiling_covers_durable(cluster: Cluster) -> None:
     async def act(database: Postgres) -> None:
         cluster.sql("CREATE TABLE IF NOT EXISTS t (v int); INSERT INTO t VALUES (1)")
-        committed = flushed(cluster)
+        committed = cluster.flushed()
         durable = await database.durable()
         ceiling = await database.ceiling()
         assert committed <= durable.at <= ceiling.at
@@ -86,9 +86,9 @@ def test_a_record_ends_at_record_end_and_is_durable_whatever_others_write(cluste
             writers = [pool.submit(write, size) for size in (1, 20_000, 100_001)]
             try:
                 for _ in range(40):
-                    seen = inserted(cluster)
+                    seen = cluster.end_of_log()
                     ends.append(await database.record_end())
-                    assert flushed(cluster) >= ends[-1].at >= seen - SEGMENT_HEADER
+                    assert cluster.flushed() >= ends[-1].at >= seen - SEGMENT_HEADER
             finally:
                 stop.set()
             for writer in writers:
@@ -106,7 +106,7 @@ def test_a_record_that_fills_its_page_ends_where_the_page_does_and_nothing_is_wr
             behind = fill_segment(cluster) if of_segment else fill_page(cluster)
             end = (await database.record_end()).at
             assert end % (SEGMENT if of_segment else PAGE) == 0
-            assert inserted(cluster) == behind > end
+            assert cluster.end_of_log() == behind > end
             assert_records_end_at(cluster, [end])
 
     with_database(cluster, act)
@@ -115,21 +115,17 @@ def test_a_record_that_fills_its_page_ends_where_the_page_does_and_nothing_is_wr
 PAGE, SEGMENT, PAGE_HEADER, SEGMENT_HEADER = 8192, 16 << 20, 24, 40
 
 
-def inserted(cluster: Cluster) -> Lsn:
-    return Lsn.parse(cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
-
-
 def fill_page(cluster: Cluster) -> Lsn:
     """Write a record whose last byte is the last of its page; gives the insert position, behind the next header."""
     message = "SELECT pg_logical_emit_message(true, '', repeat('x', %d))"
     for _ in range(20):
-        left = PAGE - inserted(cluster) % PAGE
+        left = PAGE - cluster.end_of_log() % PAGE
         cluster.sql(message % (left + PAGE // 2))
-        before = inserted(cluster)
+        before = cluster.end_of_log()
         cluster.sql(message % 1000)
-        overhead = inserted(cluster) - before - 1000
-        cluster.sql(message % (PAGE - inserted(cluster) % PAGE - overhead))
-        if (at := inserted(cluster)) % PAGE == PAGE_HEADER:
+        overhead = cluster.end_of_log() - before - 1000
+        cluster.sql(message % (PAGE - cluster.end_of_log() % PAGE - overhead))
+        if (at := cluster.end_of_log()) % PAGE == PAGE_HEADER:
             return at
     raise AssertionError("no record came to end where a page does")
 
@@ -137,7 +133,7 @@ def fill_page(cluster: Cluster) -> Lsn:
 def fill_segment(cluster: Cluster) -> Lsn:
     """Leave the rest of a segment empty; gives the insert position, behind the header of the next."""
     cluster.sql("SELECT pg_switch_wal()")
-    at = inserted(cluster)
+    at = cluster.end_of_log()
     assert at % SEGMENT == SEGMENT_HEADER
     return at
 
@@ -145,7 +141,7 @@ def fill_segment(cluster: Cluster) -> Lsn:
 def assert_records_end_at(cluster: Cluster, places: list[Lsn]) -> None:
     """A record ends where the next one begins, or the page does in front of which the next one begins: pg_waldump's."""
     cluster.sql("SELECT pg_logical_emit_message(true, '', '')")
-    begins = record_starts(cluster, Lsn(min(places) // SEGMENT * SEGMENT), flushed(cluster))
+    begins = record_starts(cluster, Lsn(min(places) // SEGMENT * SEGMENT), cluster.flushed())
     for place in places:
         header = 0 if place % PAGE else PAGE_HEADER if place % SEGMENT else SEGMENT_HEADER
         assert place + header in begins, f"{place} is in the middle of a record"
@@ -185,10 +181,10 @@ def test_a_mark_lies_behind_what_was_committed_without_a_flush_and_no_stream_sho
         cluster.sql("SELECT pg_create_logical_replication_slot('watching', 'pgoutput')")
         try:
             cluster.sql("SET synchronous_commit = off; INSERT INTO t VALUES (1)")
-            behind = Lsn.parse(cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
+            behind = cluster.end_of_log()
             mark = await database.mark()
             assert mark.at > behind
-            assert flushed(cluster) >= mark.at
+            assert cluster.flushed() >= mark.at
             assert changes(cluster) == 4  # of the insert: Begin, Relation, Insert, Commit
         finally:
             cluster.sql("SELECT pg_drop_replication_slot('watching')")
@@ -200,7 +196,7 @@ def test_a_mark_lies_behind_what_was_committed_without_a_flush_and_no_stream_sho
 def test_a_mark_is_made_where_sessions_may_only_read_by_default(cluster: Cluster) -> None:
     async def run() -> None:
         database = Postgres(f"{cluster.conninfo} options='-c default_transaction_read_only=on'", ["postgres"])
-        before = inserted(cluster)
+        before = cluster.end_of_log()
         assert (await database.mark()).at > before
         await database.close()
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from connectors.databases.postgres.source import PostgresSource
-from tests.connectors.reading import commit_records, everything, flushed, fresh_database, opened, settled
+from tests.connectors.reading import commit_records, everything, fresh_database, opened, settled
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import SourceError
@@ -57,7 +57,7 @@ def test_a_commit_bears_every_fact_that_the_server_knows_of_it(cluster: Cluster,
 
     async def run() -> None:
         async with opened(cluster, database) as source:
-            start = flushed(cluster)
+            start = cluster.flushed()
             with cluster.connect(database) as connection, connection.transaction():
                 connection.execute("INSERT INTO t SELECT generate_series(1, 3)")
                 connection.execute("UPDATE t SET id = 10 WHERE id = 1")
@@ -66,13 +66,13 @@ def test_a_commit_bears_every_fact_that_the_server_knows_of_it(cluster: Cluster,
                 connection.execute("SELECT pg_logical_emit_message(true, 'other', 'not ours')")
                 row = connection.execute("SELECT pg_current_xact_id()::text").fetchone()
             (commit,) = await everything(cluster, source)
-            (record,) = commit_records(cluster, start, flushed(cluster))
+            (record,) = commit_records(cluster, start, cluster.flushed())
             system, timeline = cluster.sql(
                 "SELECT system_identifier::text, timeline_id FROM pg_control_system(), pg_control_checkpoint()"
             )[0]
             assert row is not None
             assert (commit.xid, commit.start) == (int(row[0]), record.start)
-            assert commit.start < commit.end <= flushed(cluster)
+            assert commit.start < commit.end <= cluster.flushed()
             assert (commit.history.system, commit.history.timeline, commit.stream) == (system, timeline, database)
             assert commit.tables == {"public.t": Changes(inserted=3, updated=1, deleted=1)}
             assert commit.markers == ("the größte",)
@@ -200,7 +200,7 @@ def test_of_pgbench_and_a_mixed_load_every_commit_record_is_given_exactly_once(c
 
     async def run() -> None:
         async with opened(cluster, database) as source:
-            start = flushed(cluster)
+            start = cluster.flushed()
             bench = [
                 "-n",
                 "-c",
@@ -216,7 +216,7 @@ def test_of_pgbench_and_a_mixed_load_every_commit_record_is_given_exactly_once(c
                 database,
             ]
             await asyncio.gather(asyncio.to_thread(cluster.run, "pgbench", *bench), asyncio.to_thread(load))
-            truth = commit_records(cluster, start, flushed(cluster))
+            truth = commit_records(cluster, start, cluster.flushed())
             commits = await everything(cluster, source)
             assert len(truth) > 300
             assert [(commit.xid & 0xFFFFFFFF, commit.start) for commit in commits] == truth
@@ -232,7 +232,7 @@ def test_an_idle_database_beside_a_busy_one_lets_the_server_forget(cluster: Clus
     async def run() -> None:
         async with opened(cluster, database) as source:
             cluster.sql("INSERT INTO busy SELECT repeat('x', 900) FROM generate_series(1, 20000)")
-            target = flushed(cluster)
+            target = cluster.flushed()
             commits, through = await settled(cluster, source)
             assert (commits, through.at >= target) == ([], True)
             confirmed = f"SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{source.slot}'"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres.source import PostgresSource
-from tests.connectors.reading import everything, flushed, fresh_database, opened, settled
+from tests.connectors.reading import everything, fresh_database, opened, settled
 from tests.fixtures.postgres import MAJORS, Cluster, free_port, running_cluster
 from tests.fixtures.volumes import plain_folder
 from tests.fixtures.wire import Wire
@@ -97,7 +97,7 @@ def test_a_slot_that_was_dropped_is_a_break_up_to_where_the_new_one_begins(clust
         after = await left_behind(cluster, database)
         cluster.sql(f"SELECT pg_drop_replication_slot('{slot_of(cluster, database)[0]}')")
         await insert(cluster, database)  # nobody will ever see it
-        lost_until = flushed(cluster)
+        lost_until = cluster.flushed()
         found, commits = await after_the_break(cluster, database, after)
         assert found.reason == "the slot had been dropped"
         assert lost_until <= found.until.at <= commits[0].start
@@ -150,7 +150,7 @@ def test_a_slot_that_lost_its_log_is_made_anew_and_the_gap_ends_where_it_begins(
                 cluster.sql("SELECT pg_switch_wal(); CHECKPOINT")
             ((status,),) = cluster.sql(f"SELECT wal_status FROM pg_replication_slots WHERE database = '{database}'")
             assert status == "lost"
-            lost_until = flushed(cluster)
+            lost_until = cluster.flushed()
             found, commits = await after_the_break(cluster, database, after)
         finally:
             cluster.sql("ALTER SYSTEM RESET max_slot_wal_keep_size")
@@ -179,7 +179,7 @@ def test_a_publication_that_was_dropped_and_made_again_never_hides_a_commit(clus
         after = await left_behind(cluster, database)
         cluster.sql("DROP PUBLICATION trigpoint", database)
         await insert(cluster, database)  # decoded with a catalog in which there is no publication
-        lost_until = flushed(cluster)
+        lost_until = cluster.flushed()
         cluster.sql("CREATE PUBLICATION trigpoint FOR ALL TABLES WITH (publish = 'insert, truncate')", database)
         source = PostgresSource(cluster.conninfo, database)
         try:
@@ -354,7 +354,7 @@ def promoted_standby(cluster: Cluster, folder: Path) -> Cluster:
     cluster.run("pg_basebackup", "-D", standby.data, "-X", "stream", "-R", "-c", "fast", *where)
     standby.configure({"port": str(standby.port), "unix_socket_directories": str(standby.sockets)})
     standby.start()
-    target = flushed(cluster)
+    target = cluster.flushed()
     while Lsn.parse(standby.sql("SELECT coalesce(pg_last_wal_replay_lsn()::text, '0/0')")[0][0]) < target:
         pass
     standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
@@ -367,7 +367,7 @@ def test_a_promoted_standby_is_a_break_into_its_own_timeline(cluster: Cluster, d
         standby = promoted_standby(cluster, folder)
         try:
             await insert(standby, database)
-            lost_until = flushed(standby)
+            lost_until = standby.flushed()
             found, commits = await after_the_break(standby, database, after)
         finally:
             standby.destroy()

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres.source import PostgresSource
-from tests.connectors.reading import flushed
 from tests.fixtures.memory import peak_megabytes
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
@@ -54,7 +53,7 @@ async def read_until(dsn: str, until: int) -> dict[str, float]:
 
 def read_alone(cluster: Cluster) -> dict[str, float]:
     arguments = [sys.executable, "-m", "tests.connectors.test_postgres_source_memory"]
-    arguments += [cluster.conninfo, str(int(flushed(cluster)))]
+    arguments += [cluster.conninfo, str(int(cluster.flushed()))]
     done = subprocess.run(arguments, check=True, capture_output=True, text=True, cwd=ROOT, timeout=250)
     found: dict[str, float] = json.loads(done.stdout)
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres.preflight import BLIND_SPOTS, LIMITS, blind_spots
-from tests.connectors.reading import commit_records, everything, flushed, fresh_database, opened
+from tests.connectors.reading import commit_records, everything, fresh_database, opened
 from tests.connectors.streams import GOLDEN, Variant, decode, fill, record, slot_of, variants
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
@@ -63,7 +63,7 @@ def by_pg_recvlogical(cluster: Cluster, database: str, variant: Variant, until: 
 
 def test_the_stream_is_the_one_that_pg_recvlogical_gets_and_every_protocol_tells_the_same(cluster: Cluster) -> None:
     with fresh_database(cluster) as database:
-        before = flushed(cluster)
+        before = cluster.flushed()
         until = fill(cluster, database)
         truth = {(record.xid, record.start) for record in commit_records(cluster, before, until)}
         told = []

@@ -16,7 +16,7 @@ from trigger.position import Position
 
 BEFORE = Books({1: 90, 2: 110}, {1: 90, 2: 110}, frozenset({(1, 700), (2, 701)}), 0, EPOCH)
 AFTER = Books({}, {}, BEFORE.ledger, 3, EPOCH)
-ACCIDENT = Accident(702, 2, BEFORE, 701, EPOCH)
+ACCIDENT = Accident(702, 2, BEFORE, 701)
 TRUTH = Evidence(BEFORE, AFTER, "aborted", "committed", "committed", 5, {"protected": 1, "coalesced": 4, "missed": 0})
 
 

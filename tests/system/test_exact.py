@@ -18,7 +18,7 @@ import pytest
 
 from tests.fixtures import judge
 from tests.fixtures.loading import Load
-from tests.fixtures.postgres import MAJORS, Cluster
+from tests.fixtures.postgres import MAJORS
 from tests.fixtures.service import Deployment, deployment
 from trigger.clones import drop
 from trigger.connect import Parts, connect
@@ -39,10 +39,6 @@ class Past:
         return {other for other, start in self.starts.items() if start <= self.starts[xid]}
 
 
-def _end_of_log(cluster: Cluster) -> Lsn:
-    return Lsn.parse(cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
-
-
 def _commit_for(deployed: Deployment, seconds: float) -> None:
     load_ = Load(deployed)
     time.sleep(seconds)
@@ -53,7 +49,7 @@ def _live_through_it(deployed: Deployment) -> Past:
     """Make the history: a load, a load while the service is down, a switch of the timeline, a load."""
     cluster, past = deployed.cluster, Past()
     deployed.start()
-    first = _end_of_log(cluster)
+    first = cluster.end_of_log()
     _commit_for(deployed, 2)
     deployed.stop()
     _commit_for(deployed, 1)
@@ -61,7 +57,7 @@ def _live_through_it(deployed: Deployment) -> Past:
     _commit_for(deployed, 1)
     deployed.settle()
     past.starts |= judge.logged_commits(cluster, first)
-    switched = _end_of_log(cluster)
+    switched = cluster.end_of_log()
     cluster.switch_timeline()
     deployed.wait_for(lambda: deployed.status().get("ready"), "the stream on the new timeline")
     _commit_for(deployed, 2)

@@ -29,10 +29,6 @@ STORAGES = (pytest.param("btrfs", marks=pytest.mark.volume), "directory")
 MIB = 1 << 20
 
 
-def end_of_log(here: Deployment) -> Lsn:
-    return Lsn.parse(here.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
-
-
 def done(here: Deployment, statement: str) -> Lsn:
     """Run a statement and give where the log was flushed to by its commit.
 
@@ -102,7 +98,7 @@ def watched() -> Iterator[Deployment]:
 @pytest.mark.parametrize("kind", UNSEEN)
 def test_what_no_stream_shows_is_in_a_catch_all_point_soon_after(watched: Deployment, kind: str) -> None:
     make, there = UNSEEN[kind]
-    known, begin, began = len(sealed(watched)), end_of_log(watched), datetime.now(UTC)
+    known, begin, began = len(sealed(watched)), watched.cluster.end_of_log(), datetime.now(UTC)
     end = done(watched, make)
     assert end - begin > IDLE_NOISE_BYTES
     watched.wait_for(lambda: sealed(watched, Cause.CATCH_ALL, end), "a catch-all point that holds it")
@@ -177,7 +173,7 @@ def test_log_that_no_rule_takes_leads_to_points_that_keep_replays_within_the_obj
             end = done(here, "INSERT INTO bulk SELECT n, repeat('x', 1000) FROM generate_series(1, 25000) n")
             here.wait_for(lambda end=end: sealed(here, Cause.REPLAY, end), f"point {number} for replay debt")
             here.cluster.sql("INSERT INTO bulk VALUES (0, 'after')")
-            last = end_of_log(here)
+            last = here.cluster.end_of_log()
             here.cluster.sql("INSERT INTO bulk VALUES (0, 'and one more, so that the journal goes on behind it')")
             plan = planned(here, "--to-lsn", str(last))
             assert plan["base"]["number"] == sealed(here)[-1].number

@@ -26,7 +26,7 @@ from tests.fixtures.volumes import failing_volume
 from trigger.control import ask
 from trigger.errors import RestoreError
 from trigger.model import State
-from trigger.position import Lsn, Position
+from trigger.position import Position
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
@@ -141,10 +141,10 @@ def test_a_damaged_segment_is_found_shown_over_a_restart_and_refused_where_it_is
     _switch_segment(deployed)
     _commit(deployed)  # the base of the next one lies before the segment in which both are
     deployed.trigpoint("point", "--note", "before the damage")
-    start = Lsn.parse(deployed.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
+    start = deployed.cluster.end_of_log()
     _switch_segment(deployed)
     name = deployed.cluster.sql("SELECT pg_walfile_name(pg_switch_wal())")[0][0]
-    inside = Lsn.parse(deployed.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0]) - (1 << 19)
+    inside = deployed.cluster.end_of_log() - (1 << 19)
     _switch_segment(deployed)
     victim = _journal(deployed) / name
     deployed.wait_for(victim.exists, "the segment in the journal")
@@ -190,7 +190,7 @@ def test_what_lies_behind_damage_is_never_left_out_of_the_present_or_the_latest_
     _switch_segment(deployed)
     deployed.trigpoint("point", "--note", "the base")
     _commit(deployed)
-    place = Lsn.parse(deployed.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
+    place = deployed.cluster.end_of_log()
     deployed.cluster.sql("SELECT pg_logical_emit_message(true, 'ballast', repeat('x', 100000))")
     name = deployed.cluster.sql(f"SELECT pg_walfile_name('{place}')")[0][0]
     partial = _journal(deployed) / f"{name}.partial"

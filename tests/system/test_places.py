@@ -30,13 +30,9 @@ OFTEN = "[points]\nmin_interval_seconds = 0.3\nper_minute = 6000\n"
 POINTS_UNDER_LOAD = 3
 
 
-def end_of_log(here: Deployment) -> Lsn:
-    return Lsn.parse(here.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
-
-
 def load_until_points_were_taken(here: Deployment) -> dict[int, Lsn]:
     """Commit while points are taken; give where each transaction of the load committed."""
-    first, before = end_of_log(here), here.status()["last_point"]
+    first, before = here.cluster.end_of_log(), here.status()["last_point"]
     load = Load(here)
     try:
         here.wait_for(

@@ -65,10 +65,6 @@ def _first_segment(cluster: Cluster) -> Lsn:
     return Lsn(int(min(names)[16:], 16) << 24)
 
 
-def end_of_log(cluster: Cluster) -> Lsn:
-    return Lsn.parse(cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
-
-
 def settle(deployed: Deployment) -> None:
     """Wait until every stream's commits made so far have their outcome: each stream keeps its order."""
     marker = f"settled-{secrets.token_hex(4)}"
@@ -173,7 +169,7 @@ def test_the_slot_of_an_idle_database_advances_beside_a_busy_one(shared: Deploym
     cluster = shared.cluster
     before = {name: _confirmed(cluster, name) for name in DATABASES}
     cluster.sql(WORK[work], BANK)
-    target = end_of_log(cluster)
+    target = cluster.end_of_log()
     assert before[SHOP] < target
     shared.wait_for(lambda: _confirmed(cluster, SHOP) >= target, "the idle database's slot behind the busy one's work")
     shared.wait_for(lambda: _confirmed(cluster, BANK) >= target, "the busy database's own slot")
@@ -183,7 +179,7 @@ def test_a_slot_dropped_under_the_service_is_a_gap_of_its_own_stream_and_the_oth
     with two_databases(15) as deployed:
         cluster = deployed.cluster
         deployed.start()
-        first = end_of_log(cluster)
+        first = cluster.end_of_log()
         load = Load(deployed, database=BANK)
         seen = commit(cluster, database=SHOP)
         deployed.wait_for(lambda: _confirmed(cluster, SHOP) >= seen[-1].after, "the first commits settled")
@@ -193,7 +189,7 @@ def test_a_slot_dropped_under_the_service_is_a_gap_of_its_own_stream_and_the_oth
             " INSERT INTO truth (what) VALUES ('unseen')",
             SHOP,
         )
-        lost_until = end_of_log(cluster)
+        lost_until = cluster.end_of_log()
         deployed.wait_for(lambda: deployed.ask("list", "--gaps"), "the gap")
         deployed.wait_for(lambda: deployed.status()["ready"], "the stream open again")
         load.end()

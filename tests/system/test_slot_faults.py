@@ -38,10 +38,6 @@ def deployed(shared: Deployment) -> Iterator[Deployment]:
         yield found
 
 
-def _end_of_log(cluster: Cluster) -> Lsn:
-    return Lsn.parse(cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
-
-
 def _settled(deployed: Deployment) -> Position:
     """Give how far the catalog says that the stream is settled."""
 
@@ -195,7 +191,7 @@ def test_a_slot_dropped_under_the_running_service_is_one_gap_that_is_shown_until
             f"SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = '{SLOT}';"
             f"SELECT pg_drop_replication_slot('{SLOT}'); INSERT INTO truth (what) VALUES ('unseen')"
         )
-        lost_until = _end_of_log(deployed.cluster)
+        lost_until = deployed.cluster.end_of_log()
         deployed.wait_for(lambda: len(deployed.ask("list", "--gaps")) > known, "the gap")
         assert deployed.status()["totals"]["open_gaps"] == 1
         assert "open gap in postgres" in deployed.trigpoint("list").stderr

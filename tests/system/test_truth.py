@@ -22,7 +22,6 @@ import pytest
 from tests.fixtures import judge
 from tests.fixtures.postgres import MAJORS, Cluster
 from tests.fixtures.service import Deployment, deployment
-from trigger.position import Lsn
 
 _MARK = b"INSERT INTO truth (what) VALUES ('load')"
 _PGBENCH = "BEGIN; UPDATE account SET amount = amount + 1 WHERE id = 1 + random() * 900; {}; COMMIT;\n"
@@ -161,7 +160,7 @@ def _load(cluster: Cluster, seconds: int) -> None:
 
 def _assert_truth(deployed: Deployment, seconds: int) -> None:
     deployed.start()
-    first = Lsn.parse(deployed.cluster.sql("SELECT pg_current_wal_insert_lsn()::text")[0][0])
+    first = deployed.cluster.end_of_log()
     _load(deployed.cluster, seconds)
     deployed.settle(120)
     logged = judge.logged_commits(deployed.cluster, first)

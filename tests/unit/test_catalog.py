@@ -382,18 +382,6 @@ def test_a_gap_that_is_open_already_is_not_recorded_again() -> None:
     with_catalog(work)
 
 
-def test_a_catalog_belongs_to_one_cluster() -> None:
-    async def work(catalog: Catalog) -> None:
-        assert await catalog.identity() == {}
-        await catalog.bind("7391")
-        await catalog.bind("7391")
-        assert await catalog.identity() == {"system": "7391"}
-        with pytest.raises(CatalogError, match="7391, not to 8000"):
-            await catalog.bind("8000")
-
-    with_catalog(work)
-
-
 def test_a_catalog_adopted_from_tags_differs_only_in_what_only_it_knew() -> None:
     tags: list[str] = []
 

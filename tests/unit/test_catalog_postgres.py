@@ -38,7 +38,6 @@ def url(cluster: Cluster, request: pytest.FixtureRequest) -> str:
 def test_points_commits_and_gaps_are_kept_on_a_server(url: str) -> None:
     async def work() -> None:
         catalog = await Catalog.open(url)
-        await catalog.bind("7391")
         records = [record(100, markers=("März",)), record(110, outcome=Outcome.COALESCED)]
         point = await sealed(catalog, 1, records)
         await catalog.record_gap(Gap("bank", at(1), at(2), "slot dropped", proven(point).opened_at))

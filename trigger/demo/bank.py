@@ -93,7 +93,6 @@ class Accident:
     books_before: Books
     last_transfer_xid: int
     """The transaction of the transfer that was committed last before it."""
-    committed_at: datetime
 
 
 class Bank:
@@ -183,7 +182,7 @@ class Bank:
                     continue
                 assert row is not None
                 self.commits += 1
-                return Accident(int(row[0]), deleted.rowcount, books, last, datetime.now(books.taken_at.tzinfo))
+                return Accident(int(row[0]), deleted.rowcount, books, last)
 
     async def _last_transfer(self) -> int:
         """Give the transaction of the transfer committed last; the server keeps the times of commits."""

@@ -69,12 +69,6 @@ class PostgresJournal:
         await asyncio.to_thread(self._audit.load)
         return await asyncio.to_thread(self._segments.extents)
 
-    async def received(self) -> Position | None:
-        """Give the end of the newest timeline's log, None while there is none."""
-        extents = await self.extents()
-        newest = max(extents, key=lambda extent: (extent.history.timeline, extent.end), default=None)
-        return Position(newest.history, newest.end) if newest else None
-
     async def lineage(self, history: History) -> Lineage:
         """Give the past of `history` by its timeline history file; raises `JournalError` where that is not held."""
         return await asyncio.to_thread(self._segments.lineage, history)

@@ -18,9 +18,6 @@ from trigger.position import Lsn
 PAGE_BYTES = 8192
 """XLOG_BLCKSZ of every packaged server; the long page header says it, and another value is a finding."""
 
-MAGIC = {0xD110: 15, 0xD113: 16, 0xD116: 17, 0xD118: 18}
-"""XLOG_PAGE_MAGIC of the supported major versions."""
-
 _SHORT = struct.Struct("=HHIQI4x")
 _LONG = struct.Struct("=QII")
 _RECORD = struct.Struct("=IIQBB2xI")
