@@ -19,9 +19,9 @@ from trigger import host
 from trigger.catalog import Catalog
 from trigger.clones import Site
 from trigger.errors import AgentError, ConfigError, DatabaseError
-from trigger.model import Finding, Severity, Volume
+from trigger.model import Finding, Layout, Severity, Volume
 from trigger.options import Options
-from trigger.ports import Agent, Database, Journal, Layout, Recovery, Source, Storage
+from trigger.ports import Agent, Database, Journal, Recovery, Source, Storage
 from trigger.shape import data
 
 log = logging.getLogger(__name__)
@@ -191,6 +191,7 @@ async def check(parts: Parts) -> list[Finding]:
     """Give what every part has to say before the cluster may be protected; changes nothing."""
     findings = await parts.database.check(parts.volumes)
     findings += await parts.storage.check(parts.volumes)
+    findings += await parts.journal.check()
     findings += await asyncio.to_thread(host.check, parts.options, parts.volumes)
     for agent in parts.agents:
         try:

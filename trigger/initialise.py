@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trigger.host import Mount, mount_of
-from trigger.ports import Layout
+from trigger.model import Layout
 from trigger.reference import sections, toml
 
 

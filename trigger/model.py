@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from pathlib import Path
 from typing import NamedTuple
 
 from trigger.position import History, Lsn, Position
@@ -344,3 +345,64 @@ class Finding:
     severity: Severity
     message: str
     remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """Log that the database keeps for one reader of ours, because that has not let go of it."""
+
+    reader: str
+    """For PostgreSQL the name of a slot: of a stream, or of the journal."""
+    bytes: int
+    left_bytes: int | None
+    """How much more it may become before the database drops it; None where nothing bounds it but the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a cluster's files lie, every path real (no symbolic link in it)."""
+
+    version: int
+    """As the server says it: 150018 is 15.18."""
+    data_directory: Path
+    wal_directory: Path
+    """Where the log lies. A copy made inside the bracket need not hold it: a restore takes it from the journal."""
+    tablespaces: tuple[tuple[int, Path], ...]
+    """(oid, path) of every tablespace that lies outside the data directory."""
+    config_files: tuple[Path, ...]
+    """Configuration files outside the data directory."""
+    owner: int
+    """The user id that owns the data, under which the servers of clones run."""
+    group: int
+    wal_segment_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """How much room a storage has."""
+
+    free_bytes: int
+    total_bytes: int
+    wanted_free_bytes: int
+    """No snapshot is made while less is free: it would succeed, and the database stop."""
+    snapshots: int
+    budget: int
+    """How many snapshots the storage bears."""
+    needed_bytes: int = 0
+    """What a snapshot that found no room wants at the least besides `wanted_free_bytes`; 0 once one is made."""
+    freeing: bool = False
+    """Whether what was deleted still gives room back."""
+
+    @property
+    def short(self) -> bool:
+        """Whether no further snapshot will find room, as far as is known, unless others are deleted."""
+        return self.free_bytes < self.wanted_free_bytes + self.needed_bytes and not self.freeing
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A stretch of log that the journal holds without a hole."""
+
+    history: History
+    start: Lsn
+    end: Lsn

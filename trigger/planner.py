@@ -14,8 +14,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from trigger.errors import RestoreError
-from trigger.model import RecoveryPoint, State, StopKind, Target, to_microseconds
-from trigger.ports import Extent
+from trigger.model import Extent, RecoveryPoint, State, StopKind, Target, to_microseconds
 from trigger.position import Lineage, Lsn, Position
 
 WAL_SEGMENT_BYTES = 16 << 20

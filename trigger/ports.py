@@ -20,7 +20,20 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from trigger.model import Address, Bracket, Commit, Finding, Flush, Snapshot, Target, Volume
+from trigger.model import (
+    Address,
+    Bracket,
+    Commit,
+    Extent,
+    Finding,
+    Flush,
+    Layout,
+    Retained,
+    Snapshot,
+    Space,
+    Target,
+    Volume,
+)
 from trigger.position import History, Lineage, Lsn, Position
 
 
@@ -99,17 +112,6 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Retained:
-    """Log that the database keeps for one reader of ours, because that has not let go of it."""
-
-    reader: str
-    """For PostgreSQL the name of a slot: of a stream, or of the journal."""
-    bytes: int
-    left_bytes: int | None
-    """How much more it may become before the database drops it; None where nothing bounds it but the disk."""
-
-
 class Database(Protocol):
     """The cluster whose commits are protected, as a whole."""
 
@@ -185,25 +187,6 @@ class Database(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where a cluster's files lie, every path real (no symbolic link in it)."""
-
-    version: int
-    """As the server says it: 150018 is 15.18."""
-    data_directory: Path
-    wal_directory: Path
-    """Where the log lies. A copy made inside the bracket need not hold it: a restore takes it from the journal."""
-    tablespaces: tuple[tuple[int, Path], ...]
-    """(oid, path) of every tablespace that lies outside the data directory."""
-    config_files: tuple[Path, ...]
-    """Configuration files outside the data directory."""
-    owner: int
-    """The user id that owns the data, under which the servers of clones run."""
-    group: int
-    wal_segment_bytes: int
-
-
 class Agent(Protocol):
     """A host's client, which flushes what the host still holds in memory."""
 
@@ -269,28 +252,6 @@ class Clone:
     paths: tuple[tuple[str, Path], ...]
     """(volume, where its copy lies)."""
     created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Space:
-    """How much room a storage has."""
-
-    free_bytes: int
-    total_bytes: int
-    wanted_free_bytes: int
-    """No snapshot is made while less is free: it would succeed, and the database stop."""
-    snapshots: int
-    budget: int
-    """How many snapshots the storage bears."""
-    needed_bytes: int = 0
-    """What a snapshot that found no room wants at the least besides `wanted_free_bytes`; 0 once one is made."""
-    freeing: bool = False
-    """Whether what was deleted still gives room back."""
-
-    @property
-    def short(self) -> bool:
-        """Whether no further snapshot will find room, as far as is known, unless others are deleted."""
-        return self.free_bytes < self.wanted_free_bytes + self.needed_bytes and not self.freeing
 
 
 class Storage(Protocol):
@@ -376,17 +337,12 @@ class Progress(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A stretch of log that the journal holds without a hole."""
-
-    history: History
-    start: Lsn
-    end: Lsn
-
-
 class Journal(Protocol):
     """The database's log, kept continuously so that every commit between two snapshots can be replayed."""
+
+    async def check(self) -> list[Finding]:
+        """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
+        ...
 
     async def run(self) -> None:
         """Keep the log until cancelled; raises `JournalError` where that is no longer possible."""

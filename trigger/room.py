@@ -14,9 +14,9 @@ from dataclasses import replace
 from trigger.catalog import Catalog
 from trigger.errors import JournalError, StorageError
 from trigger.expire import GivenUp, expire, give_up_before, release_log
-from trigger.model import RecoveryPoint, State
+from trigger.model import Extent, RecoveryPoint, Space, State
 from trigger.planner import WAL_SEGMENT_BYTES, HeldLog
-from trigger.ports import Extent, Journal, Space, Storage
+from trigger.ports import Journal, Storage
 from trigger.position import History, Lineage
 from trigger.retention import Leads, thin
 

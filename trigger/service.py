@@ -21,10 +21,10 @@ from trigger.connect import Parts, SystemClock, check, connect
 from trigger.control import only_one, serve
 from trigger.errors import JournalError, PreflightError, TrigpointError
 from trigger.expire import GivenUp
-from trigger.model import Cause, RecoveryPoint, Severity
+from trigger.model import Cause, RecoveryPoint, Retained, Severity
 from trigger.options import Options
 from trigger.pipeline import Protected, protect, take
-from trigger.ports import Journal, Retained
+from trigger.ports import Journal
 from trigger.position import distance
 from trigger.qualify import Rules
 from trigger.reconcile import reconcile

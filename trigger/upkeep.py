@@ -18,8 +18,7 @@ from trigger.agenda import Agenda
 from trigger.connect import Parts
 from trigger.errors import DatabaseError, TrigpointError
 from trigger.expire import release_log
-from trigger.model import Finding, Severity, Volume
-from trigger.ports import Layout
+from trigger.model import Finding, Layout, Severity, Volume
 from trigger.retention import longest_replay
 from trigger.room import Room
 from trigger.window import Window

@@ -14,10 +14,12 @@ from trigger.model import (
     Bracket,
     Commit,
     Finding,
+    Layout,
+    Retained,
     Severity,
     Volume,
 )
-from trigger.ports import Batch, Break, Layout, Retained
+from trigger.ports import Batch, Break
 from trigger.position import Lineage, Lsn, Position
 
 _BATCH_COMMITS = 500

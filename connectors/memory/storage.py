@@ -14,9 +14,10 @@ from trigger.model import (
     Finding,
     Severity,
     Snapshot,
+    Space,
     Volume,
 )
-from trigger.ports import Capability, Clone, Progress, Space, Tagged
+from trigger.ports import Capability, Clone, Progress, Tagged
 
 
 class MemoryStorage:

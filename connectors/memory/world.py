@@ -12,9 +12,10 @@ from pathlib import Path
 from connectors.memory.cluster import Cluster, Content
 from trigger.model import (
     Commit,
+    Extent,
     Snapshot,
 )
-from trigger.ports import Clone, Extent, Running
+from trigger.ports import Clone, Running
 from trigger.position import Lsn
 
 

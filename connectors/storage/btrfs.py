@@ -36,8 +36,8 @@ from connectors.storage.shelf import (
 )
 from connectors.threads import Threads
 from trigger.errors import StorageError
-from trigger.model import Finding, Severity, Snapshot, Volume
-from trigger.ports import Capability, Clone, Progress, Space, Tagged
+from trigger.model import Finding, Severity, Snapshot, Space, Volume
+from trigger.ports import Capability, Clone, Progress, Tagged
 
 _COUNTED_SECONDS = 5.0
 _CLEANED_SECONDS = 60.0

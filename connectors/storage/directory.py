@@ -38,8 +38,8 @@ from connectors.storage.shelf import (
 from connectors.syncfs import flush, open_folder, syncfs
 from connectors.threads import Threads
 from trigger.errors import StorageError
-from trigger.model import Finding, Severity, Snapshot, Volume
-from trigger.ports import Capability, Clone, Progress, Space, Tagged
+from trigger.model import Finding, Severity, Snapshot, Space, Volume
+from trigger.ports import Capability, Clone, Progress, Tagged
 
 
 class DirectoryStorage:

@@ -28,8 +28,8 @@ from typing import Any
 
 from trigger.errors import StorageError
 from trigger.lock import lock
-from trigger.model import Finding, Severity, Snapshot, Volume, is_point_id, tag_name
-from trigger.ports import Clone, Space, Tagged
+from trigger.model import Finding, Severity, Snapshot, Space, Volume, is_point_id, tag_name
+from trigger.ports import Clone, Tagged
 
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")

@@ -16,6 +16,7 @@ import pytest
 
 from connectors.databases.postgres import receiver
 from connectors.databases.postgres.archive import ArchiveReader
+from connectors.databases.postgres.database import Postgres
 from connectors.databases.postgres.journal import PostgresJournal
 from connectors.databases.postgres.receiver import Receiver
 from connectors.databases.postgres.wal import SegmentName
@@ -308,12 +309,8 @@ def test_an_archive_is_followed_and_asked_for_what_a_restore_needs(folder: Path)
     async def run() -> None:
         command = f"test ! -f {archive}/%f && cp %p {archive}/%f"
         with ground(15, folder, btrfs=False, archive_mode="on", archive_command=command) as here:
-            begin = here.durable()
-
-            async def first() -> Position:
-                return begin
-
-            reader = ArchiveReader(f"cp {archive}/%f %p", first, first, owner=here.cluster.owner, poll_seconds=0.1)
+            begin, server = here.durable(), Postgres(here.cluster.conninfo, ["postgres"])
+            reader = ArchiveReader(f"cp {archive}/%f %p", server, owner=here.cluster.owner, poll_seconds=0.1)
             here.journal = PostgresJournal(here.segments, reader, here.dump)
             task = asyncio.create_task(here.journal.run())
             fill(here.cluster, 3)
@@ -323,6 +320,7 @@ def test_an_archive_is_followed_and_asked_for_what_a_restore_needs(folder: Path)
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+            await server.close()
             assert await here.journal.audit() == []
             lost = next(name for name in here.segments.names() if not name.partial)
             here.segments.file(lost).unlink()

@@ -19,8 +19,19 @@ from tests.simulation.wire import Violation
 from trigger import planner, reconcile, tag
 from trigger.catalog import Catalog, Found
 from trigger.errors import JournalError, RestoreError
-from trigger.model import Changes, Commit, CommitRecord, Gap, Outcome, RecoveryPoint, State, StopKind, Target, Volume
-from trigger.ports import Extent
+from trigger.model import (
+    Changes,
+    Commit,
+    CommitRecord,
+    Extent,
+    Gap,
+    Outcome,
+    RecoveryPoint,
+    State,
+    StopKind,
+    Target,
+    Volume,
+)
 from trigger.position import Lineage, Lsn, Position
 
 if TYPE_CHECKING:

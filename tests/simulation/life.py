@@ -31,9 +31,9 @@ from trigger import pipeline, reconcile
 from trigger.agenda import Agenda
 from trigger.catalog import Catalog
 from trigger.errors import TrigpointError
-from trigger.model import Commit, RecoveryPoint, State, Volume
+from trigger.model import Commit, Extent, RecoveryPoint, State, Volume
 from trigger.pipeline import Protected
-from trigger.ports import Break, Extent
+from trigger.ports import Break
 from trigger.position import Position
 from trigger.qualify import Rules
 from trigger.room import Room

@@ -28,8 +28,7 @@ from tests.simulation.story import WANTED_MARKER, WANTED_TABLE, Act, Story, Weat
 from tests.simulation.virtual import VirtualLoop
 from tests.simulation.wire import Ended, Violation, Wire
 from trigger import failpoint, schema
-from trigger.model import Changes, Commit, RecoveryPoint
-from trigger.ports import Extent
+from trigger.model import Changes, Commit, Extent, RecoveryPoint
 from trigger.position import History, Lsn, Position
 
 RESTART_SECONDS = 1.0

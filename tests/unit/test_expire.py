@@ -21,8 +21,7 @@ from trigger import failpoint, service, tag
 from trigger.catalog import Catalog
 from trigger.errors import CatalogError, StorageError
 from trigger.expire import expire, give_up_before, release_log
-from trigger.model import Cause, RecoveryPoint, State, point_id
-from trigger.ports import Extent
+from trigger.model import Cause, Extent, RecoveryPoint, State, point_id
 from trigger.position import History, Lsn, Position
 from trigger.reconcile import reconcile
 from trigger.room import LOOK_SECONDS, Room

@@ -10,8 +10,8 @@ import pytest
 
 from trigger.host import Mount
 from trigger.initialise import Proposal, propose, text
+from trigger.model import Layout
 from trigger.options import parse
-from trigger.ports import Layout
 
 EXT4 = [Mount(Path("/"), "ext4")]
 BTRFS = [*EXT4, Mount(Path("/srv/pg"), "btrfs")]

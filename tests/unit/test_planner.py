@@ -8,9 +8,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from trigger.errors import RestoreError
-from trigger.model import Bracket, Cause, CommitRecord, Outcome, RecoveryPoint, State, StopKind, Target
+from trigger.model import Bracket, Cause, CommitRecord, Extent, Outcome, RecoveryPoint, State, StopKind, Target
 from trigger.planner import Plan, plan
-from trigger.ports import Extent
 from trigger.position import History, Lineage, Lsn, Position
 
 SEGMENT = 0x1000

@@ -22,6 +22,7 @@ from trigger.model import (
     Bracket,
     Cause,
     CommitRecord,
+    Extent,
     Outcome,
     RecoveryPoint,
     State,
@@ -30,7 +31,6 @@ from trigger.model import (
     from_microseconds,
 )
 from trigger.planner import plan
-from trigger.ports import Extent
 from trigger.position import History, Lineage, Lsn, Position
 
 SEGMENT = 64

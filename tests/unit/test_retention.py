@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trigger.errors import RestoreError
-from trigger.model import Cause, RecoveryPoint, State, StopKind, Target, point_id
+from trigger.model import Cause, Extent, RecoveryPoint, State, StopKind, Target, point_id
 from trigger.planner import HeldLog, plan
-from trigger.ports import Extent
 from trigger.position import History, Lineage, Lsn, Position
 from trigger.retention import Leads, longest_replay, thin
 

@@ -13,9 +13,9 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable
+import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from connectors.databases.postgres.programs import as_owner, last_lines, minimal_environment
 from connectors.databases.postgres.segments import SegmentFolder, give
@@ -24,6 +24,11 @@ from trigger.errors import ConfigError, DatabaseError, JournalError
 from trigger.model import Finding, Severity
 from trigger.position import History, Position
 
+_COMMAND = "restore_command"
+_NAME_LENGTH = 24
+"""Characters of a segment's name."""
+_TRY_SECONDS = 20.0
+"""How long the command may take when it is only tried: a start waits for it."""
 _FETCHING = "fetching"
 _HIGHEST_CODE = 125
 """Above it a shell says that it did not find the command, or could not run it."""
@@ -50,6 +55,22 @@ class _Refusal(NamedTuple):
     """Whether the command itself could not do its work, so that nothing is known of the file."""
 
 
+class Server(Protocol):
+    """What the server that fills the archive says of its log; each raises `DatabaseError`."""
+
+    async def redo(self) -> Position:
+        """Give a position that the oldest point needs: where to begin while the folder is empty."""
+        ...
+
+    async def durable(self) -> Position:
+        """Give how far the server has come."""
+        ...
+
+    async def archived(self) -> str:
+        """Give the file that it archived last, "" for none."""
+        ...
+
+
 class ArchiveReader:
     """Follows an archive: fetches each next segment as soon as it is there, and any file that a restore asks for.
 
@@ -59,8 +80,7 @@ class ArchiveReader:
 
     Args:
         command: as above.
-        begin: gives where to begin while the folder is empty: a position that the oldest point needs.
-        durable: gives how far the server has come.
+        server: the one that fills the archive.
         owner: user and group id to run as; ignored where we are not root.
         poll_seconds: how often the archive is asked for what is not there yet.
         fetch_seconds: how long one run of the command may take.
@@ -70,8 +90,7 @@ class ArchiveReader:
     def __init__(
         self,
         command: str,
-        begin: Callable[[], Awaitable[Position]],
-        durable: Callable[[], Awaitable[Position]],
+        server: Server,
         *,
         owner: tuple[int, int] | None = None,
         poll_seconds: float = 5.0,
@@ -81,8 +100,7 @@ class ArchiveReader:
         if "%f" not in command or "%p" not in command:
             raise ConfigError(f"not a restore_command: {command!r}", hint="it needs %f and %p, as in cp /archive/%f %p")
         self._command = command
-        self._begin = begin
-        self._durable = durable
+        self._server = server
         self.owner = owner
         self._poll_seconds = poll_seconds
         self._fetch_seconds = fetch_seconds
@@ -92,11 +110,28 @@ class ArchiveReader:
         self._late = ""
         self._finished_since: float | None = None
 
+    async def check(self, segment_bytes: int) -> list[Finding]:
+        """Say whether the command brings back what the server archived last; only a copy of it is made, and removed."""
+        try:
+            last = await self._server.archived()
+        except DatabaseError as error:
+            return [Finding(_COMMAND, Severity.NOTE, f"not tried, since the server does not answer: {error.message}")]
+        name = last[:_NAME_LENGTH]  # a file of a backup is called by its segment, which was archived before it
+        if SegmentName.parse(name, segment_bytes) is None:
+            return [Finding(_COMMAND, Severity.WARNING, "not tried, since the server has archived no segment", _FEED)]
+        with tempfile.TemporaryDirectory(prefix="trigpoint-") as folder:
+            path = Path(folder) / name
+            refusal = await asyncio.to_thread(self._ask, segment_bytes, name, path, _TRY_SECONDS)
+        if refusal is None:
+            return [Finding(_COMMAND, Severity.OK, f"brings {name}, which the server archived last")]
+        message = f"does not bring {name}, which the server archived last: {refusal.why}"
+        return [Finding(_COMMAND, Severity.WARNING, message, _MEND)]
+
     def findings(self) -> list[Finding]:
         """Give why no log comes out of the archive at present; that it has no further segment yet is no trouble."""
         if self._broken:
             message = f"the archive cannot be read: {self._broken}"
-            return [Finding("restore_command", Severity.WARNING, message, _MEND)]
+            return [Finding(_COMMAND, Severity.WARNING, message, _MEND)]
         return [Finding("archive", Severity.WARNING, self._late, _FEED)] if self._late else []
 
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
@@ -105,7 +140,7 @@ class ArchiveReader:
             return True
         path = segments.path / f"{_FETCHING}.{os.getpid()}.{name}"  # a restore fetches beside the service
         path.unlink(missing_ok=True)
-        self._refusal = self._ask(segments, name, path)
+        self._refusal = self._ask(segments.segment_bytes, name, path, self._fetch_seconds)
         if self._refusal is not None:
             path.unlink(missing_ok=True)
             return False
@@ -113,12 +148,12 @@ class ArchiveReader:
         (segments.path / f"{name}.partial").unlink(missing_ok=True)
         return True
 
-    def _ask(self, segments: SegmentFolder, name: str, path: Path) -> _Refusal | None:
+    def _ask(self, segment_bytes: int, name: str, path: Path, seconds: float) -> _Refusal | None:
         """Have the command put a file at `path`; gives why it did not, None where it is there, whole."""
         try:
-            code, words = self._run_command(name, path)
+            code, words = self._run_command(name, path, seconds)
         except subprocess.TimeoutExpired:
-            return _Refusal(f"the command did not end within {self._fetch_seconds:g} s", broken=True)
+            return _Refusal(f"the command did not end within {seconds:g} s", broken=True)
         if code > _BY_SIGNAL:
             code = _BY_SIGNAL - code
         if code != 0:
@@ -127,12 +162,12 @@ class ArchiveReader:
             return _Refusal(f"the command ended with {how}{words and f': {words}'}", broken)
         if not path.exists():
             return _Refusal("the command ended well and gave no file", broken=False)
-        size, is_segment = path.stat().st_size, SegmentName.parse(name, segments.segment_bytes) is not None
-        if is_segment and size != segments.segment_bytes:  # perhaps it is just being written there
-            return _Refusal(f"the command gave {size} of {segments.segment_bytes} bytes", broken=False)
+        size, is_segment = path.stat().st_size, SegmentName.parse(name, segment_bytes) is not None
+        if is_segment and size != segment_bytes:  # perhaps it is just being written there
+            return _Refusal(f"the command gave {size} of {segment_bytes} bytes", broken=False)
         return None
 
-    def _run_command(self, name: str, path: Path) -> tuple[int, str]:
+    def _run_command(self, name: str, path: Path, seconds: float) -> tuple[int, str]:
         """Give its exit code and its last words; where it does not end in time, it goes with all it started."""
         marks = {"%f": name, "%p": str(path), "%%": "%"}
         with subprocess.Popen(
@@ -146,7 +181,7 @@ class ArchiveReader:
             **as_owner(self.owner),
         ) as process:
             try:
-                output, _ = process.communicate(timeout=self._fetch_seconds)
+                output, _ = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
@@ -177,7 +212,7 @@ class ArchiveReader:
         """Tell an archive that cannot be read, or that the server has left behind, from one that is up to date."""
         self._broken = refusal.why if refusal.broken else ""
         try:
-            finished = (await self._durable()).at // segment_bytes - following.number
+            finished = (await self._server.durable()).at // segment_bytes - following.number
         except DatabaseError:
             return  # the streams say so
         now = asyncio.get_running_loop().time()
@@ -209,7 +244,7 @@ class ArchiveReader:
         if names:
             return names[0]._replace(partial=False)
         try:
-            begin = await self._begin()
+            begin = await self._server.redo()
         except DatabaseError as error:
             raise JournalError(f"the server does not say where the journal has to begin: {error}") from error
         first = SegmentName(begin.history.timeline, begin.at // segments.segment_bytes)

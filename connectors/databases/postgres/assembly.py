@@ -18,8 +18,7 @@ from connectors.databases.postgres.receiver import Receiver
 from connectors.databases.postgres.recovery import PostgresRecovery
 from connectors.databases.postgres.segments import SegmentFolder
 from connectors.databases.postgres.waldump import WalDump
-from trigger.model import Volume
-from trigger.ports import Layout
+from trigger.model import Layout, Volume
 
 
 def received_journal(database: Postgres, layout: Layout, folder: Path, restore_command: str | None) -> PostgresJournal:
@@ -33,7 +32,7 @@ def received_journal(database: Postgres, layout: Layout, folder: Path, restore_c
 def archived_journal(database: Postgres, layout: Layout, folder: Path, restore_command: str | None) -> PostgresJournal:
     """Give the journal that is read from an archive through its own `restore_command`, by way of `folder`."""
     assert restore_command is not None
-    return _journal(database, layout, folder, ArchiveReader(restore_command, database.redo, database.durable))
+    return _journal(database, layout, folder, ArchiveReader(restore_command, database))
 
 
 def _journal(database: Postgres, layout: Layout, folder: Path, feed: Feed) -> PostgresJournal:

@@ -16,8 +16,7 @@ from connectors.databases.postgres import preflight
 from connectors.databases.postgres.copyboth import CopyBoth
 from connectors.databases.postgres.source import PostgresSource
 from trigger.errors import ConfigError, DatabaseError, SourceError
-from trigger.model import Bracket, Finding, Volume
-from trigger.ports import Layout, Retained
+from trigger.model import Bracket, Finding, Layout, Retained, Volume
 from trigger.position import History, Lineage, Lsn, Position
 
 _FOR_GOOD = ("28", "3D", "42501")
@@ -258,6 +257,11 @@ class Postgres:
         """
         version, data, segment_bytes, spaces, files = await self._ask(_LAYOUT)
         return await asyncio.to_thread(_look_at_files, version, data, segment_bytes, spaces, files)
+
+    async def archived(self) -> str:
+        """Give the file of the log that the server archived last, "" for none; raises `DatabaseError`."""
+        (name,) = await self._ask("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")
+        return str(name)
 
     async def present(self) -> list[str]:
         """Give the databases that may be connected to, templates aside, by name; raises `DatabaseError`."""

@@ -20,8 +20,8 @@ from typing import NamedTuple, Self
 from connectors.databases.postgres.segments import give
 from connectors.databases.postgres.wal import history_timeline
 from trigger.errors import PreflightError, RestoreError
-from trigger.model import Address, Bracket, StopKind, Target, Volume
-from trigger.ports import Clone, Layout
+from trigger.model import Address, Bracket, Layout, StopKind, Target, Volume
+from trigger.ports import Clone
 
 OWN_FOLDER = "trigpoint"
 _OWN_LIFE = ("postmaster.pid", "postmaster.opts", "recovery.signal", "standby.signal", "backup_label.old")

@@ -15,8 +15,8 @@ from connectors.databases.postgres.audit import Audit
 from connectors.databases.postgres.segments import SegmentFolder
 from connectors.databases.postgres.waldump import WalDump
 from trigger.errors import JournalError
-from trigger.model import Finding, Severity, Target
-from trigger.ports import Extent, Progress
+from trigger.model import Extent, Finding, Severity, Target
+from trigger.ports import Progress
 from trigger.position import History, Lineage, Lsn, Position
 
 
@@ -38,6 +38,10 @@ class Feed(Protocol):
         """Give what hinders the feed at present."""
         ...
 
+    async def check(self, segment_bytes: int) -> list[Finding]:
+        """Give what a pre-flight check has to say of the feed; see port `Journal`."""
+        ...
+
 
 class PostgresJournal:
     """Port `Journal` over a folder of segments and a feed.
@@ -52,6 +56,10 @@ class PostgresJournal:
         self._segments = segments
         self._feed = feed
         self._audit = Audit(segments, dump)
+
+    async def check(self) -> list[Finding]:
+        """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
+        return await self._feed.check(self._segments.segment_bytes)
 
     async def run(self) -> None:
         """Keep the log until cancelled.

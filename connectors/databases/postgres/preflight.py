@@ -18,8 +18,7 @@ from connectors.databases.postgres.copyboth import CopyBoth
 from connectors.databases.postgres.isolation import volume_of
 from connectors.databases.postgres.source import PostgresSource
 from trigger.errors import DatabaseError, SourceError
-from trigger.model import Finding, Severity, Volume
-from trigger.ports import Layout
+from trigger.model import Finding, Layout, Severity, Volume
 
 _OLDEST_MAJOR, _NEWEST_MAJOR = 15, 18
 _SETTINGS = """

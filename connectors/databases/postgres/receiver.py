@@ -26,8 +26,7 @@ from connectors.databases.postgres.programs import Programs, as_owner, last_line
 from connectors.databases.postgres.segments import SegmentFolder, give
 from connectors.databases.postgres.wal import SegmentName
 from trigger.errors import ConfigError, JournalError
-from trigger.model import Finding, Severity
-from trigger.ports import Extent
+from trigger.model import Extent, Finding, Severity
 from trigger.position import History, Lineage, Lsn
 
 _FIRST_PAUSE_SECONDS = 0.2
@@ -97,6 +96,11 @@ class Receiver:
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
         """Whether a file is in the folder; a stream cannot be asked for one."""
         return segments.locate(name) is not None
+
+    async def check(self, segment_bytes: int) -> list[Finding]:  # noqa: ARG002 - the feed's
+        """Say which program receives the log, and by which slot."""
+        program = self._programs.path("pg_receivewal")
+        return [Finding("pg_receivewal", Severity.OK, f"{program} receives the log, by slot {self._slot}")]
 
     def findings(self) -> list[Finding]:
         """Give why nothing is received at present; nothing while it is."""

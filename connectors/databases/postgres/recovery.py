@@ -274,7 +274,8 @@ class PostgresRecovery:
         except psycopg.Error as error:
             raise RestoreError(
                 f"clone {clone.name} came up and could not be prepared as role {self._superuser}: {error}",
-                hint="set restore.superuser to a superuser of the cluster",
+                hint="set restore.superuser to a superuser of the cluster; where the words above speak of damaged data,"
+                " restore from another point, and see what trigpoint verify says of this one",
             ) from error
         words = (isolated.folder / "server.log").read_text(errors="replace")
         history = (isolated.data / "pg_wal" / f"{facts.timeline:08X}.history").read_text()

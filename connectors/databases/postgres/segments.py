@@ -16,8 +16,8 @@ from pathlib import Path
 
 from connectors.databases.postgres.wal import SegmentName, Slices, Tail, history_timeline, page_header, tail
 from trigger.errors import JournalError, PositionError
-from trigger.model import StopKind, Target
-from trigger.ports import Extent, Progress
+from trigger.model import Extent, StopKind, Target
+from trigger.ports import Progress
 from trigger.position import History, Lineage, Lsn, Position
 
 _FICLONE = 0x40049409
