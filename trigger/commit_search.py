@@ -93,14 +93,22 @@ def commits_of(connection: Connection, point: int) -> list[CommitRecord]:
 
 def before(connection: Connection, lsn: int, line: History | Lineage) -> Found | None:
     """Give the last commit of all streams whose record begins before `lsn`."""
+    return _before(_Reader(connection), lsn, line)
+
+
+def _before(reader: _Reader, lsn: int, line: History | Lineage) -> Found | None:
     for history, low, high in reversed(_stretches(line)):
         bound = min(lsn, high)
         keys = {  # the last block may hold nothing but a commit that reaches beyond the stretch
-            *_one_a_stream(connection, _LAST_BEFORE, history, bound=bound),
-            *(_one_a_stream(connection, _LAST_WITHIN, history, bound=bound, high=high) if high < BIGINT_MAX else ()),
+            *_one_a_stream(reader.connection, _LAST_BEFORE, history, bound=bound),
+            *(
+                _one_a_stream(reader.connection, _LAST_WITHIN, history, bound=bound, high=high)
+                if high < BIGINT_MAX
+                else ()
+            ),
         }
         there = []
-        for block in (_opened(connection, key) for key in keys):
+        for block in map(reader.open, keys):
             inside = block.inside(low, high)
             place = min(inside.stop, bisect_left(block.contents.starts, lsn)) - 1
             if place in inside:
@@ -134,16 +142,13 @@ def as_of(connection: Connection, time: datetime, line: History | Lineage | None
     line = line or _newest_history(connection)
     if line is None:
         return None
-    time_us = to_microseconds(time)
+    time_us, reader = to_microseconds(time), _Reader(connection)
     for history, low, high in _stretches(line):
-        later = []
         keys = _one_a_stream(connection, _FIRST_LATER, history, bound=time_us)
-        for block in (_opened(connection, key) for key in keys):
-            starts, times_us = block.contents.starts, block.contents.times_us
-            later += [starts[place] for place in block.inside(low, high) if times_us[place] > time_us]
-        if later:
-            return before(connection, min(later), line)
-    return before(connection, BIGINT_MAX, line)
+        later = [block.first_later(time_us, block.inside(low, high)) for block in map(reader.open, keys)]
+        if (first := min(later, default=BIGINT_MAX)) < BIGINT_MAX:
+            return _before(reader, first, line)
+    return _before(reader, BIGINT_MAX, line)
 
 
 def log_order(found: Found) -> tuple[str, int, int]:
@@ -174,6 +179,25 @@ class _Opened(NamedTuple):
     def inside(self, low: int, high: int) -> range:
         """Give the places of the commits whose records lie between `low` and `high`."""
         return range(bisect_left(self.contents.starts, low), bisect_right(self.contents.ends, high))
+
+    def first_later(self, time_us: int, places: range) -> int:
+        """Give where the first of some commits that was made after a time begins; `BIGINT_MAX` where none was."""
+        starts, times_us = self.contents.starts, self.contents.times_us
+        return next((starts[place] for place in places if times_us[place] > time_us), BIGINT_MAX)
+
+
+class _Reader:
+    """Opens each block once: what bounds an answer often holds it too."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._held: dict[int, _Opened] = {}
+
+    def open(self, key: int) -> _Opened:
+        """Give the block with this key."""
+        if key not in self._held:
+            self._held[key] = _opened(self.connection, key)
+        return self._held[key]
 
 
 def _opened(connection: Connection, key: int) -> _Opened:
