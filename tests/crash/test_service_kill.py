@@ -50,6 +50,8 @@ per_minute = 6000
 catch_all_seconds = 2
 """
 _DEADLY_SECONDS = 40
+_JUDGED = 0.15
+"""The share of kills after which everything is judged at once; the others meet the next kill first."""
 
 
 @pytest.fixture(scope="module", params=["btrfs", "directory"])
@@ -102,6 +104,8 @@ def _matrix(deployed: Deployment, rounds: int) -> None:
                 _die_at(deployed, failpoint)
             finally:
                 load.end()
+            if random.random() < _JUDGED:
+                _assert_sound(deployed)
         _assert_sound(deployed)
 
 
