@@ -23,14 +23,14 @@ from pathlib import Path
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from connectors.databases.postgres import inspection, isolation, postmaster
+from connectors.databases.postgres import inspection, isolation, postmaster, tablespaces
 from connectors.databases.postgres.isolation import Isolated, Placement
 from connectors.databases.postgres.programs import Programs, last_lines, run
 from connectors.databases.postgres.release import release
 from connectors.databases.postgres.scrub import scrub
-from connectors.databases.postgres.segments import SegmentFolder, give
+from connectors.databases.postgres.segments import give
 from connectors.databases.postgres.wal import history_timeline
-from connectors.databases.postgres.waldump import Stretch, WalDump
+from connectors.databases.postgres.waldump import WalDump
 from trigger.errors import DatabaseError, RestoreError
 from trigger.model import Address, Bracket, StopKind, Target, Volume
 from trigger.ports import Clone, Progress, Running
@@ -108,7 +108,7 @@ class PostgresRecovery:
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", isolated.data))
         _require_fit(control, target, bracket)
         redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
-        await _refuse_tablespaces(WalDump(programs, isolated.owner), isolated, log_folder, redo, target)
+        await tablespaces.refuse_new_ones(WalDump(programs, isolated.owner), isolated, log_folder, redo, target)
         staged = await asyncio.to_thread(_visible_log, isolated, log_folder, target, bracket)
         sockets = self._socket_folder(isolated)
         found = isolation.settings(control, isolated, sockets, self._keep_libraries, throwaway=throwaway)
@@ -440,47 +440,6 @@ def _visible_log(isolated: Isolated, staged: Path, target: Target, bracket: Brac
         if history_timeline(entry.name) is not None:
             isolation.write(own / entry.name, entry.read_text(), isolated.owner)
     return own
-
-
-async def _refuse_tablespaces(dump: WalDump, isolated: Isolated, staged: Path, redo: Lsn, target: Target) -> None:
-    """Refuse a replay that would make a tablespace: the server would empty that folder of production first (R11)."""
-    segment_bytes = await asyncio.to_thread(_segment_bytes, isolated.data / "pg_wal", staged)
-    if segment_bytes is None:
-        return
-    for folder in (isolated.data / "pg_wal", staged):
-        for stretch in await asyncio.to_thread(_stretches, folder, segment_bytes, redo, target):
-            for made in await dump.tablespaces(stretch):
-                raise RestoreError(
-                    f"the log up to {target.description} makes tablespace {made.oid} at {made.location}, and a replay"
-                    " would empty that folder of production",
-                    hint="run CHECKPOINT, take a point, and restore from that one or a later one",
-                )
-
-
-def _segment_bytes(*folders: Path) -> int | None:
-    """Give the segment size by the size of a segment file."""
-    sizes = (
-        entry.stat().st_size for folder in folders for entry in folder.iterdir() if isolation.is_segment(entry.name)
-    )
-    return next(sizes, None)
-
-
-def _stretches(folder: Path, segment_bytes: int, redo: Lsn, target: Target) -> list[Stretch]:
-    """Give what of the log in a folder a replay from `redo` to `target` can read, one stretch a timeline."""
-    if target.kind is StopKind.END and folder.name != "pg_wal":
-        return []
-    held: dict[int, list[int]] = {}
-    for name in SegmentFolder(folder, segment_bytes).names():
-        if name.number >= redo // segment_bytes:
-            held.setdefault(name.timeline, []).append(name.number)
-    found: list[Stretch] = []
-    for timeline, numbers in held.items():
-        start = max(redo, Lsn(min(numbers) * segment_bytes))
-        end = Lsn((max(numbers) + 1) * segment_bytes)  # without one pg_waldump waits for a segment that does not come
-        if target.kind is StopKind.LSN and timeline == target.history.timeline:
-            end = min(end, Lsn(target.at + 1))
-        found.append(Stretch(folder, timeline, start, end))
-    return found
 
 
 def _failure(target: Target, words: str, why: str) -> RestoreError:
