@@ -52,6 +52,7 @@ class Swap:
     clone: str
     places: tuple[Place, ...]
     finished: bool
+    """Whether all of it is in place; not where it was cut off, nor where its undoing was."""
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -120,13 +121,15 @@ async def swaps(site: Site) -> list[Swap]:
 
 
 async def resume(name: str, site: Site) -> Swap:
-    """Finish a swap that was cut off; a finished one stays as it is.
+    """Finish a swap that was cut off, or whose undoing was; a finished one stays as it is.
 
     Raises:
-        RestoreError: there is none, production runs, or a rename failed; it can be repeated or undone then.
+        RestoreError: there is none, production runs, or the restored state is not there any more, and nothing has
+            changed; or a rename failed, and it can be repeated or undone.
     """
     swap = await _swap(name, site)
     require_stopped(site.volumes)
+    _require_restored(swap)
     await to_its_end(asyncio.to_thread(_each, swap.places, _forward))
     done = Swap(swap.name, swap.target, swap.clone, swap.places, finished=True)
     await asyncio.to_thread(_write, site.records_folder, done)
@@ -138,10 +141,12 @@ async def undo(name: str, site: Site) -> Swap:
     """Put the old state back where it was; what had taken its place is kept as `<path>.restored-<time>`.
 
     Raises:
-        RestoreError: there is no such swap, production runs, or a rename failed; it can be repeated then.
+        RestoreError: there is no such swap, production runs, or the old state of a volume is not there any more, and
+            nothing has changed; or a rename failed, and it can be repeated.
     """
     swap = await _swap(name, site)
     require_stopped(site.volumes)
+    _require_kept(swap)
     await to_its_end(asyncio.to_thread(_each, swap.places[::-1], _backward))
     await asyncio.to_thread((site.records_folder / f"{name}.swap").unlink, missing_ok=True)
     await _drop_shell(swap, site)
@@ -161,12 +166,40 @@ async def _swap(name: str, site: Site) -> Swap:
     raise RestoreError(f"there is no restore in place called {name}", hint="its name is the time it began")
 
 
+def _require_restored(swap: Swap) -> None:
+    """Refuse where a volume's restored state neither is in place nor can be put there; raises `RestoreError`."""
+    for place in swap.places:
+        in_place = os.path.lexists(place.path) and (swap.finished or os.path.lexists(place.kept))
+        if not in_place and _aside(place) is None:
+            raise RestoreError(
+                f"the restored state of {place.path} is gone: {place.clone} does not exist",
+                hint=f"put the old state back: trigpoint restore --undo {swap.name}",
+            )
+
+
+def _require_kept(swap: Swap) -> None:
+    """Refuse where a volume's old state was removed while the restored one is in place; raises `RestoreError`."""
+    for place in swap.places:
+        if swap.finished and not os.path.lexists(place.kept):
+            raise RestoreError(
+                f"the old state of {place.path} is gone: {place.kept} does not exist",
+                hint="the restored state stays in place; what else was kept is of no use without it",
+            )
+
+
+def _aside(place: Place) -> str | None:
+    """Give where a volume's restored state waits: in the clone, or where the undoing put it; None if it does not."""
+    return next((path for path in (place.clone, place.restored) if os.path.lexists(path)), None)
+
+
 def _forward(place: Place) -> None:
-    """Put one clone's copy in place; what exists tells what was done already."""
+    """Put one volume's restored state in place; what exists tells what was done already."""
+    restored = _aside(place)
+    if restored is None:
+        return
     if not os.path.lexists(place.kept):
         _rename(place.path, place.kept)
-    if os.path.lexists(place.clone):
-        _rename(place.clone, place.path)
+    _rename(restored, place.path)
 
 
 def _backward(place: Place) -> None:
@@ -291,7 +324,9 @@ def _all(folder: Path) -> list[Swap]:
     found = []
     for path in sorted(folder.glob("[0-9]*.swap")):
         content = json.loads(path.read_text())
-        swap = Swap(**content | {"places": tuple(Place(**place) for place in content["places"])})
+        places = tuple(Place(**place) for place in content["places"])
+        finished = content["finished"] and not any(os.path.lexists(place.restored) for place in places)
+        swap = Swap(**content | {"places": places, "finished": finished})
         if not swap.finished or any(os.path.lexists(kept) for kept in swap.kept):
             found.append(swap)
     return found

@@ -19,7 +19,7 @@ from connectors.memory import MemoryStorage, World
 from tests.fixtures.bank import Bank, bank, quiet, two_points
 from tests.fixtures.volumes import loop_volume
 from trigger import failpoint, inplace
-from trigger.clones import clones
+from trigger.clones import clones, drop
 from trigger.errors import RestoreError
 from trigger.inplace import require_stopped, restore_in_place, resume, swaps, undo
 from trigger.model import Volume
@@ -141,6 +141,59 @@ def test_a_swap_that_was_cut_off_anywhere_can_be_finished_or_undone(
             assert states(it) == all_of(OLD)
             assert not any(Path(kept).exists() for kept in swap.kept)
             assert not await clones(it.site)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3, 4])
+def test_an_undo_that_was_cut_off_is_finished_or_taken_back_itself(tmp_path: Path, renames: int) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            _, done = await restore_in_place(await two_points(it), it.site, progress=quiet)
+            for end, state in ((resume, NEW), (undo, OLD)):
+                with cut_at("after-rename", renames), pytest.raises(CutError):
+                    await undo(done.name, it.site)
+                assert await swaps(it.site) == [replace(done, finished=False)]
+                await end(done.name, it.site)
+                assert states(it) == all_of(state)
+                assert await swaps(it.site) == ([done] if state is NEW else [])
+            assert not list(it.site.records_folder.glob("*.swap"))
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("place", "count"), CUTS[:-1])
+def test_a_swap_whose_clone_is_gone_takes_nothing_away_and_can_be_undone(
+    tmp_path: Path, place: str, count: int
+) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            target = await two_points(it)
+            with cut_at(place, count), pytest.raises(CutError):
+                await restore_in_place(target, it.site, progress=quiet)
+            (swap,) = await swaps(it.site)
+            await drop(swap.clone, it.site)
+            before = sorted(tmp_path.rglob("state"))
+            with pytest.raises(RestoreError, match=r"the restored state of .* is gone"):
+                await resume(swap.name, it.site)
+            assert sorted(tmp_path.rglob("state")) == before
+            await undo(swap.name, it.site)
+            assert states(it) == all_of(OLD)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("removed", [0, 1])
+def test_a_finished_swap_stays_where_the_old_state_of_one_volume_was_removed(tmp_path: Path, removed: int) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            _, swap = await restore_in_place(await two_points(it), it.site, progress=quiet)
+            shutil.rmtree(swap.kept[removed])
+            with pytest.raises(RestoreError, match=f"the old state of {swap.places[removed].path} is gone"):
+                await undo(swap.name, it.site)
+            assert states(it) == all_of(NEW)
+            assert await resume(swap.name, it.site) == swap
+            assert states(it) == all_of(NEW)
 
     asyncio.run(story())
 
