@@ -133,6 +133,20 @@ def test_pages_and_structures_are_among_the_checks_of_a_point_that_passes(
 
 
 @on_both
+def test_of_many_damaged_files_each_is_named(bank: Deployment, point: dict[str, Any]) -> None:
+    read_by_no_start = ("pg_description", "pg_depend", "pg_collation", "pg_conversion", "pg_init_privs", "pg_rewrite")
+    files = [file_of(bank, relation) for relation in (*read_by_no_start, "pg_ts_config_map", "account")]
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            stack.enter_context(damaged(bank, point, file, flipped_at(5000)))
+        checks = verified(bank, point)
+    own = f"its own snapshot: {CHECKSUMS}"  # of a copy, which may share with the base what did not change since
+    held, seen = checks[own if own in checks else CHECKSUMS]
+    assert not held
+    assert sorted(seen.partition("; ")[0].removeprefix("damaged: ").split(", ")) == sorted(files)
+
+
+@on_both
 @pytest.mark.parametrize("relation", ["account", "account_hash"])
 def test_a_flipped_bit_in_a_page_of_the_snapshot_is_found_and_its_file_is_named(
     bank: Deployment, point: dict[str, Any], relation: str
@@ -142,6 +156,7 @@ def test_a_flipped_bit_in_a_page_of_the_snapshot_is_found_and_its_file_is_named(
         checks = verified(bank, point)
     held, seen = checks[CHECKSUMS]
     assert not held
+    assert f"damaged: {file}; " in seen
     assert f'{file}", block 1:' in seen
     assert "Bad checksums:  1 " in seen
     structures_hold, seen = checks[AMCHECK]

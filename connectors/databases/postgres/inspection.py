@@ -6,6 +6,7 @@ which must not, is read from the log that was staged for the replay, by a progra
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,10 @@ Result = tuple[str, bool, str]
 
 _LOOK_BACK = 5
 _DEEP_SECONDS = 4 * 3600.0
+_TOLD_LINES = 10_000
+_NAMED_FILES = 50
+_LAST_LINES = 6
+_IN_FILE = re.compile(r'in file "([^"]+)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,25 @@ async def structures(subject: Subject, programs: Programs, owner: tuple[int, int
     except DatabaseError as error:
         return what, False, error.message
     return what, True, last_lines(output) or "no fault"
+
+
+async def pages(data: Path, programs: Programs, owner: tuple[int, int]) -> Result:
+    """Every page of a stopped server has the checksum that it says; each file in which one has not is named."""
+    what = "page checksums"
+    command: list[str | Path] = [programs.path("pg_checksums"), "--check", "-D", data]
+    try:
+        output = await run(command, owner=owner, deadline_seconds=_DEEP_SECONDS, told_lines=_TOLD_LINES)
+    except DatabaseError as error:
+        return what, False, _damage(error.message, data)
+    return what, True, last_lines(output)
+
+
+def _damage(words: str, data: Path) -> str:
+    """Give the files that a program called damaged, and the end of what it said."""
+    files = [str(Path(file).relative_to(data)) for file in dict.fromkeys(_IN_FILE.findall(words))]
+    more = f" and {len(files) - _NAMED_FILES} more" if len(files) > _NAMED_FILES else ""
+    named = f"damaged: {', '.join(files[:_NAMED_FILES])}{more}; " if files else ""
+    return named + " | ".join(words.split(" | ")[-_LAST_LINES:])
 
 
 async def _has_amcheck(conninfo: str) -> bool:

@@ -94,6 +94,7 @@ async def run(
     owner: tuple[int, int] | None = None,
     deadline_seconds: float,
     environment: Mapping[str, str] | None = None,
+    told_lines: int = 6,
 ) -> str:
     """Run one program to its end and give what it printed (standard output and error together).
 
@@ -102,6 +103,7 @@ async def run(
         owner: user and group id to run under; ignored where we are not root.
         deadline_seconds: after it the program and all it started are killed.
         environment: added to a minimal environment (PATH, LANG=C, and HOME).
+        told_lines: how many of its last lines are told where it fails.
 
     Raises:
         DatabaseError: it failed or did not end in time; the message ends with its last lines. A cancellation kills
@@ -131,7 +133,7 @@ async def run(
             await asyncio.shield(process.wait())
     text = output.decode(errors="replace")
     if process.returncode != 0:
-        raise DatabaseError(f"{name} failed with exit code {process.returncode}: {last_lines(text)}")
+        raise DatabaseError(f"{name} failed with exit code {process.returncode}: {last_lines(text, told_lines)}")
     return text
 
 

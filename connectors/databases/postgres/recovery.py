@@ -328,11 +328,7 @@ class PostgresRecovery:
         if control.get("Data page checksum version", "0") == "0":
             return "page checksums, which are switched off in this cluster", True, "nothing to check"
         await postmaster.end(data, signal.SIGINT)
-        try:
-            output = await _ask(programs, isolated, "pg_checksums", "--check", "-D", data, seconds=3600.0)
-            result = ("page checksums", True, last_lines(output))
-        except RestoreError as error:
-            result = ("page checksums", False, error.message)
+        result = await inspection.pages(data, programs, isolated.owner)
         await self._start_again(programs, isolated, _State.read(data))
         return result
 
