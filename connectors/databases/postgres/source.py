@@ -19,6 +19,7 @@ from psycopg import conninfo
 
 from connectors.databases.postgres import publication, slot
 from connectors.databases.postgres.copyboth import CopyBoth, StreamRefusedError, refused
+from connectors.databases.postgres.pace import Pace
 from connectors.databases.postgres.pgoutput import Committed, Decoder, UnstreamableError
 from trigger.errors import SourceError
 from trigger.model import Commit
@@ -93,6 +94,7 @@ class PostgresSource:
         self._says_where_it_begins = False
         self._asked_at: float | None = None  # since when the server owes us an answer
         self._relations_seen = 0
+        self._pace = Pace()
 
     # ---- open and close
 
@@ -259,11 +261,15 @@ class PostgresSource:
             self._says_where_it_begins = False
             return Batch((), self._lineage.at(Lsn(self._through)))
         await self._maintain_if_due()
+        if self._pace.pause_seconds:
+            await asyncio.sleep(self._pace.pause_seconds)
         while True:
             drained = self._drain(stream)
             self._stay_alive(stream, heard=drained > 0)
             batch = self._take()
             if batch is not None:
+                now = asyncio.get_running_loop().time()
+                self._pace.gave(now, emptied=drained < _MESSAGES_A_SLICE)
                 return batch
             if drained == _MESSAGES_A_SLICE:
                 await asyncio.sleep(0)  # amid a large transaction: the other tasks' turn
