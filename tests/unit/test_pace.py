@@ -13,8 +13,8 @@ def play(pace: Pace, now: float, mean_seconds: float, reads: int = FOR_LONG) -> 
     """Let commits come at random with so much between them; gives when that ends, and the share of pauses."""
     chance, paused = random.Random(7), 0
     for _ in range(reads):
-        paused += pace.pause_seconds > 0
-        now += pace.pause_seconds + chance.expovariate(1 / mean_seconds)
+        paused += pace.look_at > now
+        now = max(now, pace.look_at) + chance.expovariate(1 / mean_seconds)
         pace.gave(now, emptied=True)
     return now, paused / reads
 
@@ -22,9 +22,9 @@ def play(pace: Pace, now: float, mean_seconds: float, reads: int = FOR_LONG) -> 
 def test_commits_that_follow_each_other_closely_are_left_to_gather() -> None:
     pace = Pace()
     now, _ = play(pace, 0.0, CLOSE_SECONDS / 2)
-    _, share = play(pace, now, CLOSE_SECONDS / 2)
+    now, share = play(pace, now, CLOSE_SECONDS / 2)
     assert share > 0.9
-    assert pace.pause_seconds == GATHER_SECONDS
+    assert pace.look_at == now + GATHER_SECONDS
 
 
 def test_commits_that_come_now_and_then_are_read_at_once() -> None:
@@ -41,7 +41,7 @@ def test_a_commit_after_a_pause_is_read_at_once_and_so_are_those_behind_it() -> 
     pace = Pace()
     now, _ = play(pace, 0.0, CLOSE_SECONDS / 2)
     pace.gave(now + 0.1, emptied=True)
-    assert pace.pause_seconds == 0.0
+    assert pace.look_at == now + 0.1
     _, share = play(pace, now + 0.1, CLOSE_SECONDS / 2, reads=10)
     assert share == 0.0
 
@@ -50,4 +50,4 @@ def test_a_backlog_is_not_left_to_gather() -> None:
     pace = Pace()
     now, _ = play(pace, 0.0, CLOSE_SECONDS / 10)
     pace.gave(now, emptied=False)
-    assert pace.pause_seconds == 0.0
+    assert pace.look_at == now

@@ -27,11 +27,12 @@ class Pace:
 
     def gave(self, now: float, *, emptied: bool) -> None:
         """Note that a read gave something at `now`; `emptied` where nothing more had arrived by then."""
-        waited = now - self._gave_at - self.pause_seconds
+        waited = now - self.look_at
         self._mean_seconds += (min(waited, 1.0) - self._mean_seconds) / _MEMORY
         self._gave_at, self._emptied = now, emptied
 
     @property
-    def pause_seconds(self) -> float:
-        """How long the next read waits before it looks; 0.0 for not at all."""
-        return GATHER_SECONDS if self._emptied and self._mean_seconds < CLOSE_SECONDS else 0.0
+    def look_at(self) -> float:
+        """When the next read looks; a moment, so that reads that are cancelled again and again come to it too."""
+        busy = self._emptied and self._mean_seconds < CLOSE_SECONDS
+        return self._gave_at + (GATHER_SECONDS if busy else 0.0)

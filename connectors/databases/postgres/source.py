@@ -261,8 +261,8 @@ class PostgresSource:
             self._says_where_it_begins = False
             return Batch((), self._lineage.at(Lsn(self._through)))
         await self._maintain_if_due()
-        if self._pace.pause_seconds:
-            await asyncio.sleep(self._pace.pause_seconds)
+        if (seconds := self._pace.look_at - asyncio.get_running_loop().time()) > 0:
+            await asyncio.sleep(seconds)
         while True:
             drained = self._drain(stream)
             self._stay_alive(stream, heard=drained > 0)
