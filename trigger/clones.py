@@ -115,12 +115,13 @@ async def start(name: str, site: Site, listen: Address | None = None) -> CloneSt
     status = await status_of(name, site)
     if status.record is None or status.state not in (CloneState.STOPPED, CloneState.RUNNING):
         raise RestoreError(f"clone {name} is {status.state}", hint=f"trigpoint clones drop {name}")
-    if status.state is CloneState.RUNNING and listen is not None:
+    if status.state is CloneState.RUNNING:
+        if listen is None:
+            return status
         await stop(name, site)
-    if status.state is CloneState.STOPPED or listen is not None:
-        running = await site.recovery.resume(await _whole(name, site), listen)
-        record = replace(status.record, conninfo=running.conninfo)
-        await asyncio.to_thread(clone_records.finish, site.records_folder, record)
+    running = await site.recovery.resume(await _whole(name, site), listen)
+    record = replace(status.record, conninfo=running.conninfo)
+    await asyncio.to_thread(clone_records.finish, site.records_folder, record)
     return await status_of(name, site)
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from connectors.databases.postgres.segments import SegmentFolder
 from connectors.databases.postgres.wal import SegmentName
 from connectors.databases.postgres.waldump import Stretch, WalDump
 from tests.fixtures.restores import SEGMENT_BYTES, Ground, damage, fill, ground, silent
-from tests.fixtures.volumes import plain_folder
+from tests.fixtures.volumes import flip_bit, plain_folder
 from trigger.errors import JournalError
 from trigger.model import StopKind, Target
 from trigger.position import Lsn, Position
@@ -98,13 +99,8 @@ def kept(sound: Ground, folder: Path) -> Kept:
     return Kept(PostgresJournal(segments, sound.receiver, sound.dump), segments, sound.dump, folder)
 
 
-def _flip(file: Path) -> None:
-    """Flip one bit inside a record's data."""
-    with file.open("r+b") as handle:
-        handle.seek(60_000)
-        byte = handle.read(1)
-        handle.seek(60_000)
-        handle.write(bytes([byte[0] ^ 0x10]))
+_flip = partial(flip_bit, place=60_000)
+"""Damage the data of a record."""
 
 
 def _make_foreign(file: Path) -> None:

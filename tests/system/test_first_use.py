@@ -23,9 +23,13 @@ def unknown(request: pytest.FixtureRequest) -> Iterator[Deployment]:
         yield here
 
 
-def test_what_init_writes_protects_the_cluster_and_brings_a_commit_back(unknown: Deployment) -> None:
+def init(unknown: Deployment) -> None:
     state, config = ("--state-folder", str(unknown.state)), ("--output", str(unknown.config))
     unknown.trigpoint("init", "--conninfo", unknown.cluster.conninfo, *state, *config)
+
+
+def test_what_init_writes_protects_the_cluster_and_brings_a_commit_back(unknown: Deployment) -> None:
+    init(unknown)
     assert f'driver = "{unknown.storage}"' in unknown.config.read_text()
     unknown.trigpoint("check")
     unknown.start()
@@ -48,8 +52,7 @@ def test_what_init_writes_protects_the_cluster_and_brings_a_commit_back(unknown:
 
 def test_the_rules_that_init_shows_take_what_they_say_once_they_are_switched_on(unknown: Deployment) -> None:
     unknown.cluster.sql("CREATE TABLE payments_made (n int PRIMARY KEY)", "shop")
-    state, config = ("--state-folder", str(unknown.state)), ("--output", str(unknown.config))
-    unknown.trigpoint("init", "--conninfo", unknown.cluster.conninfo, *state, *config)
+    init(unknown)
     before, mark, rules = unknown.config.read_text().partition("# [[rules]]")
     assert mark
     unknown.config.write_text(before + "\n".join(line.removeprefix("# ") for line in (mark + rules).splitlines()))

@@ -22,7 +22,7 @@ import pytest
 
 from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
-from tests.fixtures.volumes import failing_volume
+from tests.fixtures.volumes import failing_volume, flip_bit
 from trigger.control import ask
 from trigger.errors import RestoreError
 from trigger.model import State
@@ -150,7 +150,9 @@ def test_a_damaged_segment_is_found_shown_over_a_restart_and_refused_where_it_is
     deployed.wait_for(victim.exists, "the segment in the journal")
     sound = victim.read_bytes()
     newest = deployed.status()["last_point"]
-    victim.unlink() if damage == "missing" else _flip(victim)
+    victim.unlink() if damage == "missing" else flip_bit(
+        victim, 100
+    )  # of the first record's data, behind the page's header
     deployed.wait_for(lambda: name in _findings(deployed), "the damage in the status")
     deployed.wait_for(lambda: deployed.status()["last_point"] > newest, "a new base behind the damage")
     assert deployed.stop() == 0
@@ -165,15 +167,6 @@ def test_a_damaged_segment_is_found_shown_over_a_restart_and_refused_where_it_is
     _put_back(victim, sound, deployed)
     deployed.wait_for(lambda: name not in _findings(deployed), "a status without the damage that was mended")
     assert deployed.stop() == 0
-
-
-def _flip(file: Path) -> None:
-    """Flip one bit of the first record's data, behind the page's header."""
-    with file.open("r+b") as handle:
-        handle.seek(100)
-        byte = handle.read(1)
-        handle.seek(100)
-        handle.write(bytes([byte[0] ^ 0x10]))
 
 
 def _put_back(file: Path, content: bytes, deployed: Deployment) -> None:

@@ -111,6 +111,15 @@ def cut_at(place: str, count: int) -> Iterator[None]:
         failpoint.hook = None
 
 
+async def cut_off(it: Bank, place: str, count: int) -> inplace.Swap:
+    """Begin a restore in place that is cut off; gives what is known of it then."""
+    target = await two_points(it)
+    with cut_at(place, count), pytest.raises(CutError):
+        await restore_in_place(target, it.site, progress=quiet)
+    (swap,) = await swaps(it.site)
+    return swap
+
+
 CUTS = [("after-swap-intent", 1), *(("after-rename", count) for count in range(1, 5))]
 
 
@@ -123,10 +132,7 @@ def test_a_swap_that_was_cut_off_anywhere_can_be_finished_or_undone(
 
     async def story() -> None:
         async with stopped_bank(tmp_path) as it:
-            target = await two_points(it)
-            with cut_at(place, count), pytest.raises(CutError):
-                await restore_in_place(target, it.site, progress=quiet)
-            (swap,) = await swaps(it.site)
+            swap = await cut_off(it, place, count)
             assert not swap.finished
             if cuts_of_undo is None:
                 await resume(swap.name, it.site)
@@ -168,10 +174,7 @@ def test_a_swap_whose_clone_is_gone_takes_nothing_away_and_can_be_undone(
 ) -> None:
     async def story() -> None:
         async with stopped_bank(tmp_path) as it:
-            target = await two_points(it)
-            with cut_at(place, count), pytest.raises(CutError):
-                await restore_in_place(target, it.site, progress=quiet)
-            (swap,) = await swaps(it.site)
+            swap = await cut_off(it, place, count)
             await drop(swap.clone, it.site)
             before = sorted(tmp_path.rglob("state"))
             with pytest.raises(RestoreError, match=r"the restored state of .* is gone"):

@@ -15,7 +15,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from connectors.databases.postgres.isolation import is_segment
-from connectors.databases.postgres.programs import Programs, last_lines, run
+from connectors.databases.postgres.programs import Programs, last_lines, listed, run
 from connectors.databases.postgres.segments import SegmentFolder
 from connectors.databases.postgres.wal import SegmentName
 from connectors.databases.postgres.waldump import LoggedCommit, Stretch, WalDump
@@ -127,8 +127,7 @@ async def pages(data: Path, programs: Programs, owner: tuple[int, int]) -> Resul
 def _damage(words: str, data: Path) -> str:
     """Give the files that a program called damaged, and the end of what it said."""
     files = [str(Path(file).relative_to(data)) for file in dict.fromkeys(_IN_FILE.findall(words))]
-    more = f" and {len(files) - _NAMED_FILES} more" if len(files) > _NAMED_FILES else ""
-    named = f"damaged: {', '.join(files[:_NAMED_FILES])}{more}; " if files else ""
+    named = f"damaged: {listed(files, _NAMED_FILES)}; " if files else ""
     return named + " | ".join(words.split(" | ")[-_LAST_LINES:])
 
 

@@ -16,6 +16,7 @@ import psycopg
 from connectors.databases.postgres import publication, slot
 from connectors.databases.postgres.copyboth import CopyBoth
 from connectors.databases.postgres.isolation import volume_of
+from connectors.databases.postgres.programs import listed
 from connectors.databases.postgres.source import PostgresSource
 from trigger.errors import DatabaseError, SourceError
 from trigger.model import Finding, Layout, Severity, Volume
@@ -233,7 +234,7 @@ def check_tables(database: str, tables: Sequence[publication.Table], *, everythi
     bare = [f"{table.schema}.{table.name}" for table in tables if not table.keyed and table.kind == "r"]
     if not bare:
         return
-    shown = ", ".join(sorted(bare)[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
+    shown = listed(sorted(bare), 5)
     remedy = "give it a primary key, or ALTER TABLE … REPLICA IDENTITY FULL"
     if everything:
         message = (

@@ -167,3 +167,9 @@ def as_owner(owner: tuple[int, int] | None) -> dict[str, Any]:
 def last_lines(text: str, count: int = 6) -> str:
     """Give the last `count` lines of a program's output in one line."""
     return " | ".join(line.strip() for line in text.strip().splitlines()[-count:])
+
+
+def listed(names: Sequence[str], at_most: int = 20) -> str:
+    """Give names in one line, the first ones where there are many."""
+    rest = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + rest

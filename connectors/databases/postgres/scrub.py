@@ -9,7 +9,8 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-_NAMED_AT_MOST = 20
+from connectors.databases.postgres.programs import listed
+
 _REACHING_OUT = ("dblink", "postgres_fdw", "file_fdw", "mysql_fdw", "pg_cron", "pg_net", "http", "pg_partman")
 _FACTS = """
 SELECT s.system_identifier::text, c.timeline_id, c.next_xid
@@ -51,7 +52,7 @@ async def scrub(conninfo: str, major: int) -> Facts:
     notes = ["sequences may be up to 32 values ahead: their log is written in advance"]
     if in_doubt:
         notes.append(
-            f"in-doubt transactions, which hold their locks until COMMIT or ROLLBACK PREPARED: {_list(in_doubt)}"
+            f"in-doubt transactions, which hold their locks until COMMIT or ROLLBACK PREPARED: {listed(in_doubt)}"
         )
     for database in databases:
         async with await psycopg.AsyncConnection.connect(make_conninfo(own, dbname=database), autocommit=True) as one:
@@ -63,17 +64,17 @@ async def scrub(conninfo: str, major: int) -> Facts:
 async def _scrub_database(connection: psycopg.AsyncConnection[Any]) -> list[str]:
     notes = []
     if unlogged := await _column(connection, _UNLOGGED):
-        notes.append(f"unlogged tables are empty: {_list(unlogged)}")
+        notes.append(f"unlogged tables are empty: {listed(unlogged)}")
     for name in (subscriptions := await _column(connection, _SUBSCRIPTIONS)):
         for action in ("DISABLE", "SET (slot_name = NONE)"):
             await connection.execute(sql.SQL("ALTER SUBSCRIPTION {} " + action).format(sql.Identifier(name)))
     if subscriptions:
-        notes.append(f"subscriptions were disabled and let go of their slots: {_list(subscriptions)}")
+        notes.append(f"subscriptions were disabled and let go of their slots: {listed(subscriptions)}")
     if servers := await _column(connection, "SELECT srvname FROM pg_foreign_server ORDER BY 1"):
-        notes.append(f"foreign servers are still configured, and statements can reach them: {_list(servers)}")
+        notes.append(f"foreign servers are still configured, and statements can reach them: {listed(servers)}")
     extensions = await _column(connection, "SELECT extname FROM pg_extension ORDER BY 1")
     if reaching := [name for name in extensions if name in _REACHING_OUT]:
-        notes.append(f"extensions that can reach out are installed: {_list(reaching)}")
+        notes.append(f"extensions that can reach out are installed: {listed(reaching)}")
     return notes
 
 
@@ -83,8 +84,3 @@ async def _rows(connection: psycopg.AsyncConnection[Any], text: str) -> list[tup
 
 async def _column(connection: psycopg.AsyncConnection[Any], text: str) -> list[str]:
     return [str(row[0]) for row in await _rows(connection, text)]
-
-
-def _list(names: list[str]) -> str:
-    rest = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
-    return ", ".join(names[:_NAMED_AT_MOST]) + rest
