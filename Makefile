@@ -29,7 +29,7 @@ test: packages lint ## everything that must be green, in under 25 minutes on 2 c
 	@$(PYTEST) -n 3 --dist loadfile $(ARGS)
 
 quick: lint ## lint, types, unit tests and simulation, in under two minutes
-	@$(PYTEST) -n 2 --dist worksteal -m "not slow and not server and not volume" tests/test_*.py tests/unit tests/simulation $(ARGS)
+	@$(PYTEST) -n 2 --dist worksteal -m "not slow and not server and not volume" tests/test_*.py tests/trigger tests/connectors tests/simulation $(ARGS)
 
 lint: .venv/.dev ## style and types
 	@$(BIN)/ruff format --check --quiet . || { echo "run $(BIN)/ruff format ." >&2; exit 1; }

@@ -3,8 +3,8 @@
 Method. Blocks are those of a busy server with two databases: 1,000 commits each, two commits a millisecond, ids and
 times up to 16 places and 2 ms out of order, one commit in a thousand that ran so long that its id lies a million
 behind, one with a marker of its own, and one in 64,000 with a marker that all of these share. 64 blocks are
-packed by `trigger.packing`; the others are the same commits moved on in log, ids and time (the first commit in the
-head of a block is absolute, all others are relative). The rows are those that `trigger.commit_index` writes, put in
+packed by `packing.pack`; the others are the same commits moved on in log, ids and time (the first commit in the
+head of a block is absolute, all others are relative). The rows are those that `commit_index` writes, put in
 by the thousand instead of by seals. Look-ups then go through `Catalog` as the service makes them, one call after the
 other, for commits drawn at random (a seed is printed), each answer checked; the page cache is warm by what the
 look-ups themselves read. Beside the wall time stands the processor's, which a busy machine does not stretch. *Rows* is
@@ -41,9 +41,11 @@ from typing import Any
 from sqlalchemy import insert
 
 from benchmarks import record
-from trigger import tag
-from trigger.catalog import Catalog, Found, make_engine
-from trigger.commit_index import block_row, history_id, marker_digest
+from trigger.catalog import tag
+from trigger.catalog.catalog import Catalog, Found, make_engine
+from trigger.catalog.commit_index import block_row, history_id, marker_digest
+from trigger.catalog.packing import BLOCK_COMMITS, Block, pack, unpack
+from trigger.catalog.schema import blocks, markers, streams, xid_outliers
 from trigger.model import (
     Cause,
     Changes,
@@ -55,9 +57,7 @@ from trigger.model import (
     from_microseconds,
     point_id,
 )
-from trigger.packing import BLOCK_COMMITS, Block, pack, unpack
 from trigger.position import History, Lsn, Position
-from trigger.schema import blocks, markers, streams, xid_outliers
 
 HISTORY = History("7391", 1)
 START_US = 1_760_000_000_000_000

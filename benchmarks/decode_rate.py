@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import record
 from connectors.databases.postgres.programs import as_owner, minimal_environment
-from connectors.databases.postgres.source import PostgresSource
+from connectors.databases.postgres.stream.source import PostgresSource
 from tests.fixtures.memory import peak_megabytes
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder

@@ -32,7 +32,7 @@ from pathlib import Path
 from benchmarks import record
 from tests.fixtures.postgres import Cluster
 from tests.fixtures.service import Deployment, deployment
-from trigger.control import ask
+from trigger.service.control import ask
 
 SETTINGS: dict[str, float | None] = {
     "none": None,

@@ -1,6 +1,6 @@
 """Who may import whom: downwards only, drivers behind one door, each library in one place; a failure says why.
 
-The picture is drawn in `trigger/DESIGN.md`. A new module has to be put into `LAYERS`; a new library into
+The picture is drawn in `trigger/DESIGN.md`. A new room has to be put into `ROOMS`; a new library into
 `LIBRARIES` or `DRIVER_LIBRARIES`, with its reason.
 """
 
@@ -8,77 +8,57 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 from connectors import DRIVERS
 
 ROOT = Path(__file__).parent.parent
 
 
-class Layer(NamedTuple):
-    """Modules of `trigger` that stand on one height; a package stands for all modules in it."""
+ROOMS = {
+    "": "the words: what everything else may use; of the world they know this host's paths and locks",
+    "config": "every option, and the reference made of it",
+    "catalog": "what is known of points, commits and gaps; the only SQL",
+    "protect": "from a commit to a point",
+    "restore": "from a point to a commit",
+    "keep": "what may go",
+    "service": "what runs, and the door to the drivers",
+    "demo": "the whole of it, on a bank",
+    "cli": "what people see",
+}
+"""The rooms of `trigger`, from the bottom up: a room may import what stands above it in this list, and itself."""
 
-    reason: str
-    modules: tuple[str, ...]
+APART = {("protect", "restore"): "both ways between a commit and a point meet in the catalog alone"}
+"""Rooms that know nothing of each other, lower or higher."""
 
-
-LAYERS = (
-    Layer("all may use it; the standard library only", ("errors", "position", "failpoint", "lock", "toml_lines")),
-    Layer("what we talk about; does nothing", ("model",)),
-    Layer(
-        "ports, options, grammars and decisions; pure",
-        ("ports", "options", "reference", "shape", "packing", "tag", "commit_lines", "qualify", "planner", "retention"),
-    ),
-    Layer(
-        "what keeps state, and what this host says of itself",
-        (
-            "recent",
-            "window",
-            "agenda",
-            "rehearse",
-            "schema",
-            "commit_index",
-            "commit_search",
-            "point_index",
-            "catalog",
-            "clone_records",
-            "control",
-            "host",
-        ),
-    ),
-    Layer(
-        "the acts; no I/O of their own, all through ports and catalog",
-        ("pipeline", "reconcile", "rebuild", "expire", "room", "target", "locate", "clones", "restore", "inplace"),
-    ),
-    Layer("the door to the drivers; proof by restoring", ("connect", "verify", "initialise")),
-    Layer("what runs: tasks, signals, order of start and end", ("service", "upkeep", "watch")),
-    Layer("what people see", ("show", "json_reference", "commands", "demo", "cli", "__main__")),
+PURE = frozenset(
+    {
+        *("position", "errors", "model", "ports", "shape", "config.options", "config.expressions", "config.toml_lines"),
+        *("config.reference", "catalog.packing", "catalog.tag", "protect.qualify", "protect.agenda"),
+        *("protect.rehearse", "protect.commit_lines", "restore.planner", "keep.retention"),
+    }
 )
-"""From the bottom up, as in chapter 9 of the design."""
-
-PURE = frozenset({"position", "errors", "agenda", "rehearse", *LAYERS[1].modules, *LAYERS[2].modules})
 """Modules that neither wait nor touch the world, so that they can be tested without one."""
 
 IMPURE = frozenset({"socket", "subprocess", "sqlite3", "threading", "tempfile", "shutil", "signal", "urllib", "http"})
 """Standard library modules that touch the world."""
 
 LIBRARIES = {
-    "cel": (("qualify",), "the expressions of rules are evaluated where rules are"),
-    "cronsim": (("options", "agenda"), "a schedule is refused where it is read, and followed where points fall due"),
-    "pydantic": (("options",), "one description of the configuration"),
-    "pydantic_core": (("options",), "the mistakes that pydantic reports"),
-    "sqlalchemy": (
-        ("schema", "commit_index", "commit_search", "point_index", "catalog"),
-        "the only SQL: tables, look-ups of commits, and the rest",
+    "cel": (("protect.qualify",), "the expressions of rules are evaluated where rules are"),
+    "cronsim": (
+        ("config.options", "protect.agenda"),
+        "a schedule is refused where it is read, and followed where points fall due",
     ),
-    "typer": (("cli", "commands", "demo"), "the command line"),
-    "rich": (("show", "demo"), "output for people; the demo draws while it runs"),
+    "pydantic": (("config.options",), "one description of the configuration"),
+    "pydantic_core": (("config.options",), "the mistakes that pydantic reports"),
+    "sqlalchemy": (("catalog",), "the only SQL: tables, look-ups of commits, and the rest"),
+    "typer": (("cli",), "the command line"),
+    "rich": (("cli.show", "demo"), "output for people; the demo draws while it runs"),
     "psycopg": (("demo",), "the bank of the demo is a client like any other"),
 }
-"""Library -> (where `trigger` may import it, why there)."""
+"""Library -> (the rooms or modules of `trigger` that import it, why there)."""
 
 DRIVER_LIBRARIES = {
     "psycopg": "connectors.databases.postgres",
@@ -89,10 +69,21 @@ CONNECTORS_MAY_USE = frozenset({"position", "errors", "model", "ports", "failpoi
 """What a driver knows of the service; with more it could not be written by a stranger, or tested alone."""
 
 DOORS = {
-    "connect": "connectors",
+    "service.connect": "connectors",
     "demo": "connectors.databases.postgres.programs",
 }
 """Who in `trigger` may import from `connectors`, and what: the table of names, and the demo that makes a cluster."""
+
+POSTGRES = {
+    "programs": (),
+    "stream": ("programs",),
+    "log": ("programs",),
+    "clone": ("programs", "log"),
+    "preflight": ("programs", "stream", "clone"),
+    "database": ("programs", "stream", "preflight"),
+    "assembly": ("programs", "stream", "log", "clone", "database"),
+}
+"""The rooms of the largest driver, and the modules at its door: which others each may import."""
 
 
 @cache
@@ -124,18 +115,19 @@ def _imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def place(module: str) -> str:
-    """Give the name by which `LAYERS` and the other tables know a module of `trigger`."""
-    return module.split(".")[1] if "." in module else ""
+    """Give the name of a module of `trigger` from the service's root: `restore.planner`, `position`."""
+    return module.partition(".")[2]
 
 
-def height(module: str) -> int:
-    """Give the number of a module's layer; the package itself (`trigger/__init__.py`) is below all."""
-    name = place(module)
-    if not name:
-        return -1
-    found = [number for number, layer in enumerate(LAYERS) if name in layer.modules]
-    assert len(found) == 1, f"{module} is in {len(found)} layers; put it into exactly one of LAYERS"
-    return found[0]
+def room(module: str) -> str:
+    """Give the room that a module of `trigger` lies in; "" for the words at the root."""
+    head, _, rest = place(module).partition(".")
+    return head if rest or (ROOT / "trigger" / head).is_dir() else ""
+
+
+def lies_in(module: str, places: Iterable[str]) -> bool:
+    """Whether a module of `trigger` is one of `places`, or lies in one of them."""
+    return any(f"{place(module)}.".startswith(f"{one}.") for one in places)
 
 
 def of(package: str) -> list[str]:
@@ -150,7 +142,8 @@ def top(name: str) -> str:
 def driver_of(name: str) -> str:
     """Give the driver that a module belongs to, as the table of names calls it; "" for what belongs to none."""
     for kind, where in DRIVERS.items():
-        if f"{name}.".startswith(f"{where.partition(':')[0]}."):
+        package = ".".join(where.partition(":")[0].split(".")[:3])
+        if f"{name}.".startswith(f"{package}."):
             return kind
     return ""
 
@@ -170,18 +163,36 @@ def refuse(package: str, wrong: Callable[[str, str], str]) -> None:
     assert not breaches, breaches
 
 
-def test_a_module_of_the_service_imports_only_downwards() -> None:
+def test_a_room_of_the_service_imports_only_downwards() -> None:
     def wrong(module: str, name: str) -> str:
-        if top(name) != "trigger" or height(name) <= height(module):
+        if top(name) != "trigger" or module == "trigger.__main__":
             return ""
-        return f"'{LAYERS[height(module)].reason}' may not know '{LAYERS[height(name)].reason}'"
+        assert {room(module), room(name)} <= ROOMS.keys(), f"{module} or {name} lies in no room; see ROOMS"
+        low, high = sorted((room(module), room(name)), key=list(ROOMS).index)
+        if reason := APART.get((low, high), ""):
+            return reason
+        if high == room(module):
+            return ""
+        return f"'{ROOMS[low] or low}' may not know '{ROOMS[high]}'"
 
     refuse("trigger", wrong)
 
 
+def test_the_rooms_of_postgresql_import_only_what_lies_below_them() -> None:
+    driver = "connectors.databases.postgres."
+
+    def wrong(module: str, name: str) -> str:
+        if not (module.startswith(driver) and name.startswith(driver)):
+            return ""
+        mine, other = (whole.removeprefix(driver).partition(".")[0] for whole in (module, name))
+        return "" if other == mine or other in POSTGRES[mine] else f"{mine} knows {', '.join(POSTGRES[mine])} only"
+
+    refuse("connectors", wrong)
+
+
 def test_connectors_are_loaded_by_name_and_nowhere_else() -> None:
     def wrong(module: str, name: str) -> str:
-        if top(name) != "connectors" or name == DOORS.get(place(module)):
+        if top(name) != "connectors" or any(lies_in(module, (who,)) and name == what for who, what in DOORS.items()):
             return ""
         return f"only {DOORS} may; everybody else gets drivers as ports, so that any of them can be exchanged"
 
@@ -229,7 +240,7 @@ def test_the_service_imports_a_library_in_one_place_only() -> None:
         if top(name) not in LIBRARIES:
             return "it is in no table; see LIBRARIES"
         allowed, reason = LIBRARIES[top(name)]
-        return "" if place(module) in allowed else f"it belongs into {', '.join(allowed)}: {reason}"
+        return "" if lies_in(module, allowed) else f"it belongs into {', '.join(allowed)}: {reason}"
 
     refuse("trigger", wrong)
 
@@ -252,9 +263,11 @@ def test_a_pure_module_does_not_touch_the_world() -> None:
 
 
 def test_the_tables_name_nothing_that_is_gone() -> None:
-    there = {place(module) for module in of("trigger")} - {""}
-    named = {name for layer in LAYERS for name in layer.modules}
-    assert named <= there, f"LAYERS names modules that do not exist: {sorted(named - there)}"
+    there = {room(module) for module in of("trigger")} - {"__main__"}
+    assert there == set(ROOMS), f"ROOMS and the folders differ: {sorted(there ^ set(ROOMS))}"
+    gone = [name for name in PURE if f"trigger.{name}" not in modules()]
+    assert not gone, f"PURE names what is gone: {gone}"
     for library, (allowed, _) in LIBRARIES.items():
-        users = {place(module) for module in of("trigger") if library in {top(name) for name, _ in imports(module)}}
-        assert users == set(allowed), f"{library} is allowed in {allowed} and used in {sorted(users)}; keep them equal"
+        users = {module for module in of("trigger") if library in {top(name) for name, _ in imports(module)}}
+        idle = [one for one in allowed if not any(lies_in(module, (one,)) for module in users)]
+        assert not idle, f"{library} is allowed in {idle} and not used there"

@@ -12,7 +12,7 @@ from trigger.errors import TrigpointError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; expected errors are printed, errors of the program keep their trace."""
-    from trigger.cli import Abort, UsageError, app
+    from trigger.cli.cli import Abort, UsageError, app
 
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="trigpoint", standalone_mode=False)
@@ -68,7 +68,7 @@ def _usage(error: Any) -> tuple[str, str]:
 
 
 def _fail(message: str, hint: str, code: int) -> int:
-    from trigger import show
+    from trigger.cli import show
 
     show.error(message, hint)
     return code

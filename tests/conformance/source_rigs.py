@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from connectors.databases.postgres.source import PostgresSource
+from connectors.databases.postgres.stream.source import PostgresSource
 from connectors.memory import MemorySource, World
 from tests.fixtures.postgres import Cluster
 from trigger.ports import Source

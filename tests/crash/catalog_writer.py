@@ -11,8 +11,8 @@ import dataclasses
 import sys
 from datetime import UTC, datetime
 
-from tests.unit.test_catalog import HISTORY, at, opened, proven, record
-from trigger.catalog import Catalog
+from tests.trigger.catalog.test_catalog import HISTORY, at, opened, proven, record
+from trigger.catalog.catalog import Catalog
 from trigger.model import Gap, Outcome, RecoveryPoint, State, Verification, point_id
 
 COMMITS = 25

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.volumes import loop_volume
-from tests.unit.test_catalog import at, opened, proven, record, sealed, with_catalog
-from trigger.catalog import Catalog
+from tests.trigger.catalog.test_catalog import at, opened, proven, record, sealed, with_catalog
+from trigger.catalog.catalog import Catalog
 from trigger.errors import CatalogError
 from trigger.model import RecoveryPoint, State
 

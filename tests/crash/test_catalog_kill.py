@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pytest
 
 from tests.crash.catalog_writer import COMMITS, STRIDE
-from tests.unit.test_catalog import at
-from trigger.catalog import Catalog
+from tests.trigger.catalog.test_catalog import at
+from trigger.catalog.catalog import Catalog
 from trigger.model import RecoveryPoint, State
 
 ROOT = Path(__file__).parent.parent.parent

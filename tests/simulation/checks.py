@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 from connectors.memory import SEGMENT_BYTES, Content, MemoryJournal, MemoryRecovery, MemoryStorage
 from connectors.memory.cluster import FIRST_LSN
 from tests.simulation.wire import Violation
-from trigger import planner, reconcile, tag
-from trigger.catalog import Catalog, Found
+from trigger.catalog import reconcile, tag
+from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError, RestoreError
 from trigger.model import (
     Changes,
@@ -33,6 +33,7 @@ from trigger.model import (
     Volume,
 )
 from trigger.position import Lineage, Lsn, Position
+from trigger.restore import planner
 
 if TYPE_CHECKING:
     from tests.simulation.run import Simulation

@@ -1,6 +1,6 @@
 """One life of the service: from its start to a stop, an error or a crash, over a world that survives it.
 
-It starts what `trigger.service` starts, in the same order, from the real parts: reconcile, window, agenda, main path,
+It starts what `service.work` starts, in the same order, from the real parts: reconcile, window, agenda, main path,
 room, checkpoints. What is left out is what only a process has: the lock, the socket, signals.
 """
 
@@ -27,17 +27,18 @@ from connectors.memory import (
 )
 from tests.simulation.story import Story
 from tests.simulation.wire import Ended, Wire
-from trigger import pipeline, reconcile
-from trigger.agenda import Agenda
-from trigger.catalog import Catalog
+from trigger.catalog import reconcile
+from trigger.catalog.catalog import Catalog
 from trigger.errors import TrigpointError
+from trigger.keep.room import Room
 from trigger.model import Commit, Extent, RecoveryPoint, State, Volume
-from trigger.pipeline import Protected
 from trigger.ports import Break
 from trigger.position import Position
-from trigger.qualify import Rules
-from trigger.room import Room
-from trigger.window import Window
+from trigger.protect import pipeline
+from trigger.protect.agenda import Agenda
+from trigger.protect.pipeline import Protected
+from trigger.protect.qualify import Rules
+from trigger.protect.window import Window
 
 WATCH_SECONDS = 5.0
 FLUSH_DEADLINE_SECONDS = 30.0

@@ -27,7 +27,8 @@ from tests.simulation.life import Life
 from tests.simulation.story import WANTED_MARKER, WANTED_TABLE, Act, Story, Weather, tell
 from tests.simulation.virtual import VirtualLoop
 from tests.simulation.wire import Ended, Violation, Wire
-from trigger import failpoint, schema
+from trigger import failpoint
+from trigger.catalog import schema
 from trigger.model import Changes, Commit, Extent, RecoveryPoint
 from trigger.position import History, Lsn, Position
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from pydantic import ByteSize
 
+from trigger.config.options import PointOptions, RuleOptions
 from trigger.model import Changes, Commit
-from trigger.options import PointOptions, RuleOptions
 from trigger.ports import Capability
 
 STREAMS = ("bank", "shop", "audit")

@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 
 from tests.simulation.run import simulate
-from trigger import agenda, pipeline, planner, point_index, reconcile, room, window
+from trigger.catalog import point_index, reconcile
+from trigger.keep import room
+from trigger.protect import agenda, pipeline, window
+from trigger.restore import planner
 
 SEEDS = 400
 ANNOTATIONS = __future__.annotations.compiler_flag

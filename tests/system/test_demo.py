@@ -16,7 +16,7 @@ import pytest
 
 from connectors.databases.postgres.programs import as_owner, copy_programs, find_programs, server_owner
 from tests.fixtures.volumes import plain_folder
-from trigger import json_reference
+from trigger.cli import json_reference
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

@@ -20,12 +20,12 @@ from tests.fixtures import judge
 from tests.fixtures.loading import Load
 from tests.fixtures.postgres import MAJORS
 from tests.fixtures.service import Deployment, deployment
-from trigger.clones import drop
-from trigger.connect import Parts, connect
-from trigger.options import load
+from trigger.config.options import load
 from trigger.position import Lsn
-from trigger.restore import restore
-from trigger.target import Named, resolve
+from trigger.restore.clones import drop
+from trigger.restore.restore import restore
+from trigger.restore.target import Named, resolve
+from trigger.service.connect import Parts, connect
 
 
 @dataclass

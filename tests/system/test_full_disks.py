@@ -21,7 +21,7 @@ from connectors.databases.postgres.programs import server_owner
 from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import loop_volume
-from trigger.catalog import Catalog
+from trigger.catalog.catalog import Catalog
 from trigger.position import Lsn
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]

@@ -17,9 +17,9 @@ import pytest
 
 from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
-from trigger.agenda import IDLE_NOISE_BYTES
 from trigger.model import Cause, RecoveryPoint, State
 from trigger.position import Lsn
+from trigger.protect.agenda import IDLE_NOISE_BYTES
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

@@ -23,10 +23,10 @@ import pytest
 from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import failing_volume, flip_bit
-from trigger.control import ask
 from trigger.errors import RestoreError
 from trigger.model import State
 from trigger.position import Position
+from trigger.service.control import ask
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 

@@ -22,12 +22,12 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.fixtures.service import CHECKOUT, Deployment, deployment
-from trigger.connect import Parts, connect
+from trigger.config.options import load
 from trigger.errors import RestoreError
-from trigger.inplace import restore_in_place, swaps, undo
 from trigger.model import from_microseconds
-from trigger.options import load
-from trigger.target import Named, resolve
+from trigger.restore.inplace import restore_in_place, swaps, undo
+from trigger.restore.target import Named, resolve
+from trigger.service.connect import Parts, connect
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

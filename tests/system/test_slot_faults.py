@@ -19,7 +19,7 @@ from tests.fixtures import judge
 from tests.fixtures.postgres import Cluster
 from tests.fixtures.service import Deployment
 from tests.fixtures.slots import QUICK, SLOT, Made, as_usual, assert_outcomes, commit, segmented, unwilling_application
-from trigger.catalog import Catalog
+from trigger.catalog.catalog import Catalog
 from trigger.model import Cause, State
 from trigger.position import Lsn, Position
 

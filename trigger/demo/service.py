@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from connectors.databases.postgres.programs import Programs
-from trigger import control
 from trigger.demo.bank import DATABASE
 from trigger.demo.place import Place
 from trigger.demo.server import conninfo
 from trigger.errors import TrigpointError
+from trigger.service import control
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 45.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from connectors.databases.postgres.programs import Programs
-from trigger.catalog import Catalog
+from trigger.catalog.catalog import Catalog
 from trigger.demo import server, service
 from trigger.demo.bank import ACCOUNTS, CLERKS, Accident, Bank, read_books, transaction_status
 from trigger.demo.figures import Spread, spreads

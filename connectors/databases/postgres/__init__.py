@@ -1,5 +1,4 @@
-"""PostgreSQL: capture of commits, the cluster as a whole, its log, and the servers of clones."""
+"""PostgreSQL: capture of commits, the cluster as a whole, its log, and the servers of clones.
 
-from connectors.databases.postgres.database import Postgres
-
-__all__ = ["Postgres"]
+`database` and `assembly` are the door; `programs` is what all rooms use.
+"""

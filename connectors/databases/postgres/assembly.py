@@ -9,15 +9,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from connectors.databases.postgres.archive import ArchiveReader
+from connectors.databases.postgres.clone.isolation import Placement
+from connectors.databases.postgres.clone.recovery import PostgresRecovery
 from connectors.databases.postgres.database import Postgres
-from connectors.databases.postgres.isolation import Placement
-from connectors.databases.postgres.journal import Feed, PostgresJournal
+from connectors.databases.postgres.log.archive import ArchiveReader
+from connectors.databases.postgres.log.journal import Feed, PostgresJournal
+from connectors.databases.postgres.log.receiver import Receiver
+from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.programs import find_programs
-from connectors.databases.postgres.receiver import Receiver
-from connectors.databases.postgres.recovery import PostgresRecovery
-from connectors.databases.postgres.segments import SegmentFolder
-from connectors.databases.postgres.waldump import WalDump
 from trigger.model import Layout, Volume
 
 

@@ -13,8 +13,8 @@ import psycopg
 from psycopg import conninfo as dsn
 
 from connectors.databases.postgres import preflight
-from connectors.databases.postgres.copyboth import CopyBoth
-from connectors.databases.postgres.source import PostgresSource
+from connectors.databases.postgres.stream.copyboth import CopyBoth
+from connectors.databases.postgres.stream.source import PostgresSource
 from trigger.errors import ConfigError, DatabaseError, SourceError
 from trigger.model import Bracket, Finding, Layout, Retained, Volume
 from trigger.position import History, Lineage, Lsn, Position

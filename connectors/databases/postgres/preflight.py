@@ -13,11 +13,11 @@ from typing import Any
 
 import psycopg
 
-from connectors.databases.postgres import publication, slot
-from connectors.databases.postgres.copyboth import CopyBoth
-from connectors.databases.postgres.isolation import volume_of
+from connectors.databases.postgres.clone.isolation import volume_of
 from connectors.databases.postgres.programs import listed
-from connectors.databases.postgres.source import PostgresSource
+from connectors.databases.postgres.stream import publication, slot
+from connectors.databases.postgres.stream.copyboth import CopyBoth
+from connectors.databases.postgres.stream.source import PostgresSource
 from trigger.errors import DatabaseError, SourceError
 from trigger.model import Finding, Layout, Severity, Volume
 

@@ -1,0 +1,213 @@
+"""Prove that a clone holds its target and nothing behind it; the oracle is the log, read by `pg_waldump`.
+
+Whether a transaction is committed in the clone is its own word (`pg_xact_status`); which transactions have to be, and
+which must not, is read from the log that was staged for the replay, by a program that is not ours.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from connectors.databases.postgres.clone.isolation import is_segment
+from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.log.waldump import LoggedCommit, Stretch, WalDump
+from connectors.databases.postgres.programs import Programs, last_lines, listed, run
+from trigger.errors import DatabaseError, RestoreError
+from trigger.model import StopKind, Target
+from trigger.ports import Running
+from trigger.position import Lsn
+
+Result = tuple[str, bool, str]
+
+_LOOK_BACK = 5
+_DEEP_SECONDS = 4 * 3600.0
+_TOLD_LINES = 10_000
+_NAMED_FILES = 50
+_LAST_LINES = 6
+_IN_FILE = re.compile(r'in file "([^"]+)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is looked at: a running clone, the target it should stand at, and the log that led it there."""
+
+    running: Running
+    target: Target
+    log_folder: Path
+    next_xid: int
+    """The first transaction id, in 64 bits, that the clone itself may have given out."""
+    conninfo: str
+
+    @property
+    def boundary(self) -> Lsn:
+        """The first position at which a commit record that begins there is no part of the state."""
+        if self.target.kind is StopKind.LSN:
+            return Lsn(self.target.at + (1 if self.target.inclusive else 0))
+        return self.running.replayed
+
+
+async def holds_target(subject: Subject, dump: WalDump) -> Result:
+    """The target's own commit is there; without one, the last commit that the log has before the target."""
+    wanted = subject.target.commit
+    if wanted is not None:
+        status = await _status(subject, wanted.xid)
+        return "the target is committed", status == "committed", f"transaction {wanted.xid}: {status}"
+    before = await _commits_before(subject, dump)
+    if not before:
+        seen = f"nothing to compare with: the staged log has no commit before {subject.boundary}"
+        return "the last commit before the target is committed", True, seen
+    status = await _logged_status(subject, before[-1])
+    return "the last commit before the target is committed", status == "committed", _said(before[-1], status)
+
+
+async def lacks_next(subject: Subject, dump: WalDump) -> Result:
+    """The next commit record that the log has behind the target is not there; behind the latest state there is none."""
+    what = "the next commit is not there"
+    behind = await dump.commits(stretch, limit=1) if (stretch := _behind(subject)) else []
+    if not behind:
+        return what, True, f"no commit follows in the staged log behind {subject.boundary}"
+    if subject.target.kind is StopKind.LATEST:
+        return "no commit of the log is left out", False, f"transaction {behind[0].xid} at {behind[0].start}"
+    status = await _logged_status(subject, behind[0])
+    return what, status != "committed", _said(behind[0], status)
+
+
+async def holds_those_before(subject: Subject, dump: WalDump) -> Result:
+    """The last few commits before the target are all there."""
+    before = (await _commits_before(subject, dump))[-_LOOK_BACK:]
+    statuses = [(commit, await _logged_status(subject, commit)) for commit in before]
+    lost = [_said(commit, status) for commit, status in statuses if status != "committed"]
+    seen = "; ".join(lost) or f"{len(before)} of {len(before)} in the staged log before {subject.boundary}"
+    return f"the last {_LOOK_BACK} commits before it are committed", not lost, seen
+
+
+async def structures(subject: Subject, programs: Programs, owner: tuple[int, int]) -> Result:
+    """Tables and indexes are sound by `pg_amcheck`; where amcheck is not installed, all tables can be read."""
+    found = conninfo_to_dict(subject.conninfo)
+    connection = ["-h", str(found["host"]), "-p", str(found["port"]), "-U", str(found["user"])]
+    if await _has_amcheck(subject.conninfo):
+        what = "tables and indexes (pg_amcheck)"
+        command = [
+            programs.path("pg_amcheck"),
+            *connection,
+            "--all",
+            "--install-missing",
+            "--heapallindexed",
+            "-j",
+            "2",
+        ]
+    else:
+        what = "tables can be read in full (pg_dumpall); indexes not checked, since amcheck is not installed"
+        command = [programs.path("pg_dumpall"), *connection, "--no-sync", "--file=/dev/null"]
+    try:
+        output = await run(command, owner=owner, deadline_seconds=_DEEP_SECONDS)
+    except DatabaseError as error:
+        return what, False, error.message
+    return what, True, last_lines(output) or "no fault"
+
+
+async def pages(data: Path, programs: Programs, owner: tuple[int, int]) -> Result:
+    """Every page of a stopped server has the checksum that it says; each file in which one has not is named."""
+    what = "page checksums"
+    command: list[str | Path] = [programs.path("pg_checksums"), "--check", "-D", data]
+    try:
+        output = await run(command, owner=owner, deadline_seconds=_DEEP_SECONDS, told_lines=_TOLD_LINES)
+    except DatabaseError as error:
+        return what, False, _damage(error.message, data)
+    return what, True, last_lines(output)
+
+
+def _damage(words: str, data: Path) -> str:
+    """Give the files that a program called damaged, and the end of what it said."""
+    files = [str(Path(file).relative_to(data)) for file in dict.fromkeys(_IN_FILE.findall(words))]
+    named = f"damaged: {listed(files, _NAMED_FILES)}; " if files else ""
+    return named + " | ".join(words.split(" | ")[-_LAST_LINES:])
+
+
+async def _has_amcheck(conninfo: str) -> bool:
+    rows = await _ask(conninfo, "SELECT count(*)::text FROM pg_available_extensions WHERE name = %s", "amcheck")
+    return rows == "1"
+
+
+async def _commits_before(subject: Subject, dump: WalDump) -> list[LoggedCommit]:
+    """Give the last commits before the target, in order: those of its segment, or of as many more as it takes."""
+    staged = _Staged.of(subject)
+    last = (subject.boundary - 1) // staged.segment_bytes
+    first = last
+    while first in staged.numbers:
+        start = SegmentName(staged.timeline, first).start(staged.segment_bytes)
+        found = await dump.commits(Stretch(subject.log_folder, staged.timeline, start, subject.boundary), 1 << 20)
+        before = [commit for commit in found if commit.start < subject.boundary]
+        if len(before) >= _LOOK_BACK or first - 1 not in staged.numbers:
+            return before
+        first = max(first - (last - first + 1), staged.begin_of_run(first))
+    return []
+
+
+def _behind(subject: Subject) -> Stretch | None:
+    """Give the staged log from the target's boundary on, as far as it goes."""
+    staged = _Staged.of(subject)
+    first = last = subject.boundary // staged.segment_bytes
+    if first not in staged.numbers:
+        return None
+    while last + 1 in staged.numbers:
+        last += 1
+    # Without an end pg_waldump waits five seconds for a segment that does not come (`WALDumpOpenSegment`).
+    return Stretch(subject.log_folder, staged.timeline, subject.boundary, Lsn((last + 1) * staged.segment_bytes))
+
+
+class _Staged(NamedTuple):
+    """The segments of the target's timeline in the folder of the staged log."""
+
+    timeline: int
+    segment_bytes: int
+    numbers: frozenset[int]
+
+    @classmethod
+    def of(cls, subject: Subject) -> _Staged:
+        timeline = subject.target.history.timeline
+        sizes = [entry.stat().st_size for entry in subject.log_folder.iterdir() if is_segment(entry.name)]
+        if not sizes:
+            return cls(timeline, 1, frozenset())
+        names = SegmentFolder(subject.log_folder, sizes[0]).names()
+        return cls(timeline, sizes[0], frozenset(name.number for name in names if name.timeline == timeline))
+
+    def begin_of_run(self, number: int) -> int:
+        """Give the first segment from which on all up to `number` are there."""
+        while number - 1 in self.numbers:
+            number -= 1
+        return number
+
+
+async def _logged_status(subject: Subject, commit: LoggedCommit) -> str:
+    """Give the state of a transaction of which the log says 32 bits: the one nearest to the clone's next id."""
+    turn = 1 << 32
+    distance = (commit.xid - subject.next_xid + turn // 2) % turn - turn // 2
+    return await _status(subject, subject.next_xid + distance)
+
+
+async def _status(subject: Subject, xid: int) -> str:
+    if xid >= subject.next_xid:
+        return f"unknown to the clone, whose log ended before transaction {subject.next_xid}"
+    return await _ask(subject.conninfo, "SELECT coalesce(pg_xact_status(%s::xid8), 'too old to say')", str(xid))
+
+
+async def _ask(conninfo: str, text: str, argument: str) -> str:
+    try:
+        own = make_conninfo(conninfo, dbname="template1", connect_timeout=10)
+        async with await psycopg.AsyncConnection.connect(own, autocommit=True) as connection:
+            row = await (await connection.execute(text.encode(), [argument])).fetchone()
+    except psycopg.Error as error:
+        raise RestoreError(f"the clone did not answer: {error}") from error
+    return str(row[0]) if row else ""
+
+
+def _said(commit: LoggedCommit, status: str) -> str:
+    return f"transaction {commit.xid}, committed in the log at {commit.start}: {status}"

@@ -1,0 +1,389 @@
+"""Make the copy of a cluster harmless before its server is started: nothing in it may reach production.
+
+A copy believes that it is production: it would write into production's archive, wait for production's standbys, pull
+from production's publishers and reach for production's tablespaces. So its server never reads production's
+configuration. It gets one of its own, in a folder `trigpoint` inside the copy; what belongs to the life of the
+original (lock file, slots, `ALTER SYSTEM` settings) is taken out, and every link is pointed at the copy's own files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from connectors.databases.postgres.log.segments import give
+from connectors.databases.postgres.log.wal import history_timeline
+from trigger.errors import PreflightError, RestoreError
+from trigger.model import Address, Bracket, Layout, StopKind, Target, Volume
+from trigger.ports import Clone
+
+OWN_FOLDER = "trigpoint"
+_OWN_LIFE = ("postmaster.pid", "postmaster.opts", "recovery.signal", "standby.signal", "backup_label.old")
+_SET_ASIDE = ("postgresql.auto.conf", "backup_label", "tablespace_map")
+_EMPTIED = ("pg_replslot", "pg_stat_tmp")
+_SEGMENT = re.compile(r"[0-9A-F]{24}(\.partial)?")
+_PLAIN_PATH = re.compile(r"/[A-Za-z0-9_@+,./:=-]*")
+_CARRIED = {
+    "max_connections": "max_connections setting",
+    "max_worker_processes": "max_worker_processes setting",
+    "max_prepared_transactions": "max_prepared_xacts setting",
+    "max_locks_per_transaction": "max_locks_per_xact setting",
+}
+_HBA = "local all all trust\nlocal replication all reject\n"
+_HBA_OVER_TCP = "host replication all all reject\nhost all all all scram-sha-256\n"
+_LISTEN_FILE = "listen.conf"
+
+
+class Spot(NamedTuple):
+    """A folder by its volume and its path inside it ("" for the volume itself)."""
+
+    volume: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where in its volumes a cluster lies; all that a restore must know when production is gone."""
+
+    data: Spot
+    wal: Spot | None
+    """None where pg_wal lies inside the data directory."""
+    tablespaces: tuple[tuple[int, Spot], ...]
+    """By oid."""
+
+    @classmethod
+    def of(cls, layout: Layout, volumes: Sequence[Volume]) -> Self:
+        """Give the placement of a cluster, without the tablespaces that lie in none of the volumes.
+
+        Such a one may be there for an hour, and must not stand in the way of the commits from before it.
+
+        Raises:
+            PreflightError: the data directory or the log lies in none of the volumes.
+        """
+        inside = layout.wal_directory.is_relative_to(layout.data_directory)
+        spots = ((oid, _spot(path, volumes)) for oid, path in layout.tablespaces)
+        return cls(
+            data=_required(layout.data_directory, volumes, "the data directory"),
+            wal=None if inside else _required(layout.wal_directory, volumes, "pg_wal"),
+            tablespaces=tuple((oid, spot) for oid, spot in spots if spot is not None),
+        )
+
+
+def _required(path: Path, volumes: Sequence[Volume], what: str) -> Spot:
+    if (found := _spot(path, volumes)) is not None:
+        return found
+    raise PreflightError(
+        f"{what} at {path} lies in none of the volumes {', '.join(volume.path for volume in volumes)}",
+        hint="add its filesystem or subvolume to the volumes, so that it is in every snapshot",
+    )
+
+
+def _spot(path: Path, volumes: Sequence[Volume]) -> Spot | None:
+    volume = volume_of(path, volumes)
+    if volume is None:
+        return None
+    inside = str(path.relative_to(Path(volume.path).resolve()))
+    return Spot(volume.name, "" if inside == "." else inside)
+
+
+def volume_of(path: Path, volumes: Sequence[Volume]) -> Volume | None:
+    """Give the innermost volume that holds `path` (real paths), None where none does."""
+    holding = [volume for volume in volumes if path.is_relative_to(Path(volume.path).resolve())]
+    return max(holding, key=lambda volume: len(Path(volume.path).resolve().parts), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Isolated:
+    """A copy that may be started: where it lies, who owns it, and what was taken out."""
+
+    data: Path
+    owner: tuple[int, int]
+    major: int
+    slots: tuple[str, ...]
+    """The replication slots that were removed."""
+
+    @property
+    def folder(self) -> Path:
+        """Where our own files of this copy lie."""
+        return self.data / OWN_FOLDER
+
+
+def plain(path: Path, what: str) -> Path:
+    """Give `path` if it may stand in a `restore_command`, which PostgreSQL gives to a shell, else `RestoreError`."""
+    if _PLAIN_PATH.fullmatch(str(path)) is None:
+        raise RestoreError(
+            f"{what} {str(path)!r} holds a character that a shell could read as more than itself",
+            hint="use a path of letters, digits and _ @ + , . / : = - only",
+        )
+    return path
+
+
+def isolate(clone: Clone, placement: Placement, volumes: Sequence[Volume], bracket: Bracket | None) -> Isolated:
+    """Take everything out of a copy that ties it to production, and point its links at itself.
+
+    Blocks on file operations. Doing it again, also after a half done try, gives the same.
+
+    Raises:
+        RestoreError: there is no cluster where it should be, it belongs to root, a part of it lies outside the
+            copy, or its backup label is missing.
+    """
+    copies = dict(clone.paths)
+    if placement.data.volume not in copies:
+        raise RestoreError(f"clone {clone.name} has no copy of volume {placement.data.volume}")
+    data = plain(copies[placement.data.volume] / placement.data.path, "the clone's folder")
+    if not (data / "PG_VERSION").is_file():
+        raise RestoreError(
+            f"there is no PostgreSQL cluster at {data}",
+            hint="the data directory moved since the snapshot, or a nested subvolume was not cut with it",
+        )
+    if bracket is not None and "START WAL LOCATION" not in bracket.label:
+        raise RestoreError(
+            f"the backup label of point {clone.point} is missing",
+            hint="its snapshot is not one instant and would start with damaged data; use another point",
+        )
+    owner = _owner(data)
+    isolated = Isolated(data, owner, major_of(data), _names(data / "pg_replslot"))
+    _own_folder(isolated)
+    _take_out(isolated)
+    _point_links_inside(isolated, clone, placement, volumes)
+    if bracket is not None:
+        _start_from_label(isolated, bracket)
+    return isolated
+
+
+def major_of(data: Path) -> int:
+    """Give the major version of a data directory; raises `RestoreError` where its file does not say one."""
+    try:
+        return int((data / "PG_VERSION").read_text())
+    except ValueError:
+        raise RestoreError(
+            f"{data / 'PG_VERSION'} names no version of PostgreSQL",
+            hint="the snapshot is damaged; use another point",
+        ) from None
+
+
+def _owner(data: Path) -> tuple[int, int]:
+    status = data.stat()
+    if status.st_uid == 0:
+        raise RestoreError(
+            f"the cluster at {data} belongs to root, and PostgreSQL does not run as root",
+            hint="the snapshot did not keep its owner; check the storage driver and the volume",
+        )
+    if os.geteuid() not in (0, status.st_uid):
+        raise RestoreError(
+            f"the cluster at {data} belongs to user id {status.st_uid}, and we are {os.geteuid()}",
+            hint="run trigpoint as that user, or as root",
+        )
+    return status.st_uid, status.st_gid
+
+
+def _own_folder(isolated: Isolated) -> None:
+    """Make our folder; what was set aside by an earlier try stays."""
+    isolated.folder.mkdir(mode=0o700, exist_ok=True)
+    if not stat.S_ISDIR(isolated.folder.lstat().st_mode):
+        raise RestoreError(f"{isolated.folder} is not a folder")
+    give(isolated.folder, isolated.owner)
+
+
+def _take_out(isolated: Isolated) -> None:
+    for name in _OWN_LIFE:
+        (isolated.data / name).unlink(missing_ok=True)
+    for name in _SET_ASIDE:
+        if (isolated.data / name).exists():
+            (isolated.data / name).rename(isolated.folder / f"production.{name}")
+    for name in _EMPTIED:
+        folder = isolated.data / name
+        if folder.is_symlink():  # often a file system in memory, shared with production
+            folder.unlink()
+        for entry in folder.iterdir() if folder.exists() else ():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        give(folder, isolated.owner)
+
+
+def _point_links_inside(isolated: Isolated, clone: Clone, placement: Placement, volumes: Sequence[Volume]) -> None:
+    """Point every link of the data directory at the copy; one that would lead out of it refuses the restore (R11)."""
+    known = {f"pg_tblspc/{oid}": spot for oid, spot in placement.tablespaces}
+    known |= {"pg_wal": placement.wal} if placement.wal else {}
+    for link in _links(isolated.data):
+        name = str(link.relative_to(isolated.data))
+        inside = _inside(link.readlink(), clone, volumes)
+        if inside is None and name in known:
+            inside = dict(clone.paths).get(known[name].volume, Path("/nowhere")) / known[name].path
+        if inside is None or not inside.is_dir():
+            raise RestoreError(
+                f"{name} of the cluster leads to {link.readlink()}, which the clone has no copy of",
+                hint="its server would write into production's files; restore a commit from before it was there, or"
+                " add that folder to the volumes and take a point",
+            )
+        link.unlink()
+        link.symlink_to(inside)
+        give(link, isolated.owner)
+
+
+def _links(data: Path) -> Iterator[Path]:
+    """Give the links in the places from which a server reads or writes data."""
+    for folder in (data, data / "pg_tblspc", data / "base"):
+        for entry in sorted(folder.iterdir()):
+            server_part = folder != data or entry.name.startswith("pg_") or entry.name in ("base", "global")
+            if entry.is_symlink() and server_part and not entry.name.endswith(".conf"):
+                yield entry
+
+
+def _inside(path: Path, clone: Clone, volumes: Sequence[Volume]) -> Path | None:
+    """Give where the clone has its copy of a path of production, or of the clone itself; None where it has none."""
+    copies = dict(clone.paths)
+    for copy in copies.values():
+        if path.is_relative_to(copy):
+            return path
+    for volume in sorted(volumes, key=lambda volume: len(volume.path), reverse=True):
+        for root in (Path(volume.path), Path(os.path.realpath(volume.path))):
+            if path.is_relative_to(root) and volume.name in copies:
+                return copies[volume.name] / path.relative_to(root)
+    return None
+
+
+def _start_from_label(isolated: Isolated, bracket: Bracket) -> None:
+    """Make the server start from the label; the copied log is no witness, since it was copied while it was written."""
+    log = isolated.data / "pg_wal"
+    for entry in log.iterdir():
+        if is_segment(entry.name) or history_timeline(entry.name):
+            entry.unlink()
+    status = log / "archive_status"
+    for entry in status.iterdir() if status.is_dir() else ():
+        entry.unlink()
+    write(isolated.data / "backup_label", bracket.label, isolated.owner)
+
+
+def is_segment(name: str) -> bool:
+    """Whether a file of pg_wal is a segment."""
+    return _SEGMENT.fullmatch(name) is not None
+
+
+def control_data(text: str) -> dict[str, str]:
+    """Give what `pg_controldata` printed, by its own names."""
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def settings(
+    control: Mapping[str, str],
+    isolated: Isolated,
+    sockets: Path,
+    libraries: Sequence[str],
+    *,
+    throwaway: bool,
+) -> dict[str, str]:
+    """Give the whole configuration of a clone's server; production's own is not read at all.
+
+    What replay needs to be as large as on the primary comes from the control file. Origins of replicated
+    transactions are replayed too and need room (`max_replication_slots`, from version 18
+    `max_active_replication_origins`), so these are not 0 although there are no slots.
+    """
+    found = {name: control[key] for name, key in _CARRIED.items()}
+    found |= {
+        "listen_addresses": "",
+        "unix_socket_directories": str(sockets),
+        "unix_socket_permissions": "0700",
+        "hba_file": str(isolated.folder / "pg_hba.conf"),
+        "ident_file": str(isolated.folder / "pg_ident.conf"),
+        "ssl": "off",
+        "archive_mode": "off",
+        "archive_command": "",
+        "archive_library": "",
+        "primary_conninfo": "",
+        "primary_slot_name": "",
+        "synchronous_standby_names": "",
+        "max_logical_replication_workers": "0",
+        "max_sync_workers_per_subscription": "0",
+        "max_replication_slots": "200",
+        "max_wal_senders": "0",
+        "wal_level": "replica",
+        "shared_preload_libraries": ",".join(libraries),
+        "logging_collector": "off",
+        "log_destination": "stderr",
+        "log_line_prefix": "%m [%p] ",
+        "log_timezone": "UTC",
+        "lc_messages": "C",
+        "log_startup_progress_interval": "250ms",
+        "hot_standby": "off",  # nobody asks during the replay, and it need not keep what askers would need
+        "fsync": "off",  # nobody relies on it before it is up; `PostgresRecovery` syncs all at once then
+        "shared_buffers": "128MB",
+        "max_wal_size": "4GB",
+        "include_if_exists": _LISTEN_FILE,
+    }
+    if isolated.major >= 17:
+        found |= {"sync_replication_slots": "off", "synchronized_standby_slots": "", "summarize_wal": "off"}
+    if isolated.major >= 18:
+        found["max_active_replication_origins"] = "200"
+    if throwaway:
+        found |= {"full_page_writes": "off", "synchronous_commit": "off", "autovacuum": "off"}
+    return found
+
+
+def recovery_settings(target: Target, bracket: Bracket | None, staged: Path) -> dict[str, str]:
+    """Give the settings that lead a replay to `target` and no further.
+
+    `staged` is where the log lies; the server copies from it with `cp` through a shell, as PostgreSQL does it, so
+    the path was checked by `plain`. A link would not do: the server writes into the files that it was given.
+    """
+    found = {
+        "restore_command": f"test -f {staged}/%f && cp {staged}/%f %p",
+        "recovery_target_timeline": str(target.history.timeline),
+        "recovery_target_action": "promote",
+        "recovery_target_inclusive": "on" if target.inclusive else "off",
+    }
+    if target.kind is StopKind.LSN:
+        found["recovery_target_lsn"] = str(target.at)
+    elif target.kind is StopKind.TIME and target.time is not None:
+        found["recovery_target_time"] = target.time.isoformat(sep=" ", timespec="microseconds")
+    elif target.kind is StopKind.END and bracket is not None:
+        found["recovery_target"] = "immediate"
+    return found
+
+
+def configuration(found: Mapping[str, str]) -> str:
+    """Give the text of a configuration file."""
+    quoted = {name: value.replace("\\", "\\\\").replace("'", "''") for name, value in found.items()}
+    return "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
+
+
+def write_configuration(isolated: Isolated, found: Mapping[str, str]) -> Path:
+    """Write the clone's configuration; gives the path of its main file."""
+    write(isolated.folder / "pg_hba.conf", _HBA, isolated.owner)
+    write(isolated.folder / "pg_ident.conf", "", isolated.owner)
+    return write(isolated.folder / "postgresql.conf", configuration(found), isolated.owner)
+
+
+def listen(isolated: Isolated, address: Address | None) -> None:
+    """Let the server of a copy listen over TCP from its next start on, or at its socket alone; blocks on small files.
+
+    Over TCP a role has to prove its password (SCRAM; one that is stored as md5 or not at all cannot), nothing is
+    encrypted, and nothing can be replicated.
+    """
+    write(isolated.folder / "pg_hba.conf", _HBA + (_HBA_OVER_TCP if address else ""), isolated.owner)
+    file = isolated.folder / _LISTEN_FILE
+    if address is None:
+        file.unlink(missing_ok=True)
+    else:
+        found = {"listen_addresses": address.host, "port": str(address.port)}
+        write(file, configuration(found), isolated.owner)
+
+
+def write(path: Path, text: str, owner: tuple[int, int]) -> Path:
+    """Write a small file of the owner's, readable by nobody else; never through a link that lies there."""
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    give(path, owner)
+    return path
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir())) if folder.is_dir() else ()

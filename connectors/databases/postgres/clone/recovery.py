@@ -1,0 +1,451 @@
+"""From a clone of a cluster's volumes to a running, isolated server at an exact target.
+
+An atomic snapshot holds its own log and first recovers from that, as after a power cut; only at its end it is
+consistent, and only from there the staged log can lead it on. So the clone's pg_wal stays as it was cut, and the rest
+comes through `restore_command`. A snapshot that is not one instant starts from its backup label instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from connectors.databases.postgres.clone import inspection, isolation, postmaster, tablespaces
+from connectors.databases.postgres.clone.isolation import Isolated, Placement
+from connectors.databases.postgres.clone.release import release
+from connectors.databases.postgres.clone.scrub import scrub
+from connectors.databases.postgres.log.segments import give
+from connectors.databases.postgres.log.wal import history_timeline
+from connectors.databases.postgres.log.waldump import WalDump
+from connectors.databases.postgres.programs import Programs, last_lines, run
+from trigger.errors import DatabaseError, RestoreError
+from trigger.model import Address, Bracket, StopKind, Target, Volume
+from trigger.ports import Clone, Progress, Running
+from trigger.position import History, Lineage, Lsn
+
+PORT = 5432
+_SOCKET_PATH_LIMIT = 107 - len("/.s.PGSQL.65535.lock")
+_POLL_SECONDS = 0.01
+_PROGRAM_SECONDS = 60.0
+_SYNC_SECONDS = 600.0
+_REPLAYING = re.compile(r"redo in progress, elapsed time: .*, current LSN: ([0-9A-F]+/[0-9A-F]+)")
+_LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+)\+00")
+_HINTS = {
+    "before consistent recovery point": "the base holds more than the target; an earlier point is needed",
+    "recovery ended before configured recovery target": "the journal ends before the target, or is damaged there; for a"
+    " time: no commit is later, and the running cluster did not make one (--to-latest gives all there is)",
+    "resource manager with ID": "an extension wrote the log; name its library in restore.keep_libraries",
+    "could not create lock file": "another server already runs on this clone",
+    "could not create any TCP/IP sockets": "the address is not one of this host's, or its port is taken",
+    "Permission denied": "the owner of the data must be able to reach the clone, the staged log and the programs",
+}
+
+
+class PostgresRecovery:
+    """Starts, looks into and stops the servers of clones.
+
+    Args:
+        placement: where in the volumes the cluster lies.
+        programs_for: gives the programs of a major version.
+        sockets: folder for the clones' socket folders; short, since a socket's path has to fit in 107 bytes, and
+            reachable by the owner of the data.
+        superuser: the role with which clones are prepared and asked; for most clusters `postgres`.
+        keep_libraries: `shared_preload_libraries` that a clone loads too, where reading its data needs them.
+        start_deadline_seconds: for everything from the start of a server to its promotion.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        programs_for: Callable[[int], Programs],
+        sockets: Path,
+        *,
+        superuser: str = "postgres",
+        keep_libraries: Sequence[str] = (),
+        start_deadline_seconds: float = 3600.0,
+    ) -> None:
+        self._placement = placement
+        self._programs_for = programs_for
+        self._sockets = sockets
+        self._superuser = superuser
+        self._keep_libraries = tuple(keep_libraries)
+        self._start_deadline_seconds = start_deadline_seconds
+
+    async def start(
+        self,
+        clone: Clone,
+        volumes: Sequence[Volume],
+        target: Target,
+        bracket: Bracket | None,
+        log_folder: Path,
+        progress: Progress,
+        *,
+        throwaway: bool = False,
+    ) -> Running:
+        """Isolate the clone, replay to `target` from `log_folder`, promote to a timeline of its own, and wait.
+
+        A cancellation or an error ends the server that was started; the clone's files stay as they are then.
+
+        Raises:
+            RestoreError: it did not reach the target; the message holds the server's own last words.
+        """
+        isolated = await asyncio.to_thread(isolation.isolate, clone, self._placement, volumes, bracket)
+        programs = self._programs_for(isolated.major)
+        await _require_reachable(programs, isolated, isolation.plain(log_folder, "the folder of the staged log"))
+        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", isolated.data))
+        _require_fit(control, target, bracket)
+        redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
+        await tablespaces.refuse_new_ones(WalDump(programs, isolated.owner), isolated, log_folder, redo, target)
+        staged = await asyncio.to_thread(_visible_log, isolated, log_folder, target, bracket)
+        sockets = self._socket_folder(isolated)
+        found = isolation.settings(control, isolated, sockets, self._keep_libraries, throwaway=throwaway)
+        found |= isolation.recovery_settings(target, bracket, staged)
+        await asyncio.to_thread(isolation.write_configuration, isolated, found)
+        isolation.write(isolated.data / "recovery.signal", "", isolated.owner)
+        try:
+            await self._launch(programs, isolated)
+            await self._ready(isolated, redo, target, progress)
+            running = await self._describe(clone, isolated, sockets, bracket)
+            _require_all(running, target)
+            if not throwaway:
+                await self._make_durable(clone, running, isolated, found)
+            return running
+        except BaseException:
+            await asyncio.shield(postmaster.end(isolated.data, signal.SIGQUIT))
+            raise
+
+    async def inspect(
+        self, running: Running, target: Target, log_folder: Path, *, deep: bool
+    ) -> AsyncIterator[tuple[str, bool, str]]:
+        """Give (what was checked, whether it held, what was seen), one a check; see `inspection`."""
+        state = _State.read(running.data_directory)
+        programs = self._programs_for(isolation.major_of(running.data_directory))
+        dump = WalDump(programs, _owner_of(running.data_directory))
+        subject = inspection.Subject(running, target, log_folder, state.next_xid, self._admin_conninfo(running))
+        for check in (inspection.holds_target, inspection.lacks_next, inspection.holds_those_before):
+            yield await check(subject, dump)
+        if deep:
+            yield await inspection.structures(subject, programs, _owner_of(running.data_directory))
+            yield await self._pages(running, programs)
+
+    async def query(self, running: Running, database: str, sql: str) -> str:
+        """Give the first column of the first row of `sql` as text ("" for NULL or no row); raises `RestoreError`."""
+        try:
+            async with await psycopg.AsyncConnection.connect(
+                make_conninfo(running.conninfo, dbname=database), autocommit=True
+            ) as connection:
+                cursor = await connection.execute(sql.encode())
+                found = cursor.pgresult  # the server's own text: `t` for true, every digit of a number
+                value = found.get_value(0, 0) if found is not None and found.ntuples and found.nfields else None
+        except psycopg.Error as error:
+            raise RestoreError(f"the clone refused {sql!r} in database {database}: {error}") from error
+        return "" if value is None else value.decode(errors="replace")
+
+    async def stop(self, clone: Clone) -> None:
+        """Stop the server of a clone; one that does not run is no error."""
+        data = self._data(clone)
+        if data is None:
+            return
+        await postmaster.end(data, signal.SIGINT)
+        await asyncio.to_thread(shutil.rmtree, self._socket_path(data), ignore_errors=True)
+
+    async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
+        """Start the server of a clone that was brought up before, as it was left; see port `Recovery`."""
+        data = self._data(clone)
+        if data is None:
+            raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
+        state = _State.read(data)
+        programs = self._programs_for(isolation.major_of(data))
+        isolated = Isolated(data, _owner_of(data), programs.major, ())
+        self._socket_folder(isolated)
+        await asyncio.to_thread(postmaster.forget_the_dead, data)
+        await asyncio.to_thread(isolation.listen, isolated, listen)
+        await self._start_again(programs, isolated, state)
+        server = postmaster.find(data)
+        if server is None:
+            raise RestoreError(f"the server of {clone.name} ended right after its start")
+        port = listen.port if listen else PORT  # of the socket too: a server has one
+        state = replace(state, conninfo=make_conninfo(state.conninfo, port=port))
+        await asyncio.to_thread(isolation.write, isolated.folder / _State.FILE, state.as_json(), isolated.owner)
+        return state.running(data, server.pid)
+
+    async def _start_again(self, programs: Programs, isolated: Isolated, state: _State) -> None:
+        """Start a server that was brought up before, and wait until it takes connections."""
+        replayed = Lsn.parse(state.replayed)
+        at = Target(History(state.system, state.timeline), StopKind.END, replayed, True, f"clone {state.clone}")
+        await self._launch(programs, isolated)
+        await self._ready(isolated, replayed, at, lambda *_: None)
+
+    async def running(self, clone: Clone) -> Running | None:
+        """Give the server of a clone if it runs."""
+        data = self._data(clone)
+        server = postmaster.find(data) if data else None
+        if data is None or server is None or server.status != "ready":
+            return None
+        try:
+            return _State.read(data).running(data, server.pid)
+        except RestoreError:  # it is up, and its start is not finished
+            return None
+
+    async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:
+        """Make a stopped clone fit to take the place of the cluster it was made of; see `release`."""
+        data = self._data(clone)
+        if data is None:
+            raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
+        if postmaster.find(data) is not None:
+            raise RestoreError(f"the server of {clone.name} still runs", hint="stop it first")
+        await asyncio.to_thread(release, data, clone, volumes)
+
+    def _data(self, clone: Clone) -> Path | None:
+        copy = dict(clone.paths).get(self._placement.data.volume)
+        return copy / self._placement.data.path if copy else None
+
+    def _socket_path(self, data: Path) -> Path:
+        return self._sockets / hashlib.sha256(os.fsencode(data)).hexdigest()[:12]
+
+    def _socket_folder(self, isolated: Isolated) -> Path:
+        """Make the folder of a clone's socket; only the owner of the data and root may enter it."""
+        path = isolation.plain(self._socket_path(isolated.data), "the folder of sockets")
+        if len(os.fsencode(path)) > _SOCKET_PATH_LIMIT:
+            raise RestoreError(f"the folder of sockets {self._sockets} is too long for a socket's path")
+        self._sockets.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        for folder in (self._sockets, path):
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid(), isolated.owner[0]):
+                raise RestoreError(
+                    f"{folder} is not ours: it belongs to user id {found.st_uid}",
+                    hint="another user made it, who could pass off a server as the clone; remove it",
+                )
+        give(path, isolated.owner)
+        path.chmod(0o700)
+        return path
+
+    async def _launch(self, programs: Programs, isolated: Isolated) -> None:
+        """Start the server as the owner of the data and return at once; it outlives us.
+
+        `pg_ctl` detaches it, and is not asked to wait, since it looks ten times a second only.
+        """
+        log = isolation.write(isolated.folder / "server.log", "", isolated.owner)
+        option = f"--config-file={isolated.folder / 'postgresql.conf'}"
+        await _ask(programs, isolated, "pg_ctl", "start", "-W", "-s", "-D", isolated.data, "-l", log, "-o", option)
+
+    async def _ready(self, isolated: Isolated, begin: Lsn, target: Target, progress: Progress) -> None:
+        """Wait until the server has replayed, promoted itself and takes connections."""
+        log, total, started = isolated.folder / "server.log", max(target.at - begin, 0), False
+        told = 0
+        clock = asyncio.get_running_loop().time
+        appear_by, deadline = clock() + _PROGRAM_SECONDS, clock() + self._start_deadline_seconds
+        while True:
+            server = postmaster.find(isolated.data)
+            if server is not None and server.status == "ready":
+                return
+            words = await asyncio.to_thread(log.read_text, errors="replace")
+            lost = server is None and (started or "FATAL" in words or "PANIC" in words or clock() > appear_by)
+            if lost or clock() > deadline:
+                raise _failure(target, words, "" if lost else f"not within {self._start_deadline_seconds:g} s")
+            started = started or server is not None
+            reports = _REPLAYING.findall(words)
+            if len(reports) > told:
+                told = len(reports)
+                progress("replay", min(Lsn.parse(reports[-1]) - begin, total), total)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _describe(self, clone: Clone, isolated: Isolated, sockets: Path, bracket: Bracket | None) -> Running:
+        """Make the running clone forget its ties to the world, and say what it is."""
+        if bracket is not None and not (isolated.data / "backup_label.old").exists():
+            raise RestoreError(f"the server of {clone.name} did not start from its backup label")
+        conninfo = make_conninfo(host=str(sockets), port=PORT, user=self._superuser, application_name="trigpoint")
+        try:
+            facts = await scrub(conninfo, isolated.major)
+        except psycopg.Error as error:
+            raise RestoreError(
+                f"clone {clone.name} came up and could not be prepared as role {self._superuser}: {error}",
+                hint="set restore.superuser to a superuser of the cluster; where the words above speak of damaged data,"
+                " restore from another point, and see what trigpoint verify says of this one",
+            ) from error
+        words = (isolated.folder / "server.log").read_text(errors="replace")
+        history = (isolated.data / "pg_wal" / f"{facts.timeline:08X}.history").read_text()
+        lineage = Lineage.from_history_file(History(facts.system, facts.timeline), history)
+        removed = f"replication slots removed: {', '.join(isolated.slots)}"
+        state = _State(
+            clone=clone.name,
+            conninfo=conninfo,
+            system=facts.system,
+            timeline=facts.timeline,
+            replayed=str(lineage.forks[-1][1]),
+            last_commit_at=f"{found[-1]}+00:00" if (found := _LAST_COMMIT.findall(words)) else "",
+            notes=(*([removed] if isolated.slots else []), *facts.notes),
+            next_xid=facts.next_xid,
+        )
+        isolation.write(isolated.folder / _State.FILE, state.as_json(), isolated.owner)
+        server = postmaster.find(isolated.data)
+        if server is None:
+            raise RestoreError(f"the server of {clone.name} ended: {last_lines(words)}")
+        return state.running(isolated.data, server.pid)
+
+    async def _make_durable(self, clone: Clone, running: Running, isolated: Isolated, found: dict[str, str]) -> None:
+        """Put everything the replay wrote on stable storage at once, and everything from here on as usual.
+
+        The replay ran with `fsync = off`: a clone that a power cut hits before it is up is made again anyway, and one
+        sync of its filesystems costs a fraction of one sync a file.
+        """
+        await asyncio.to_thread(isolation.write_configuration, isolated, found | {"fsync": "on"})
+        os.kill(running.pid, signal.SIGHUP)
+        deadline = asyncio.get_running_loop().time() + _PROGRAM_SECONDS
+        while await self.query(running, "template1", "SHOW fsync") != "on":
+            if asyncio.get_running_loop().time() > deadline:
+                raise RestoreError(f"the server of {clone.name} did not take its final configuration")
+            await asyncio.sleep(_POLL_SECONDS)
+        await self.query(running, "template1", "CHECKPOINT")
+        for _, copy in clone.paths:
+            try:
+                await run(["sync", "--file-system", copy], deadline_seconds=_SYNC_SECONDS)
+            except DatabaseError as error:
+                raise RestoreError(f"clone {clone.name} could not be made durable: {error.message}") from error
+
+    def _admin_conninfo(self, running: Running) -> str:
+        return make_conninfo(running.conninfo, user=self._superuser)
+
+    async def _pages(self, running: Running, programs: Programs) -> tuple[str, bool, str]:
+        """Stop the server, check every page's checksum, and start it again; the pid is another one then."""
+        data = running.data_directory
+        isolated = Isolated(data, _owner_of(data), programs.major, ())
+        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
+        if control.get("Data page checksum version", "0") == "0":
+            return "page checksums, which are switched off in this cluster", True, "nothing to check"
+        await postmaster.end(data, signal.SIGINT)
+        result = await inspection.pages(data, programs, isolated.owner)
+        await self._start_again(programs, isolated, _State.read(data))
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What is kept of a clone beside its data, so that another process can speak of it too."""
+
+    FILE = "running.json"
+
+    clone: str
+    conninfo: str
+    system: str
+    timeline: int
+    replayed: str
+    last_commit_at: str
+    notes: tuple[str, ...]
+    next_xid: int
+    """The first transaction id that the replayed log had not used."""
+
+    def as_json(self) -> str:
+        return json.dumps({name: getattr(self, name) for name in self.__slots__})
+
+    @classmethod
+    def read(cls, data: Path) -> _State:
+        try:
+            found = json.loads((data / isolation.OWN_FOLDER / cls.FILE).read_text())
+            return cls(**found | {"notes": tuple(found["notes"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RestoreError(f"{data} is not a clone that was brought up: {error}") from error
+
+    def running(self, data: Path, pid: int) -> Running:
+        return Running(
+            clone=self.clone,
+            conninfo=self.conninfo,
+            data_directory=data,
+            pid=pid,
+            history=History(self.system, self.timeline),
+            replayed=Lsn.parse(self.replayed),
+            last_commit_at=datetime.fromisoformat(self.last_commit_at) if self.last_commit_at else None,
+            notes=self.notes,
+        )
+
+
+async def _ask(
+    programs: Programs, isolated: Isolated, name: str, *arguments: str | Path, seconds: float = _PROGRAM_SECONDS
+) -> str:
+    try:
+        return await run([programs.path(name), *arguments], owner=isolated.owner, deadline_seconds=seconds)
+    except DatabaseError as error:
+        raise RestoreError(error.message, hint=error.hint) from error
+
+
+async def _require_reachable(programs: Programs, isolated: Isolated, staged: Path) -> None:
+    """Refuse early, and in clear words, what the owner of the data may not execute or read."""
+    who = f"user id {isolated.owner[0]}, who owns the data,"
+    try:
+        await _ask(programs, isolated, "postgres", "--version")
+    except (OSError, RestoreError) as error:
+        raise RestoreError(
+            f"{who} cannot run {programs.path('postgres')}: {error}",
+            hint="install PostgreSQL where every user can execute it, or set database.bin_directory",
+        ) from error
+    for path in (isolated.data / "PG_VERSION", *sorted(staged.iterdir())[:1]):
+        try:
+            await run(["/usr/bin/test", "-r", path], owner=isolated.owner, deadline_seconds=_PROGRAM_SECONDS)
+        except DatabaseError:
+            raise RestoreError(
+                f"{who} cannot read {path}",
+                hint="every folder above it must be open to that user (chmod o+x), and the file must be the user's",
+            ) from None
+
+
+def _require_fit(control: dict[str, str], target: Target, bracket: Bracket | None) -> None:
+    system = control["Database system identifier"]
+    if system != target.history.system:
+        raise RestoreError(f"the clone is of cluster {system}, the target in cluster {target.history.system}")
+    if bracket is not None and target.kind is StopKind.LSN and target.at < bracket.stop.at:
+        raise RestoreError(
+            f"the target {target.at} lies before {bracket.stop.at}, where the copy becomes consistent",
+            hint="restore from an earlier point",
+        )
+
+
+def _require_all(running: Running, target: Target) -> None:
+    """Refuse a latest state that lacks some of the log: a server takes damage for the end."""
+    if target.kind is StopKind.LATEST and running.replayed < target.at:
+        raise RestoreError(
+            f"the replay ended at {running.replayed}, the log that is kept goes to {target.at}: it is damaged there",
+            hint="name a commit before that place (--to-xid); what comes after it needs a point behind the damage",
+        )
+
+
+def _visible_log(isolated: Isolated, staged: Path, target: Target, bracket: Bracket | None) -> Path:
+    """Give the folder from which the server restores; for the end of a snapshot one with history files only.
+
+    Those keep the clone's new timeline apart from every timeline that production ever had.
+    """
+    if target.kind is not StopKind.END or bracket is not None:
+        return staged
+    own = isolated.folder / "log"
+    own.mkdir(mode=0o700, exist_ok=True)
+    give(own, isolated.owner)
+    for entry in staged.iterdir():
+        if history_timeline(entry.name) is not None:
+            isolation.write(own / entry.name, entry.read_text(), isolated.owner)
+    return own
+
+
+def _failure(target: Target, words: str, why: str) -> RestoreError:
+    said = [line for line in words.splitlines() if "FATAL" in line or "PANIC" in line] or words.splitlines()[-6:]
+    hint = next((hint for sign, hint in _HINTS.items() if sign in words), "the server's log has more")
+    return RestoreError(
+        f"the clone did not reach {target.description}: {why or last_lines(chr(10).join(said))}", hint=hint
+    )
+
+
+def _owner_of(data: Path) -> tuple[int, int]:
+    status = data.stat()
+    return status.st_uid, status.st_gid

@@ -1,0 +1,58 @@
+"""Refuse a replay that would make a tablespace: the server would empty that folder of production first (R11).
+
+Looked for in the log of the snapshot itself, and in what is staged from the journal, by PostgreSQL's `pg_waldump`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from connectors.databases.postgres.clone import isolation
+from connectors.databases.postgres.clone.isolation import Isolated
+from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.waldump import Stretch, WalDump
+from trigger.errors import RestoreError
+from trigger.model import StopKind, Target
+from trigger.position import Lsn
+
+
+async def refuse_new_ones(dump: WalDump, isolated: Isolated, staged: Path, redo: Lsn, target: Target) -> None:
+    """Raise `RestoreError` where a replay from `redo` to `target` would make a tablespace."""
+    segment_bytes = await asyncio.to_thread(_segment_bytes, isolated.data / "pg_wal", staged)
+    if segment_bytes is None:
+        return
+    for folder in (isolated.data / "pg_wal", staged):
+        for stretch in await asyncio.to_thread(_stretches, folder, segment_bytes, redo, target):
+            for made in await dump.tablespaces(stretch):
+                raise RestoreError(
+                    f"the log up to {target.description} makes tablespace {made.oid} at {made.location}, and a replay"
+                    " would empty that folder of production",
+                    hint="run CHECKPOINT, take a point, and restore from that one or a later one",
+                )
+
+
+def _segment_bytes(*folders: Path) -> int | None:
+    """Give the segment size by the size of a segment file."""
+    sizes = (
+        entry.stat().st_size for folder in folders for entry in folder.iterdir() if isolation.is_segment(entry.name)
+    )
+    return next(sizes, None)
+
+
+def _stretches(folder: Path, segment_bytes: int, redo: Lsn, target: Target) -> list[Stretch]:
+    """Give what of the log in a folder a replay from `redo` to `target` can read, one stretch a timeline."""
+    if target.kind is StopKind.END and folder.name != "pg_wal":
+        return []
+    held: dict[int, list[int]] = {}
+    for name in SegmentFolder(folder, segment_bytes).names():
+        if name.number >= redo // segment_bytes:
+            held.setdefault(name.timeline, []).append(name.number)
+    found: list[Stretch] = []
+    for timeline, numbers in held.items():
+        start = max(redo, Lsn(min(numbers) * segment_bytes))
+        end = Lsn((max(numbers) + 1) * segment_bytes)  # without one pg_waldump waits for a segment that does not come
+        if target.kind is StopKind.LSN and timeline == target.history.timeline:
+            end = min(end, Lsn(target.at + 1))
+        found.append(Stretch(folder, timeline, start, end))
+    return found

@@ -1,0 +1,265 @@
+"""Feed of a journal: an archive that is there already, read through the operator's own `restore_command`.
+
+PostgreSQL's convention for such a command is kept: it fails for a file that is not there, so a failure alone is no
+trouble. It is one where the command itself could not do its work (ended by a signal, not found, not executable), and
+where the server finished a segment long ago that the archive still does not give.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from connectors.databases.postgres.log.segments import SegmentFolder, give
+from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.programs import as_owner, last_lines, minimal_environment
+from trigger.errors import ConfigError, DatabaseError, JournalError
+from trigger.model import Finding, Severity
+from trigger.position import History, Position
+
+_COMMAND = "restore_command"
+_NAME_LENGTH = 24
+"""Characters of a segment's name."""
+_TRY_SECONDS = 20.0
+"""How long the command may take when it is only tried: a start waits for it."""
+_FETCHING = "fetching"
+_HIGHEST_CODE = 125
+"""Above it a shell says that it did not find the command, or could not run it."""
+_BY_SIGNAL = 128
+"""Added by a shell to the number of the signal that ended what it ran."""
+_SEVERAL = 4
+"""So many finished segments that do not come from one look to the next are too many, however short the time."""
+_MEND = (
+    "see that the command can be run by hand as the user of the service, or correct journal.restore_command and start"
+    " the service again; commits since the last segment that came cannot be restored exactly until then"
+)
+_FEED = (
+    "see that the server archives (archive_mode, archive_command, pg_stat_archiver), and that restore_command reads the"
+    " same archive and may do so; commits in this segment and behind it cannot be restored exactly until it comes. If"
+    " it is lost for good, put the next one that there is into the journal's folder and start the service again"
+)
+
+
+class _Refusal(NamedTuple):
+    """Why a file was not given."""
+
+    why: str
+    broken: bool
+    """Whether the command itself could not do its work, so that nothing is known of the file."""
+
+
+class Server(Protocol):
+    """What the server that fills the archive says of its log; each raises `DatabaseError`."""
+
+    async def redo(self) -> Position:
+        """Give a position that the oldest point needs: where to begin while the folder is empty."""
+        ...
+
+    async def durable(self) -> Position:
+        """Give how far the server has come."""
+        ...
+
+    async def archived(self) -> str:
+        """Give the file that it archived last, "" for none."""
+        ...
+
+
+class ArchiveReader:
+    """Follows an archive: fetches each next segment as soon as it is there, and any file that a restore asks for.
+
+    The command is the operator's own shell text, in the form of PostgreSQL's setting `restore_command`, and is run as
+    PostgreSQL runs it: `%f` is the file, `%p` where to put it, `%%` a percent sign, and `/bin/sh -c` reads the rest.
+    Nothing but names of segments, of which we know the form, is put into it.
+
+    Args:
+        command: as above.
+        server: the one that fills the archive.
+        owner: user and group id to run as; ignored where we are not root.
+        poll_seconds: how often the archive is asked for what is not there yet.
+        fetch_seconds: how long one run of the command may take.
+        late_seconds: how long the archive may lack a segment that the server has finished before that is a trouble.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        server: Server,
+        *,
+        owner: tuple[int, int] | None = None,
+        poll_seconds: float = 5.0,
+        fetch_seconds: float = 120.0,
+        late_seconds: float = 60.0,
+    ) -> None:
+        if "%f" not in command or "%p" not in command:
+            raise ConfigError(f"not a restore_command: {command!r}", hint="it needs %f and %p, as in cp /archive/%f %p")
+        self._command = command
+        self._server = server
+        self.owner = owner
+        self._poll_seconds = poll_seconds
+        self._fetch_seconds = fetch_seconds
+        self._late_seconds = late_seconds
+        self._refusal: _Refusal | None = None
+        self._broken = ""
+        self._late = ""
+        self._finished_since: float | None = None
+
+    async def check(self, segment_bytes: int) -> list[Finding]:
+        """Say whether the command brings back what the server archived last; only a copy of it is made, and removed."""
+        try:
+            last = await self._server.archived()
+        except DatabaseError as error:
+            return [Finding(_COMMAND, Severity.NOTE, f"not tried, since the server does not answer: {error.message}")]
+        name = last[:_NAME_LENGTH]  # a file of a backup is called by its segment, which was archived before it
+        if SegmentName.parse(name, segment_bytes) is None:
+            return [Finding(_COMMAND, Severity.WARNING, "not tried, since the server has archived no segment", _FEED)]
+        with tempfile.TemporaryDirectory(prefix="trigpoint-") as folder:
+            path = Path(folder) / name
+            refusal = await asyncio.to_thread(self._ask, segment_bytes, name, path, _TRY_SECONDS)
+        if refusal is None:
+            return [Finding(_COMMAND, Severity.OK, f"brings {name}, which the server archived last")]
+        message = f"does not bring {name}, which the server archived last: {refusal.why}"
+        return [Finding(_COMMAND, Severity.WARNING, message, _MEND)]
+
+    def findings(self) -> list[Finding]:
+        """Give why no log comes out of the archive at present; that it has no further segment yet is no trouble."""
+        if self._broken:
+            message = f"the archive cannot be read: {self._broken}"
+            return [Finding(_COMMAND, Severity.WARNING, message, _MEND)]
+        return [Finding("archive", Severity.WARNING, self._late, _FEED)] if self._late else []
+
+    def fetch(self, segments: SegmentFolder, name: str) -> bool:
+        """Fetch one file if the folder does not have it; whether it has it now. Blocks for `fetch_seconds` at most."""
+        if segments.locate(name) is not None:
+            return True
+        path = segments.path / f"{_FETCHING}.{os.getpid()}.{name}"  # a restore fetches beside the service
+        path.unlink(missing_ok=True)
+        self._refusal = self._ask(segments.segment_bytes, name, path, self._fetch_seconds)
+        if self._refusal is not None:
+            path.unlink(missing_ok=True)
+            return False
+        path.replace(segments.path / name)
+        (segments.path / f"{name}.partial").unlink(missing_ok=True)
+        return True
+
+    def _ask(self, segment_bytes: int, name: str, path: Path, seconds: float) -> _Refusal | None:
+        """Have the command put a file at `path`; gives why it did not, None where it is there, whole."""
+        try:
+            code, words = self._run_command(name, path, seconds)
+        except subprocess.TimeoutExpired:
+            return _Refusal(f"the command did not end within {seconds:g} s", broken=True)
+        if code > _BY_SIGNAL:
+            code = _BY_SIGNAL - code
+        if code != 0:
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            broken = code != -signal.SIGTERM and not 0 <= code <= _HIGHEST_CODE
+            return _Refusal(f"the command ended with {how}{words and f': {words}'}", broken)
+        if not path.exists():
+            return _Refusal("the command ended well and gave no file", broken=False)
+        size, is_segment = path.stat().st_size, SegmentName.parse(name, segment_bytes) is not None
+        if is_segment and size != segment_bytes:  # perhaps it is just being written there
+            return _Refusal(f"the command gave {size} of {segment_bytes} bytes", broken=False)
+        return None
+
+    def _run_command(self, name: str, path: Path, seconds: float) -> tuple[int, str]:
+        """Give its exit code and its last words; where it does not end in time, it goes with all it started."""
+        marks = {"%f": name, "%p": str(path), "%%": "%"}
+        with subprocess.Popen(
+            ["/bin/sh", "-c", re.sub("%[fp%]", lambda mark: marks[mark[0]], self._command)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=minimal_environment(),
+            cwd=path.parent,
+            start_new_session=True,
+            **as_owner(self.owner),
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return process.returncode, last_lines(output.decode(errors="replace"))
+
+    async def run(self, segments: SegmentFolder) -> None:
+        """Fetch what comes, segment by segment and timeline by timeline, until cancelled.
+
+        Raises:
+            JournalError: the folder is empty, and the server does not say where to begin.
+        """
+        following = await self._resume(segments)
+        while True:
+            if await asyncio.to_thread(self.fetch, segments, following.text(segments.segment_bytes)):
+                self._broken, self._late, self._finished_since = "", "", None
+                following = SegmentName(following.timeline, following.number + 1)
+                continue
+            refusal = self._refusal
+            if (fork := await self._next_timeline(segments, following)) is not None:
+                following = fork
+                continue
+            if refusal is not None:
+                await self._judge(following, segments.segment_bytes, refusal)
+            await asyncio.to_thread(self._fill, segments, following)
+            await asyncio.sleep(self._poll_seconds)
+
+    async def _judge(self, following: SegmentName, segment_bytes: int, refusal: _Refusal) -> None:
+        """Tell an archive that cannot be read, or that the server has left behind, from one that is up to date."""
+        self._broken = refusal.why if refusal.broken else ""
+        try:
+            finished = (await self._server.durable()).at // segment_bytes - following.number
+        except DatabaseError:
+            return  # the streams say so
+        now = asyncio.get_running_loop().time()
+        if finished < 1:
+            self._late, self._finished_since = "", None
+        elif self._finished_since is None:
+            self._finished_since = now
+        elif finished >= _SEVERAL or now - self._finished_since >= self._late_seconds:
+            name = following.text(segment_bytes)
+            self._late = f"the archive does not give segment {name}, which the server has finished: {refusal.why}"
+
+    def _fill(self, segments: SegmentFolder, following: SegmentName) -> None:
+        """Fetch what is missing between the oldest segment and the next one, in case that the archive has it by now.
+
+        A server archives a new timeline's history before the segments of the old one that it was behind with.
+        """
+        held = [name for name in segments.names() if not name.partial]
+        for before, behind in itertools.pairwise([*held, following]):
+            for number in range(before.number + 1, behind.number):
+                if not self.fetch(segments, SegmentName(before.timeline, number).text(segments.segment_bytes)):
+                    return
+
+    async def _resume(self, segments: SegmentFolder) -> SegmentName:
+        """Give behind what is held; where nothing is, the beginning, which an empty partial segment keeps in mind."""
+        names = await asyncio.to_thread(segments.names)
+        if held := [name for name in names if not name.partial]:
+            newest = max(held)
+            return SegmentName(newest.timeline, newest.number + 1)
+        if names:
+            return names[0]._replace(partial=False)
+        try:
+            begin = await self._server.redo()
+        except DatabaseError as error:
+            raise JournalError(f"the server does not say where the journal has to begin: {error}") from error
+        first = SegmentName(begin.history.timeline, begin.at // segments.segment_bytes)
+        mark = segments.file(first._replace(partial=True))
+        mark.touch(mode=0o600)
+        give(mark, self.owner)
+        return first
+
+    async def _next_timeline(self, segments: SegmentFolder, following: SegmentName) -> SegmentName | None:
+        """Give where a timeline that left this one goes on; None while the archive knows of none."""
+        for timeline in itertools.count(following.timeline + 1):
+            if not await asyncio.to_thread(self.fetch, segments, f"{timeline:08X}.history"):
+                return None
+            lineage = await asyncio.to_thread(segments.lineage, History("", timeline))
+            left = dict(lineage.forks).get(following.timeline)
+            if left is not None:
+                return SegmentName(timeline, left // segments.segment_bytes)
+        return None

@@ -1,0 +1,219 @@
+"""The audit of a journal's chain: every complete segment is looked at once, and what was found is remembered.
+
+A segment is damaged where it is not whole, does not say what its name says, belongs to another cluster, or holds a
+record that fails its checksum. Headers are read here, records by PostgreSQL's own `pg_waldump`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.wal import SegmentName, page_faults, page_header
+from connectors.databases.postgres.log.waldump import Stretch, WalDump
+from trigger.errors import JournalError
+from trigger.model import Finding, Severity
+from trigger.position import Lsn
+
+_STATE_FILE = "audit.json"
+_KEEP_SECONDS = 2.0
+"""How much of a long audit may be lost with the process; it may never come to an end where that dies often."""
+_MISSING = "missing"
+_REMEDY = (
+    "commits whose replay needs it cannot be restored: take a point now, and bring a sound copy of the file back if"
+    " the server's pg_wal or another archive still has it"
+)
+
+
+@dataclass(slots=True)
+class _Timeline:
+    """How far the audit of one timeline has come."""
+
+    first: int
+    """The oldest segment that must still be there."""
+    following: int
+    """The first that was not looked at yet."""
+    resume: int
+    """Where the first record begins that was not looked at yet."""
+
+
+@dataclass(slots=True)
+class _State:
+    system: str = ""
+    timelines: dict[int, _Timeline] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    looked_ns: int = 0
+    """When it was last seen whether known segments changed; what was written to since is looked at again."""
+
+
+class Audit:
+    """Looks at the segments of one folder; what it found survives a restart, in a file beside them."""
+
+    def __init__(self, segments: SegmentFolder, dump: WalDump) -> None:
+        self._segments = segments
+        self._dump = dump
+        self._state: _State | None = None
+        self.between_segments = asyncio.Lock()
+        """Held while one segment is looked at; to be held by whoever takes segments away meanwhile."""
+
+    async def run(self) -> list[Finding]:
+        """Look at the segments that are new since the last audit, and whether the others are still there, and whole.
+
+        Gives all that is wrong, also what an earlier audit found.
+        """
+        began_ns = time.time_ns()
+        async with self.between_segments:
+            state = await asyncio.to_thread(self.load)
+            names = [name for name in await asyncio.to_thread(self._segments.names) if not name.partial]
+            await asyncio.to_thread(self._look_at_known, state, names)
+            state.looked_ns = began_ns
+        kept_at = time.monotonic()
+        for name in names:
+            async with self.between_segments:
+                await self._look_at_new(state, name)
+                if time.monotonic() - kept_at > _KEEP_SECONDS:
+                    await asyncio.to_thread(self._kept)
+                    kept_at = time.monotonic()
+        async with self.between_segments:
+            kept = await asyncio.to_thread(self._kept)
+        return [*kept, *(_damage(*one) for one in sorted(state.damaged.items()))]
+
+    def _kept(self) -> list[Finding]:
+        """Keep what was found; gives why that could not be done, since what was found is worth telling all the same."""
+        try:
+            self._keep()
+        except JournalError as error:
+            return [Finding("audit", Severity.WARNING, error.message, "make room, or give the folder back to us")]
+        return []
+
+    def load(self) -> _State:
+        """Give what earlier audits found; blocks on a small file."""
+        if self._state is None:
+            self._state = self._read()
+            self._segments.damaged = self._state.damaged
+        return self._state
+
+    def forget(self, before: Lsn) -> None:
+        """Miss nothing any more that lies wholly before `before`, looked at or not: it is deleted on purpose."""
+        state = self.load()
+        oldest = before // self._segments.segment_bytes
+        for timeline in state.timelines.values():
+            timeline.first = max(timeline.first, oldest)
+            if timeline.following < oldest:
+                timeline.following, timeline.resume = oldest, 0
+        for name in list(state.damaged):
+            parsed = SegmentName.parse(name, self._segments.segment_bytes)
+            if parsed is not None and parsed.number < oldest:
+                del state.damaged[name]
+        self._keep()
+
+    def _look_at_known(self, state: _State, names: list[SegmentName]) -> None:
+        """See that what was looked at before is still there, whole, and not written to since."""
+        held = {name: self._segments.file(name).stat() for name in names}
+        for timeline, known in state.timelines.items():
+            for number in range(known.first, known.following):
+                name = SegmentName(timeline, number)
+                text, found = name.text(self._segments.segment_bytes), held.get(name)
+                if found is None:
+                    state.damaged[text] = _MISSING
+                elif found.st_size != self._segments.segment_bytes:
+                    state.damaged[text] = _truncated(found.st_size, self._segments.segment_bytes)
+                elif state.damaged.get(text) == _MISSING or found.st_mtime_ns > state.looked_ns:
+                    known.following, known.resume = number, 0  # look at it anew, and at all behind it
+                    state.damaged.pop(text, None)
+                    break
+
+    async def _look_at_new(self, state: _State, name: SegmentName) -> None:
+        segment_bytes = self._segments.segment_bytes
+        if not self._segments.file(name).exists():  # gone since it was listed
+            return
+        known = state.timelines.get(name.timeline)
+        if known is None:
+            known = state.timelines[name.timeline] = _Timeline(name.number, name.number, 0)
+        if name.number < known.following:
+            return
+        for number in range(known.following, name.number):
+            state.damaged[SegmentName(name.timeline, number).text(segment_bytes)] = _MISSING
+        text, start = name.text(segment_bytes), name.start(segment_bytes)
+        folder = self._segments.file(name).parent
+        before = SegmentName(name.timeline, name.number - 1)
+        follows = known.following == name.number and known.resume and self._segments.file(before).parent == folder
+        why = await asyncio.to_thread(self._headers, state, name)
+        if not why:
+            begin = Lsn(known.resume if follows else start)
+            stretch = Stretch(folder, name.timeline, begin, Lsn(start + segment_bytes))
+            why = await self._dump.fault(stretch)
+        state.damaged.pop(text, None)
+        if why:
+            state.damaged[text] = why
+        known.following = name.number + 1
+        known.resume = 0 if why else (await asyncio.to_thread(self._segments.tail, name)).end
+
+    def _headers(self, state: _State, name: SegmentName) -> str:
+        """Give what the size and the page headers of a segment say against it; "" for nothing."""
+        size = self._segments.file(name).stat().st_size
+        if size != self._segments.segment_bytes:
+            return _truncated(size, self._segments.segment_bytes)
+        with self._segments.slices(name) as segment:
+            first = page_header(segment[:64])
+            if not state.system and first is not None:
+                state.system = first.system
+            return "; ".join(page_faults(segment, name, self._segments.segment_bytes, state.system))
+
+    def _read(self) -> _State:
+        path = self._segments.path / _STATE_FILE
+        try:
+            found = json.loads(path.read_text())
+            timelines = {int(number): _Timeline(*fields) for number, fields in found["timelines"].items()}
+            return _State(found["system"], timelines, dict(found["damaged"]), int(found.get("looked_ns", 0)))
+        except FileNotFoundError:
+            return _State()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise JournalError(
+                f"what the audit of the journal found cannot be read from {path}: {error}",
+                hint="delete the file; the next audit looks at every segment again",
+            ) from error
+
+    def _keep(self) -> None:
+        state = self.load()
+        text = json.dumps(
+            {
+                "system": state.system,
+                "timelines": {
+                    number: [one.first, one.following, one.resume] for number, one in state.timelines.items()
+                },
+                "damaged": state.damaged,
+                "looked_ns": state.looked_ns,
+            }
+        )
+        path = self._segments.path / _STATE_FILE
+        try:
+            _replace(path, text)
+        except OSError as error:
+            raise JournalError(f"what the audit found cannot be kept in {path}: {error.strerror}") from error
+
+
+def _damage(name: str, why: str) -> Finding:
+    message = f"segment {name} is missing" if why == _MISSING else f"segment {name} is damaged: {why}"
+    return Finding(name, Severity.REFUSED, message, _REMEDY)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a small file at once: the old text or the new one, never half of it."""
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _truncated(size: int, wanted: int) -> str:
+    return f"truncated: {size} of {wanted} bytes"

@@ -1,0 +1,338 @@
+"""Feed of a journal: PostgreSQL's own `pg_receivewal` under supervision, with a physical slot of its own.
+
+It runs without `--synchronous`: what arrives is written at once and can be staged at once either way, and an fsync
+for every few kilobytes would be paid by the host. Nothing is lost by that, since the server's slot moves only when a
+whole segment is on stable storage; after a power cut the server sends the rest of it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from connectors.databases.postgres.log.segments import SegmentFolder, give
+from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.programs import Programs, as_owner, last_lines, minimal_environment
+from trigger.errors import ConfigError, JournalError
+from trigger.model import Extent, Finding, Severity
+from trigger.position import History, Lineage, Lsn
+
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 5.0
+_GOOD_RUN_SECONDS = 30.0
+_CONNECT_SECONDS = 10
+_COMMAND_SECONDS = 30.0
+_END_SECONDS = 10.0
+_WORDS_BYTES = 8192
+_SLOT_NAME = re.compile(r"[a-z0-9_]{1,63}")
+_CANNOT_SERVE = re.compile(
+    r"has already been removed|can no longer access replication slot|has been invalidated"
+    r"|cannot read from replication slot"
+)
+_OTHER_PAST = re.compile(
+    r"is not in this server's history|requested timeline \d+ is not|requested timeline \d+ does not"
+)
+_WENT_BACK = re.compile(r"starting timeline \d+ is not present in the server")
+_WAIT = "until it goes on, the server keeps the log for the journal's slot, up to max_slot_wal_keep_size"
+_BY_HAND = (
+    "the server went back to an earlier timeline, as where an old data directory was put back; the journal follows by"
+    " itself as soon as it can read where slot {slot} reserves the log and can write into its own folder; see to both,"
+    " or stop the service, move the segments of the later timelines into the folder `left` in the journal's folder,"
+    " those of the server's timeline out of it, and start the service: the journal finds what lies in either"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """Where the server stands."""
+
+    system: str
+    timeline: int
+    written: Lsn
+
+
+class Receiver:
+    """Runs `pg_receivewal` until cancelled, starts it again when it ends or stands still, and leads it over holes.
+
+    Args:
+        conninfo: how to connect; needs a role with REPLICATION. A password in it goes to a file of mode 0600, never
+            into an argument vector.
+        programs: of the server's version or a later one.
+        slot: the physical slot; made where it is missing.
+        owner: user and group id to run as; ignored where we are not root.
+        stall_seconds: it is started again when the server was ahead for so long and nothing arrived.
+    """
+
+    def __init__(
+        self,
+        conninfo: str,
+        programs: Programs,
+        slot: str,
+        *,
+        owner: tuple[int, int] | None = None,
+        stall_seconds: float = 30.0,
+    ) -> None:
+        if _SLOT_NAME.fullmatch(slot) is None:
+            raise ConfigError(f"{slot!r} is no name of a slot", hint="use a to z, 0 to 9 and _")
+        self._conninfo = conninfo
+        self._programs = programs
+        self._slot = slot
+        self.owner = owner
+        self._stall_seconds = stall_seconds
+        self._trouble = ""
+
+    def fetch(self, segments: SegmentFolder, name: str) -> bool:
+        """Whether a file is in the folder; a stream cannot be asked for one."""
+        return segments.locate(name) is not None
+
+    async def check(self, segment_bytes: int) -> list[Finding]:  # noqa: ARG002 - the feed's
+        """Say which program receives the log, and by which slot."""
+        program = self._programs.path("pg_receivewal")
+        return [Finding("pg_receivewal", Severity.OK, f"{program} receives the log, by slot {self._slot}")]
+
+    def findings(self) -> list[Finding]:
+        """Give why nothing is received at present; nothing while it is."""
+        if not self._trouble:
+            return []
+        remedy = _BY_HAND.format(slot=self._slot) if _WENT_BACK.search(self._trouble) else _WAIT
+        return [Finding("pg_receivewal", Severity.WARNING, f"the log is not received: {self._trouble}", remedy)]
+
+    async def run(self, segments: SegmentFolder) -> None:
+        """Receive until cancelled, which ends the program cleanly.
+
+        Raises:
+            JournalError: the server is another cluster than the one whose log the folder holds.
+        """
+        pause = _FIRST_PAUSE_SECONDS
+        clock = asyncio.get_running_loop().time
+        while True:
+            began = clock()
+            words = await self._receive_once(segments)
+            self._trouble = words or "pg_receivewal ended"
+            pause = _FIRST_PAUSE_SECONDS if clock() - began > _GOOD_RUN_SECONDS else pause
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+            if any(sign.search(words) for sign in (_CANNOT_SERVE, _OTHER_PAST, _WENT_BACK)):
+                await self._lead_on(segments, words)
+                pause = _FIRST_PAUSE_SECONDS
+
+    async def _receive_once(self, segments: SegmentFolder) -> str:
+        """Run the program until it ends or stands still; gives its last words."""
+        try:
+            async with self._connect() as connection:
+                head = await _head(connection)
+                await asyncio.to_thread(_require_same_cluster, segments, head)
+                await _make_slot(connection, self._slot)
+            await asyncio.to_thread(_drop_half_made, segments)
+            async with self._arguments() as (option, environment):
+                return await self._supervise(segments, option, environment)
+        except (TimeoutError, OSError, psycopg.Error) as error:
+            return last_lines(str(error))
+
+    async def _supervise(self, segments: SegmentFolder, option: list[str], environment: dict[str, str]) -> str:
+        process = await asyncio.create_subprocess_exec(
+            *_dies_with_us(),
+            self._programs.path("pg_receivewal"),
+            f"--directory={segments.path}",
+            f"--slot={self._slot}",
+            "--no-loop",
+            "--status-interval=1",
+            *option,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env=minimal_environment() | environment,
+            cwd="/",
+            start_new_session=True,
+            **as_owner(self.owner),
+        )
+        assert process.stderr is not None
+        try:
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(self._until_stall(segments, process))
+                words = await _last_words(process.stderr)
+                watch.cancel()
+            return last_lines(words)
+        finally:
+            await asyncio.shield(_end(process))
+
+    async def _until_stall(self, segments: SegmentFolder, process: asyncio.subprocess.Process) -> None:
+        """End the program when the server was ahead for `stall_seconds` and nothing arrived."""
+        clock = asyncio.get_running_loop().time
+        arrived: list[Extent] = []
+        since, pause = clock(), 0.5
+        while True:
+            await asyncio.sleep(pause)
+            pause = min(self._stall_seconds / 4, 5.0)
+            try:
+                held = await asyncio.to_thread(segments.extents)
+                head = await self._head()
+            except (TimeoutError, OSError, psycopg.Error):
+                continue  # the program notices for itself that the server, or its folder, is gone
+            if held != arrived or _reaches(held, head):
+                arrived, since, self._trouble = held, clock(), ""
+            elif clock() - since > self._stall_seconds:
+                await _end(process, signal.SIGKILL)
+                return
+
+    async def _lead_on(self, segments: SegmentFolder, words: str) -> None:
+        """Let the program go on where the server still can; where that leaves a hole, `audit` will report it.
+
+        `pg_receivewal` resumes behind the newest file of its folder. Where the server cannot serve that any more, an
+        empty file marks where it can: where its timeline began, if it left ours (a standby was promoted, or production
+        was restored in place); where our slot reserves the log, if it went back to an earlier timeline (such a restore
+        was undone); else where a new slot reserves it.
+        """
+        try:
+            async with self._connect() as connection:
+                head = await _head(connection)
+                begin = None
+                if _WENT_BACK.search(words):
+                    begin = await _reserved(connection, self._slot)
+                elif _OTHER_PAST.search(words) and head.timeline > 1:
+                    begin = await _fork(connection, head)
+                if begin is None:
+                    await connection.execute(f"DROP_REPLICATION_SLOT {self._slot} WAIT".encode())
+                    begin = await _make_slot(connection, self._slot) or (head.timeline, head.written)
+            timeline, number = begin[0], begin[1] // segments.segment_bytes
+            await asyncio.to_thread(_mark, segments, SegmentName(timeline, number, partial=True), self.owner)
+        except (TimeoutError, psycopg.Error, OSError) as error:
+            self._trouble = last_lines(f"{words}\n{error}")
+
+    async def _head(self) -> _Head:
+        async with self._connect() as connection:
+            return await _head(connection)
+
+    @contextlib.asynccontextmanager
+    async def _connect(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """Give a connection that speaks the replication protocol's commands, which need no more than REPLICATION."""
+        own = make_conninfo(self._conninfo, replication="yes", client_encoding="utf8", connect_timeout=_CONNECT_SECONDS)
+        async with asyncio.timeout(_COMMAND_SECONDS):
+            async with await psycopg.AsyncConnection.connect(own, autocommit=True) as connection:
+                yield connection
+
+    @contextlib.asynccontextmanager
+    async def _arguments(self) -> AsyncIterator[tuple[list[str], dict[str, str]]]:
+        """Give the options and the environment with which the program connects; a password goes into a file."""
+        found = conninfo_to_dict(self._conninfo)
+        password = found.pop("password", None)
+        for name in ("dbname", "replication"):
+            found.pop(name, None)
+        option = [f"--dbname={make_conninfo('', **found)}", "--no-password"]
+        if password is None:
+            yield option, {}
+            return
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="trigpoint-"))
+        file = folder / "pgpass"
+        try:
+            escaped = str(password).replace("\\", "\\\\").replace(":", "\\:")
+            file.touch(mode=0o600)
+            file.write_text(f"*:*:*:*:{escaped}\n")
+            for path in (file, folder):
+                give(path, self.owner)
+            yield option, {"PGPASSFILE": str(file)}
+        finally:
+            file.unlink(missing_ok=True)
+            folder.rmdir()
+
+
+async def _head(connection: psycopg.AsyncConnection[Any]) -> _Head:
+    row = await (await connection.execute(b"IDENTIFY_SYSTEM")).fetchone()
+    assert row is not None
+    return _Head(str(row[0]), int(row[1]), Lsn.parse(row[2]))
+
+
+async def _make_slot(connection: psycopg.AsyncConnection[Any], slot: str) -> tuple[int, Lsn] | None:
+    """Make a physical slot that reserves the log from now on; gives from which timeline and position on it does."""
+    with contextlib.suppress(psycopg.errors.DuplicateObject):
+        await connection.execute(f"CREATE_REPLICATION_SLOT {slot} PHYSICAL RESERVE_WAL".encode())
+    return await _reserved(connection, slot)
+
+
+async def _reserved(connection: psycopg.AsyncConnection[Any], slot: str) -> tuple[int, Lsn] | None:
+    """Give from which timeline and position on a slot reserves the log; None where there is none, or it does not."""
+    row = await (await connection.execute(f"READ_REPLICATION_SLOT {slot}".encode())).fetchone()
+    return (int(row[2]), Lsn.parse(row[1])) if row and row[1] and row[2] else None
+
+
+async def _fork(connection: psycopg.AsyncConnection[Any], head: _Head) -> tuple[int, Lsn] | None:
+    """Give the server's timeline and where it left the one before."""
+    row = await (await connection.execute(f"TIMELINE_HISTORY {head.timeline}".encode())).fetchone()
+    if row is None:
+        return None
+    text = row[1] if isinstance(row[1], str) else bytes(row[1]).decode(errors="replace")
+    forks = Lineage.from_history_file(History(head.system, head.timeline), text).forks
+    return (head.timeline, forks[-1][1]) if forks else None
+
+
+def _dies_with_us() -> list[str]:
+    """Give what, put before a program, ends it when we are killed: it would hold the slot against our successor."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig=INT", "--"] if setpriv else []
+
+
+def _require_same_cluster(segments: SegmentFolder, head: _Head) -> None:
+    system = segments.system()
+    if system and system != head.system:
+        raise JournalError(
+            f"the journal {segments.path} holds the log of cluster {system}, the server is cluster {head.system}",
+            hint="give the new cluster a journal folder of its own",
+        )
+
+
+def _drop_half_made(segments: SegmentFolder) -> None:
+    """Remove a partial segment whose making was cut short: the program refuses it, and the server has its bytes."""
+    for name in segments.names():
+        if name.partial and 0 < segments.file(name).stat().st_size < segments.segment_bytes:
+            segments.file(name).unlink()
+
+
+def _mark(segments: SegmentFolder, mark: SegmentName, owner: tuple[int, int] | None) -> None:
+    """Let the program begin at `mark`, or behind what is held of that timeline from there on.
+
+    What was set aside of the timeline comes back into sight, what outranks it on other timelines is set aside; and an
+    empty partial segment is left as the newest file where nothing of that stretch is held.
+    """
+    segments.bring_back(mark.timeline)
+    for name in segments.in_sight():
+        if name.number >= mark.number and name.timeline != mark.timeline:
+            segments.set_aside(name)
+    if mark not in segments.in_sight() and mark._replace(partial=False) not in segments.in_sight():
+        segments.file(mark).touch(mode=0o600)
+        give(segments.file(mark), owner)
+
+
+def _reaches(held: list[Extent], head: _Head) -> bool:
+    """Whether the log of the server's timeline is held up to where it stands."""
+    return any(extent.history.timeline == head.timeline and extent.end >= head.written for extent in held)
+
+
+async def _last_words(stream: asyncio.StreamReader) -> str:
+    words = b""
+    while block := await stream.read(_WORDS_BYTES):
+        words = (words + block)[-_WORDS_BYTES:]
+    return words.decode(errors="replace")
+
+
+async def _end(process: asyncio.subprocess.Process, how: signal.Signals = signal.SIGINT) -> None:
+    """End the program and wait for it; one that does not end in time is killed."""
+    for attempt in (how, signal.SIGKILL):
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, attempt)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                await process.wait()
+                return

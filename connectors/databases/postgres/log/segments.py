@@ -1,0 +1,367 @@
+"""A folder of write-ahead log segments and timeline history files: what it holds, staging from it, thinning it.
+
+All calls block on small file operations; the journals run them in threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectors.databases.postgres.log.wal import SegmentName, Slices, Tail, history_timeline, page_header, tail
+from trigger.errors import JournalError, PositionError
+from trigger.model import Extent, StopKind, Target
+from trigger.ports import Progress
+from trigger.position import History, Lineage, Lsn, Position
+
+_FICLONE = 0x40049409
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """One segment of a replay: on which timelines it may lie, newest first, and up to where it has to be held."""
+
+    number: int
+    timelines: tuple[int, ...]
+    until: Lsn | None
+    """None where the replay can do without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The bytes of an open file, read where they are asked for."""
+
+    descriptor: int
+
+    def __len__(self) -> int:
+        return os.fstat(self.descriptor).st_size
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        begin = part.start or 0
+        return os.pread(self.descriptor, part.stop - begin, begin)
+
+
+class SegmentFolder:
+    """Segments and history files as PostgreSQL names them, in one folder.
+
+    Args:
+        path: the folder; made where it is missing.
+        segment_bytes: the cluster's WAL segment size.
+        owner: user and group id of the data, who must be able to read what is staged; ignored where we are not root.
+    """
+
+    def __init__(self, path: Path, segment_bytes: int, owner: tuple[int, int] | None = None) -> None:
+        self.path = path
+        self.aside = path / "left"
+        self.segment_bytes = segment_bytes
+        self.owner = owner
+        self.damaged: dict[str, str] = {}
+        """Segments in which the audit found damage, and what; they are not held."""
+
+    def make(self, writer: tuple[int, int] | None) -> None:
+        """Make the folder, for (user, group) who write into it, or for us; closed to everybody else."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            give(self.path, writer)
+        except OSError as error:
+            raise JournalError(f"the journal folder {self.path} cannot be made: {error.strerror}") from error
+
+    def names(self) -> list[SegmentName]:
+        """Give the segments by timeline and number; a complete one hides a partial one of the same stretch."""
+        found: dict[tuple[int, int], SegmentName] = {}
+        for entry in self._entries():
+            name = SegmentName.parse(entry, self.segment_bytes)
+            if name is not None and (not name.partial or (name.timeline, name.number) not in found):
+                found[name.timeline, name.number] = name
+        return sorted(found.values())
+
+    def file(self, name: SegmentName) -> Path:
+        """Give the path of a segment, whether it is there or not."""
+        text = self._file_name(name)
+        return self.locate(text) or self.path / text
+
+    def _file_name(self, name: SegmentName) -> str:
+        return name.text(self.segment_bytes) + (".partial" if name.partial else "")
+
+    def locate(self, name: str) -> Path | None:
+        """Give the path of a file that is there, by name."""
+        return next((found for folder in (self.path, self.aside) if (found := folder / name).exists()), None)
+
+    def set_aside(self, name: SegmentName) -> None:
+        """Move a segment out of the sight of a program that resumes behind the newest file; it is still held."""
+        self.aside.mkdir(mode=0o700, exist_ok=True)
+        status = self.path.stat()
+        give(self.aside, (status.st_uid, status.st_gid))
+        self.file(name).rename(self.aside / self.file(name).name)
+
+    def bring_back(self, timeline: int) -> None:
+        """Move what was set aside of a timeline into that program's sight again, where it sees no such file."""
+        with contextlib.suppress(FileNotFoundError):
+            for name in self._parsed(self.aside):
+                file = self.aside / self._file_name(name)
+                if name.timeline == timeline and not (self.path / file.name).exists():
+                    file.rename(self.path / file.name)
+
+    def in_sight(self) -> list[SegmentName]:
+        """Give the segments that such a program sees, complete and partial ones, in no order."""
+        return self._parsed(self.path)
+
+    def _parsed(self, folder: Path) -> list[SegmentName]:
+        found = (SegmentName.parse(entry.name, self.segment_bytes) for entry in folder.iterdir())
+        return [name for name in found if name is not None]
+
+    def system(self) -> str:
+        """Give the system identifier of the cluster whose log this is; "" where nothing says it yet."""
+        for name in reversed(self.names()):
+            with contextlib.suppress(OSError), self.file(name).open("rb") as file:
+                header = page_header(file.read(64))
+                if header is not None and header.system:
+                    return header.system
+        return ""
+
+    def histories(self) -> dict[int, str]:
+        """Give the text of every timeline history file by timeline."""
+        found = {}
+        for entry in self._entries():
+            timeline = history_timeline(entry)
+            if timeline is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    found[timeline] = (self.locate(entry) or self.path / entry).read_text(errors="replace")
+        return found
+
+    def lineage(self, history: History) -> Lineage:
+        """Give the past of a history by its history file; raises `JournalError` where that is not held, or damaged."""
+        if history.timeline == 1:
+            return Lineage(history)
+        text = self.histories().get(history.timeline)
+        if text is None:
+            raise JournalError(
+                f"{history.timeline:08X}.history is not in {self.path}",
+                hint="the journal never saw that timeline, or the file was deleted; fetch it from the server's pg_wal",
+            )
+        try:
+            return Lineage.from_history_file(history, text)
+        except PositionError as error:
+            raise JournalError(
+                f"{history.timeline:08X}.history in {self.path} is damaged: {error.message}",
+                hint="fetch it from the server's pg_wal",
+            ) from error
+
+    def extents(self) -> list[Extent]:
+        """Give the stretches that are held without a hole, damaged segments left out."""
+        found: list[Extent] = []
+        for name in self.names():
+            system, end = self._held(name)
+            if end is None:
+                continue
+            history, start = History(system, name.timeline), name.start(self.segment_bytes)
+            if found and found[-1].history == history and found[-1].end == start:
+                found[-1] = Extent(history, found[-1].start, end)
+            else:
+                found.append(Extent(history, start, end))
+        return found
+
+    def tail(self, name: SegmentName) -> Tail:
+        """Give where the complete records of a segment end."""
+        with self.slices(name) as segment:
+            return tail(segment, name.start(self.segment_bytes))
+
+    @contextlib.contextmanager
+    def slices(self, name: SegmentName) -> Iterator[Slices]:
+        """Give the bytes of a segment, read where they are looked at; a mapping would count as memory of ours."""
+        with self.file(name).open("rb", buffering=0) as file:
+            yield _Read(file.fileno())
+
+    def _held(self, name: SegmentName) -> tuple[str, Lsn | None]:
+        """Give the system identifier of a segment and where what it holds ends; None for nothing usable."""
+        if self.file(name).name in self.damaged:
+            return "", None
+        start = name.start(self.segment_bytes)
+        try:
+            with self.file(name).open("rb") as file:
+                whole = os.fstat(file.fileno()).st_size == self.segment_bytes
+                header = page_header(file.read(64)) if whole else None
+            if header is None or header.address != start:
+                return "", None
+            end = self.tail(name).end if name.partial else Lsn(start + self.segment_bytes)
+        except (FileNotFoundError, ValueError):  # released, completed or re-made in this moment
+            return "", None
+        return header.system, end if end > start else None
+
+    def _entries(self) -> list[str]:
+        found: set[str] = set()
+        for folder in (self.path, self.aside):
+            with contextlib.suppress(FileNotFoundError):
+                found.update(entry.name for entry in folder.iterdir())
+        return sorted(found)
+
+    def stage(
+        self,
+        start: Position,
+        target: Target,
+        folder: Path,
+        progress: Progress,
+        fetch: Callable[[str], bool] = lambda _: False,
+    ) -> int:
+        """Put the files that a replay from `start` to `target` asks for into `folder`; gives the bytes.
+
+        Args:
+            start: where the replay begins, on the target's timeline or an ancestor of it.
+            target: for an LSN the segments through the one behind it; for a time or the end all that is held.
+            folder: made where it is missing; complete segments are linked or cloned where possible, a partial one
+                is copied under its full name.
+            progress: told in bytes.
+            fetch: asked for a file by name where the folder does not have it; true if it has it now.
+
+        Raises:
+            JournalError: a segment is missing or damaged; the message names the first.
+        """
+        lineage = self._lineage_with(target.history, fetch)
+        if not lineage.includes(start):
+            raise JournalError(f"{start} is not in the past of {target.history}")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        give(folder, self.owner)
+        for timeline in self.histories():
+            held = self.locate(f"{timeline:08X}.history")
+            if held is not None:
+                self._put(held, folder / held.name)
+        needed = self._needed(lineage, start, target, fetch)
+        for count, segment in enumerate(needed):
+            if not self._stage_one(segment, folder, fetch) and segment.until:
+                raise self._missing(segment)
+            progress("stage the log", (count + 1) * self.segment_bytes, len(needed) * self.segment_bytes)
+        return sum(entry.stat().st_size for entry in folder.iterdir())
+
+    def _lineage_with(self, history: History, fetch: Callable[[str], bool]) -> Lineage:
+        if history.timeline > 1:
+            wanted = f"{history.timeline:08X}.history"
+            _ = self.locate(wanted) or fetch(wanted)
+        return self.lineage(history)
+
+    def _needed(self, lineage: Lineage, start: Position, target: Target, fetch: Callable[[str], bool]) -> list[Needed]:
+        """Give the segments of a replay in order.
+
+        PostgreSQL looks for a segment on the newest timeline first that had begun by then (`XLogFileReadAnyTLI`): the
+        segment in which a timeline was left exists on both, and the newer file holds the older one's part too.
+        """
+        first, until = start.at // self.segment_bytes, int(target.at)
+        if target.kind is StopKind.LSN:  # the record that begins there has to be read, whole if it is replayed
+            until = max(until + 1, target.commit.end if target.commit and target.inclusive else 0)
+        required = range(first, (until - 1) // self.segment_bytes + 1 if until > start.at else first)
+        last = max(first, required.stop)
+        if target.kind is not StopKind.LSN:
+            timeline = lineage.history.timeline
+            last = max([last, *(name.number for name in self.names() if name.timeline == timeline)])
+            while fetch(SegmentName(timeline, last + 1).text(self.segment_bytes)):  # an archive may have more by now
+                last += 1
+        return [
+            Needed(
+                number,
+                self._owners(lineage, number),
+                Lsn(min(until, (number + 1) * self.segment_bytes)) if number in required else None,
+            )
+            for number in range(first, last + 1)
+        ]
+
+    def _owners(self, lineage: Lineage, number: int) -> tuple[int, ...]:
+        """Give the timelines on which a segment of a lineage may lie, newest first."""
+        owners, begin = [], 0
+        for timeline, left_at in (*lineage.forks, (lineage.history.timeline, None)):
+            if begin <= number and (left_at is None or number <= left_at // self.segment_bytes):
+                owners.append(timeline)
+            begin = left_at // self.segment_bytes if left_at is not None else 0
+        return tuple(reversed(owners))
+
+    def _stage_one(self, needed: Needed, folder: Path, fetch: Callable[[str], bool]) -> bool:
+        """Put every file of a segment that is held into `folder`; whether the newest one was."""
+        newest = False
+        for index, timeline in enumerate(needed.timelines):
+            for partial in (False, True):
+                name = SegmentName(timeline, needed.number, partial)
+                source = self.file(name)
+                if source.name in self.damaged:
+                    if needed.until is None:
+                        continue  # the replay stops before it
+                    raise JournalError(
+                        f"segment {source.name} of the journal is damaged: {self.damaged[source.name]}",
+                        hint="restore from a point after it, or put a sound copy in its place and audit again",
+                    )
+                if (source.exists() or fetch(source.name)) and source.stat().st_size == self.segment_bytes:
+                    self._put(source, folder / name.text(self.segment_bytes), copy=partial)
+                    if index == 0:
+                        self._require_reaches(name, needed.until)
+                        newest = True
+                    break
+        return newest
+
+    def _require_reaches(self, name: SegmentName, until: Lsn | None) -> None:
+        """Refuse an unfinished segment that ends before what the replay needs of it."""
+        if name.partial and until is not None and (end := self.tail(name).end) < until:
+            raise JournalError(
+                f"the journal ends at {end} in segment {self.file(name).name}, before {until}",
+                hint="wait until it has received the log up to there, or see in `trigpoint status` why it does not",
+                retryable=True,
+            )
+
+    def _missing(self, needed: Needed) -> JournalError:
+        name = SegmentName(needed.timelines[0], needed.number).text(self.segment_bytes)
+        return JournalError(
+            f"segment {name} is not in the journal {self.path}",
+            hint="the log has a hole there; restore to a commit before it, or to a point after it",
+        )
+
+    def _put(self, source: Path, destination: Path, *, copy: bool = False) -> None:
+        """Link, clone or copy one file, so that the owner of the data can read it."""
+        destination.unlink(missing_ok=True)
+        if not copy:
+            self._let_owner_read(source)
+            try:
+                os.link(source, destination)
+                return
+            except OSError as error:
+                if error.errno not in _NO_LINK:
+                    raise
+        with source.open("rb") as reading, destination.open("xb") as writing:
+            try:
+                fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
+            except OSError:
+                shutil.copyfileobj(reading, writing, 1 << 20)
+        destination.chmod(0o600)
+        give(destination, self.owner)
+
+    def _let_owner_read(self, source: Path) -> None:
+        """Let the owner of the data read, by group, a segment that somebody else wrote; never write it."""
+        status = source.stat()
+        if self.owner is not None and os.geteuid() == 0 and self.owner[0] not in (0, status.st_uid):
+            os.chown(source, -1, self.owner[1], follow_symlinks=False)
+            source.chmod(0o640)
+
+    def before(self, before: Lsn) -> list[SegmentName]:
+        """Give the complete segments that lie wholly before `before`, on every timeline.
+
+        The newest segment is not one of them: who follows an archive goes on behind it.
+        """
+        return [
+            name
+            for name in self.names()[:-1]
+            if not name.partial and name.start(self.segment_bytes) + self.segment_bytes <= before
+        ]
+
+    def delete(self, names: Sequence[SegmentName]) -> None:
+        """Delete segments; what is gone already is no error."""
+        for name in names:
+            self.file(name).unlink(missing_ok=True)
+            self.damaged.pop(self.file(name).name, None)
+
+
+def give(path: Path, owner: tuple[int, int] | None) -> None:
+    """Make `path` belong to (user, group); nothing where we are not root."""
+    if owner is not None and os.geteuid() == 0:
+        os.chown(path, *owner, follow_symlinks=False)

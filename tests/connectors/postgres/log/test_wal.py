@@ -1,0 +1,183 @@
+"""Names, page headers and the end of the records of a segment, on log that this file writes itself."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from connectors.databases.postgres.log import wal
+from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, Tail, page_faults, page_header, tail
+from trigger.position import Lsn
+
+SEGMENT_BYTES = 1 << 20
+MAGIC = 0xD118
+SYSTEM = 7_391_000_000_000_000_001
+START = Lsn(5 * SEGMENT_BYTES)
+
+
+class Log:
+    """Writes one segment as PostgreSQL does: records over pages, each page with its header."""
+
+    def __init__(self, carried: int = 0, timeline: int = 1) -> None:
+        self.bytes = bytearray(SEGMENT_BYTES)
+        self.position = 0
+        self.timeline = timeline
+        self.previous = START - 64
+        self.ends: list[tuple[int, int]] = []
+        self._write(b"\x5a" * carried, carried)
+
+    def record(self, length: int, *, manager: int = 10, info: int = 0) -> None:
+        body = bytes((length + index) % 251 for index in range(length))
+        begin = self._after_header(self.position)
+        head = struct.pack("=IIQBB2x", 24 + length, 700, self.previous, info, manager)
+        data = head + struct.pack("=I", wal._crc32c(head, wal._crc32c(body))) + body
+        self._write(data, 0)
+        self.previous = START + begin
+        self.position = (self.position + 7) & ~7
+        self.ends.append((begin, self.position))
+
+    def _after_header(self, position: int) -> int:
+        if position % PAGE_BYTES:
+            return position
+        return position + (24 if position else 40)
+
+    def _write(self, data: bytes, carried: int) -> None:
+        left = data
+        first = True
+        while left or (first and not self.position):
+            if self.position % PAGE_BYTES == 0:
+                self._header(len(left) if not first or carried else 0)
+            room = PAGE_BYTES - self.position % PAGE_BYTES
+            part, left = left[:room], left[room:]
+            self.bytes[self.position : self.position + len(part)] = part
+            self.position += len(part)
+            first = False
+        if carried:
+            self.position = (self.position + 7) & ~7
+
+    def _header(self, remaining: int) -> None:
+        info = (1 if remaining else 0) | (2 if not self.position else 0)
+        head = struct.pack("=HHIQI4x", MAGIC, info, self.timeline, START + self.position, remaining)
+        if not self.position:
+            head += struct.pack("=QII", SYSTEM, SEGMENT_BYTES, PAGE_BYTES)
+        self.bytes[self.position : self.position + len(head)] = head
+        self.position += len(head)
+
+
+def test_the_checksum_is_crc_32c() -> None:
+    assert wal._crc32c(b"123456789") == 0xE3069283
+
+
+@given(
+    timeline=st.integers(1, 0xFFFFFFFF),
+    number=st.integers(0, (1 << 44) - 1),
+    size=st.sampled_from([1 << 20, 16 << 20, 1 << 30]),
+)
+def test_a_segment_name_says_what_it_was_made_from(timeline: int, number: int, size: int) -> None:
+    number %= (1 << 64) // size
+    name = SegmentName(timeline, number)
+    assert SegmentName.parse(name.text(size), size) == name
+    assert SegmentName.parse(name.text(size) + ".partial", size) == name._replace(partial=True)
+    assert name.start(size) == number * size
+
+
+def test_segments_are_named_as_postgresql_names_them() -> None:
+    assert SegmentName(1, Lsn.parse("16/B374D848") // (16 << 20)).text(16 << 20) == "0000000100000016000000B3"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "00000002.history",
+        "0000000100000016000000B3.gz",
+        "000000010000001600000",
+        "0000000100000016000001B3",
+        "audit.json",
+    ],
+)
+def test_other_files_are_no_segments(name: str) -> None:
+    assert SegmentName.parse(name, 16 << 20) is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 300), st.integers(7_000, 30_000)), min_size=1, max_size=40),
+    carried=st.one_of(st.just(0), st.integers(1, 40_000)),
+    cut=st.floats(0, 1),
+)
+def test_the_tail_is_the_last_record_that_is_wholly_there(lengths: list[int], carried: int, cut: float) -> None:
+    log = Log(carried)
+    for length in lengths:
+        log.record(length)
+    written = int(cut * log.position)
+    data = bytes(log.bytes[:written]).ljust(SEGMENT_BYTES, b"\0")
+    whole = [(begin, end) for begin, end in log.ends if not any(log.bytes[written:end])]
+    found = tail(memoryview(data), START)
+    if whole:
+        assert found == Tail(Lsn(START + whole[-1][0]), Lsn(START + whole[-1][1]))
+    else:
+        assert found.last_record is None
+        assert found.end <= START + log.ends[0][0]
+
+
+def test_a_log_switch_ends_the_segment() -> None:
+    log = Log()
+    log.record(100)
+    log.record(0, manager=0, info=0x40)
+    assert tail(memoryview(bytes(log.bytes)), START).end == START + SEGMENT_BYTES
+
+
+def test_a_half_written_record_of_zero_bytes_is_noticed_by_its_checksum() -> None:
+    log = Log()
+    log.record(100)
+    end = log.position
+    log.record(200)
+    data = bytes(log.bytes[: end + 24]).ljust(SEGMENT_BYTES, b"\0")  # its header came through, its data did not
+    assert tail(memoryview(data), START).end == START + end
+
+
+def _faults(data: bytes | bytearray, timeline: int = 1, system: str = str(SYSTEM)) -> list[str]:
+    name = SegmentName(timeline, START // SEGMENT_BYTES)
+    return list(page_faults(memoryview(data), name, SEGMENT_BYTES, system))
+
+
+def _full(timeline: int = 1) -> bytearray:
+    log = Log(timeline=timeline)
+    while log.position < SEGMENT_BYTES - 30_000:
+        log.record(20_000)
+    log.record(SEGMENT_BYTES - log.position - 24 - 24 * ((SEGMENT_BYTES - log.position) // PAGE_BYTES) - 8)
+    return log.bytes
+
+
+def test_a_sound_segment_has_no_faults() -> None:
+    assert _faults(_full()) == []
+
+
+def test_a_segment_copied_when_a_timeline_was_left_is_sound() -> None:
+    assert _faults(_full(timeline=1), timeline=2) == []
+    assert "timeline 3" in _faults(_full(timeline=3), timeline=2)[0]
+
+
+def test_a_segment_of_another_cluster_is_named_foreign() -> None:
+    assert "another cluster" in _faults(_full(), system="42")[0]
+
+
+def test_a_page_at_the_wrong_place_is_found() -> None:
+    data = _full()
+    data[3 * PAGE_BYTES : 4 * PAGE_BYTES] = data[7 * PAGE_BYTES : 8 * PAGE_BYTES]
+    assert _faults(data) == ["page 0/506000 says that it is page 0/50E000"]
+
+
+def test_zeros_in_the_middle_of_a_segment_are_found() -> None:
+    data = _full()
+    data[3 * PAGE_BYTES : 4 * PAGE_BYTES] = bytes(PAGE_BYTES)
+    assert _faults(data) == ["page 0/506000 has no valid header"]
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_page_header_or_none(data: bytes) -> None:
+    header = page_header(data)
+    assert header is None or header.magic >> 8 == 0xD1

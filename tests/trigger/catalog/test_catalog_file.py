@@ -1,0 +1,256 @@
+"""The catalog's file: kept across runs, brought to the present version, and every trouble with it named."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, text
+
+from tests.trigger.catalog.test_catalog import BASE_US, at, opened, proven, record, sealed, with_catalog
+from trigger.catalog import schema
+from trigger.catalog.catalog import Catalog, make_engine
+from trigger.errors import CatalogError
+from trigger.model import State
+
+
+def test_a_catalog_in_memory_survives_its_service() -> None:
+    engine = make_engine(":memory:")
+
+    async def first(catalog: Catalog) -> None:
+        await sealed(catalog, 1, [record(100)])
+
+    async def second(catalog: Catalog) -> None:
+        assert await catalog.commits_of(1) == [record(100)]
+
+    with_catalog(first, engine)
+    with_catalog(second, engine)
+    engine.dispose()
+
+
+def test_a_catalog_in_a_file_is_there_the_next_time(tmp_path: Path) -> None:
+    async def work() -> None:
+        catalog = await Catalog.open(tmp_path / "catalog.db")
+        point = await sealed(catalog, 1, [record(100)])
+        await catalog.close()
+        catalog = await Catalog.open(f"sqlite:///{tmp_path}/catalog.db")
+        assert await catalog.point(1) == point
+        await catalog.close()
+
+    asyncio.run(work())
+    assert (tmp_path / "catalog.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_writers_and_readers_of_one_catalog_may_come_all_at_once(tmp_path: Path) -> None:
+    async def work() -> None:
+        catalog = await Catalog.open(tmp_path / "catalog.db")
+        points = await asyncio.gather(
+            *(opened(catalog, n) for n in range(30)), *(opened(catalog, n) for n in range(30))
+        )
+        assert sorted({point.number for point in points}) == list(range(1, 31))
+        await catalog.close()
+
+    asyncio.run(work())
+
+
+def test_a_catalog_of_a_later_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(catalog: Catalog) -> None:
+        pass
+
+    where = tmp_path / "catalog.db"
+    with monkeypatch.context() as later:
+        later.setattr(schema, "VERSION", schema.VERSION + 1)
+        with_catalog(nothing, where)
+    with pytest.raises(CatalogError, match=r"version 2, this program knows versions up to 1"):
+        with_catalog(nothing, where)
+
+
+def test_an_older_catalog_is_brought_up_step_by_step_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def step(connection: Connection) -> None:
+        taken.append(1)
+        connection.execute(text("ALTER TABLE points ADD COLUMN colour TEXT"))
+
+    async def seal_one(catalog: Catalog) -> None:
+        await sealed(catalog, 1, [record(100)])
+
+    async def look(catalog: Catalog) -> None:
+        assert await catalog.commits_of(1) == [record(100)]
+
+    with_catalog(seal_one, tmp_path / "catalog.db")
+    monkeypatch.setattr(schema, "VERSION", 2)
+    monkeypatch.setattr(schema, "MIGRATIONS", (step,))
+    for _ in range(2):
+        with_catalog(look, tmp_path / "catalog.db")
+    assert taken == [1]
+
+
+def test_a_migration_that_fails_leaves_the_catalog_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE points ADD COLUMN colour TEXT"))
+        connection.execute(text("ALTER TABLE nothing ADD COLUMN colour TEXT"))
+
+    async def seal_one(catalog: Catalog) -> None:
+        await sealed(catalog, 1)
+
+    async def look(catalog: Catalog) -> None:
+        assert (await catalog.point(1)).state is State.SEALED
+
+    where = tmp_path / "catalog.db"
+    with_catalog(seal_one, where)
+    with monkeypatch.context() as later:
+        later.setattr(schema, "VERSION", 2)
+        later.setattr(schema, "MIGRATIONS", (step,))
+        with pytest.raises(CatalogError, match="nothing"):
+            with_catalog(look, where)
+    with_catalog(look, where)
+
+
+async def nothing(_catalog: Catalog) -> None:
+    pass
+
+
+@pytest.mark.parametrize("where", ["/nowhere/at/all/catalog.db", "/proc/catalog.db", "mysql+nothing://", "://"])
+def test_a_catalog_that_cannot_be_opened_is_an_error_that_names_it(where: str) -> None:
+    with pytest.raises(CatalogError) as caught:
+        with_catalog(nothing, where)
+    assert where in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_folder_is_no_catalog(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=str(tmp_path)):
+        with_catalog(nothing, tmp_path)
+
+
+def test_a_file_that_is_no_catalog_is_refused_and_left_alone(tmp_path: Path) -> None:
+    letter = tmp_path / "letter.txt"
+    letter.write_text("Dear Sirs,\n" * 500)
+    with pytest.raises(CatalogError, match="not a catalog, or damaged"):
+        with_catalog(nothing, letter)
+    assert letter.read_text() == "Dear Sirs,\n" * 500
+
+
+def test_a_flipped_bit_in_a_point_is_noticed(tmp_path: Path) -> None:
+    where = tmp_path / "catalog.db"
+
+    async def fill(catalog: Catalog) -> None:
+        await sealed(catalog, 1, [record(100)])
+
+    async def look(catalog: Catalog) -> None:
+        with pytest.raises(CatalogError, match=r"point 1 is damaged.*digest"):
+            await catalog.point(1)
+
+    with_catalog(fill, where)
+    with sqlite3.connect(where) as connection:
+        connection.execute("""UPDATE points SET document = replace(document, '"commits":1', '"commits":3')""")
+    connection.close()
+    with_catalog(look, where)
+
+
+def test_a_flipped_bit_in_a_block_is_noticed(tmp_path: Path) -> None:
+    where = tmp_path / "catalog.db"
+
+    async def fill(catalog: Catalog) -> None:
+        await sealed(catalog, 1, [record(100), record(200)])
+
+    async def look(catalog: Catalog) -> None:
+        with pytest.raises(CatalogError, match="is damaged"):
+            await catalog.commits_of(1)
+
+    with_catalog(fill, where)
+    with sqlite3.connect(where) as connection:
+        (data,) = connection.execute("SELECT data FROM blocks").fetchone()
+        connection.execute("UPDATE blocks SET data = ?", (data[:30] + bytes([data[30] ^ 4]) + data[31:],))
+    connection.close()
+    with_catalog(look, where)
+
+
+def test_a_truncated_catalog_is_named_as_damaged(tmp_path: Path) -> None:
+    where = tmp_path / "catalog.db"
+
+    async def fill(catalog: Catalog) -> None:
+        for number in range(1, 60):
+            await sealed(catalog, number, [record(100 * number)])
+
+    async def look(catalog: Catalog) -> None:
+        await catalog.points()
+
+    with_catalog(fill, where)
+    os.truncate(where, where.stat().st_size // 2)
+    with pytest.raises(CatalogError, match="damaged") as caught:
+        with_catalog(look, where)
+    assert "rebuild" in caught.value.hint
+
+
+def test_a_catalog_that_another_process_holds_is_a_retryable_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "BUSY_TIMEOUT_SECONDS", 0.1)
+    where = tmp_path / "catalog.db"
+
+    async def work(catalog: Catalog) -> None:
+        other = sqlite3.connect(where, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(CatalogError, match="another process holds it") as caught:
+            await catalog.settle("bank", at(100))
+        assert caught.value.retryable
+        assert await catalog.settled("bank") is None
+        other.rollback()
+        other.close()
+        await catalog.settle("bank", at(100))
+        assert await catalog.settled("bank") == at(100)
+
+    with_catalog(work, where)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_catalog_file_that_was_taken_away_is_not_written_on(tmp_path: Path, replaced: bool) -> None:
+    where = tmp_path / "catalog.db"
+
+    async def work(catalog: Catalog) -> None:
+        point = await opened(catalog, 1)
+        where.rename(tmp_path / "elsewhere.db")
+        if replaced:
+            where.touch()
+        with pytest.raises(CatalogError, match="removed or replaced"):
+            await catalog.seal(proven(point), [record(100)], {"bank": at(108)})
+
+    with_catalog(work, where)
+
+
+def test_a_value_that_does_not_fit_is_an_error_and_nothing_is_kept() -> None:
+    async def work(catalog: Catalog) -> None:
+        point = await opened(catalog, 1)
+        with pytest.raises(CatalogError, match="63 bits"):
+            await catalog.seal(proven(point), [record(1 << 63, xid=1, time_us=BASE_US)], {})
+        with pytest.raises(CatalogError, match="cannot be kept"):
+            await catalog.seal(proven(point), [record(100, stream="\udc80")], {})
+        assert await catalog.find() == []
+
+    with_catalog(work)
+
+
+def test_the_password_of_a_server_is_not_shown() -> None:
+    with pytest.raises(CatalogError) as caught:
+        make_engine("mysql+nothing://trig:geheim@db/catalog")
+    assert "geheim" not in str(caught.value)
+    catalog = Catalog(make_engine("postgresql+psycopg://trig:geheim@db/catalog"), None, owns_engine=True)
+    assert "geheim" not in catalog.where
+    assert "db/catalog" in catalog.where
+
+
+def test_a_catalog_file_is_written_with_a_log_and_synced_at_every_commit(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path / "catalog.db")
+    with_catalog(nothing, engine)
+    with engine.connect() as connection:
+        asked = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")
+        }
+        assert asked == {"journal_mode": "wal", "synchronous": 2}
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+    engine.dispose()

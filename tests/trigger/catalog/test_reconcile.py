@@ -1,0 +1,275 @@
+"""One pass makes catalog and storage agree, whatever a crash left between them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import pytest
+
+from connectors.memory import Kept, MemoryStorage, World
+from tests.simulation.virtual import VirtualLoop
+from trigger.catalog import reconcile, tag
+from trigger.catalog.catalog import Catalog
+from trigger.catalog.reconcile import GONE, INTERRUPTED, Reconciliation
+from trigger.errors import StorageError
+from trigger.model import Cause, CommitRecord, Outcome, RecoveryPoint, State, Volume, point_id
+from trigger.position import History, Lsn, Position
+
+T = TypeVar("T")
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+VOLUMES = (Volume("data", "/data"),)
+HISTORY = History("7001", 1)
+
+
+async def inline(work: Callable[[], T]) -> T:
+    return work()
+
+
+def at(lsn: int) -> Position:
+    return Position(HISTORY, Lsn(lsn))
+
+
+def record(lsn: int) -> CommitRecord:
+    return CommitRecord("bank", lsn, Lsn(lsn), Lsn(lsn + 48), 1_000_000, (), Outcome.PROTECTED)
+
+
+class Stage:
+    """A catalog and a storage with points in every state a crash can leave."""
+
+    def __init__(self, catalog: Catalog, world: World) -> None:
+        self.catalog = catalog
+        self.world = world
+        self.storage = MemoryStorage(world)
+
+    async def opened(self, number: int) -> RecoveryPoint:
+        made = point_id(NOON, number)
+        return await self.catalog.open_point(id=made, cause=Cause.COMMIT, floor=at(number * 100 + 48), opened_at=NOON)
+
+    async def cut(self, point: RecoveryPoint) -> RecoveryPoint:
+        """Make the snapshot; its tag says that the point is open."""
+        snapshots = await self.storage.snapshot(VOLUMES, point.id, tag.encode(point))
+        return replace(point, snapshots=snapshots, ceiling=point.floor, sealed_at=NOON, state=State.SEALED, commits=1)
+
+    async def retagged(self, number: int) -> tuple[RecoveryPoint, list[CommitRecord]]:
+        """Go as far as the sealed tag in the storage, which the catalog does not know of."""
+        point, records = await self.cut(await self.opened(number)), [record(number * 100)]
+        await self.storage.retag(point.id, tag.encode(point, records))
+        return point, records
+
+    async def sealed(self, number: int) -> RecoveryPoint:
+        point, records = await self.retagged(number)
+        return await self.catalog.seal(point, records, {"bank": at(number * 100 + 48)})
+
+    async def reconcile(self) -> Reconciliation:
+        """Make one pass; a second one must find nothing."""
+        done = await reconcile.reconcile(self.catalog, self.storage)
+        again = await reconcile.reconcile(self.catalog, self.storage)
+        assert bool(again) == bool(done.strange)
+        assert again.strange == done.strange
+        return done
+
+    async def state(self, point: RecoveryPoint) -> State:
+        return (await self.catalog.point(point.id)).state
+
+
+class Clinging(MemoryStorage):
+    """A storage that does not let go of points as long as it clings."""
+
+    clings = True
+
+    async def delete(self, point: str) -> None:
+        if self.clings:
+            raise StorageError(f"{point}: Read-only file system")
+        await super().delete(point)
+
+
+def play(act: Callable[[Stage], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        await act(Stage(await Catalog.open(":memory:", run=inline), World()))
+
+    VirtualLoop().run(main())
+
+
+def test_where_both_agree_nothing_is_done() -> None:
+    async def act(stage: Stage) -> None:
+        await stage.sealed(1)
+        assert not await stage.reconcile()
+
+    play(act)
+
+
+def test_an_intent_without_a_snapshot_is_failed() -> None:
+    async def act(stage: Stage) -> None:
+        point = await stage.opened(1)
+        assert (await stage.reconcile()).failed == [point.id]
+        assert (await stage.catalog.point(1)).failure == INTERRUPTED
+
+    play(act)
+
+
+def test_a_snapshot_that_was_never_sealed_is_removed_with_its_intent() -> None:
+    async def act(stage: Stage) -> None:
+        point = await stage.cut(await stage.opened(1))
+        assert (await stage.reconcile()).failed == [point.id]
+        assert await stage.state(point) is State.FAILED
+        assert stage.world.kept == {}
+
+    play(act)
+
+
+def test_a_snapshot_without_its_tag_is_removed() -> None:
+    async def act(stage: Stage) -> None:
+        point = await stage.opened(1)
+        stage.world.kept[point.id] = Kept(("data",))
+        await stage.reconcile()
+        assert await stage.state(point) is State.FAILED
+        assert stage.world.kept == {}
+
+    play(act)
+
+
+def test_what_the_storage_has_as_sealed_is_sealed_in_the_catalog_with_its_commits() -> None:
+    async def act(stage: Stage) -> None:
+        point, records = await stage.retagged(1)
+        assert (await stage.reconcile()).adopted == [point.id]
+        assert await stage.state(point) is State.SEALED
+        assert await stage.catalog.commits_of(1) == records
+        assert await stage.catalog.settled("bank") == at(148)
+
+    play(act)
+
+
+def test_a_sealed_tag_over_half_a_snapshot_is_not_adopted() -> None:
+    async def act(stage: Stage) -> None:
+        point, _ = await stage.retagged(1)
+        stage.world.kept[point.id].cuts.clear()
+        assert (await stage.reconcile()).failed == [point.id]
+        assert await stage.state(point) is State.FAILED
+        assert await stage.catalog.find(xid=100) == []
+
+    play(act)
+
+
+@pytest.mark.parametrize("loss", ["whole", "part"])
+def test_a_sealed_point_whose_snapshot_is_gone_is_failed_and_reported(loss: str) -> None:
+    async def act(stage: Stage) -> None:
+        point = await stage.sealed(1)
+        if loss == "whole":
+            del stage.world.kept[point.id]
+        else:
+            stage.world.kept[point.id].cuts.clear()
+        assert (await stage.reconcile()).phantoms == [point.id]
+        assert (await stage.catalog.point(1)).failure == GONE
+
+    play(act)
+
+
+def test_a_snapshot_that_comes_back_after_it_was_gone_is_left_to_the_operator() -> None:
+    async def act(stage: Stage) -> None:
+        point = await stage.sealed(1)
+        kept = stage.world.kept.pop(point.id)
+        await stage.reconcile()
+        stage.world.kept[point.id] = kept
+        assert not await stage.reconcile()
+        assert point.id in stage.world.kept
+
+    play(act)
+
+
+def test_the_snapshot_of_a_failed_point_is_removed() -> None:
+    async def act(stage: Stage) -> None:
+        point = await stage.cut(await stage.opened(1))
+        await stage.catalog.fail(point, "the flush failed")
+        assert (await stage.reconcile()).removed == [point.id]
+        assert stage.world.kept == {}
+
+    play(act)
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_removal_that_was_begun_is_finished(deleted: bool) -> None:
+    async def act(stage: Stage) -> None:
+        point = await stage.sealed(1)
+        await stage.catalog.change(point, State.EXPIRING)
+        if deleted:
+            await stage.storage.delete(point.id)
+        assert (await stage.reconcile()).expired == [point.id]
+        assert await stage.state(point) is State.EXPIRED
+        assert stage.world.kept == {}
+
+    play(act)
+
+
+async def stray(stage: Stage, number: int, change: Callable[[Stage, RecoveryPoint], Awaitable[None]]) -> RecoveryPoint:
+    """Leave a snapshot in the storage that this catalog has never heard of."""
+    other = Stage(await Catalog.open(":memory:", run=inline), stage.world)
+    point = await other.sealed(number)
+    await change(stage, point)
+    return point
+
+
+async def unchanged(_stage: Stage, _point: RecoveryPoint) -> None:
+    """Leave it as it is."""
+
+
+def test_a_sealed_stray_is_adopted_as_after_a_catalog_was_lost() -> None:
+    async def act(stage: Stage) -> None:
+        point = await stray(stage, 1, unchanged)
+        assert (await stage.reconcile()).adopted == [point.id]
+        assert await stage.catalog.commits_of(1) == [record(100)]
+        assert await stage.catalog.settled("bank") == at(148)
+
+    play(act)
+
+
+def test_an_unsealed_stray_is_removed() -> None:
+    async def reopen(stage: Stage, point: RecoveryPoint) -> None:
+        await stage.storage.retag(point.id, tag.encode(replace(point, state=State.OPEN)))
+
+    async def act(stage: Stage) -> None:
+        point = await stray(stage, 1, reopen)
+        assert (await stage.reconcile()).removed == [point.id]
+        assert stage.world.kept == {}
+
+    play(act)
+
+
+def test_a_stray_of_another_cluster_or_with_a_damaged_tag_is_left_alone_and_named() -> None:
+    async def of_another(stage: Stage, point: RecoveryPoint) -> None:
+        elsewhere = Position(History("9999", 1), Lsn(1))
+        await stage.storage.retag(point.id, tag.encode(replace(point, floor=elsewhere, ceiling=elsewhere)))
+
+    async def damaged(stage: Stage, point: RecoveryPoint) -> None:
+        await stage.storage.retag(point.id, tag.encode(point)[:-3])
+
+    async def act(stage: Stage) -> None:
+        await stage.sealed(1)
+        strange = [(await stray(stage, number, change)).id for number, change in ((2, of_another), (3, damaged))]
+        assert (await stage.reconcile()).strange == strange
+        assert set(strange) <= set(stage.world.kept)
+
+    play(act)
+
+
+def test_a_storage_that_does_not_let_go_keeps_no_pass_from_ending_and_the_next_one_makes_good() -> None:
+    async def act(stage: Stage) -> None:
+        stage.storage = clinging = Clinging(stage.world)
+        interrupted = await stage.opened(1)
+        await stage.cut(interrupted)
+        expiring = await stage.catalog.change(await stage.sealed(2), State.EXPIRING)
+        whole, _ = await stage.retagged(3)
+        done = await reconcile.reconcile(stage.catalog, stage.storage)
+        assert done.stuck == [interrupted.id, expiring.id]
+        assert (done.adopted, done.failed, done.expired) == ([whole.id], [interrupted.id], [])
+        assert await stage.state(expiring) is State.EXPIRING
+        assert await stage.state(interrupted) is State.FAILED
+        clinging.clings = False
+        done = await stage.reconcile()
+        assert (done.removed, done.expired, done.stuck) == ([interrupted.id], [expiring.id], [])
+        assert set(stage.world.kept) == {whole.id}
+
+    play(act)

@@ -1,0 +1,455 @@
+"""The main path, step by step: what a round does, in which order, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+import pytest
+
+from connectors.memory import MemoryAgent, MemoryClock, MemoryDatabase, MemorySource, MemoryStorage, World
+from tests.simulation.virtual import VirtualLoop
+from trigger.catalog.catalog import Catalog
+from trigger.catalog.reconcile import reconcile
+from trigger.config.options import PointOptions
+from trigger.errors import AgentError, CatalogError, DatabaseError, StorageError
+from trigger.model import Cause, Outcome, RecoveryPoint, State, Volume
+from trigger.ports import Capability
+from trigger.protect.agenda import Agenda
+from trigger.protect.pipeline import Protected, protect, require_cover
+from trigger.protect.window import Window
+
+T = TypeVar("T")
+
+
+async def inline(work: Callable[[], T]) -> T:
+    return work()
+
+
+class Told:
+    """Passes every call on, notes its name, and raises what was put down for it, before or after its effect."""
+
+    def __init__(self, port: object, stage: Stage) -> None:
+        self._port = port
+        self._stage = stage
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._port, name)
+        if not asyncio.iscoroutinefunction(value):
+            return value
+
+        async def call(*arguments: Any, **named: Any) -> Any:
+            self._stage.calls.append(name)
+            await self._stage.at(f"before {name}")
+            answer = await value(*arguments, **named)
+            await self._stage.at(f"after {name}")
+            return answer
+
+        return call
+
+
+class Stage:
+    """A world with the whole main path over it; calls can be made to fail, and things to happen between them."""
+
+    def __init__(
+        self, *streams: str, capabilities: frozenset[Capability] = frozenset(Capability), **options: Any
+    ) -> None:
+        self.loop = VirtualLoop()
+        self.world = World(seconds=self.loop.time)
+        self.cluster = self.world.cluster
+        self.calls: list[str] = []
+        self.turns: dict[str, list[Exception | Callable[[], object]]] = {}
+        self.streams = streams or ("bank",)
+        for stream in self.streams:
+            self.cluster.recreate_slot(stream)
+        self.capabilities = capabilities
+        self.options = PointOptions(**{"min_interval_seconds": 0, "catch_all_seconds": None, **options})
+
+    def when(self, moment: str, *turns: Exception | Callable[[], object]) -> None:
+        """Let these happen, one each time `before x` or `after x` comes."""
+        self.turns.setdefault(moment, []).extend(turns)
+
+    async def at(self, moment: str) -> None:
+        waiting = self.turns.get(moment)
+        if not waiting:
+            return
+        turn = waiting.pop(0)
+        if isinstance(turn, Exception):
+            raise turn
+        answer = turn()
+        if asyncio.iscoroutine(answer):
+            await answer
+
+    def told(self, port: T) -> T:
+        return cast("T", Told(port, self))
+
+    def play(self, act: Callable[[Stage], Coroutine[Any, Any, None]]) -> None:
+        async def main() -> None:
+            self.catalog = await Catalog.open(":memory:", run=inline)
+            self.storage = MemoryStorage(self.world, capabilities=self.capabilities)
+            agent = MemoryAgent(self.world)
+            await agent.prepare((Volume("data", "/data"),))
+            sources = [self.told(MemorySource(self.world, stream)) for stream in self.streams]
+            self.window = Window(sources, {}, lambda _: "all")
+            self.agenda = Agenda(self.options, None)
+            self.protected = Protected(
+                self.told(MemoryDatabase(self.world)),
+                (Volume("data", "/data"),),
+                (self.told(agent),),
+                self.told(self.storage),
+                self.told(self.catalog),
+                MemoryClock(self.world),
+                self.options,
+                30,
+                random.Random(0),
+            )
+            self.readers = [asyncio.ensure_future(self.window.follow(stream)) for stream in self.streams]
+            self.main = asyncio.ensure_future(protect(self.protected, self.window, self.agenda))
+            try:
+                await asyncio.sleep(1)
+                await act(self)
+            finally:
+                for task in (*self.readers, self.main):
+                    task.cancel()
+                await asyncio.wait([*self.readers, self.main])
+
+        self.loop.run(main())
+
+    async def points(self) -> list[RecoveryPoint]:
+        return await self.catalog.points(newest_first=False)
+
+    async def outcomes(self) -> dict[int, Outcome]:
+        return {found.record.xid: found.record.outcome for found in await self.catalog.find()}
+
+    async def stop(self, within_seconds: float) -> None:
+        """Stop as SIGTERM does."""
+        self.agenda.stopping = True
+        self.window.wake()
+        async with asyncio.timeout(within_seconds):
+            await self.main
+
+
+def test_the_first_point_is_taken_at_start_and_the_next_for_a_commit() -> None:
+    async def act(stage: Stage) -> None:
+        commit = stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        first, second = await stage.points()
+        assert (first.cause, first.commit, first.rule) == (Cause.START, None, "")
+        assert (second.cause, second.floor, second.rule) == (Cause.COMMIT, commit.position, "all")
+        assert second.commit is not None
+        assert second.commit.xid == commit.xid
+        assert await stage.outcomes() == {commit.xid: Outcome.PROTECTED}
+
+    Stage().play(act)
+
+
+def test_a_round_flushes_then_looks_then_cuts_then_reads_the_ceiling_then_tags_then_seals_then_acknowledges() -> None:
+    async def act(stage: Stage) -> None:
+        stage.calls.clear()
+        stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        steps = [call for call in stage.calls if call not in ("read", "heartbeat")]
+        assert steps == [
+            "open_point",
+            "flush",
+            "durable",
+            "redo",
+            "snapshot",
+            "ceiling",
+            "retag",
+            "seal",
+            "close_gaps",
+            "acknowledge",
+        ]
+
+    Stage().play(act)
+
+
+def test_a_copy_that_is_not_one_instant_is_made_inside_the_bracket_whose_end_is_its_ceiling() -> None:
+    async def act(stage: Stage) -> None:
+        stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        for point in await stage.points():
+            assert point.state is State.SEALED
+            assert point.bracket is not None
+            assert point.ceiling == point.bracket.stop
+            assert point.redo == point.bracket.start
+            assert point.redo < point.ceiling
+
+    Stage(capabilities=frozenset({Capability.ATOMIC})).play(act)
+
+
+def test_commits_that_arrive_during_a_round_share_the_next_point() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before flush", lambda: asyncio.sleep(2))
+        made = [stage.cluster.commit("bank")]
+        await asyncio.sleep(1)
+        made += [stage.cluster.commit("bank") for _ in range(3)]
+        await asyncio.sleep(3)
+        assert [point.commits for point in await stage.points()] == [0, 1, 3]
+        assert list((await stage.outcomes()).values()) == [
+            Outcome.PROTECTED,
+            Outcome.COALESCED,
+            Outcome.COALESCED,
+            Outcome.PROTECTED,
+        ]
+
+    Stage().play(act)
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("flush", AgentError("the disk failed")),
+        ("durable", DatabaseError("no answer")),
+        ("redo", DatabaseError("no answer")),
+        ("snapshot", StorageError("no room")),
+        ("snapshot", OSError(28, "no space left on device")),
+        ("ceiling", DatabaseError("no answer")),
+        ("retag", StorageError("read-only")),
+    ],
+)
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_round_that_fails_leaves_nothing_behind_and_its_commits_to_the_next(
+    step: str, error: Exception, moment: str
+) -> None:
+    async def act(stage: Stage) -> None:
+        stage.when(f"{moment} {step}", error)
+        commit = stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        _, failed = await stage.points()
+        assert failed.state is State.FAILED
+        assert str(error) in failed.failure
+        assert failed.id not in stage.world.kept
+        assert stage.calls[-1] == "fail"
+        await asyncio.sleep(10)
+        assert (await stage.points())[-1].state is State.SEALED
+        assert await stage.outcomes() == {commit.xid: Outcome.PROTECTED}
+
+    Stage().play(act)
+
+
+@pytest.mark.parametrize("step", ["open_point", "seal", "close_gaps"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_answer_of_the_catalog_that_was_lost_costs_no_commit_its_one_outcome(step: str, moment: str) -> None:
+    async def act(stage: Stage) -> None:
+        stage.when(f"{moment} {step}", CatalogError("no answer", retryable=True))
+        commit = stage.cluster.commit("bank")
+        await asyncio.sleep(30)
+        assert await stage.outcomes() == {commit.xid: Outcome.PROTECTED}
+        states = [point.state for point in await stage.points()]
+        assert set(states) <= {State.SEALED, State.FAILED}
+        assert len(stage.world.kept) == states.count(State.SEALED)
+        assert stage.cluster.slots["bank"].confirmed >= commit.end
+        assert len(stage.window) == 0
+
+    Stage().play(act)
+
+
+def test_a_snapshot_that_could_not_be_removed_is_removed_by_the_next_pass() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("after snapshot", StorageError("the answer was lost"))
+        stage.when("before delete", StorageError("busy"))
+        stage.when("before open_point", stage.cluster.flush, CatalogError("no answer", retryable=True))
+        stage.cluster.commit("bank")
+        await asyncio.sleep(60)
+        sealed = {point.id for point in await stage.points() if point.state is State.SEALED}
+        assert set(stage.world.kept) == sealed
+
+    Stage().play(act)
+
+
+def test_a_commit_that_the_log_on_disk_does_not_cover_is_no_floor() -> None:
+    async def act(stage: Stage) -> None:
+        database = MemoryDatabase(stage.world)
+        on_disk = stage.cluster.commit("bank")
+        in_memory = stage.cluster.commit("bank", synchronous=False)
+        assert (await require_cover(database, on_disk.position)).at == on_disk.end
+        with pytest.raises(DatabaseError, match="does not cover"):
+            await require_cover(database, in_memory.position)
+
+    Stage().play(act)
+
+
+def test_a_history_that_changes_during_the_round_fails_it() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("after snapshot", lambda: stage.cluster.promote(keep_slots=True))
+        commit = stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        failed = (await stage.points())[1]
+        assert failed.state is State.FAILED
+        assert "the history changed during the round" in failed.failure
+        await asyncio.sleep(20)
+        assert await stage.outcomes() == {commit.xid: Outcome.PROTECTED}
+
+    Stage().play(act)
+
+
+def test_a_commit_that_a_failover_left_behind_is_missed_and_its_gap_is_recorded_and_closed() -> None:
+    async def act(stage: Stage) -> None:
+        kept = stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        stage.when("before flush", lambda: stage.cluster.promote(kept.end, keep_slots=True))
+        left = stage.cluster.commit("bank")
+        await asyncio.sleep(30)
+        assert await stage.outcomes() == {kept.xid: Outcome.PROTECTED, left.xid: Outcome.MISSED}
+        (gap,) = await stage.catalog.gaps()
+        assert gap.after == left.position
+        assert gap.closed_by > 0
+        assert (await stage.catalog.point(gap.closed_by)).cause is Cause.GAP
+
+    Stage().play(act)
+
+
+def test_what_a_failover_left_behind_does_not_take_the_outcome_of_what_it_kept() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before flush", AgentError("busy"))
+        kept, left = stage.cluster.commit("bank"), stage.cluster.commit("bank")
+        await asyncio.sleep(0.5)
+        stage.cluster.promote(kept.end, keep_slots=True)
+        await asyncio.sleep(30)
+        assert await stage.outcomes() == {kept.xid: Outcome.PROTECTED, left.xid: Outcome.MISSED}
+
+    Stage().play(act)
+
+
+def test_a_base_that_a_failover_left_behind_is_replaced_even_where_no_stream_broke() -> None:
+    async def act(stage: Stage) -> None:
+        seen = stage.cluster.commit("bank")
+        stage.when("before snapshot", lambda: stage.cluster.commit("bank", synchronous=False))
+        await asyncio.sleep(1)
+        base = (await stage.points())[-1]
+        assert base.ceiling is not None
+        assert base.ceiling > seen.position
+        stage.cluster.promote(seen.end, keep_slots=True)
+        await asyncio.sleep(5)
+        assert await stage.catalog.gaps() == []
+        newest = (await stage.points())[-1]
+        assert newest.cause is Cause.START
+        assert newest.ceiling is not None
+        assert stage.cluster.lineage().includes(newest.ceiling)
+
+    Stage().play(act)
+
+
+def test_breaks_of_all_streams_are_recorded_before_anything_is_taken() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before record_gap", lambda: asyncio.sleep(2))
+        for stream in stage.streams:
+            stage.cluster.commit(stream)
+        await asyncio.sleep(1)
+        stage.calls.clear()
+        for stream in stage.streams:
+            stage.cluster.write_ahead(100)
+            stage.cluster.flush()
+            stage.cluster.recreate_slot(stream)
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(10)
+        calls = [call for call in stage.calls if call in ("record_gap", "open_point")]
+        assert calls[:3] == ["record_gap", "record_gap", "open_point"]
+        assert {gap.closed_by > 0 for gap in await stage.catalog.gaps()} == {True}
+
+    Stage("bank", "shop").play(act)
+
+
+def test_an_idle_stream_is_settled_in_the_catalog_and_then_acknowledged() -> None:
+    async def act(stage: Stage) -> None:
+        stage.window._judge = lambda _: None
+        commit = stage.cluster.commit("bank")
+        stage.calls.clear()
+        await asyncio.sleep(15)
+        order = [call for call in stage.calls if call in ("settle", "acknowledge")]
+        assert order[:2] == ["settle", "acknowledge"]
+        settled = await stage.catalog.settled("bank")
+        assert settled is not None
+        assert settled >= commit.position
+        assert stage.cluster.slots["bank"].confirmed >= commit.end
+
+    Stage().play(act)
+
+
+def test_a_pause_after_an_error_is_not_cut_short_by_arriving_commits() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before open_point", *[CatalogError("full", retryable=True)] * 3)
+        began = stage.loop.time()
+        for _ in range(60):
+            stage.cluster.commit("bank")
+            await asyncio.sleep(1)
+        sealed = (await stage.points())[-1]
+        assert sealed.state is State.SEALED
+        assert stage.turns["before open_point"] == []
+        assert stage.agenda.pace(stage.loop.time()).not_before - began < 5 + 10 + 20 + 5
+
+    Stage(retry_seconds=5).play(act)
+
+
+def test_a_stop_waits_for_the_round_at_hand_and_begins_no_other() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before flush", lambda: asyncio.sleep(5))
+        stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        stage.cluster.commit("bank")
+        await stage.stop(within_seconds=6)
+        assert [point.state for point in await stage.points()] == [State.SEALED, State.SEALED]
+        assert len(stage.window) == 1
+
+    Stage().play(act)
+
+
+def test_a_stop_does_not_wait_for_a_pause() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before open_point", CatalogError("full", retryable=True))
+        stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        await stage.stop(within_seconds=0.1)
+
+    Stage(retry_seconds=500).play(act)
+
+
+def test_whoever_asks_for_a_point_gets_it_even_where_an_answer_was_lost() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("after seal", CatalogError("no answer", retryable=True))
+        answer = stage.agenda.ask("before the upgrade")
+        stage.window.wake()
+        async with asyncio.timeout(30):
+            point = await answer
+        assert point.state is State.SEALED
+        assert point.note == "before the upgrade"
+
+    Stage().play(act)
+
+
+def test_a_point_that_is_asked_for_holds_what_is_there_though_an_older_commit_waits_for_its_point() -> None:
+    async def act(stage: Stage) -> None:
+        waiting = stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        stage.cluster.write_ahead(1000)  # what no stream shows, and nobody flushed
+        asked_at = stage.cluster.inserted
+        answer = stage.agenda.ask("before the upgrade")
+        stage.window.wake()
+        async with asyncio.timeout(30):
+            point = await answer
+        assert point.commit is not None
+        assert (point.cause, point.commit.xid, point.floor.at) == (Cause.DEMAND, waiting.xid, asked_at)
+        assert await stage.outcomes() == {waiting.xid: Outcome.PROTECTED}
+
+    Stage(min_interval_seconds=500, max_delay_seconds=500).play(act)
+
+
+def test_a_cancelled_round_is_undone_by_the_next_start() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("after snapshot", lambda: asyncio.sleep(60))
+        stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        stage.main.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await stage.main
+        assert [point.state for point in await stage.points()] == [State.SEALED, State.OPEN]
+        await reconcile(stage.catalog, stage.storage)
+        assert [point.state for point in await stage.points()] == [State.SEALED, State.FAILED]
+        assert len(stage.world.kept) == 1
+
+    Stage().play(act)

@@ -1,0 +1,141 @@
+"""What becomes of clones: listed, stopped, started, dropped, found again after a restore that was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.bank import Bank, Breaking, nothing_left, quiet, run, two_points
+from trigger.errors import RestoreError
+from trigger.model import EPOCH, Address
+from trigger.restore import clone_records
+from trigger.restore.clone_records import CloneRecord, clone_name
+from trigger.restore.clones import CloneState, clones, drop, start, stop
+from trigger.restore.restore import restore
+
+
+def test_clones_are_listed_with_their_state_and_dropped_with_all_they_have(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        target = await two_points(it)
+        await restore(target, it.site, progress=quiet, name="one")
+        it.seconds[0] += 90
+        (status,) = await clones(it.site)
+        assert (status.name, status.state, status.age) == ("one", CloneState.RUNNING, timedelta(seconds=90))
+        assert status.record
+        assert (status.record.target, status.record.conninfo) == (target.description, "memory:one")
+        await it.site.recovery.stop((await it.site.storage.clones())[0])
+        assert (await clones(it.site))[0].state is CloneState.STOPPED
+        with pytest.raises(RestoreError, match="there is a clone one already"):
+            await restore(target, it.site, progress=quiet, name="one")
+        await it.site.storage.drop_clone("one")
+        assert (await clones(it.site))[0].state is CloneState.GONE
+        await drop("one", it.site)
+        assert nothing_left(it)
+        with pytest.raises(RestoreError, match="there is no clone one"):
+            await drop("one", it.site)
+
+    run(tmp_path, story)
+
+
+def test_a_clone_is_stopped_and_started_again_with_what_it_held(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        await restore(await two_points(it), it.site, progress=quiet, name="one")
+        before = it.held("one")
+        for _ in range(2):  # what is so already stays so
+            assert (await stop("one", it.site)).state is CloneState.STOPPED
+        for listen in (None, None, Address("127.0.0.1", 5433)):
+            assert (await start("one", it.site, listen)).state is CloneState.RUNNING
+        assert it.held("one") == before
+        await it.site.storage.drop_clone("one")
+        with pytest.raises(RestoreError, match="clone one is gone"):
+            await start("one", it.site)
+
+    run(tmp_path, story)
+
+
+def test_a_clone_of_which_nothing_is_written_is_shown_as_unfinished_and_can_be_dropped(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        await two_points(it)
+        await it.site.storage.clone((await it.catalog.bases())[0].id, "stray", quiet)
+        assert [status.state for status in await clones(it.site)] == [CloneState.UNFINISHED]
+        await drop("stray", it.site)
+        assert not it.world.clones
+
+    run(tmp_path, story)
+
+
+def test_a_clone_that_is_being_made_is_shown_so_and_not_dropped(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        target = await two_points(it)
+        seen = []
+
+        async def look() -> None:
+            seen.extend(await clones(it.site))
+            with pytest.raises(RestoreError, match="is being made"):
+                await drop("one", it.site)
+
+        recovery = Breaking(it.site.recovery, "start", look, after=False)
+        with pytest.raises(AttributeError):  # the wrapper gives no server back
+            await restore(target, replace(it.site, recovery=recovery), progress=quiet, name="one")
+        assert [status.state for status in seen] == [CloneState.RESTORING]
+
+    run(tmp_path, story)
+
+
+@pytest.mark.parametrize("place", ["after-intent", "after-clone", "after-stage", "after-replay"])
+def test_a_killed_restore_is_found_as_unfinished_and_dropped(tmp_path: Path, place: str) -> None:
+    """The process that holds the intent is killed for good; its world lives on here, as a storage does."""
+    words = "import sys; from tests.trigger.restore import test_clones; test_clones.restore_one(sys.argv[1])"
+    killed = subprocess.run(
+        [sys.executable, "-c", words, str(tmp_path)],
+        env=os.environ | {"TRIGPOINT_FAILPOINT": f"{place}:kill"},
+        cwd=Path(__file__).parents[3],
+        timeout=60,
+    )
+    assert killed.returncode == -signal.SIGKILL
+
+    async def story(it: Bank) -> None:
+        target = await two_points(it)
+        await it.site.storage.clone((await it.catalog.bases())[0].id, "one", quiet)  # what the killed one had made
+        (status,) = await clones(it.site)
+        assert (status.state, status.record and status.record.target) == (CloneState.UNFINISHED, target.description)
+        await drop("one", it.site)
+        assert nothing_left(it)
+
+    run(tmp_path, story)
+
+
+def restore_one(folder: str) -> None:
+    """What the process does that is killed on the way."""
+
+    async def story(it: Bank) -> None:
+        await restore(await two_points(it), it.site, progress=quiet, name="one")
+
+    run(Path(folder), story)
+
+
+@pytest.mark.parametrize("name", ["", "-a", "A", "a/b", "..", "a" * 41, "ä", "a b", "a\n"])
+def test_a_clone_gets_no_name_that_could_mean_something_else(name: str) -> None:
+    with pytest.raises(RestoreError, match="cannot be called"):
+        clone_name(name)
+
+
+def test_a_torn_record_is_no_record(tmp_path: Path) -> None:
+    record = CloneRecord("one", "commit 1", 1, EPOCH, notes=("slots gone",))
+    with clone_records.intent(tmp_path, record):
+        clone_records.finish(tmp_path, record)
+    assert clone_records.written(tmp_path)["one"].record == record
+    text = (tmp_path / "one.json").read_text()
+    for cut in range(len(text) - 1):
+        (tmp_path / "one.json").write_text(text[:cut])
+        assert not clone_records.written(tmp_path)
+    (tmp_path / "one.json").write_text(json.dumps({"name": "one"}))
+    assert not clone_records.written(tmp_path)

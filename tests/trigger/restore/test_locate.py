@@ -1,0 +1,131 @@
+"""Which point holds a transaction: point, interval, or gap; and what is not known is said to be so."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.bank import Bank, run
+from trigger.errors import RestoreError
+from trigger.model import Gap, Outcome
+from trigger.position import Lsn
+from trigger.protect.window import record
+from trigger.restore.locate import Location, Where, locate
+
+
+async def only(it: Bank, **named: Any) -> Location:
+    (found,) = await locate(it.catalog, it.site.journal, **named)
+    return found
+
+
+def test_the_commit_a_point_was_taken_for_is_in_that_point(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        commit = it.commit("payday")
+        point = await it.point()
+        for named in ({"xid": commit.xid}, {"lsn": commit.start}, {"marker": "payday"}, {"time": commit.time}):
+            found = await only(it, **named)
+            assert (found.where, found.point, found.after) == (Where.POINT, point.number, point.number - 1)
+
+    run(tmp_path, story)
+
+
+def test_a_coalesced_commit_lies_between_two_points(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        first = await it.point()
+        commit = it.commit()
+        it.commit()
+        second = await it.point()
+        found = await only(it, xid=commit.xid)
+        assert (found.where, found.after, found.point) == (Where.INTERVAL, first.number, second.number)
+
+    run(tmp_path, story)
+
+
+def test_a_missed_commit_is_in_a_gap_with_its_reason(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        first = it.commit()
+        await it.point()
+        lost = it.commit()
+        it.pending.clear()
+        gap = Gap("bank", first.position, lost.position, "the slot was dropped", it.site.clock.now())
+        await it.catalog.record_gap(gap)
+        await it.catalog.miss([record(lost, Outcome.MISSED)], "slot lost", lost.history)
+        later = it.commit()
+        await it.point()
+        found = await only(it, xid=lost.xid)
+        assert (found.where, found.point, found.after) == (Where.GAP, None, 1)
+        assert found.gap == gap
+        assert "slot lost" in found.reason
+        place = await only(it, lsn=Lsn(lost.start - 1))
+        assert (place.where, place.record) == (Where.GAP, None)
+        assert (await only(it, xid=later.xid)).where is Where.POINT
+
+    run(tmp_path, story)
+
+
+def test_a_gap_that_began_on_a_timeline_that_was_left_is_found_on_the_one_that_went_on(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        first = it.commit()
+        await it.point()
+        left_behind = it.commit()
+        it.world.cluster.promote(first.end)
+        unseen = it.world.cluster.commit("bank")
+        until = it.world.cluster.lineage().at(it.world.cluster.inserted)
+        gap = Gap("bank", left_behind.position, until, "the timeline changed", it.site.clock.now())
+        await it.catalog.record_gap(gap)
+        it.pending.clear()
+        it.commit()
+        await it.point()
+        found = await only(it, lsn=unseen.start)
+        assert (found.where, found.gap, found.after) == (Where.GAP, gap, 1)
+
+    run(tmp_path, story)
+
+
+def test_a_place_without_a_commit_is_told_by_the_points_around_it(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        first = it.commit()
+        await it.point()
+        second = it.commit()
+        await it.point()
+        between = await only(it, lsn=Lsn(second.start - 4))
+        assert (between.where, between.after, between.point) == (Where.INTERVAL, 1, 2)
+        newer = await only(it, lsn=Lsn(second.end + 4))
+        assert (newer.where, newer.point) == (Where.UNKNOWN, None)
+        assert "newer than the newest point" in newer.reason
+        older = await only(it, lsn=Lsn(first.start - 4))
+        assert (older.where, older.after) == (Where.UNKNOWN, None)
+
+    run(tmp_path, story)
+
+
+def test_a_time_names_the_last_commit_by_then(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        commit = it.commit()
+        await it.point()
+        found = await only(it, time=commit.time + timedelta(milliseconds=300))
+        assert (found.where, found.point) == (Where.POINT, 1)
+        assert f"the last qualifying commit by then is {commit.xid}" in found.reason
+        assert (await only(it, time=commit.time - timedelta(hours=1))).where is Where.UNKNOWN
+
+    run(tmp_path, story)
+
+
+def test_what_the_catalog_does_not_know_is_said_to_be_unknown(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        assert "no sealed recovery point yet" in (await only(it, xid=1)).reason
+        it.commit()
+        await it.point()
+        found = await only(it, xid=1)
+        assert (found.where, found.point) == (Where.UNKNOWN, None)
+        assert "did not qualify" in found.reason
+        with pytest.raises(RestoreError, match="exactly one"):
+            await locate(it.catalog, it.site.journal)
+
+    run(tmp_path, story)

@@ -1,0 +1,297 @@
+"""A restore in place, on real folders: exact, kept, undone, and cut off at every rename."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from connectors.memory import MemoryStorage, World
+from tests.fixtures.bank import Bank, bank, quiet, two_points
+from tests.fixtures.volumes import loop_volume
+from trigger import failpoint
+from trigger.errors import RestoreError
+from trigger.model import Volume
+from trigger.ports import Clone, Progress
+from trigger.restore import inplace
+from trigger.restore.clones import clones, drop
+from trigger.restore.inplace import require_stopped, restore_in_place, resume, swaps, undo
+
+OLD, NEW = "as the accident left it", "as it was before"
+
+
+class Folders(MemoryStorage):
+    """The reference storage, whose clones are real folders as well."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        super().__init__(world)
+        self.folder = folder
+
+    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+        made = await super().clone(point, name, progress)
+        moved = replace(made, paths=tuple((volume, self.folder / name / volume) for volume, _ in made.paths))
+        for volume, path in moved.paths:
+            path.mkdir(parents=True)
+            (path / "state").write_text(f"{volume} {NEW}")
+        self._world.clones[name] = moved, self._world.clones[name][1]
+        return moved
+
+    async def drop_clone(self, name: str) -> None:
+        await super().drop_clone(name)
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+@asynccontextmanager
+async def stopped_bank(folder: Path, clones_at: Path | None = None) -> AsyncIterator[Bank]:
+    """Give a bank whose two volumes are real folders that hold the old state, and where no server works."""
+    volumes = tuple(Volume(name, str(folder / name)) for name in ("data", "wal"))
+    for volume in volumes:
+        Path(volume.path).mkdir()
+        (Path(volume.path) / "state").write_text(f"{volume.name} {OLD}")
+    world = World()
+    async with bank(folder, Folders(world, clones_at or folder / "clones"), world) as made:
+        made.protected = replace(made.protected, volumes=volumes)
+        made.site = replace(made.site, volumes=volumes, records_folder=folder / "records")
+        yield made
+
+
+def states(it: Bank) -> list[str]:
+    return [(Path(volume.path) / "state").read_text() for volume in it.site.volumes]
+
+
+def all_of(state: str) -> list[str]:
+    return [f"data {state}", f"wal {state}"]
+
+
+def test_the_restored_state_takes_the_place_and_the_old_one_is_kept_and_comes_back(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            report, swap = await restore_in_place(await two_points(it), it.site, progress=quiet)
+            assert report.checks
+            assert states(it) == all_of(NEW)
+            assert [(Path(kept) / "state").read_text() for kept in swap.kept] == all_of(OLD)
+            assert await swaps(it.site) == [swap]
+            assert not await clones(it.site)
+            assert not it.world.restored
+            assert await resume(swap.name, it.site) == swap
+            undone = await undo(swap.name, it.site)
+            assert states(it) == all_of(OLD)
+            assert [(Path(place.restored) / "state").read_text() for place in undone.places] == all_of(NEW)
+            assert not await swaps(it.site)
+
+    asyncio.run(story())
+
+
+class CutError(Exception):
+    """Stands for the death of the process."""
+
+
+@contextmanager
+def cut_at(place: str, count: int) -> Iterator[None]:
+    left = [count]
+
+    def cut(name: str) -> None:
+        if name == place:
+            left[0] -= 1
+            if left[0] == 0:
+                raise CutError(f"{place} {count}")
+
+    failpoint.hook = cut
+    try:
+        yield
+    finally:
+        failpoint.hook = None
+
+
+async def cut_off(it: Bank, place: str, count: int) -> inplace.Swap:
+    """Begin a restore in place that is cut off; gives what is known of it then."""
+    target = await two_points(it)
+    with cut_at(place, count), pytest.raises(CutError):
+        await restore_in_place(target, it.site, progress=quiet)
+    (swap,) = await swaps(it.site)
+    return swap
+
+
+CUTS = [("after-swap-intent", 1), *(("after-rename", count) for count in range(1, 5))]
+
+
+@pytest.mark.parametrize("cuts_of_undo", [None, 0, 1, 2, 3, 4])
+@pytest.mark.parametrize(("place", "count"), CUTS)
+def test_a_swap_that_was_cut_off_anywhere_can_be_finished_or_undone(
+    tmp_path: Path, place: str, count: int, cuts_of_undo: int | None
+) -> None:
+    """None finishes it; else it is undone, and the undoing is cut off after so many renames, and repeated."""
+
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            swap = await cut_off(it, place, count)
+            assert not swap.finished
+            if cuts_of_undo is None:
+                await resume(swap.name, it.site)
+                assert states(it) == all_of(NEW)
+                assert [(Path(kept) / "state").read_text() for kept in swap.kept] == all_of(OLD)
+                assert not await clones(it.site)
+                return
+            with cut_at("after-rename", cuts_of_undo), contextlib.suppress(CutError):
+                await undo(swap.name, it.site)
+            for left in await swaps(it.site):
+                await undo(left.name, it.site)
+            assert states(it) == all_of(OLD)
+            assert not any(Path(kept).exists() for kept in swap.kept)
+            assert not await clones(it.site)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3, 4])
+def test_an_undo_that_was_cut_off_is_finished_or_taken_back_itself(tmp_path: Path, renames: int) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            _, done = await restore_in_place(await two_points(it), it.site, progress=quiet)
+            for end, state in ((resume, NEW), (undo, OLD)):
+                with cut_at("after-rename", renames), pytest.raises(CutError):
+                    await undo(done.name, it.site)
+                assert await swaps(it.site) == [replace(done, finished=False)]
+                await end(done.name, it.site)
+                assert states(it) == all_of(state)
+                assert await swaps(it.site) == ([done] if state is NEW else [])
+            assert not list(it.site.records_folder.glob("*.swap"))
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("place", "count"), CUTS[:-1])
+def test_a_swap_whose_clone_is_gone_takes_nothing_away_and_can_be_undone(
+    tmp_path: Path, place: str, count: int
+) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            swap = await cut_off(it, place, count)
+            await drop(swap.clone, it.site)
+            before = sorted(tmp_path.rglob("state"))
+            with pytest.raises(RestoreError, match=r"the restored state of .* is gone"):
+                await resume(swap.name, it.site)
+            assert sorted(tmp_path.rglob("state")) == before
+            await undo(swap.name, it.site)
+            assert states(it) == all_of(OLD)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("removed", [0, 1])
+def test_a_finished_swap_stays_where_the_old_state_of_one_volume_was_removed(tmp_path: Path, removed: int) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            _, swap = await restore_in_place(await two_points(it), it.site, progress=quiet)
+            shutil.rmtree(swap.kept[removed])
+            with pytest.raises(RestoreError, match=f"the old state of {swap.places[removed].path} is gone"):
+                await undo(swap.name, it.site)
+            assert states(it) == all_of(NEW)
+            assert await resume(swap.name, it.site) == swap
+            assert states(it) == all_of(NEW)
+
+    asyncio.run(story())
+
+
+def test_a_restore_in_place_is_refused_while_a_server_works_there(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            target = await two_points(it)
+            with a_server_in(tmp_path / "data" / "15" / "main") as pid:
+                refused = pytest.raises(RestoreError, match=f"main runs .process {pid}")
+                with refused:
+                    await restore_in_place(target, it.site, progress=quiet)
+            assert states(it) == all_of(OLD)
+            assert not await swaps(it.site)
+            await restore_in_place(target, it.site, progress=quiet)  # the lock file of the dead is no server
+
+    asyncio.run(story())
+
+
+@contextmanager
+def a_server_in(folder: Path) -> Iterator[int]:
+    """Give the pid of a process that works in `folder`, as a postmaster does, and says so in its lock file."""
+    folder.mkdir(parents=True)
+    server = subprocess.Popen([sys.executable, "-c", "input()"], cwd=folder, stdin=subprocess.PIPE)
+    try:
+        (folder / "postmaster.pid").write_text(f"{server.pid}\n{folder}\n")
+        yield server.pid
+    finally:
+        server.communicate(b"\n")
+
+
+def test_a_lock_file_whose_process_works_elsewhere_is_a_leftover(tmp_path: Path) -> None:
+    (tmp_path / "postmaster.pid").write_text(f"{os.getpid()}\n")
+    require_stopped([Volume("data", str(tmp_path))])
+    for torn in ("", "x\n", "99999999\n"):
+        (tmp_path / "postmaster.pid").write_text(torn)
+        require_stopped([Volume("data", str(tmp_path))])
+
+
+def test_a_failed_restore_changes_nothing_in_place(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            target = await two_points(it)
+            it.world.free_bytes = 2 << 20
+            with pytest.raises(RestoreError, match="storage has"):
+                await restore_in_place(target, it.site, progress=quiet)
+            assert states(it) == all_of(OLD)
+
+    asyncio.run(story())
+
+
+def test_volumes_that_lie_in_each_other_are_refused(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            target = await two_points(it)
+            (tmp_path / "data" / "inner").mkdir()
+            nested = (*it.site.volumes, Volume("inner", str(tmp_path / "data" / "inner")))
+            with pytest.raises(RestoreError, match=r"volume inner .* lies in volume data"):
+                await restore_in_place(target, replace(it.site, volumes=nested), progress=quiet)
+
+    asyncio.run(story())
+
+
+@pytest.mark.volume
+def test_what_cannot_be_renamed_is_refused_before_and_the_clone_is_gone(tmp_path: Path) -> None:
+    async def story() -> None:
+        with loop_volume("ext4", 64) as elsewhere:
+            async with stopped_bank(tmp_path, elsewhere / "clones") as it:
+                target = await two_points(it)
+                with pytest.raises(RestoreError, match="another filesystem"):
+                    await restore_in_place(target, it.site, progress=quiet)
+                assert states(it) == all_of(OLD)
+                assert not await clones(it.site)
+                assert not any((elsewhere / "clones").glob("*"))
+                mounted = replace(it.site, volumes=(Volume("data", str(elsewhere)),))
+                with pytest.raises(RestoreError, match="is a mount point"):
+                    await restore_in_place(target, mounted, progress=quiet)
+
+    asyncio.run(story())
+
+
+@pytest.mark.volume
+def test_a_btrfs_subvolume_takes_the_place_of_another(tmp_path: Path) -> None:
+    with loop_volume("btrfs", 256) as mount:
+        for name in ("data", "copy"):
+            subprocess.run(["btrfs", "-q", "subvolume", "create", str(mount / name)], check=True)
+            (mount / name / "state").write_text(name)
+        (mount / "clones").mkdir()
+        (mount / "copy").rename(mount / "clones" / "copy")
+        inplace._require_renamable(mount / "clones" / "copy", mount)
+        inplace._forward(
+            inplace.Place(
+                *(str(mount / name) for name in ("data", "data.before", "clones/copy", "data.restored")),
+            )
+        )
+        assert (mount / "data" / "state").read_text() == "copy"
+        assert (mount / "data.before" / "state").read_text() == "data"

@@ -1,0 +1,106 @@
+"""The configuration that `trigpoint init` proposes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trigger.config.options import parse
+from trigger.host import Mount
+from trigger.model import Layout
+from trigger.service.initialise import Proposal, propose, text
+
+EXT4 = [Mount(Path("/"), "ext4")]
+BTRFS = [*EXT4, Mount(Path("/srv/pg"), "btrfs")]
+
+
+def layout(data: str = "/srv/pg/data", **more: Any) -> Layout:
+    given: dict[str, Any] = {"wal_directory": Path(data) / "pg_wal", "tablespaces": (), "config_files": ()} | more
+    return Layout(150018, Path(data), owner=105, group=110, wal_segment_bytes=16 << 20, **given)
+
+
+def proposed(found: Layout, mounts: list[Mount] | None = None, *, root: bool = True, **more: Any) -> Proposal:
+    given: dict[str, Any] = {"subvolume_of": lambda path: path, "databases": ["bank", "postgres"]} | more
+    return propose(
+        "host=/run/postgresql",
+        given["databases"],
+        found,
+        state_folder=Path("/var/lib/trigpoint"),
+        mounts=mounts or EXT4,
+        subvolume_of=given["subvolume_of"],
+        root=root,
+    )
+
+
+def test_any_filesystem_gets_copies_beside_the_data() -> None:
+    found = proposed(layout("/var/lib/postgresql/15/main"))
+    assert found.driver == "directory"
+    assert found.volumes == (("data", Path("/var/lib/postgresql/15/main")),)
+    assert found.storage_folder == Path("/var/lib/postgresql/15/trigpoint-snapshots")
+
+
+def test_data_in_a_btrfs_subvolume_gets_atomic_snapshots() -> None:
+    found = proposed(layout(), BTRFS)
+    assert (found.driver, found.storage_folder) == ("btrfs", Path("/srv/pg/trigpoint"))
+
+
+def test_the_subvolume_is_the_volume_where_the_data_lies_deeper_in_it() -> None:
+    deep = layout("/srv/pg/sub/15/main")
+    found = proposed(deep, BTRFS, subvolume_of=lambda _path: Path("/srv/pg/sub"))
+    assert found.volumes == (("data", Path("/srv/pg/sub")),)
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        {"root": False},
+        {"subvolume_of": lambda _path: Path("/srv/pg")},  # the top of the btrfs: nothing lies beside it
+        {"mounts": [Mount(Path("/"), "btrfs")], "subvolume_of": lambda _path: Path("/")},
+    ],
+)
+def test_btrfs_without_a_place_or_right_for_snapshots_gets_copies_and_the_reason(why: dict[str, Any]) -> None:
+    found = proposed(layout(), why.pop("mounts", BTRFS), **why)
+    assert found.driver == "directory"
+    assert "btrfs" in found.why[0]
+
+
+def test_a_part_on_another_filesystem_rules_btrfs_out() -> None:
+    found = proposed(layout(tablespaces=((16400, Path("/fast/space")),)), BTRFS)
+    assert found.driver == "directory"
+    assert dict(found.volumes) == {"data": Path("/srv/pg/data"), "tablespace-16400": Path("/fast/space")}
+
+
+def test_log_outside_the_data_directory_is_a_volume_of_its_own() -> None:
+    found = proposed(layout(wal_directory=Path("/wal/15")))
+    assert found.volumes[1] == ("wal", Path("/wal/15"))
+
+
+def test_two_parts_in_one_subvolume_are_one_volume() -> None:
+    found = proposed(layout(wal_directory=Path("/srv/pg/wal")), BTRFS, subvolume_of=lambda _path: Path("/srv/pg/all"))
+    assert found.volumes == (("data", Path("/srv/pg/all")),)
+
+
+def test_the_maintenance_database_is_left_out_where_there_is_another() -> None:
+    assert proposed(layout()).databases == ("bank",)
+    assert proposed(layout(), databases=["postgres"]).databases == ("postgres",)
+
+
+@pytest.mark.parametrize("mounts", [EXT4, BTRFS])
+@pytest.mark.parametrize("name", ['we"ird', "bänk", "a\\b", "new\nline"])
+def test_what_is_written_is_read_back_as_proposed(mounts: list[Mount], name: str) -> None:
+    found = proposed(layout(f"/srv/pg/{name}", tablespaces=((1, Path("/srv/pg/space")),)), mounts, databases=[name])
+    read = parse(text(found), "written")
+    assert tuple(read.database.databases) == (name,)
+    assert tuple((volume.name, volume.path) for volume in read.volumes) == found.volumes
+    assert (read.storage.driver, read.storage.folder) == (found.driver, found.storage_folder)
+    assert read.state_folder == found.state_folder
+
+
+def test_every_line_that_says_something_stands_under_a_comment() -> None:
+    lines = text(proposed(layout())).splitlines()
+    for above, line in pairwise(lines):
+        if " = " in line and not line.startswith("#"):
+            assert above.startswith("# "), line

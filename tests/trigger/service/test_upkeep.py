@@ -1,0 +1,101 @@
+"""The upkeep: no act waits for another, and what is not done is shown until it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+from connectors.memory import SEGMENT_BYTES, MemoryJournal
+from tests.trigger.keep.test_expire import POINTS, Shelves, play
+from trigger.config.options import PointOptions
+from trigger.errors import JournalError
+from trigger.model import State
+from trigger.position import Lsn
+from trigger.protect.agenda import Agenda
+from trigger.protect.qualify import Rules
+from trigger.protect.window import Window
+from trigger.service.upkeep import LONG_SECONDS, Upkeep
+
+OLD_LOG = "old log is not let go of"
+
+
+class Journal(MemoryJournal):
+    """A journal whose release takes as long, and fails as often, as it is told."""
+
+    takes_seconds = 0.0
+    fails = 0
+    released = 0
+
+    async def release(self, before: Lsn) -> int:
+        await asyncio.sleep(self.takes_seconds)
+        if self.fails:
+            self.fails -= 1
+            raise JournalError("the disk is read-only")
+        self.released += 1
+        return await super().release(before)
+
+
+def keep_up(act: Callable[[Shelves, Upkeep, Journal], Coroutine[Any, Any, None]], *, slow: float = 0.0) -> None:
+    """Run thinning and the release of old log beside `act`, in virtual time; a first point is sealed."""
+
+    async def beside(shelves: Shelves) -> None:
+        journal = Journal(shelves.world)
+        journal.takes_seconds = slow
+        parts: Any = SimpleNamespace(catalog=shelves.catalog, journal=journal)
+        upkeep = Upkeep(parts, Window((), {}, Rules(()).judge), Agenda(PointOptions(), None), shelves.room)
+        acts = dict(upkeep.acts())
+        await shelves.sealed_at(1, 3 * SEGMENT_BYTES)
+        running = [asyncio.create_task(acts.pop(name)) for name in ("room", "old log")]
+        for left_out in acts.values():
+            left_out.close()
+        try:
+            await act(shelves, upkeep, journal)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running)
+
+    play(beside)
+
+
+def test_snapshots_are_thinned_while_the_journal_does_not_answer_and_the_status_says_so() -> None:
+    async def act(shelves: Shelves, upkeep: Upkeep, _: Journal) -> None:
+        await asyncio.sleep(LONG_SECONDS - 1)
+        assert upkeep.troubles == {}
+        for number in range(2, POINTS + 1):
+            await shelves.sealed_at(number, (number + 2) * SEGMENT_BYTES)
+        await asyncio.sleep(3)
+        assert len(await shelves.numbers()) < POINTS
+        assert upkeep.troubles == {OLD_LOG: f"still at it after {LONG_SECONDS:g} s"}
+        await asyncio.sleep(3600)
+        assert upkeep.troubles == {}
+
+    keep_up(act, slow=3600)
+
+
+def test_log_that_could_not_be_let_go_of_is_shown_and_tried_again_until_it_goes() -> None:
+    async def act(shelves: Shelves, upkeep: Upkeep, journal: Journal) -> None:
+        journal.fails = 2
+        await asyncio.sleep(1)
+        assert upkeep.troubles == {OLD_LOG: "the disk is read-only"}
+        await asyncio.sleep(15)
+        assert upkeep.troubles == {}
+        assert shelves.world.journal[1][0][0] == 3 * SEGMENT_BYTES
+
+    keep_up(act)
+
+
+def test_log_is_let_go_of_once_at_start_and_again_when_points_went() -> None:
+    async def act(shelves: Shelves, upkeep: Upkeep, journal: Journal) -> None:
+        await asyncio.sleep(60)
+        assert journal.released == 1
+        await shelves.sealed_at(2, 5 * SEGMENT_BYTES)
+        await shelves.catalog.change((await shelves.catalog.bases())[0], State.EXPIRING)
+        await asyncio.sleep(10)
+        assert journal.released == 2
+        assert shelves.world.journal[1][0][0] == 5 * SEGMENT_BYTES
+        assert upkeep.troubles == {}
+
+    keep_up(act)

@@ -1,0 +1,362 @@
+"""The catalog: every recovery point, every qualifying commit with its one outcome, every gap, durably.
+
+It is the word by which the source may forget. What a call has returned is on stable storage (SQLite in WAL mode with
+`synchronous=FULL`, or a PostgreSQL of its own); what a call did not finish has not happened at all, since each
+call is one transaction. A cancelled call may or may not have had its effect, and may be repeated.
+
+The work of a call is synchronous and runs through `Run`: by default on one thread of the catalog's own, so that
+writers never meet; a simulation runs it inline. The catalog is no copy of the snapshots' tags: what only it knows is
+the failed points, the missed commits, the gaps, and how far each stream is settled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Protocol, Self, TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from trigger.catalog import commit_index, commit_search, point_index, schema
+from trigger.catalog.commit_search import Found, Query
+from trigger.catalog.point_index import Totals
+from trigger.errors import CatalogError
+from trigger.failpoint import reached
+from trigger.model import (
+    Cause,
+    CommitRecord,
+    Gap,
+    Outcome,
+    RecoveryPoint,
+    State,
+    Verification,
+    to_microseconds,
+)
+from trigger.position import History, Lineage, Lsn, Position
+
+__all__ = ["Catalog", "Found", "Run", "Totals", "make_engine"]
+
+make_engine = schema.make_engine
+
+T = TypeVar("T")
+
+_PAGE = 500
+
+
+class Run(Protocol):
+    """Runs a piece of synchronous work somewhere and gives what it gave."""
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
+        """Run `work` to its end, even where the caller is cancelled."""
+        ...
+
+
+class Catalog:
+    """The durable index of recovery points and of the commits they protect; open it with `Catalog.open`."""
+
+    def __init__(self, engine: Engine, run: Run | None, *, owns_engine: bool) -> None:
+        self.file = schema.sqlite_file(engine)
+        """The file of a SQLite catalog; None for one in memory or on a server."""
+        self.where = schema.display(engine)
+        """Where it lies, for people; without a password."""
+        self._engine = engine
+        self._owns_engine = owns_engine
+        self._thread = ThreadPoolExecutor(1, "catalog") if run is None else None
+        self._run = run or self._on_thread
+        self._inode: tuple[int, int] | None = None
+
+    # ---- opening and closing
+
+    @classmethod
+    async def open(cls, where: str | Path | Engine, *, run: Run | None = None) -> Self:
+        """Give the catalog at a path, a database URL, `:memory:`, or behind an engine of the caller's.
+
+        The file and its tables are made where there are none (the folder must exist), and brought to the present
+        version where they are older. An engine that was given stays open after `close`, so that a catalog in memory
+        survives a simulated restart.
+
+        Raises:
+            CatalogError: it cannot be opened, is damaged, or a newer Trigpoint made it.
+        """
+        engine = where if isinstance(where, Engine) else schema.make_engine(where)
+        catalog = cls(engine, run, owns_engine=engine is not where)
+        try:
+            await catalog._run(catalog._prepare)
+        except BaseException:
+            await catalog.close()
+            raise
+        return catalog
+
+    async def close(self) -> None:
+        """Let go of the database; what was returned before is durable without it. Never raises."""
+        with contextlib.suppress(SQLAlchemyError, sqlite3.Error, OSError):
+            if self._owns_engine:
+                await self._run(self._engine.dispose)
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+
+    async def _on_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _prepare(self) -> None:
+        with schema.translated(self.where):
+            if self.file is not None:
+                schema.create_file(self.file)
+                self._inode = schema.inode(self.file)
+            with self._transaction(writes=False) as connection:
+                if schema.is_current(connection):
+                    return
+            with self._transaction(writes=True) as connection:
+                schema.migrate(connection)
+
+    @contextlib.contextmanager
+    def _transaction(self, *, writes: bool) -> Iterator[Connection]:
+        with self._engine.connect().execution_options(writes=writes) as connection, connection.begin():
+            yield connection
+
+    async def _read(self, work: Callable[[Connection], T]) -> T:
+        return await self._run(partial(self._transact, work, writes=False))
+
+    async def _write(self, work: Callable[[Connection], T]) -> T:
+        return await self._run(partial(self._transact, work, writes=True))
+
+    def _transact(self, work: Callable[[Connection], T], *, writes: bool) -> T:
+        with schema.translated(self.where):
+            self._require_same_file()
+            with self._transaction(writes=writes) as connection:
+                return work(connection)
+
+    def _require_same_file(self) -> None:
+        # SQLite would go on writing, without any error, to a file that has no name any more.
+        if self.file is not None and schema.inode(self.file) != self._inode:
+            raise CatalogError(
+                "its file was removed or replaced while it was open",
+                hint="stop the service, put the right file back or run: trigpoint catalog rebuild",
+            )
+
+    # ---- how far each stream is settled
+
+    async def settled(self, stream: str) -> Position | None:
+        """Give the position up to which every commit of `stream` has its outcome here; None where none has.
+
+        The source may forget up to there, and no further.
+        """
+        return await self._read(partial(commit_index.settled_through, stream=stream))
+
+    async def settle(self, stream: str, through: Position) -> None:
+        """Note that `stream` is settled up to `through`, no qualifying commit between; never goes back.
+
+        One small write; callers limit its rate.
+        """
+        await self._write(partial(commit_index.settle, stream=stream, through=through))
+
+    async def miss(self, records: Sequence[CommitRecord], reason: str, history: History) -> None:
+        """Record that no point will hold `records`, commits of `history` in log order, and why.
+
+        Nothing is settled by it: the streams have left that history.
+        """
+        missed = [record._replace(outcome=Outcome.MISSED) for record in records]
+        await self._write(partial(point_index.miss, records=missed, reason=reason, history=history))
+
+    # ---- the life of a point
+
+    async def open_point(
+        self,
+        *,
+        id: str,  # noqa: A002 - the word of the model
+        cause: Cause,
+        floor: Position,
+        opened_at: datetime,
+        commit: CommitRecord | None = None,
+        rule: str = "",
+        note: str = "",
+    ) -> RecoveryPoint:
+        """Record the intent to take a point and give it, open, with its number.
+
+        Opening the same id again gives the point that is there: a call whose answer was lost is simply repeated.
+        """
+        draft = RecoveryPoint(
+            id=id,
+            number=0,
+            state=State.OPEN,
+            cause=cause,
+            floor=floor,
+            opened_at=opened_at,
+            commit=commit,
+            rule=rule,
+            note=note,
+        )
+        point = await self._write(partial(point_index.open_point, draft=draft))
+        reached("catalog-open-committed")
+        return point
+
+    async def seal(
+        self, point: RecoveryPoint, records: Sequence[CommitRecord], settled: Mapping[str, Position]
+    ) -> RecoveryPoint:
+        """Record, in one transaction, that `point` holds `records` and that streams are settled; give it sealed.
+
+        `point` is the open one with its proofs: ceiling, flushes, snapshots, `sealed_at`. `settled` says by stream
+        how far every commit now has its outcome; it is moved on to the end of the stream's last record where it
+        falls short of it. Records whose commit already has an outcome are dropped and counted (`Totals.repeated`).
+        Sealing a sealed point again changes nothing.
+
+        Raises:
+            CatalogError: the point is not open, lacks its proofs, or the records are missed or not in log order.
+        """
+        point_index.require_proofs(point)
+        if any(record.outcome is Outcome.MISSED for record in records):
+            raise CatalogError(f"point {point.number} cannot be sealed with missed commits")
+        sealed = await self._write(partial(point_index.seal, point=point, records=records, settled=settled))
+        reached("catalog-seal-committed")
+        return sealed
+
+    async def fail(self, point: RecoveryPoint, reason: str) -> RecoveryPoint:
+        """Record that `point` failed and why; failing a failed point again keeps the first reason."""
+        return await self._write(partial(point_index.change, key=point.id, state=State.FAILED, failure=reason))
+
+    async def change(self, point: RecoveryPoint, state: State) -> RecoveryPoint:
+        """Move `point` on to `state`; being there already is fine.
+
+        Raises:
+            CatalogError: `TRANSITIONS` does not have the step, or it is the business of `seal` or `fail`.
+        """
+        if state in (State.SEALED, State.FAILED):
+            raise CatalogError(f"point {point.number} becomes {state} by its own call, not by a change of state")
+        return await self._write(partial(point_index.change, key=point.id, state=state))
+
+    async def verified(self, point: RecoveryPoint, verification: Verification) -> RecoveryPoint:
+        """Store the result of restoring `point`; raises `CatalogError` unless it is sealed."""
+        return await self._write(partial(point_index.verify, key=point.id, verification=verification))
+
+    async def adopt(self, point: RecoveryPoint, records: Sequence[CommitRecord]) -> bool:
+        """Insert a point and its commits as a tag gave them, and say whether it was not there yet.
+
+        It keeps its number unless another point has it; then it gets the next free one. Commits that already have
+        an outcome are dropped and counted. Streams count as settled up to the last commit adopted.
+
+        Raises:
+            CatalogError: the point is open or failed.
+        """
+        if point.state in (State.OPEN, State.FAILED):
+            raise CatalogError(f"point {point.id} is {point.state} and cannot be adopted")
+        return await self._write(partial(point_index.adopt, point=point, records=records))
+
+    # ---- looking at points
+
+    async def latest(self) -> RecoveryPoint | None:
+        """Give the sealed point with the highest number."""
+        found = await self.points(states={State.SEALED}, limit=1)
+        return found[0] if found else None
+
+    async def points(
+        self,
+        *,
+        states: Collection[State] | None = None,
+        newest_first: bool = True,
+        limit: int | None = None,
+        before_number: int | None = None,
+    ) -> list[RecoveryPoint]:
+        """Give the points in `states` (all where None) by number; only those below `before_number` if given."""
+        found: list[RecoveryPoint] = []
+        edge = before_number if newest_first else None
+        while limit is None or len(found) < limit:
+            size = _PAGE if limit is None else min(_PAGE, limit - len(found))
+            query = point_index.page_of(states, newest_first=newest_first, below=before_number, edge=edge).limit(size)
+            page = await self._read(partial(point_index.load, query=query))
+            found += page
+            if len(page) < size:
+                break
+            edge = page[-1].number
+        return found
+
+    async def having(self, ids: Collection[str]) -> list[RecoveryPoint]:
+        """Give those points, in any state, whose id is among `ids`, by number."""
+        wanted, found = sorted(ids), list[RecoveryPoint]()
+        for first in range(0, len(wanted), _PAGE):
+            query = point_index.with_ids(wanted[first : first + _PAGE])
+            found += await self._read(partial(point_index.load, query=query))
+        return sorted(found, key=lambda point: point.number)
+
+    async def point(self, ref: str | int) -> RecoveryPoint:
+        """Give the point with a number, an id, or the name of its snapshots (`trg-…`).
+
+        Raises:
+            CatalogError: there is none.
+        """
+        return await self._read(partial(point_index.find_point, ref=ref))
+
+    async def bases(self) -> list[RecoveryPoint]:
+        """Give all sealed points, by number; what a restore may start from."""
+        return await self.points(states={State.SEALED}, newest_first=False)
+
+    async def commits_of(self, point_number: int) -> list[CommitRecord]:
+        """Give the commits that a point protects, by stream and in log order."""
+        return await self._read(partial(commit_search.commits_of, point=point_number))
+
+    # ---- looking for commits
+
+    async def find(
+        self,
+        *,
+        xid: int | None = None,
+        lsn: Lsn | None = None,
+        time: datetime | None = None,
+        within: timedelta = timedelta(0),
+        marker: str | None = None,
+        stream: str | None = None,
+        limit: int = 100,
+    ) -> list[Found]:
+        """Give the commits that match everything that is not None, by history and in log order.
+
+        `lsn` matches a commit record that begins, ends or lies there; `time` every commit made from then to
+        `within` later; `marker` the whole text of a marker. Of more than `limit`, those recorded last are given.
+        """
+        first_us = None if time is None else to_microseconds(time)
+        last_us = None if time is None else to_microseconds(time + within)
+        query = Query(xid, lsn, first_us, last_us, marker, stream)
+        return await self._read(partial(commit_search.find, query=query, limit=limit))
+
+    async def commit_before(self, lsn: Lsn, line: History | Lineage) -> Found | None:
+        """Give the last qualifying commit, over all streams, whose record begins before `lsn`."""
+        return await self._read(partial(commit_search.before, lsn=lsn, line=line))
+
+    async def commit_after(self, lsn: Lsn, line: History | Lineage) -> Found | None:
+        """Give the first qualifying commit, over all streams, whose record begins behind `lsn`."""
+        return await self._read(partial(commit_search.after, lsn=lsn, line=line))
+
+    async def as_of(self, time: datetime, line: History | Lineage | None = None) -> Found | None:
+        """Give the last commit of the longest run, in log order, of commits made at or before `time`.
+
+        Commit times do not always rise along the log, so a commit behind the run may be older than `time`. Without
+        a line it is the history of the commit recorded last.
+        """
+        return await self._read(partial(commit_search.as_of, time=time, line=line))
+
+    # ---- gaps
+
+    async def record_gap(self, gap: Gap) -> Gap:
+        """Record a gap and give it; one between the same positions that is open already is given instead."""
+        return await self._write(partial(point_index.record_gap, gap=gap))
+
+    async def close_gaps(self, point_number: int) -> None:
+        """Note that a sealed point closes every gap that was known when it was opened.
+
+        Raises:
+            CatalogError: there is no such point, or it is not sealed.
+        """
+        await self._write(partial(point_index.close_gaps, number=point_number))
+
+    async def gaps(self, open_only: bool = False) -> list[Gap]:
+        """Give the gaps in the order in which they were found."""
+        return await self._read(partial(point_index.all_gaps, open_only=open_only))
+
+    async def totals(self) -> Totals:
+        """Give how much the catalog holds."""
+        return await self._read(point_index.totals)

@@ -1,0 +1,299 @@
+"""The points and the gaps: their rows, and every step in the life of a point.
+
+Every function works inside the caller's transaction. A point's row holds its tag's own text (see `tag`), so that
+a flipped bit in the catalog is noticed as it is in a tag, and what can be rebuilt is exactly what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select, update
+
+from trigger.catalog import commit_index, schema, tag
+from trigger.catalog.schema import gaps, points
+from trigger.errors import CatalogError, StorageError
+from trigger.failpoint import reached
+from trigger.model import (
+    TRANSITIONS,
+    CommitRecord,
+    Gap,
+    Outcome,
+    RecoveryPoint,
+    State,
+    Verification,
+    from_microseconds,
+    is_point_id,
+    to_microseconds,
+)
+from trigger.position import History, Lsn, Position
+
+_BY_ID = select(points.c.number, points.c.document).where(points.c.id == bindparam("key"))
+_BY_NUMBER = select(points.c.number, points.c.document).where(points.c.number == bindparam("key"))
+_UPDATE = update(points).where(points.c.number == bindparam("key"))
+_LAST_NUMBER = select(func.max(points.c.number))
+_LAST_GAP = select(func.max(gaps.c.id))
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the catalog holds, counted."""
+
+    points: Mapping[State, int]
+    commits: Mapping[Outcome, int]
+    repeated: int
+    """Commits that came again after they had an outcome, and were dropped."""
+    open_gaps: int
+    bytes: int
+
+
+def _settle_all(
+    connection: Connection, records: Sequence[CommitRecord], settled: Mapping[str, Position], history: History
+) -> None:
+    through = dict(settled)
+    for stream, end in {record.stream: record.end for record in records}.items():  # in log order: the last one stays
+        mine = settled.get(stream, Position(history, end))
+        through[stream] = Position(mine.history, max(mine.at, end))
+    for stream, position in through.items():
+        commit_index.settle(connection, stream, position)
+
+
+def miss(connection: Connection, records: Sequence[CommitRecord], reason: str, history: History) -> None:
+    """Write that no point will hold `records`, commits of `history` in log order."""
+    commit_index.record_all(connection, records, {}, history, point=None, reason=reason)
+    reached("catalog-missed-written")
+
+
+def open_point(connection: Connection, draft: RecoveryPoint) -> RecoveryPoint:
+    """Insert `draft` with the next number, unless its id is there already; give the point as it is stored."""
+    there = _row(connection, _BY_ID, draft.id)
+    if there is not None:
+        return _parsed(there)
+    point = replace(draft, number=_next_number(connection))
+    known = connection.scalar(_LAST_GAP) or 0
+    _insert_point(connection, point, gaps_before=known)
+    reached("catalog-point-opened")
+    return point
+
+
+def require_proofs(point: RecoveryPoint) -> None:
+    """Raise `CatalogError` unless `point` has what a sealed point has."""
+    lacking = [name for name in ("ceiling", "sealed_at", "snapshots") if not getattr(point, name)]
+    if lacking:
+        raise CatalogError(f"point {point.number} cannot be sealed without {', '.join(lacking)}")
+
+
+def seal(
+    connection: Connection, point: RecoveryPoint, records: Sequence[CommitRecord], settled: Mapping[str, Position]
+) -> RecoveryPoint:
+    """Write the commits of `point`, how far the streams are settled, and the point itself; give it as stored."""
+    stored = _stored(connection, point.id)
+    if stored.state is State.SEALED:
+        return stored
+    _require_step(stored, State.SEALED)
+    reached("catalog-seal-begun")
+    history = point.floor.history
+    commits = commit_index.record_all(connection, records, settled, history, point=stored.number)
+    reached("catalog-blocks-written")
+    _settle_all(connection, records, settled, history)
+    reached("catalog-settled-written")
+    sealed = replace(point, number=stored.number, state=State.SEALED, commits=commits)
+    _store(connection, sealed)
+    reached("catalog-point-sealed")
+    return sealed
+
+
+def change(connection: Connection, key: str, state: State, failure: str = "") -> RecoveryPoint:
+    """Move the point with the id `key` on to `state`; raises `CatalogError` where `TRANSITIONS` has no such step."""
+    stored = _stored(connection, key)
+    if stored.state is state:
+        return stored
+    _require_step(stored, state)
+    changed = replace(stored, state=state, failure=failure or stored.failure)
+    _store(connection, changed)
+    reached(f"catalog-point-{state}")
+    return changed
+
+
+def verify(connection: Connection, key: str, verification: Verification) -> RecoveryPoint:
+    """Store `verification` with the sealed point whose id is `key`."""
+    stored = _stored(connection, key)
+    if stored.state is not State.SEALED:
+        raise CatalogError(f"point {stored.number} is {stored.state}; only a sealed point is verified")
+    changed = replace(stored, verification=verification)
+    _store(connection, changed)
+    reached("catalog-point-verified")
+    return changed
+
+
+def adopt(connection: Connection, point: RecoveryPoint, records: Sequence[CommitRecord]) -> bool:
+    """Insert a point with those of its commits that have no outcome yet; give whether its id was new."""
+    if _row(connection, _BY_ID, point.id) is not None:
+        return False
+    taken = point.number < 1 or _row(connection, _BY_NUMBER, point.number) is not None
+    number = _next_number(connection) if taken else point.number
+    adopted = replace(point, number=number)
+    _insert_point(connection, adopted, gaps_before=0)
+    reached("catalog-point-adopted")
+    history = point.floor.history
+    commit_index.record_missing(connection, records, history, point=number)
+    reached("catalog-adopted-written")
+    newest = number == connection.scalar(_LAST_NUMBER)
+    for stream, end in {record.stream: Position(history, record.end) for record in records}.items():
+        current = commit_index.settled_through(connection, stream)
+        if newest or current is None or current.history == history:
+            commit_index.settle(connection, stream, end)
+    return True
+
+
+def _require_step(point: RecoveryPoint, state: State) -> None:
+    if state not in TRANSITIONS[point.state]:
+        why = f": {point.failure}" if point.failure else ""
+        raise CatalogError(f"point {point.number} is {point.state} and cannot become {state}{why}")
+
+
+def _next_number(connection: Connection) -> int:
+    return int(connection.scalar(_LAST_NUMBER) or 0) + 1
+
+
+def _values(point: RecoveryPoint) -> dict[str, Any]:
+    return {"state": point.state.value, "document": tag.encode(point)}
+
+
+def _insert_point(connection: Connection, point: RecoveryPoint, gaps_before: int) -> None:
+    key = {"number": point.number, "id": point.id, "gaps_before": gaps_before}
+    connection.execute(insert(points), key | _values(point))
+
+
+def _store(connection: Connection, point: RecoveryPoint) -> None:
+    connection.execute(_UPDATE, {"key": point.number, **_values(point)})
+
+
+def _row(connection: Connection, query: Select[*tuple[Any, ...]], key: str | int) -> Row[*tuple[Any, ...]] | None:
+    return connection.execute(query, {"key": key}).one_or_none()
+
+
+def _parsed(row: Row[*tuple[Any, ...]]) -> RecoveryPoint:
+    try:
+        return tag.decode(row.document)[0]
+    except StorageError as error:
+        raise CatalogError(
+            f"point {row.number} is damaged: {error.message}", hint="rebuild it from its tag: trigpoint catalog rebuild"
+        ) from error
+
+
+def _stored(connection: Connection, key: str) -> RecoveryPoint:
+    row = _row(connection, _BY_ID, key)
+    if row is None:
+        raise CatalogError(f"there is no point {key}")
+    return _parsed(row)
+
+
+def find_point(connection: Connection, ref: str | int) -> RecoveryPoint:
+    """Give the point by its number, id or name; raises `CatalogError` where there is none."""
+    text = str(ref)
+    key = text.lower().removeprefix("trg-")
+    if text.isascii() and text.isdigit() and len(text) < 19:
+        row = _row(connection, _BY_NUMBER, int(text))
+    else:
+        row = _row(connection, _BY_ID, key) if is_point_id(key) else None
+    if row is None:
+        raise CatalogError(
+            f"there is no point {text!r}", hint="give a number, an id or a name that `trigpoint list` shows"
+        )
+    return _parsed(row)
+
+
+def page_of(
+    states: Collection[State] | None, *, newest_first: bool, below: int | None, edge: int | None
+) -> Select[Any]:
+    """Give the query for points in `states`, with numbers below `below`, from the number `edge` on (exclusive)."""
+    query = select(points.c.number, points.c.document)
+    if states is not None:
+        query = query.where(points.c.state.in_([state.value for state in states]))
+    if below is not None:
+        query = query.where(points.c.number < below)
+    if edge is not None:
+        query = query.where(points.c.number < edge if newest_first else points.c.number > edge)
+    return query.order_by(points.c.number.desc() if newest_first else points.c.number)
+
+
+def with_ids(ids: Collection[str]) -> Select[Any]:
+    """Give the query for the points that have one of `ids`."""
+    return select(points.c.number, points.c.document).where(points.c.id.in_(ids))
+
+
+def load(connection: Connection, query: Select[Any]) -> list[RecoveryPoint]:
+    """Give the points that `query` selects."""
+    return [_parsed(row) for row in connection.execute(query)]
+
+
+def _gap_row(gap: Gap) -> dict[str, Any]:
+    return {
+        "stream": gap.stream,
+        "after_system": gap.after.history.system,
+        "after_timeline": gap.after.history.timeline,
+        "after_lsn": int(gap.after.at),
+        "until_system": gap.until.history.system,
+        "until_timeline": gap.until.history.timeline,
+        "until_lsn": int(gap.until.at),
+    }
+
+
+def _gap_of(row: Row[*tuple[Any, ...]]) -> Gap:
+    return Gap(
+        stream=row.stream,
+        after=Position(History(row.after_system, row.after_timeline), Lsn(row.after_lsn)),
+        until=Position(History(row.until_system, row.until_timeline), Lsn(row.until_lsn)),
+        reason=row.reason,
+        found_at=from_microseconds(row.found_at_us),
+        closed_by=row.closed_by,
+    )
+
+
+def record_gap(connection: Connection, gap: Gap) -> Gap:
+    """Insert `gap`, unless the same one is open already; give it as it is stored."""
+    where = _gap_row(gap)
+    same = select(gaps).filter_by(**where, closed_by=0).limit(1)
+    there = connection.execute(same).one_or_none()
+    if there is not None:
+        return _gap_of(there)
+    rest = {"reason": gap.reason, "found_at_us": to_microseconds(gap.found_at), "closed_by": gap.closed_by}
+    connection.execute(insert(gaps).values(where | rest))
+    reached("catalog-gap-recorded")
+    return gap
+
+
+def close_gaps(connection: Connection, number: int) -> None:
+    """Close the gaps that were known when the sealed point `number` was opened."""
+    row = connection.execute(
+        select(points.c.state, points.c.gaps_before).where(points.c.number == number)
+    ).one_or_none()
+    if row is None or row.state != State.SEALED:
+        raise CatalogError(f"point {number} closes no gap: it is {row.state if row else 'not there'}")
+    known = (gaps.c.closed_by == 0) & (gaps.c.id <= row.gaps_before)
+    connection.execute(update(gaps).where(known).values(closed_by=number))
+
+
+def all_gaps(connection: Connection, open_only: bool) -> list[Gap]:
+    """Give all gaps, or the open ones, in the order in which they were found."""
+    query = select(gaps).order_by(gaps.c.id)
+    return [_gap_of(row) for row in connection.execute(query.where(gaps.c.closed_by == 0) if open_only else query)]
+
+
+def totals(connection: Connection) -> Totals:
+    """Give how much there is of everything."""
+    table = schema.counters
+    counted = {row.name: row.value for row in connection.execute(select(table.c.name, table.c.value))}
+    by_state = connection.execute(select(points.c.state, func.count().label("n")).group_by(points.c.state))
+    states = {State(row.state): row.n for row in by_state}
+    unclosed = connection.scalar(select(func.count()).select_from(gaps).where(gaps.c.closed_by == 0))
+    return Totals(
+        points={state: states.get(state, 0) for state in State},
+        commits={outcome: counted.get(outcome, 0) for outcome in Outcome},
+        repeated=counted.get(commit_index.REPEATED, 0),
+        open_gaps=unclosed or 0,
+        bytes=schema.size_bytes(connection),
+    )

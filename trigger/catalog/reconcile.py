@@ -1,0 +1,152 @@
+"""Hold the storage against the catalog: at start, after a failure, and on demand.
+
+One pass leaves no orphan (a snapshot that no point knows), no phantom (a sealed point without its snapshot), no
+duplicate, and no open point: P5. What it decides follows from two facts alone: an intent stands in the catalog before
+anything is made, and a sealed tag stands in the storage before the catalog says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from trigger.catalog import tag
+from trigger.catalog.catalog import Catalog
+from trigger.errors import StorageError, TrigpointError
+from trigger.model import CommitRecord, RecoveryPoint, State
+from trigger.ports import Storage, Tagged
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED = "interrupted before it was sealed"
+GONE = "its snapshot is gone from the storage"
+
+
+@dataclass(slots=True)
+class Reconciliation:
+    """What one pass did."""
+
+    adopted: list[str] = field(default_factory=list)
+    """Sealed in the storage, not yet in the catalog: now sealed there too."""
+    failed: list[str] = field(default_factory=list)
+    """Open in the catalog, not sealed in the storage: now failed, and removed."""
+    removed: list[str] = field(default_factory=list)
+    """In the storage, half made, of a point that failed or never was: removed."""
+    phantoms: list[str] = field(default_factory=list)
+    """Sealed in the catalog, gone from the storage: now failed, loudly."""
+    expired: list[str] = field(default_factory=list)
+    """Were being removed: now gone."""
+    strange: list[str] = field(default_factory=list)
+    """Bear one of our names, but their tag cannot be read or is of another cluster: left alone, for the operator."""
+    stuck: list[str] = field(default_factory=list)
+    """Should have gone, but the storage would not let go of them: tried again with the next point, or the next pass."""
+
+    def __bool__(self) -> bool:
+        return any((self.adopted, self.failed, self.removed, self.phantoms, self.expired, self.strange, self.stuck))
+
+
+async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = False) -> Reconciliation:
+    """Make catalog and storage agree; gives what was done. May be repeated.
+
+    Args:
+        catalog: is brought to what the storage really has.
+        storage: is claimed, and rid of what the catalog knows to be half made.
+        accept_loss: believe a storage that shows nothing at all, although several points are sealed.
+
+    Raises:
+        StorageError: another one holds the storage; or it cannot be read, or shows nothing: more likely it is not
+            mounted than emptied, and every point would be given up for good.
+        CatalogError: the catalog cannot be read or written.
+    """
+    done = Reconciliation()
+    await storage.claim()
+    in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
+    in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
+    sealed = sum(point.state is State.SEALED for point in in_catalog.values())
+    if sealed > 1 and not in_storage and not accept_loss:
+        raise StorageError(
+            f"the storage shows no snapshot at all, the catalog has {sealed} sealed points",
+            hint="mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss",
+        )
+    for point in sorted(in_catalog.values(), key=lambda point: point.number):
+        await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
+    systems = {point.floor.history.system for point in in_catalog.values()}
+    for stray in in_storage.values():
+        if stray.point not in in_catalog:
+            await _settle_stray(catalog, storage, stray, systems, done)
+    if done:
+        log.warning("reconciled: %s", done)
+    return done
+
+
+async def _concerned(catalog: Catalog, in_storage: Collection[str]) -> list[RecoveryPoint]:
+    """Give the points that should have a snapshot, and those that have one; never all that ever were."""
+    living = await catalog.points(states={State.OPEN, State.SEALED, State.EXPIRING})
+    ended = await catalog.having(set(in_storage) - {point.id for point in living})
+    return [*living, *ended]
+
+
+async def _settle_point(
+    catalog: Catalog, storage: Storage, point: RecoveryPoint, found: Tagged | None, done: Reconciliation
+) -> None:
+    """Bring one point of the catalog to a state that agrees with what the storage has of it."""
+    match point.state:
+        case State.OPEN:
+            sealed = _sealed(found)
+            if sealed is not None:
+                await catalog.seal(sealed[0], sealed[1], {})
+                done.adopted.append(point.id)
+            else:
+                await _remove(storage, point.id, done)
+                await catalog.fail(point, INTERRUPTED)
+                done.failed.append(point.id)
+        case State.SEALED if found is None or not found.complete:
+            await catalog.fail(point, GONE)
+            done.phantoms.append(point.id)
+        case State.EXPIRING if await _remove(storage, point.id, done):
+            await catalog.change(point, State.EXPIRED)
+            done.expired.append(point.id)
+        case State.FAILED | State.EXPIRED if found is not None and point.failure != GONE:
+            if await _remove(storage, point.id, done):
+                done.removed.append(point.id)
+
+
+async def _settle_stray(
+    catalog: Catalog, storage: Storage, stray: Tagged, systems: set[str], done: Reconciliation
+) -> None:
+    """Adopt, remove or leave alone a snapshot that the catalog does not know."""
+    try:
+        point, records = tag.decode(stray.tag or "")
+    except TrigpointError:
+        done.strange.append(stray.point)
+        return
+    if systems and point.floor.history.system not in systems:
+        done.strange.append(stray.point)
+    elif point.state is State.SEALED and stray.complete:
+        if await catalog.adopt(point, records):
+            done.adopted.append(stray.point)
+    elif await _remove(storage, stray.point, done):
+        done.removed.append(stray.point)
+
+
+async def _remove(storage: Storage, point: str, done: Reconciliation) -> bool:
+    """Whether the storage has let go of a point; one that stays must not keep commits from being protected."""
+    try:
+        await storage.delete(point)
+    except StorageError as error:
+        log.warning("point %s stays in the storage for now: %s", point, error)
+        done.stuck.append(point)
+        return False
+    return True
+
+
+def _sealed(found: Tagged | None) -> tuple[RecoveryPoint, list[CommitRecord]] | None:
+    """Give the sealed point that a whole snapshot bears, or None."""
+    if found is None or not found.complete or found.tag is None:
+        return None
+    try:
+        point, records = tag.decode(found.tag)
+    except TrigpointError:
+        return None
+    return (point, records) if point.state is State.SEALED else None

@@ -1,0 +1,128 @@
+"""What several commands take: the configuration, the form of the answer, times, sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from contextvars import ContextVar
+from datetime import datetime
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trigger.errors import ConfigError
+from trigger.model import Address
+from trigger.position import Lsn
+
+if TYPE_CHECKING:  # pydantic and CEL take a while to load, and help and completion do without
+    from trigger.config.options import Options
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="The configuration; else $TRIGPOINT_CONFIG, ./trigpoint.toml, /etc/trigpoint/trigpoint.toml.",
+        show_default=False,
+        dir_okay=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+before_command: ContextVar[Path | None] = ContextVar("before_command", default=None)
+"""The configuration given before the command's name: `trigpoint -c FILE list`."""
+
+SYSTEM_CONFIG = Path("/etc/trigpoint/trigpoint.toml")
+LOCAL_CONFIG = Path("trigpoint.toml")
+
+
+def config_path(given: Path | None) -> Path:
+    """Give the configuration file to read; the last place is given where there is none, for the message's sake."""
+    named = given or before_command.get() or os.environ.get("TRIGPOINT_CONFIG")
+    if named:
+        return Path(named)
+    return LOCAL_CONFIG if LOCAL_CONFIG.exists() else SYSTEM_CONFIG
+
+
+def options(given: Path | None) -> Options:
+    """Give the options, every rule in them compiled once so that a bad one is refused here.
+
+    Raises:
+        ConfigError: the file cannot be read, or is wrong.
+    """
+    from trigger.config.options import load, place_in
+
+    path = config_path(given)
+    loaded = load(path)
+    if not loaded.rules:
+        return loaded
+    from trigger.protect.qualify import Rules
+
+    try:
+        Rules(loaded.rules)
+    except ConfigError as error:
+        raise ConfigError(f"{place_in(path, error.message)}{error.message}", hint=error.hint) from None
+    return loaded
+
+
+def time(text: str) -> datetime:
+    """Give the time written in `text`, aware; raises `ConfigError` where it has no zone.
+
+    A naive time would mean another moment on the operator's laptop than on the server.
+    """
+    try:
+        parsed = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise ConfigError(
+            f"not a time: {text!r}", hint="times are ISO-8601 with a zone, such as 2026-03-01T12:00:05.25Z"
+        ) from None
+    if parsed.tzinfo is None:
+        raise ConfigError(
+            f"the time {text!r} has no zone",
+            hint=f"add Z for UTC ({text.strip()}Z) or an offset ({text.strip()}+02:00)",
+        )
+    return parsed
+
+
+def transaction(text: str) -> int:
+    """Give the transaction id written in `text`; raises `ConfigError` for anything else."""
+    if not re.fullmatch(r"[0-9]{1,20}", text.strip()) or int(text) >= 1 << 64:
+        raise ConfigError(
+            f"not a transaction id: {text!r}", hint="it is a whole number, as pg_current_xact_id() prints it"
+        )
+    return int(text)
+
+
+def point_reference(text: str) -> int | str:
+    """Give what names a point: its number, or its id or name."""
+    return int(text) if text.isdigit() else text
+
+
+def address(text: str) -> Address:
+    """Give the `ADDRESS:PORT` written in `text`, an IPv6 address in brackets; raises `ConfigError` for another."""
+    parts = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([0-9.]+)):([0-9]{1,5})", text.strip())
+    with contextlib.suppress(ValueError):
+        if parts and 0 < int(parts[3]) < 1 << 16:
+            return Address(str(ip_address(parts[1] or parts[2])), int(parts[3]))
+    raise ConfigError(
+        f"not an address and a port: {text!r}", hint="such as 127.0.0.1:5433, [::1]:5433, or 0.0.0.0:5433 for all"
+    )
+
+
+def lsn(text: str) -> Lsn:
+    """Give the LSN written in `text`; raises `PositionError` for anything else."""
+    return Lsn.parse(text.strip())
+
+
+def confirm(what: str, *, yes: bool) -> None:
+    """Ask before something big; raises `ConfigError` where nobody can answer, `typer.Abort` on a no."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(f"this will {what}", hint="give --yes to do it without being asked")
+    typer.confirm(f"This will {what}. Go on?", abort=True, err=True)

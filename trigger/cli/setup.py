@@ -1,0 +1,177 @@
+"""Before the first run: write a configuration, look at what stands in the way, say what cannot be seen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trigger.cli import show
+from trigger.cli.arguments import LOCAL_CONFIG, SYSTEM_CONFIG, Config, Json, options
+from trigger.errors import ConfigError, PreflightError
+from trigger.model import Finding, Severity
+
+if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
+    from trigger.config.options import Options
+    from trigger.service.initialise import Proposal
+
+
+def init(
+    conninfo: Annotated[
+        str | None,
+        typer.Option(
+            "--conninfo", help="How to reach the cluster, as libpq says it; else from PGHOST, PGPORT, PGUSER."
+        ),
+    ] = None,
+    databases: Annotated[
+        list[str] | None,
+        typer.Option("--database", "-d", help="Watch this one; may be given several times. Else all there are."),
+    ] = None,
+    state_folder: Annotated[
+        Path | None, typer.Option("--state-folder", help="For catalog and journal.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write it; - is standard output.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at a running cluster and write a configuration for it, with comments.
+
+    Run it on the database's host, as the user that will run the service (root, or the owner of the data). Nothing is
+    changed but the file; one that is there is only replaced with --force.
+    """
+    from trigger.config.options import parse
+    from trigger.service.initialise import text
+
+    target = output or (SYSTEM_CONFIG if os.geteuid() == 0 else LOCAL_CONFIG)
+    if str(target) != "-" and target.exists() and not force:
+        raise ConfigError(f"{target} is there already", hint="--output writes elsewhere, --force replaces it")
+    found = asyncio.run(look(conninfo or from_environment(), databases or [], state_folder or default_state_folder()))
+    written = text(found)
+    parse(written, str(target))
+    if str(target) == "-":
+        show.raw(written)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    put(target, written)
+    if as_json:
+        show.print_json({"file": target, "proposal": found})
+        return
+    show.say(f"wrote {target}")
+    show.facts(
+        [
+            ("databases", ", ".join(found.databases)),
+            ("volumes", ", ".join(f"{name} ({path})" for name, path in found.volumes)),
+            ("storage", f"{found.driver} in {found.storage_folder}"),
+        ]
+    )
+    for why in found.why:
+        show.say(why)
+    option = "" if target in (SYSTEM_CONFIG, LOCAL_CONFIG) else f" -c {target}"
+    show.say(f"\nnext:  trigpoint check{option}      what stands in the way, with remedies")
+    show.say(f"       trigpoint explain{option}    what is protected, and what cannot be seen")
+    show.say(f"       trigpoint run{option}        protect it")
+
+
+async def look(conninfo: str, databases: list[str], state_folder: Path) -> Proposal:
+    """Give the proposal for the cluster behind `conninfo`; raises `DatabaseError` where it does not answer."""
+    from trigger.host import read_mounts, subvolume_of
+    from trigger.service.connect import driver
+    from trigger.service.initialise import propose
+
+    database = driver("database", "postgres")(conninfo, ["postgres"])
+    try:
+        present = await database.present()
+        missing = [name for name in databases if name not in present]
+        if missing:
+            raise ConfigError(f"there is no database {', '.join(missing)}", hint=f"there are: {', '.join(present)}")
+        layout = await database.layout()
+    finally:
+        await database.close()
+    return propose(
+        conninfo,
+        databases or present,
+        layout,
+        state_folder=state_folder,
+        mounts=read_mounts(),
+        subvolume_of=subvolume_of,
+        root=os.geteuid() == 0,
+    )
+
+
+def from_environment() -> str:
+    """Give a connection string from libpq's environment variables, complete, since a service does not have them."""
+    user = os.environ.get("PGUSER", "postgres")
+    port = f" port={os.environ['PGPORT']}" if "PGPORT" in os.environ else ""
+    return f"host={os.environ.get('PGHOST', '/var/run/postgresql')}{port} user={user}"
+
+
+def default_state_folder() -> Path:
+    """Give where our state belongs: the system's place for root, else the user's own."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/trigpoint")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "trigpoint"
+
+
+def put(target: Path, written: str) -> None:
+    """Write the file whole or not at all, for our eyes only."""
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(written)
+            file.flush()
+            os.fsync(descriptor)
+        draft.rename(target)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def check(config: Config = None, as_json: Json = False) -> None:
+    """Look at everything that must hold before commits can be protected, and print each finding with its remedy.
+
+    The database's settings, roles, slots and paths; volumes and storage; this host's clock and permissions. Nothing
+    is protected. Exit code 3 where something is refused.
+    """
+    findings = asyncio.run(_check(options(config)))
+    _show_findings(findings, as_json=as_json)
+    refused = sum(finding.severity is Severity.REFUSED for finding in findings)
+    if refused:
+        if not as_json:
+            show.say(f"\n{refused} of {len(findings)} refused: the service would not start")
+        raise typer.Exit(PreflightError.exit_code)
+
+
+async def _check(chosen: Options) -> list[Finding]:
+    from trigger.service.connect import check as check_parts
+    from trigger.service.service import opened
+
+    async with opened(chosen) as parts:
+        return await check_parts(parts)
+
+
+def explain(config: Config = None, as_json: Json = False) -> None:
+    """Print what a stream of this server's commits does not show, and what is done about it."""
+    findings = asyncio.run(_explain(options(config)))
+    _show_findings(findings, as_json=as_json)
+
+
+async def _explain(chosen: Options) -> list[Finding]:
+    from trigger.service.service import opened
+
+    async with opened(chosen) as parts:
+        return await parts.database.explain()
+
+
+def _show_findings(findings: list[Finding], *, as_json: bool) -> None:
+    if as_json:
+        show.print_json(findings)
+        return
+    order = list(Severity)
+    for finding in sorted(findings, key=lambda finding: -order.index(finding.severity)):
+        show.finding(finding)

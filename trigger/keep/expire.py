@@ -1,0 +1,66 @@
+"""Remove the snapshots of points, one point after the other.
+
+A point is marked as expiring first, then its snapshot is removed, then it is expired; wherever the process dies
+between, the next reconcile goes on. The commits of an expired point keep their record and stay restorable from the
+base before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trigger.catalog.catalog import Catalog
+from trigger.errors import CatalogError
+from trigger.failpoint import reached
+from trigger.model import RecoveryPoint, State
+from trigger.ports import Journal, Storage
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """What was, or would be, given up of the beginning of what can be restored."""
+
+    points: tuple[int, ...]
+    """Their snapshots are gone, and what only they could bring back."""
+    kept: tuple[int, ...]
+    """Older as well, and kept: there is a clone of them."""
+    segments: int = 0
+    """How many segments of the journal went with them."""
+
+
+async def give_up_before(first: RecoveryPoint, catalog: Catalog, storage: Storage, *, dry_run: bool = False) -> GivenUp:
+    """Give up every point older than `first`; with `dry_run` only say which.
+
+    Commits before `first` keep their record and cannot be restored any more. May be repeated.
+
+    Raises:
+        CatalogError: `first` is not sealed, so that nothing would be left to restore from.
+        StorageError: a snapshot could not be removed; its point is expiring, and goes with the next pass.
+    """
+    if first.state is not State.SEALED:
+        raise CatalogError(f"point {first.number} is {first.state}", hint="name a sealed point: trigpoint list")
+    older = [point for point in await catalog.bases() if point.number < first.number]
+    pinned = {clone.point for clone in await storage.clones()}
+    going = [point for point in older if point.id not in pinned]
+    for point in () if dry_run else going:
+        await expire(catalog, storage, point)
+    kept = [point.number for point in older if point.id in pinned]
+    return GivenUp(tuple(point.number for point in going), tuple(kept))
+
+
+async def expire(catalog: Catalog, storage: Storage, point: RecoveryPoint) -> RecoveryPoint:
+    """Give `point` as expired, its snapshot removed."""
+    point = await catalog.change(point, State.EXPIRING)
+    reached("after-expiring")
+    await storage.delete(point.id)
+    reached("after-delete")
+    return await catalog.change(point, State.EXPIRED)
+
+
+async def release_log(catalog: Catalog, journal: Journal) -> int:
+    """Give how many journal segments were deleted because no kept point needs them."""
+    starts = [point.redo or point.floor for point in await catalog.bases()]
+    histories = {start.history for start in starts}
+    if len(histories) != 1:
+        return 0  # nothing kept, or several timelines: keep everything rather than reason across them
+    return await journal.release(min(start.at for start in starts))

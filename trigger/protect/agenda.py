@@ -1,0 +1,190 @@
+"""The reasons other than a commit to take a point: start, gap, demand, interval, cron, replay debt, catch-all.
+
+Keeps what was taken so far and says what is due next; nothing here waits or does I/O. Moments are the event loop's
+monotonic seconds; only cron looks at the time of day.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from cronsim import CronSim
+
+from trigger.config.options import PointOptions
+from trigger.model import Cause, RecoveryPoint
+from trigger.position import Lsn, Position, distance
+from trigger.protect.qualify import Due, Pace
+
+IDLE_NOISE_BYTES = 512
+"""A server that does nothing still writes a little log now and then (running-transaction records); less than this
+since the last point is not worth one."""
+
+CHECKPOINT_SHARE = 0.5
+REPLAY_SHARE = 0.75
+"""Shares of the replay limit at which a checkpoint is asked for, and at which a point is due."""
+
+LONGEST_RETRY_SECONDS = 600.0
+
+
+@dataclass(slots=True)
+class Demand:
+    """Somebody asked for a point; `answer` gets it, sealed or failed."""
+
+    note: str
+    answer: asyncio.Future[RecoveryPoint]
+
+
+@dataclass(slots=True)
+class Agenda:
+    """What is due besides commits.
+
+    Args:
+        options: intervals, schedules and limits.
+        base: the newest sealed point of the present lineage; None makes a start point due at once.
+        segment_bytes: the size of a file of the log where the end of a bracket ends one; 0 where it does not.
+    """
+
+    options: PointOptions
+    base: RecoveryPoint | None
+    demands: deque[Demand] = field(default_factory=deque)
+    open_gap: bool = False
+    segment_bytes: int = 0
+    stopping: bool = False
+    """Set when the service is to end after the round at hand."""
+    trouble: str = ""
+    """Why nothing is protected at present, for people; "" while all is well."""
+    redo: Position | None = None
+    """Where a replay would begin if the snapshot were cut now; kept up to date by whoever watches the checkpoints."""
+    _in_round: list[Demand] = field(default_factory=list)
+    _rounds: deque[float] = field(default_factory=deque)
+    _began: tuple[float, datetime] | None = None
+    """When the round at hand began, by both clocks."""
+    _last: float | None = None
+    """When the last round began that ended well; before it the first look at the agenda."""
+    _failures: int = 0
+    _not_before: float = 0.0
+    _cron_after: datetime | None = None
+
+    def pace(self, now: float) -> Pace:
+        """Give what budgets need to know."""
+        while self._rounds and self._rounds[0] <= now - 60 and len(self._rounds) > 1:
+            self._rounds.popleft()
+        recent = [began for began in self._rounds if began > now - 60]
+        return Pace(self._rounds[-1] if self._rounds else None, recent, self._not_before)
+
+    def next(self, now: float, wall: datetime, log_end: Position | None) -> Due | None:
+        """Give what is due first, already or later; None where nothing is planned."""
+        urgent = self._urgent(now)
+        return urgent or min(self._planned(now, wall, log_end), key=lambda due: due.at, default=None)
+
+    def _urgent(self, now: float) -> Due | None:
+        if self.open_gap:
+            return Due(Cause.GAP, now, urgent=True)
+        if self.base is None:
+            return Due(Cause.START, now, urgent=True)
+        if self.demands or self._in_round:  # the latter where a round ended without a word on its point
+            return Due(Cause.DEMAND, now, urgent=True)
+        return None
+
+    def _planned(self, now: float, wall: datetime, log_end: Position | None) -> Iterator[Due]:
+        if self._last is None:
+            self._last = now
+        if self.options.interval_seconds is not None:
+            yield Due(Cause.INTERVAL, self._last + self.options.interval_seconds)
+        if self.options.cron is not None:
+            yield Due(Cause.CRON, now + self._seconds_to_cron(wall))
+        if log_end is None:
+            return
+        if self.options.catch_all_seconds is not None and self.log_since_base(log_end) > IDLE_NOISE_BYTES:
+            yield Due(Cause.CATCH_ALL, self._last + self.options.catch_all_seconds)
+        if self._replay_is_long(log_end):
+            yield Due(Cause.REPLAY, now)
+
+    def log_since_base(self, log_end: Position | None) -> int:
+        """Give the bytes of log behind the newest base.
+
+        What the end of its own bracket left unused of a file of the log is none of them: each point would be a reason
+        for the next one.
+        """
+        base = self.base
+        if base is None or base.ceiling is None or log_end is None:
+            return 0
+        begin = base.ceiling
+        if base.bracket is not None and self.segment_bytes:
+            begin = Position(begin.history, Lsn(-(-begin.at // self.segment_bytes) * self.segment_bytes))
+        return distance(log_end, begin)
+
+    def _seconds_to_cron(self, wall: datetime) -> float:
+        if self._cron_after is None or self._cron_after > wall:
+            self._cron_after = wall  # first look, or the clock was set back
+        due: datetime = next(CronSim(self.options.cron or "", self._cron_after))
+        return float((due - wall).total_seconds())
+
+    def _replay_is_long(self, log_end: Position) -> bool:
+        base = self.base
+        if base is None or base.redo is None or self.redo is None or distance(self.redo, base.redo) == 0:
+            return False  # a point taken now would not make the replay shorter
+        return distance(log_end, base.redo) > self.replay_limit_bytes * REPLAY_SHARE
+
+    @property
+    def replay_limit_bytes(self) -> int:
+        """How much log can be replayed within the restore objective."""
+        return int(self.options.restore_objective_seconds * self.options.replay_bytes_per_second)
+
+    def wants_checkpoint(self, log_end: Position | None) -> bool:
+        """Whether the log since the last checkpoint would make replays too long."""
+        if log_end is None or self.redo is None:
+            return False
+        return distance(log_end, self.redo) > self.replay_limit_bytes * CHECKPOINT_SHARE
+
+    def began(self, now: float, wall: datetime) -> None:
+        """Note that a round begins."""
+        self._rounds.append(now)
+        self._began = (now, wall)
+        self._in_round.extend(self.demands)
+        self.demands.clear()
+
+    def sealed(self, point: RecoveryPoint) -> None:
+        """Note that a round ended well."""
+        self.base = point
+        self._failures = 0
+        if self._began is not None:  # a schedule is met by a point, not by an attempt
+            self._last, self._cron_after = self._began
+        self.open_gap = False
+        self.trouble = ""
+        self._answer(point)
+
+    def failed(self, now: float, point: RecoveryPoint | None) -> float:
+        """Note that a round failed, with the failed point if there is one; gives the seconds until the next."""
+        pause: float = min(self.options.retry_seconds * 2**self._failures, LONGEST_RETRY_SECONDS)
+        self._failures = min(self._failures + 1, 10)
+        self._not_before = now + pause
+        if point is not None:
+            self._answer(point)
+        return pause
+
+    def retry(self) -> None:
+        """Note that what made rounds fail may be gone: the next one need not wait."""
+        self._not_before = 0.0
+
+    def ask(self, note: str) -> asyncio.Future[RecoveryPoint]:
+        """Put a demand on the agenda; gives where the answer will be."""
+        demand = Demand(note, asyncio.get_running_loop().create_future())
+        self.demands.append(demand)
+        return demand.answer
+
+    @property
+    def note(self) -> str:
+        """What those who asked for the present round had to say."""
+        return "; ".join(demand.note for demand in self._in_round if demand.note)
+
+    def _answer(self, point: RecoveryPoint) -> None:
+        """Give the point to everybody who had asked before its round began."""
+        for demand in self._in_round:
+            if not demand.answer.done():
+                demand.answer.set_result(point)
+        self._in_round.clear()

@@ -1,0 +1,301 @@
+"""The main path: commit -> qualify -> flush -> wait -> snapshot -> tag.
+
+`protect` leaves a sealed recovery point behind every commit that qualifies; `take` makes one. Everything outside is
+reached through ports and the catalog. A failpoint stands between any two steps: wherever the process dies, the intent
+in the catalog and the tag in the storage let `reconcile` finish or undo what was begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from trigger.catalog import tag
+from trigger.catalog.catalog import Catalog
+from trigger.catalog.reconcile import reconcile
+from trigger.config.options import PointOptions
+from trigger.errors import DatabaseError, StorageError, TrigpointError
+from trigger.failpoint import reached
+from trigger.model import Bracket, Cause, Flush, Gap, Outcome, RecoveryPoint, State, Volume, point_id
+from trigger.ports import Agent, Capability, Clock, Database, Storage
+from trigger.position import Position
+from trigger.protect.agenda import Agenda
+from trigger.protect.qualify import Pending, Skip, Take, Wait, qualify
+from trigger.protect.window import Collected, Window, record
+
+log = logging.getLogger(__name__)
+
+ABANDON_SECONDS = 60.0
+"""How long the removal of what a failed round left may last; reconcile goes on with it."""
+SETTLE_SECONDS = 10.0
+"""While nothing qualifies, how often the servers are told that they may forget what was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """A cluster with everything that protects it."""
+
+    database: Database
+    volumes: Sequence[Volume]
+    agents: Sequence[Agent]
+    storage: Storage
+    catalog: Catalog
+    clock: Clock
+    options: PointOptions
+    flush_deadline_seconds: float
+    random: random.Random = field(default_factory=random.SystemRandom)
+    leftovers: list[str] = field(default_factory=list)
+    """Points of which the storage would not let go; tried again once it takes a snapshot."""
+
+
+async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
+    """Leave a sealed recovery point behind every commit that qualifies; ends between two rounds when told to stop."""
+    loop = asyncio.get_running_loop()
+    settle_at = loop.time()
+    untidy = False
+    while not agenda.stopping:
+        now = loop.time()
+        try:
+            if untidy:
+                await tidy(cluster, window, agenda)
+                untidy, agenda.trouble = False, ""
+            await record_breaks(cluster, window, agenda)
+            await leave_lost_base(cluster, window, agenda)
+            due = agenda.next(now, cluster.clock.now(), window.log_end)
+            match qualify(window.oldest, due, agenda.pace(now), cluster.options, now):
+                case Skip() if now >= settle_at:
+                    await settle_idle(cluster, window)
+                    settle_at = now + SETTLE_SECONDS
+                case Skip():
+                    await window.more(min(settle_at, due.at) if due else settle_at)
+                case Wait(until):
+                    await window.more(until)
+                case Take(cause):
+                    agenda.began(now, cluster.clock.now())
+                    await protect_pending(cluster, window, agenda, cause)
+        except (TrigpointError, OSError) as error:
+            pause = agenda.failed(loop.time(), None)
+            agenda.trouble = str(error)
+            log.error("not protected now, trying again in %.0f s: %s", pause, error)
+            untidy = True  # what the failed call did or did not do is found out before anything new is begun
+            await rest(window, agenda, loop.time() + pause)
+
+
+async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, cause: Cause) -> None:
+    """Take one point for everything that is pending, and settle it if it was sealed."""
+    collected = window.collect()
+    point = await take(cluster, cause, collected, agenda.note)
+    if point.state is State.SEALED:
+        await cluster.catalog.close_gaps(point.number)
+        reached("after-close-gaps")
+        agenda.sealed(point)
+        await window.settle(collected.settled)  # only now may the sources forget
+        reached("after-settle")
+    else:
+        pause = agenda.failed(asyncio.get_running_loop().time(), point)
+        agenda.trouble = f"point {point.number} failed: {point.failure}"
+        log.error("point %d failed, trying again in %.0f s: %s", point.number, pause, point.failure)
+    await clear_away(cluster)
+
+
+async def take(cluster: Protected, cause: Cause, collected: Collected, note: str = "") -> RecoveryPoint:
+    """Flush the hosts, snapshot the volumes, tag the result with the commit."""
+    catalog, storage, database = cluster.catalog, cluster.storage, cluster.database
+    point = await open_point(cluster, cause, collected.newest, note)  # intent first: a crash from here on is found
+    reached("after-open")
+    try:
+        async with asyncio.timeout(cluster.options.round_seconds):
+            flushes = await flush(cluster.agents, point, cluster.flush_deadline_seconds)
+            reached("after-flush")
+            durable = await require_cover(database, point.floor)  # on disk, and still the same history
+            redo = await database.redo()
+            reached("after-cover")
+            async with bracketed(database, storage, point) as finish:
+                snapshots = await storage.snapshot(cluster.volumes, point.id, tag.encode(point))
+                reached("after-snapshot")
+                bracket = await finish()
+            ceiling = await require_ceiling(database, durable, bracket)
+            reached("after-ceiling")
+            records = collected.records()
+            point = replace(
+                point,
+                state=State.SEALED,
+                ceiling=ceiling,
+                redo=bracket.start if bracket else redo,
+                bracket=bracket,
+                flushes=flushes,
+                snapshots=snapshots,
+                commits=len(records),
+                tables=collected.tables(),
+                sealed_at=cluster.clock.now(),
+            )
+            await storage.retag(point.id, tag.encode(point, records))
+            reached("after-retag")
+    except TimeoutError:
+        return await abandon(cluster, point, f"not done within {cluster.options.round_seconds:g} s, which is the limit")
+    except (TrigpointError, OSError) as error:
+        return await abandon(cluster, point, str(error))
+    sealed = await catalog.seal(point, records, collected.settled)
+    reached("after-seal")
+    return sealed
+
+
+async def open_point(cluster: Protected, cause: Cause, newest: Pending | None, note: str) -> RecoveryPoint:
+    """Write the intent of a point into the catalog."""
+    now = cluster.clock.now()
+    return await cluster.catalog.open_point(
+        id=point_id(now, cluster.random.getrandbits(80)),
+        cause=cause,
+        floor=await choose_floor(cluster.database, cause, newest),
+        opened_at=now,
+        commit=record(newest.commit, Outcome.PROTECTED) if newest else None,
+        rule=newest.rule if newest else "",
+        note=note,
+    )
+
+
+async def choose_floor(database: Database, cause: Cause, newest: Pending | None) -> Position:
+    """Give the newest commit for a point that is taken for it, and the end of the log for one taken for a moment.
+
+    Commits of before a switch of the timeline, or of a log that is no more, are a floor of their own in any case.
+    """
+    if newest is not None and cause is Cause.COMMIT:
+        return newest.commit.position
+    end = await database.record_end()
+    if newest is None:
+        return end
+    commit = newest.commit.position
+    return end if end.history == commit.history and end.covers(commit) else commit
+
+
+async def flush(agents: Sequence[Agent], point: RecoveryPoint, deadline_seconds: float) -> tuple[Flush, ...]:
+    """Instruct every host to flush and wait for all of them, with one deadline; gives one proof a volume."""
+    proofs = await asyncio.gather(*(agent.flush(point.id, deadline_seconds) for agent in agents))
+    return tuple(proof for of_agent in proofs for proof in of_agent)
+
+
+async def require_cover(database: Database, floor: Position) -> Position:
+    """Give the durable position, which must cover `floor` in one lineage; raises `DatabaseError` otherwise."""
+    durable = await database.durable()
+    if durable.history != floor.history and not (await database.lineage()).includes(floor):
+        raise DatabaseError(f"{floor} is not in the past of {durable}: the history has changed", retryable=True)
+    if durable.at < floor.at:
+        raise DatabaseError(f"the log is durable to {durable} only, which does not cover {floor}", retryable=True)
+    return durable
+
+
+async def require_ceiling(database: Database, durable: Position, bracket: Bracket | None) -> Position:
+    """Give the ceiling of a snapshot just made; raises `DatabaseError` if the history changed during the round.
+
+    A bracketed copy was complete before its bracket ended, so the end of the bracket is the ceiling.
+    """
+    ceiling = bracket.stop if bracket else await database.ceiling()
+    if ceiling.history != durable.history:
+        raise DatabaseError(f"the history changed during the round, from {durable} to {ceiling}")
+    return ceiling
+
+
+@contextlib.asynccontextmanager
+async def bracketed(
+    database: Database, storage: Storage, point: RecoveryPoint
+) -> AsyncIterator[Callable[[], Awaitable[Bracket | None]]]:
+    """Hold the database's backup bracket around the snapshot, unless the storage cuts everything at one instant."""
+    if Capability.ATOMIC_GROUP in storage.capabilities:
+        yield _no_bracket
+        return
+    async with database.bracket(point.name) as finish:
+        yield finish
+
+
+async def _no_bracket() -> None:
+    return None
+
+
+async def abandon(cluster: Protected, point: RecoveryPoint, reason: str) -> RecoveryPoint:
+    """Give the point as failed in the catalog; what was half made is removed now, or as soon as that works."""
+    try:
+        async with asyncio.timeout(ABANDON_SECONDS):
+            await cluster.storage.delete(point.id)
+    except (StorageError, TimeoutError) as left:
+        cluster.leftovers.append(point.id)
+        log.warning("point %d: what was half made stays for now: %s", point.number, left)
+    return await cluster.catalog.fail(point, reason)
+
+
+async def clear_away(cluster: Protected) -> None:
+    """Remove what failed points left behind; what still will not go is tried again with the next point."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(ABANDON_SECONDS):
+            for point in tuple(cluster.leftovers):
+                with contextlib.suppress(StorageError):
+                    await cluster.storage.delete(point)
+                    cluster.leftovers.remove(point)
+
+
+async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> None:
+    """Put every break of a stream into the catalog as a gap, and what was lost with it as missed."""
+    while window.breaks:  # others may come while one is written down
+        broken = window.breaks[0]
+        lineage = await cluster.database.lineage()
+        lost = window.lost(broken, lineage)
+        reason = f"not in the history of timeline {lineage.history.timeline}: {broken.seen.reason}"
+        for history, left in itertools.groupby(lost, key=lambda pending: pending.commit.history):
+            await cluster.catalog.miss([record(pending.commit, Outcome.MISSED) for pending in left], reason, history)
+        await cluster.catalog.record_gap(
+            Gap(broken.stream, broken.after, broken.seen.until, broken.seen.reason, cluster.clock.now())
+        )
+        window.forget(broken, lost)
+        agenda.open_gap = True
+        log.error(
+            "stream %s: gap from %s to %s: %s", broken.stream, broken.after, broken.seen.until, broken.seen.reason
+        )
+
+
+async def leave_lost_base(cluster: Protected, window: Window, agenda: Agenda) -> None:
+    """Give up the base where the cluster has gone on from before its ceiling: no commit from now on could use it.
+
+    The streams may see no break then: they were delivered up to the fork, the base was cut a little further.
+    """
+    base, log_end = agenda.base, window.log_end
+    if base is None or base.ceiling is None or log_end is None or log_end.history == base.ceiling.history:
+        return
+    lineage = await cluster.database.lineage()
+    if not lineage.includes(base.ceiling):
+        log.warning(
+            "point %d is not in the past of timeline %d: taking a new base", base.number, lineage.history.timeline
+        )
+        agenda.base = None
+
+
+async def settle_idle(cluster: Protected, window: Window) -> None:
+    """Note how far the streams were seen while nothing qualified, then let the servers forget it."""
+    collected = window.collect()
+    if collected.pending:
+        return
+    for stream, through in collected.settled.items():
+        await cluster.catalog.settle(stream, through)
+    await window.settle(collected.settled)
+
+
+async def tidy(cluster: Protected, window: Window, agenda: Agenda) -> None:
+    """After a failure: finish or undo what was begun, and settle what the catalog has the outcome of by now."""
+    cluster.leftovers[:] = (await reconcile(cluster.catalog, cluster.storage)).stuck
+    newest = await cluster.catalog.latest()
+    if newest is not None and (agenda.base is None or newest.number > agenda.base.number):
+        await cluster.catalog.close_gaps(newest.number)
+        agenda.sealed(newest)
+    agenda.base = newest
+    agenda.open_gap = bool(await cluster.catalog.gaps(open_only=True))
+    settled = {stream: await cluster.catalog.settled(stream) for stream in window.connected()}
+    await window.settle({stream: through for stream, through in settled.items() if through is not None})
+
+
+async def rest(window: Window, agenda: Agenda, until: float) -> None:
+    """Wait until a moment of the loop's clock, whatever arrives meanwhile; a stop is not kept waiting."""
+    while asyncio.get_running_loop().time() < until and not agenda.stopping:
+        await window.more(until)

@@ -1,0 +1,296 @@
+"""The commits that were received and have no outcome yet: one bounded window over all streams of a cluster.
+
+`follow` reads one source for ever and reconnects; the pipeline looks at the window (`oldest`, `breaks`), collects
+what is pending, and settles it once the catalog has its outcome. Nothing is acknowledged to a source before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from trigger.errors import SourceError
+from trigger.model import Changes, Commit, CommitRecord, Outcome
+from trigger.ports import Break, Source
+from trigger.position import Lineage, Position
+from trigger.protect.qualify import Pending, Tally
+from trigger.protect.recent import Recent
+
+log = logging.getLogger(__name__)
+
+BOUND = 100_000
+"""How many commits may wait in one window; beyond that the sources are not read, and the servers keep their log."""
+FIRST_BACKOFF_SECONDS = 0.2
+LAST_BACKOFF_SECONDS = 15.0
+
+
+class Broken(NamedTuple):
+    """A break of a stream that the catalog does not know of yet."""
+
+    stream: str
+    after: Position
+    seen: Break
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What was pending at one moment, and what may be settled once it has an outcome."""
+
+    pending: Sequence[Pending]
+    """In log order, all of one history."""
+    settled: Mapping[str, Position]
+    """By stream: everything up to there is in `pending`, or did not qualify."""
+
+    @property
+    def newest(self) -> Pending | None:
+        """The pending commit that ends last in the log; None where nothing is pending."""
+        return self.pending[-1] if self.pending else None
+
+    def records(self) -> list[CommitRecord]:
+        """Give a record of each pending commit: the newest is protected, the others are coalesced into its point."""
+        newest = self.newest
+        return [record(p.commit, Outcome.PROTECTED if p is newest else Outcome.COALESCED) for p in self.pending]
+
+    def tables(self) -> dict[str, Changes]:
+        """Give what the pending commits changed, added up by `stream.schema.table`."""
+        totals: dict[str, Changes] = {}
+        for pending in self.pending:
+            for table, changes in pending.commit.tables.items():
+                name = f"{pending.commit.stream}.{table}"
+                before = totals.get(name)
+                totals[name] = changes if before is None else Changes(*map(sum, zip(before, changes, strict=True)))
+        return totals
+
+
+def record(commit: Commit, outcome: Outcome) -> CommitRecord:
+    """Give what the catalog keeps of `commit`."""
+    return CommitRecord(commit.stream, commit.xid, commit.start, commit.end, commit.time_us, commit.markers, outcome)
+
+
+@dataclass(slots=True)
+class _Stream:
+    source: Source
+    through: Position | None
+    """Everything up to here was delivered to the window; what comes again at or before it is a repetition."""
+    pending: deque[Pending] = field(default_factory=deque)
+    weight: int = 0
+    """For how many ordinary commits those that are pending count."""
+    connected: bool = False
+    trouble: str = ""
+    """Why it is not connected."""
+
+    def has(self, position: Position) -> bool:
+        """Whether what ends at `position` was delivered already."""
+        return self.through is not None and _at_or_before(position, self.through)
+
+    def keep(self, pending: Pending) -> None:
+        """Let a commit wait."""
+        self.pending.append(pending)
+        self.weight += pending.commit.weight
+
+    def settle(self, through: Position) -> None:
+        """Let go of the commits up to `through`."""
+        while self.pending and _at_or_before(self.pending[0].commit.position, through):
+            self.weight -= self.pending.popleft().commit.weight
+
+    def forget(self, gone: Iterable[Pending]) -> None:
+        """Let go of some commits, wherever they stand."""
+        ids = set(map(id, gone))
+        self.pending = deque(p for p in self.pending if id(p) not in ids)
+        self.weight = sum(p.commit.weight for p in self.pending)
+
+
+class Window:
+    """A bounded window over the sources of one cluster.
+
+    Args:
+        sources: one a stream.
+        settled: by stream, the position whose commits have an outcome already.
+        judge: gives the rule that takes a commit, or None.
+        bound: how many ordinary commits may wait; one with many tables or long markers counts for several.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Source],
+        settled: Mapping[str, Position | None],
+        judge: Callable[[Commit], str | None],
+        bound: int = BOUND,
+    ) -> None:
+        self._streams = {s.name: _Stream(s, settled.get(s.name)) for s in sources}
+        self._judge = judge
+        self._bound = bound
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._breaks: list[Broken] = []
+        self.tally = Tally()
+        self.recent = Recent()
+
+    # What the pipeline sees
+
+    @property
+    def oldest(self) -> Pending | None:
+        """The pending commit that waits longest; None where nothing is pending."""
+        return min((s.pending[0] for s in self._streams.values() if s.pending), key=lambda p: p.arrived, default=None)
+
+    @property
+    def breaks(self) -> Sequence[Broken]:
+        """Breaks that no gap was recorded for yet."""
+        return tuple(self._breaks)
+
+    @property
+    def log_end(self) -> Position | None:
+        """The furthest position that any stream has reached; None before the first word of a source."""
+        reached = [s.through for s in self._streams.values() if s.through is not None]
+        newest_history = max((p.history.timeline for p in reached), default=0)
+        return max((p for p in reached if p.history.timeline == newest_history), key=lambda p: p.at, default=None)
+
+    def __len__(self) -> int:
+        return sum(len(stream.pending) for stream in self._streams.values())
+
+    def collect(self) -> Collected:
+        """Give all that is pending now in the earliest history, in log order; it stays in the window until `settle`.
+
+        A round is of one history, since one point is: where a stream has gone on to a new timeline, what is pending
+        there waits for the next round. A stream whose break has no gap in the catalog yet gives nothing: to settle what
+        lies behind the break would hide what was lost in it.
+        """
+        broken = {one.stream for one in self._breaks}
+        streams = [stream for name, stream in self._streams.items() if name not in broken]
+        heads = [s.pending[0].commit.history for s in streams if s.pending]
+        history = min(heads, key=lambda head: head.timeline, default=None)
+        pending: list[Pending] = []
+        settled: dict[str, Position] = {}
+        for stream in streams:
+            mine = list(itertools.takewhile(lambda p: p.commit.history == history, stream.pending))
+            pending += mine
+            through, last = stream.through, mine[-1].commit.position if mine else None
+            if len(mine) < len(stream.pending) or (last and through and through.history != last.history):
+                through = last  # more waits behind, or the stream has gone on to the next timeline
+            if through is not None:
+                settled[stream.source.name] = through
+        return Collected(sorted(pending, key=lambda p: p.commit.end), settled)
+
+    async def more(self, until: float | None) -> None:
+        """Wait until something has changed since the last call, or the loop's clock shows `until`."""
+        try:
+            async with asyncio.timeout_at(until):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+        self._changed.clear()
+
+    def wake(self) -> None:
+        """Make `more` return: something outside the window has changed."""
+        self._changed.set()
+
+    async def settle(self, settled: Mapping[str, Position]) -> None:
+        """Drop the commits up to `settled`, whose outcome the catalog has, and let the sources forget them."""
+        for name, through in settled.items():
+            stream = self._streams[name]
+            stream.settle(through)
+            if stream.connected and not any(broken.stream == name for broken in self._breaks):
+                try:
+                    await stream.source.acknowledge(through)
+                except SourceError as error:
+                    log.warning("stream %s: not acknowledged, will be repeated: %s", name, error)
+        if not self._full:
+            self._room.set()
+
+    def lost(self, broken: Broken, lineage: Lineage) -> list[Pending]:
+        """Give the pending commits of a broken stream that `lineage` does not hold."""
+        return [p for p in self._streams[broken.stream].pending if not lineage.includes(p.commit.position)]
+
+    def forget(self, broken: Broken, lost: Iterable[Pending]) -> None:
+        """Let go of a break, and of what was lost with it: the catalog has both."""
+        self._streams[broken.stream].forget(lost)
+        self._breaks.remove(broken)
+
+    @property
+    def begun(self) -> bool:
+        """Whether every stream is connected and has said where it stands, so that a point can settle it."""
+        return all(stream.connected and stream.through is not None for stream in self._streams.values())
+
+    def connected(self) -> Mapping[str, bool]:
+        """Give by stream whether it is connected."""
+        return {name: stream.connected for name, stream in self._streams.items()}
+
+    def troubles(self) -> Mapping[str, str]:
+        """Give by stream why it is not connected, or what its source says is not in order."""
+        found = {name: stream.trouble or stream.source.trouble for name, stream in self._streams.items()}
+        return {name: trouble for name, trouble in found.items() if trouble}
+
+    # What the sources do
+
+    async def follow(self, name: str) -> None:
+        """Read the source `name` until cancelled; reconnects by itself, raises what no waiting can help."""
+        stream = self._streams[name]
+        backoff = FIRST_BACKOFF_SECONDS
+        while True:
+            try:
+                await self._open(stream)
+                backoff = FIRST_BACKOFF_SECONDS
+                while True:
+                    await self._wait_for_room(stream)
+                    self._receive(stream, *await stream.source.read())
+            except SourceError as error:
+                if not error.retryable:
+                    raise
+                stream.trouble = str(error)
+                log.warning("stream %s: %s; trying again in %.1f s", name, error, backoff)
+            finally:
+                stream.connected = False
+                await stream.source.close()
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, LAST_BACKOFF_SECONDS)
+
+    async def _open(self, stream: _Stream) -> None:
+        """Connect behind what was delivered; a break is put down for the pipeline."""
+        seen = await stream.source.open(stream.through)
+        stream.connected, stream.trouble = True, ""
+        self._changed.set()
+        if seen is not None:
+            after = stream.through if stream.through is not None else seen.until
+            self._breaks.append(Broken(stream.source.name, after, seen))
+            stream.through = seen.until
+
+    @property
+    def _full(self) -> bool:
+        return sum(stream.weight for stream in self._streams.values()) >= self._bound
+
+    async def _wait_for_room(self, stream: _Stream) -> None:
+        while self._full:
+            self._room.clear()
+            try:
+                async with asyncio.timeout(stream.source.heartbeat_seconds):
+                    await self._room.wait()
+            except TimeoutError:
+                await stream.source.heartbeat()
+
+    def _receive(self, stream: _Stream, commits: Sequence[Commit], through: Position) -> None:
+        """Judge what has arrived; what no rule takes is counted, remembered for a while, and does not wait."""
+        now = asyncio.get_running_loop().time()
+        for commit in commits:
+            if stream.has(commit.position):
+                continue
+            self.recent.saw(commit)
+            rule = self._judge(commit)
+            self.tally.count(rule)
+            if rule is not None:
+                stream.keep(Pending(commit, rule, now))
+        if not stream.has(through):
+            stream.through = through
+        self._changed.set()
+
+
+def _at_or_before(position: Position, through: Position) -> bool:
+    """Whether `position` is settled by `through`; an earlier timeline lies before a later one of the same cluster."""
+    if position.history == through.history:
+        return position.at <= through.at
+    return position.history.system == through.history.system and (position.history.timeline < through.history.timeline)

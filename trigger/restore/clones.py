@@ -1,0 +1,188 @@
+"""The clones that restores made: list them, stop and start their servers, drop them with all they have."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from trigger.catalog.catalog import Catalog
+from trigger.errors import RestoreError
+from trigger.model import Address, Volume
+from trigger.ports import Clock, Clone, Journal, Recovery, Storage
+from trigger.restore import clone_records
+from trigger.restore.clone_records import CloneRecord, Written, clone_name
+from trigger.restore.planner import WAL_SEGMENT_BYTES
+
+CLEANUP_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Everything that a restore works with."""
+
+    catalog: Catalog
+    storage: Storage
+    journal: Journal
+    recovery: Recovery
+    volumes: tuple[Volume, ...]
+    clock: Clock
+    records_folder: Path
+    """Where it is written down which clones there are."""
+    staging_folder: Path
+    """Where the log for replays is put, a folder a clone; the owner of the data must be able to reach it."""
+    segment_bytes: int = WAL_SEGMENT_BYTES
+    replay_bytes_per_second: float = 50e6
+
+    def staged_log(self, name: str) -> Path:
+        """Give the folder of the log that the clone `name` is brought up with."""
+        return self.staging_folder / clone_name(name)
+
+
+class CloneState(StrEnum):
+    """How a clone is."""
+
+    RESTORING = "restoring"
+    """A living process is making it."""
+    RUNNING = "running"
+    STOPPED = "stopped"
+    UNFINISHED = "unfinished"
+    """Whoever made it died on the way, or nothing is written about it; it can only be dropped."""
+    GONE = "gone"
+    """It is written down, and the storage does not have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CloneStatus:
+    """One clone, as it is now."""
+
+    name: str
+    state: CloneState
+    age: timedelta
+    created_at: datetime
+    point: str
+    """The id of the point it is a copy of; "" where it is gone."""
+    record: CloneRecord | None
+
+
+async def clones(site: Site) -> list[CloneStatus]:
+    """Give every clone that the storage or the records know, the oldest first."""
+    there = {clone.name: clone for clone in await site.storage.clones()}
+    written = await asyncio.to_thread(clone_records.written, site.records_folder)
+    now = site.clock.now()
+    found = []
+    for name in there.keys() | written.keys():
+        clone, note = there.get(name), written.get(name)
+        created_at = note.record.created_at if note else there[name].created_at
+        state = await _state(clone, note, site.recovery)
+        record = note.record if note else None
+        found.append(CloneStatus(name, state, now - created_at, created_at, clone.point if clone else "", record))
+    return sorted(found, key=lambda status: (status.created_at, status.name))
+
+
+async def _state(clone: Clone | None, note: Written | None, recovery: Recovery) -> CloneState:
+    if note is not None and note.busy:
+        return CloneState.RESTORING
+    if note is None or not note.finished:
+        return CloneState.UNFINISHED
+    if clone is None:
+        return CloneState.GONE
+    return CloneState.RUNNING if await recovery.running(clone) else CloneState.STOPPED
+
+
+async def status_of(name: str, site: Site) -> CloneStatus:
+    """Give one clone as it is now; raises `RestoreError` where there is none, or a living process is making it."""
+    status = next((status for status in await clones(site) if status.name == clone_name(name)), None)
+    if status is None:
+        raise RestoreError(f"there is no clone {name}", hint="trigpoint clones lists them")
+    if status.state is CloneState.RESTORING:
+        raise RestoreError(f"clone {name} is being made", hint="stop that restore (Ctrl-C); it cleans up by itself")
+    return status
+
+
+async def start(name: str, site: Site, listen: Address | None = None) -> CloneStatus:
+    """Start the server of a stopped clone, as it was left; one that runs stays as it is.
+
+    With `listen` it can be reached over TCP there too, and one that runs is started anew for that.
+
+    Raises:
+        RestoreError: there is no such clone, it was never finished, or its server does not come up.
+    """
+    status = await status_of(name, site)
+    if status.record is None or status.state not in (CloneState.STOPPED, CloneState.RUNNING):
+        raise RestoreError(f"clone {name} is {status.state}", hint=f"trigpoint clones drop {name}")
+    if status.state is CloneState.RUNNING:
+        if listen is None:
+            return status
+        await stop(name, site)
+    running = await site.recovery.resume(await _whole(name, site), listen)
+    record = replace(status.record, conninfo=running.conninfo)
+    await asyncio.to_thread(clone_records.finish, site.records_folder, record)
+    return await status_of(name, site)
+
+
+async def stop(name: str, site: Site) -> CloneStatus:
+    """Stop the server of a clone, which keeps what it holds; one that does not run stays as it is.
+
+    Raises:
+        RestoreError: there is no such clone, or it does not stop.
+    """
+    if (await status_of(name, site)).state is CloneState.RUNNING:
+        await site.recovery.stop(await _whole(name, site))
+    return await status_of(name, site)
+
+
+async def _whole(name: str, site: Site) -> Clone:
+    return next(clone for clone in await site.storage.clones() if clone.name == name)
+
+
+async def drop(name: str, site: Site) -> None:
+    """Stop a clone's server and remove all that there is of it.
+
+    Raises:
+        RestoreError: there is no such clone, or a living process is making it.
+    """
+    await status_of(name, site)
+    await to_its_end(remove(name, site))
+
+
+async def remove(name: str, site: Site) -> None:
+    """Stop a clone's server, drop the clone, remove the staged log, and forget it, in this order; may be repeated.
+
+    Raises:
+        TrigpointError: a step failed or took too long; what is left stays written down, so that it is found.
+    """
+    try:
+        async with asyncio.timeout(CLEANUP_SECONDS):
+            for clone in await site.storage.clones():
+                if clone.name == name:
+                    await site.recovery.stop(clone)
+            await site.storage.drop_clone(name)
+            await asyncio.to_thread(clone_records.remove_folder, site.staged_log(name))
+            await asyncio.to_thread(clone_records.forget, site.records_folder, name)
+    except TimeoutError:
+        raise RestoreError(
+            f"clone {name} was not removed within {CLEANUP_SECONDS:g} s", hint=f"trigpoint clones drop {name}"
+        ) from None
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for `work` to end however often we are cancelled; then let the cancellation, or its error, go on."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.cancelled():
+                raise
+            cancelled = error
+        except Exception:  # noqa: BLE001 - it is raised below, by its own name
+            break
+    if cancelled is not None:
+        raise cancelled
+    task.result()

@@ -1,0 +1,251 @@
+"""Bring a state back beside the running cluster: plan, clone, stage the log, replay, prove.
+
+The plan can be printed and nothing done. What is done either ends in a proven clone, or leaves nothing behind: a
+server that was started is stopped, the clone dropped, the staged log removed, also on a cancellation. What a SIGKILL
+leaves behind is shown by `clones` as unfinished and goes with `drop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from trigger.errors import RestoreError, StorageError, TrigpointError
+from trigger.failpoint import reached
+from trigger.model import State, Target
+from trigger.ports import Clone, Progress, Running
+from trigger.position import History, Lsn
+from trigger.restore import clone_records
+from trigger.restore.clone_records import CloneRecord, clone_name, new_name
+from trigger.restore.clones import Site, remove, to_its_end
+from trigger.restore.planner import Plan, plan
+
+log = logging.getLogger(__name__)
+
+JOURNAL_WAIT_SECONDS = 5.0
+"""How long a target just behind the journal's end is waited for: the journal is a moment behind the database."""
+_POLL_SECONDS = 0.05
+_ROOM_BYTES = 64 << 20
+"""What must be left where the log is staged, and where the clone writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A restore that was done and proven."""
+
+    name: str
+    target: Target
+    base: int
+    """The number of the point it started from."""
+    conninfo: str
+    data_directory: Path
+    history: History
+    """The clone's own, on a timeline that production never had."""
+    replayed: Lsn
+    last_commit_at: datetime | None
+    log_bytes: int
+    """What the journal gave."""
+    replay_bytes: int
+    seconds: dict[str, float]
+    """How long each step took, in order: clone, stage, replay, prove."""
+    checks: tuple[tuple[str, bool, str], ...]
+    notes: tuple[str, ...]
+    """What a clone cannot have."""
+
+
+@dataclass(slots=True)
+class Raised:
+    """A clone whose server is up, not yet proven."""
+
+    plan: Plan
+    clone: Clone
+    running: Running
+    log_folder: Path
+    log_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+async def prepare(target: Target, site: Site, *, wait_seconds: float = JOURNAL_WAIT_SECONDS) -> Plan:
+    """Give the plan for `target` and change nothing; what `--dry-run` prints.
+
+    A target that the journal has not come to yet is waited for, no longer than `wait_seconds`.
+
+    Raises:
+        RestoreError: the target cannot be reached; the message says precisely why not.
+        JournalError, CatalogError: the journal or the catalog cannot be read.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + wait_seconds
+    while True:
+        lineage = await site.journal.lineage(target.history)
+        bases, extents = await site.catalog.bases(), await site.journal.extents()
+        try:
+            return plan(target, bases, extents, lineage, site.replay_bytes_per_second, segment_bytes=site.segment_bytes)
+        except RestoreError as error:
+            if not error.retryable or loop.time() >= deadline:
+                raise
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def restore(target: Target, site: Site, *, progress: Progress, name: str = "") -> Report:
+    """Bring `target` back in a clone beside the running cluster, prove it, and leave its server running.
+
+    Args:
+        target: what `trigger.restore.target.resolve` gave.
+        site: where, and with what.
+        progress: told about every step that may last.
+        name: what the clone is called; by default `trg-clone-` and eight digits.
+
+    Raises:
+        TrigpointError: it cannot be done or was not proven; nothing is left behind. So after a cancellation.
+    """
+    name = clone_name(name) if name else new_name("clone")
+    while True:
+        found = await prepare(target, site)
+        await require_room(found, site)
+        try:
+            return await _restored(found, site, name, progress)
+        except StorageError:
+            if not await _expired(found, site):
+                raise
+            log.info("point %d expired while it was to be cloned; planning anew", found.base.number)
+
+
+async def _restored(found: Plan, site: Site, name: str, progress: Progress) -> Report:
+    async with raised(found, site, name, progress) as up:
+        progress("prove", 0, 0)
+        checks = await prove(up, site)
+        await asyncio.to_thread(clone_records.remove_folder, up.log_folder)  # replayed; the clone goes on without it
+        await asyncio.to_thread(clone_records.finish, site.records_folder, _record(up, site))
+    return _report(up, checks)
+
+
+async def _expired(found: Plan, site: Site) -> bool:
+    """Whether the base went away between the plan and the clone; the next plan has another, so this ends."""
+    return (await site.catalog.point(found.base.id)).state is not State.SEALED
+
+
+@contextlib.asynccontextmanager
+async def raised(
+    found: Plan, site: Site, name: str, progress: Progress, *, throwaway: bool = False
+) -> AsyncIterator[Raised]:
+    """Give the clone that `found` plans, up and running; if the block fails, everything of it is removed.
+
+    The block has to call `clone_records.finish` to keep the clone, or to drop it.
+    """
+    record = CloneRecord(name, found.target.description, found.base.number, site.clock.now())
+    with clone_records.intent(site.records_folder, record):
+        try:
+            reached("after-intent")
+            yield await _bring_up(found, site, name, progress, throwaway=throwaway)
+        except BaseException as error:
+            await to_its_end(_remove_after(error, name, site))
+            raise
+
+
+async def _bring_up(found: Plan, site: Site, name: str, progress: Progress, *, throwaway: bool) -> Raised:
+    watch = _Watch()
+    clone = await site.storage.clone(found.base.id, name, progress)
+    watch.lap("clone")
+    reached("after-clone")
+    folder = site.staged_log(name)
+    await asyncio.to_thread(clone_records.make_folder, folder)
+    staged = await site.journal.stage(found.log_from, found.target, folder, progress)
+    watch.lap("stage")
+    reached("after-stage")
+    running = await site.recovery.start(
+        clone, site.volumes, found.target, found.base.bracket, folder, progress, throwaway=throwaway
+    )
+    watch.lap("replay")
+    reached("after-replay")
+    return Raised(found, clone, running, folder, staged, watch.seconds)
+
+
+async def prove(up: Raised, site: Site) -> tuple[tuple[str, bool, str], ...]:
+    """Give the quick checks of a clone, all of which held: the target's commit is there, the next one is not.
+
+    Raises:
+        RestoreError: one did not hold, or there was none.
+    """
+    watch = _Watch()
+    checks = tuple([c async for c in site.recovery.inspect(up.running, up.plan.target, up.log_folder, deep=False)])
+    up.seconds |= {"prove": watch.lap("prove")}
+    wrong = [f"{what}: {seen}" for what, held, seen in checks if not held]
+    if wrong or not checks:
+        raise RestoreError(
+            f"the clone is not {up.plan.target.description}: {'; '.join(wrong) or 'nothing could be checked'}",
+            hint="this must not happen; keep the journal and the points as they are, and report it",
+        )
+    return checks
+
+
+async def require_room(found: Plan, site: Site) -> None:
+    """Refuse a restore for which there is no room; raises `RestoreError`."""
+    space = await site.storage.space()
+    left = space.free_bytes - space.wanted_free_bytes
+    if left < found.replay_bytes + _ROOM_BYTES:
+        raise RestoreError(
+            f"the storage has {max(left, 0)} bytes to give, a replay of {found.replay_bytes} bytes may need more",
+            hint="drop clones (trigpoint clones) or snapshots, or grow the storage",
+        )
+    if (free := await asyncio.to_thread(clone_records.free_bytes, site.staging_folder)) < found.log_bytes + _ROOM_BYTES:
+        raise RestoreError(
+            f"{site.staging_folder} has {free} bytes free, the log takes {found.log_bytes}",
+            hint="make room there, or put the state folder elsewhere",
+        )
+
+
+async def _remove_after(error: BaseException, name: str, site: Site) -> None:
+    try:
+        await remove(name, site)
+    except (TrigpointError, OSError) as left:
+        log.warning("clone %s was not removed after its failure: %s", name, left)
+        error.add_note(f"clone {name} was left behind ({left}); remove it with: trigpoint clones drop {name}")
+
+
+class _Watch:
+    """Durations of steps, by the loop's monotonic clock."""
+
+    def __init__(self) -> None:
+        self._last = asyncio.get_running_loop().time()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, step: str) -> float:
+        now = asyncio.get_running_loop().time()
+        self.seconds[step], self._last = now - self._last, now
+        return self.seconds[step]
+
+
+def _report(up: Raised, checks: tuple[tuple[str, bool, str], ...]) -> Report:
+    return Report(
+        name=up.clone.name,
+        target=up.plan.target,
+        base=up.plan.base.number,
+        conninfo=up.running.conninfo,
+        data_directory=up.running.data_directory,
+        history=up.running.history,
+        replayed=up.running.replayed,
+        last_commit_at=up.running.last_commit_at,
+        log_bytes=up.log_bytes,
+        replay_bytes=up.plan.replay_bytes,
+        seconds=up.seconds,
+        checks=checks,
+        notes=up.running.notes,
+    )
+
+
+def _record(up: Raised, site: Site) -> CloneRecord:
+    return CloneRecord(
+        name=up.clone.name,
+        target=up.plan.target.description,
+        base=up.plan.base.number,
+        created_at=site.clock.now(),
+        conninfo=up.running.conninfo,
+        data_directory=str(up.running.data_directory),
+        notes=up.running.notes,
+    )

@@ -1,0 +1,203 @@
+"""From the names in a configuration to driver objects; the only module that loads connectors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from glob import escape
+from importlib import import_module
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+from connectors import DRIVERS
+from trigger import host
+from trigger.catalog.catalog import Catalog
+from trigger.config.options import Options
+from trigger.errors import AgentError, ConfigError, DatabaseError
+from trigger.model import Finding, Layout, Severity, Volume
+from trigger.ports import Agent, Database, Journal, Recovery, Source, Storage
+from trigger.restore.clones import Site
+from trigger.service import surroundings
+from trigger.shape import data
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that one configured service works with."""
+
+    options: Options
+    volumes: tuple[Volume, ...]
+    layout: Layout
+    database: Database
+    sources: Sequence[Source]
+    agents: Sequence[Agent]
+    storage: Storage
+    catalog: Catalog
+    journal: Journal
+    recovery: Recovery
+
+    @property
+    def site(self) -> Site:
+        """Where restores happen, and with what."""
+        return Site(
+            catalog=self.catalog,
+            storage=self.storage,
+            journal=self.journal,
+            recovery=self.recovery,
+            volumes=self.volumes,
+            clock=SystemClock(),
+            records_folder=self.options.state_folder / "clones",
+            staging_folder=self.options.state_folder / "staging",
+            segment_bytes=self.layout.wal_segment_bytes,
+            replay_bytes_per_second=float(self.options.points.replay_bytes_per_second),
+        )
+
+    async def close(self) -> None:
+        """Let go of everything; never raises."""
+        for source in self.sources:
+            await source.close()
+        for agent in self.agents:
+            await agent.close()
+        await self.storage.close()
+        await self.database.close()
+        await self.catalog.close()
+
+
+class SystemClock:
+    """The time of day of this machine."""
+
+    def now(self) -> datetime:
+        """Give the present time, aware UTC."""
+        return datetime.now(UTC)
+
+
+async def connect(options: Options) -> Parts:
+    """Give the parts that `options` name; nothing is changed in the world but the state folder.
+
+    The layout of the cluster is asked for and kept in the state folder, so that restores need no running cluster.
+
+    Raises:
+        ConfigError: a driver's library is missing, or the cluster does not answer and was never seen before.
+        CatalogError: the catalog cannot be opened.
+    """
+    host.make_passage(options.state_folder)
+    volumes = options.volume_list
+    database = _database(options)
+    layout = await known_layout(database, options.state_folder)
+    catalog = await Catalog.open(options.catalog_path)
+    try:
+        journal = driver("journal", options.journal.driver)(
+            database, layout, options.journal_folder, options.journal.restore_command
+        )
+        recovery = driver("recovery", options.database.driver)(
+            database,
+            layout,
+            volumes,
+            options.name,
+            superuser=options.restore.superuser,
+            keep_libraries=options.restore.keep_libraries,
+            deadline_seconds=options.restore.deadline_seconds,
+        )
+        agents = [
+            driver("agent", options.agent.driver)(
+                gethostname(), state_folder=options.state_folder, hooks=options.agent.hooks
+            )
+        ]
+        storage = _storage(options, volumes, layout)
+    except BaseException:
+        await catalog.close()
+        raise
+    sources = database.sources()
+    return Parts(options, volumes, layout, database, sources, agents, storage, catalog, journal, recovery)
+
+
+def _database(options: Options) -> Any:
+    chosen = options.database
+    return driver("database", chosen.driver)(
+        chosen.conninfo,
+        chosen.databases,
+        chosen.slot_prefix,
+        chosen.bin_directory,
+        chosen.password_file,
+        chosen.deadline_seconds,
+    )
+
+
+def _storage(options: Options, volumes: Sequence[Volume], layout: Layout) -> Any:
+    chosen = options.storage
+    settings: dict[str, Any] = {"budget": chosen.budget, "wanted_free_bytes": int(chosen.keep_free)}
+    match chosen.driver:
+        case "btrfs":
+            settings["volumes"] = volumes
+        case "directory":
+            settings["paranoid"] = chosen.paranoid
+            settings["exclude"] = _log_in(volumes, layout)
+    return driver("storage", chosen.driver)(chosen.folder, **settings)
+
+
+def _log_in(volumes: Sequence[Volume], layout: Layout) -> dict[str, list[str]]:
+    """Give by volume the pattern of the log that lies in it."""
+    roots = {volume.name: Path(volume.path).resolve() for volume in volumes}
+    return {
+        name: ["/".join((*map(escape, layout.wal_directory.relative_to(root).parts), "*"))]
+        for name, root in roots.items()
+        if layout.wal_directory.is_relative_to(root)
+    }
+
+
+async def known_layout(database: Database, state_folder: Path) -> Layout:
+    """Give the cluster's layout, from the cluster itself, or as it was last seen where that does not answer."""
+    kept = state_folder / "layout.json"
+    try:
+        layout = await database.layout()
+    except DatabaseError as error:
+        if not kept.exists():
+            raise
+        log.info("the layout is the one last seen, since the cluster does not answer: %s", error.message)
+        return _read_layout(kept.read_text())
+    fresh = kept.with_suffix(".new")
+    fresh.write_text(json.dumps(data(layout), indent=2))
+    fresh.replace(kept)
+    return layout
+
+
+def _read_layout(text: str) -> Layout:
+    value = json.loads(text)
+    for name in ("data_directory", "wal_directory"):
+        value[name] = Path(value[name])
+    value["config_files"] = tuple(map(Path, value["config_files"]))
+    value["tablespaces"] = tuple((oid, Path(path)) for oid, path in value["tablespaces"])
+    return Layout(**value)
+
+
+def driver(kind: str, name: str) -> Any:
+    """Give what makes the driver `kind/name`; raises `ConfigError` where its library is not installed."""
+    module, _, attribute = DRIVERS[f"{kind}/{name}"].partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(
+            f"driver {name} needs the package {error.name}", hint=f"pip install 'trigpoint[{name}]'"
+        ) from error
+
+
+async def check(parts: Parts) -> list[Finding]:
+    """Give what every part has to say before the cluster may be protected; changes nothing."""
+    findings = await parts.database.check(parts.volumes)
+    findings += await parts.storage.check(parts.volumes)
+    findings += await parts.journal.check()
+    findings += await asyncio.to_thread(surroundings.check, parts.options, parts.volumes)
+    for agent in parts.agents:
+        try:
+            await agent.prepare(parts.volumes)
+            findings.append(Finding(f"agent {agent.name}", Severity.OK, "every volume can be flushed"))
+        except AgentError as error:
+            findings.append(Finding(f"agent {agent.name}", Severity.REFUSED, error.message, error.hint))
+    return findings

@@ -1,0 +1,141 @@
+"""What `trigpoint init` writes: a configuration for a cluster as it was found on this host.
+
+`propose` decides from what was found and touches nothing; `text` writes it down with a comment at every line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trigger.config.reference import sections, toml
+from trigger.host import Mount, mount_of
+from trigger.model import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A configuration, before it is written."""
+
+    name: str
+    state_folder: Path
+    conninfo: str
+    databases: tuple[str, ...]
+    volumes: tuple[tuple[str, Path], ...]
+    driver: str
+    storage_folder: Path
+    why: tuple[str, ...]
+    """Why this storage, for people; one sentence each."""
+
+
+def propose(
+    conninfo: str,
+    databases: Sequence[str],
+    layout: Layout,
+    *,
+    state_folder: Path,
+    mounts: Sequence[Mount],
+    subvolume_of: Callable[[Path], Path],
+    root: bool,
+) -> Proposal:
+    """Give the configuration for a cluster.
+
+    Args:
+        conninfo: how it was reached.
+        databases: what there is; `postgres` is left out where there is another.
+        layout: where its files lie.
+        state_folder: where we may keep our state.
+        mounts: the mounts of this host.
+        subvolume_of: gives the root of the btrfs subvolume around a path on btrfs.
+        root: whether we are root; an ordinary user may not delete btrfs snapshots everywhere.
+    """
+    parts = [("data", layout.data_directory)]
+    if not layout.wal_directory.is_relative_to(layout.data_directory):
+        parts.append(("wal", layout.wal_directory))
+    parts += [(f"tablespace-{oid}", path) for oid, path in layout.tablespaces]
+    driver, volumes, folder, why = _storage(parts, mounts, subvolume_of, root=root)
+    wanted = tuple(name for name in databases if name != "postgres") or tuple(databases)
+    return Proposal("main", state_folder, conninfo, wanted, tuple(volumes), driver, folder, tuple(why))
+
+
+def _storage(
+    parts: Sequence[tuple[str, Path]],
+    mounts: Sequence[Mount],
+    subvolume_of: Callable[[Path], Path],
+    *,
+    root: bool,
+) -> tuple[str, list[tuple[str, Path]], Path, list[str]]:
+    """Give driver, volumes, folder and the reasons: btrfs where all parts lie on it and a snapshot has a place."""
+    data = parts[0][1]
+    beside = data.parent / "trigpoint-snapshots"
+    kinds = {name: mount_of(path, mounts) for name, path in parts}
+    on = ", ".join(f"{name} on {mount.filesystem}" for name, mount in kinds.items())
+    if any(mount.filesystem != "btrfs" for mount in kinds.values()):
+        return "directory", list(parts), beside, [f"{on}: files are copied (shared where the filesystem can)."]
+    if not root:
+        return "directory", list(parts), beside, [f"{on}, but only root can use its snapshots fully: files are shared."]
+    roots = _distinct([(name, subvolume_of(path)) for name, path in parts])
+    above = roots[0][1].parent
+    if any(path == Path("/") for _, path in roots) or mount_of(above, mounts) != kinds["data"]:
+        return (
+            "directory",
+            list(parts),
+            beside,
+            [
+                f"{on}, but there is no place for snapshots beside the subvolume of the data: files are shared.",
+                "For snapshots in an instant mount the top of the btrfs and put the data into a subvolume below it.",
+            ],
+        )
+    return "btrfs", roots, above / "trigpoint", [f"{on}, in subvolumes: snapshots are atomic and at once."]
+
+
+def _distinct(volumes: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Give one volume a path; several parts may lie in one subvolume."""
+    found: dict[Path, str] = {}
+    for name, path in volumes:
+        found.setdefault(path, name)
+    return [(name, path) for path, name in found.items()]
+
+
+def text(proposal: Proposal) -> str:
+    """Give the proposal as a TOML file, each line under what it means; `trigpoint config check` accepts it."""
+    lines = [
+        "# Written by `trigpoint init`. Every option with its meaning: `trigpoint config reference`.",
+        "",
+        *_line("name", proposal.name),
+        *_line("state_folder", proposal.state_folder),
+        "",
+        "[database]",
+        *_line("database.conninfo", proposal.conninfo),
+        *_line("database.databases", list(proposal.databases)),
+    ]
+    for name, path in proposal.volumes:
+        lines += ["", "[[volumes]]", *_line("volumes[].name", name), *_line("volumes[].path", path)]
+    lines += ["", "[storage]", *(f"# {why}" for why in proposal.why)]
+    lines += [f"driver = {toml(proposal.driver)}", *_line("storage.folder", proposal.storage_folder)]
+    lines += [*_line("storage.keep_free", "1GiB"), *_line("storage.budget", 200)]
+    lines += ["", "[points]", *_line("points.min_interval_seconds", 1.0), *_line("points.per_minute", 60)]
+    lines += [*_line("points.restore_objective_seconds", 30.0), *_line("points.catch_all_seconds", 300.0), *_RULES]
+    return "\n".join(lines) + "\n"
+
+
+_RULES = (
+    "",
+    "# Without a rule every commit qualifies. Rules narrow that; a commit qualifies if one of them takes it.",
+    "# Try them on live commits before they decide: `trigpoint rules test --watch 5`.",
+    "#",
+    "# [[rules]]",
+    '# name = "large-or-marked"',
+    "# expression = \"rows >= 1000 || markers.exists(m, m.startsWith('close-'))\"",
+    "#",
+    "# [[rules]]",
+    '# name = "payments"',
+    '# tables = ["public.payments*"]',
+    '# operations = ["update", "delete", "truncate"]',
+)
+
+
+def _line(key: str, value: object) -> list[str]:
+    doc = next(option.doc for section in sections() for option in section.options if option.key == key)
+    return [f"# {doc}", f"{key.rpartition('.')[2]} = {toml(value)}"]

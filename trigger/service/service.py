@@ -1,0 +1,389 @@
+"""The service: everything that runs for one cluster, in one task group; the only place that starts tasks.
+
+Order at start: lock, pre-flight, catalog, reconcile, journal, then the streams and the main path. Order at the end:
+the round at hand is finished (or given up after a grace), then the streams, the journal and the connections go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, TypeVar
+
+from trigger.catalog.reconcile import reconcile
+from trigger.config.options import Options
+from trigger.errors import JournalError, PreflightError, TrigpointError
+from trigger.keep.expire import GivenUp
+from trigger.keep.room import Room
+from trigger.model import Cause, RecoveryPoint, Retained, Severity
+from trigger.ports import Journal
+from trigger.position import distance
+from trigger.protect import commit_lines
+from trigger.protect.agenda import Agenda
+from trigger.protect.pipeline import Protected, protect, take
+from trigger.protect.qualify import Rules
+from trigger.protect.window import Collected, Window
+from trigger.service.connect import Parts, SystemClock, check, connect
+from trigger.service.control import only_one, serve
+from trigger.service.upkeep import Upkeep
+from trigger.shape import data
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+GRACE_SECONDS = 30.0
+"""How long a stop waits for the round at hand."""
+JOURNAL_RETRY_SECONDS = 5.0
+ASKING_SECONDS = 3.0
+"""How long the status waits for the database's word."""
+NOTE_CHARACTERS = 1000
+RECENT_AT_ONCE = 200
+"""How many commits one answer holds: putting them into words keeps the streams waiting."""
+JOURNAL_START_SECONDS = 20.0
+STREAMS_START_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Service:
+    """One running service: its parts, its window and its agenda."""
+
+    parts: Parts
+    cluster: Protected
+    window: Window
+    agenda: Agenda
+    upkeep: Upkeep
+    started_at: datetime
+    stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def stop(self) -> None:
+        """End after the round at hand."""
+        log.info("stopping after the round at hand")
+        self.agenda.stopping = True
+        self.stop_asked.set()
+        self.window.wake()
+
+    async def point(self, note: str) -> RecoveryPoint:
+        """Take a point now; gives it sealed or failed."""
+        answer = self.agenda.ask(note)
+        self.window.wake()
+        return await answer
+
+    async def status(self) -> dict[str, Any]:
+        """Give what an operator wants to know first, as JSON values; what cannot be read is null, and said why."""
+        troubles = list(self.troubles())
+        totals = await _or_trouble(self.parts.catalog.totals(), troubles)
+        space = await _or_trouble(self.parts.storage.space(), troubles)
+        retained = await _or_trouble(asyncio.wait_for(self.parts.database.retained(), ASKING_SECONDS), troubles)
+        troubles += [
+            _nearly_lost(one) for one in retained or () if one.left_bytes is not None and one.left_bytes < one.bytes
+        ]
+        oldest, log_end, base = self.window.oldest, self.window.log_end, self.agenda.base
+        now = asyncio.get_running_loop().time()
+        return {
+            "name": self.parts.options.name,
+            "ready": base is not None and all(self.window.connected().values()),
+            "started_at": data(self.started_at),
+            "now": data(self.cluster.clock.now()),
+            "streams": dict(self.window.connected()),
+            "log_end": data(log_end),
+            "pending_commits": len(self.window),
+            "oldest_pending_seconds": now - oldest.arrived if oldest else 0.0,
+            "commits_by_rule": dict(self.window.tally.as_dict()),
+            "last_point": base.number if base else None,
+            "last_sealed_at": data(base.sealed_at) if base else None,
+            "log_since_last_point_bytes": self.agenda.log_since_base(log_end),
+            "replay_bytes": distance(log_end, base.redo) if base and log_end and base.redo else 0,
+            "replay_limit_bytes": self.agenda.replay_limit_bytes,
+            "journal": [data(finding) for finding in self.upkeep.last_audit if finding.severity is not Severity.OK],
+            "troubles": troubles,
+            "totals": data(totals),
+            "space": data(space),
+            "retained": data(retained),
+        }
+
+    def troubles(self) -> Iterator[str]:
+        """Give what keeps commits from being protected, or from being restored exactly, at present."""
+        if self.agenda.trouble:
+            yield self.agenda.trouble
+        for name, why in self.window.troubles().items():
+            yield f"stream {name}: {why}"
+        yield from (f"{what}: {why}" for what, why in self.upkeep.troubles.items())
+
+    def recent(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Give the next of the commits that were seen last, as lines, behind the one of the number in a request."""
+        after, remembered = request.get("after"), self.window.recent
+        commits, last = remembered.behind(after if isinstance(after, int) else 0, RECENT_AT_ONCE)
+        return {
+            "commits": [commit_lines.write(commit) for commit in commits],
+            "last": last,
+            "forgotten": remembered.forgotten,
+            "started_at": data(self.started_at),
+        }
+
+    async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Give the answer to one request of the command line."""
+        match request.get("do"):
+            case "point":
+                return {"point": data(await self.point(_note(request)))}
+            case "expire":
+                return {"expired": data(await give_up(self.upkeep.room, request))}
+            case "status":
+                return {"status": await self.status()}
+            case "recent":
+                return self.recent(request)
+            case other:
+                raise TrigpointError(f"there is no request {other!r}")
+
+
+def _note(request: dict[str, Any]) -> str:
+    """Give the note in a request, cut where it is too long to be kept."""
+    return str(request.get("note", ""))[:NOTE_CHARACTERS]
+
+
+async def _or_trouble(asked: Awaitable[T], troubles: list[str]) -> T | None:
+    """Give what was asked for; where it cannot be had give None, and add why to `troubles`."""
+    try:
+        return await asked
+    except TimeoutError:
+        troubles.append(f"the database did not answer within {ASKING_SECONDS:g} s")
+    except (TrigpointError, OSError) as error:
+        troubles.append(str(error))
+    return None
+
+
+def _nearly_lost(one: Retained) -> str:
+    left = one.left_bytes or 0
+    when = f"will drop it after {left} more" if left > 0 else "drops it at the next checkpoint"
+    return (
+        f"the database keeps {one.bytes} bytes of log for {one.reader} and {when}: what is in it then becomes a gap, or"
+        " cannot be restored exactly; see what keeps points from being taken, or raise max_slot_wal_keep_size"
+    )
+
+
+async def run(options: Options, *, force: bool = False, ready: Callable[[Service], None] | None = None) -> None:
+    """Protect the cluster until told to stop by SIGTERM or SIGINT.
+
+    Args:
+        options: the configuration.
+        force: go on where the pre-flight check refuses; what it said is logged.
+        ready: called once with the service when commits are protected: streams open, a base sealed.
+
+    Raises:
+        TrigpointError: what no waiting can help, of whatever part it came.
+    """
+    async with alone(options) as parts:
+        await preflight(parts, force=force)
+        service = await begin(parts)
+        with _signals(service):
+            await work(service, ready)
+        await leave_nothing_undone(parts)
+
+
+async def leave_nothing_undone(parts: Parts) -> None:
+    """Finish what a stop has cut short, such as a removal by thinning; what cannot be is left to the next start."""
+    try:
+        async with asyncio.timeout(GRACE_SECONDS):
+            await reconcile(parts.catalog, parts.storage)
+    except (TrigpointError, OSError) as error:
+        log.warning("not reconciled at the end, the next start does it: %s", error)
+
+
+@contextlib.asynccontextmanager
+async def opened(options: Options) -> AsyncIterator[Parts]:
+    """Hold the parts of a service, connected; they are let go of at the end."""
+    parts = await connect(options)
+    try:
+        yield parts
+    finally:
+        await parts.close()
+
+
+@contextlib.asynccontextmanager
+async def alone(options: Options) -> AsyncIterator[Parts]:
+    """Hold the state folder and the parts; raises `ConfigError` where another process holds the folder."""
+    with only_one(options.state_folder):
+        async with opened(options) as parts:
+            yield parts
+
+
+async def preflight(parts: Parts, *, force: bool) -> None:
+    """Look at everything that must hold before a point may be promised; raises `PreflightError` where it does not."""
+    findings = await check(parts)
+    refused = [finding for finding in findings if finding.severity is Severity.REFUSED]
+    for finding in findings:
+        if finding.severity in (Severity.WARNING, Severity.REFUSED):
+            log.warning("%s: %s; %s", finding.subject, finding.message, finding.remedy)
+    if refused and not force:
+        raise PreflightError(
+            "; ".join(f"{finding.subject}: {finding.message}" for finding in refused),
+            hint=" ".join(finding.remedy for finding in refused if finding.remedy) or "see `trigpoint check`",
+        )
+
+
+async def begin(parts: Parts) -> Service:
+    """Give the service with what a crash left behind finished or undone, its streams not yet open."""
+    options, clock = parts.options, SystemClock()
+    stuck = (await reconcile(parts.catalog, parts.storage)).stuck
+    for agent in parts.agents:
+        await agent.prepare(parts.volumes)
+    cluster = Protected(
+        parts.database,
+        parts.volumes,
+        parts.agents,
+        parts.storage,
+        parts.catalog,
+        clock,
+        options.points,
+        options.agent.deadline_seconds,
+        leftovers=stuck,
+    )
+    settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
+    window = Window(parts.sources, settled, Rules(options.rules).judge)
+    gap = bool(await parts.catalog.gaps(open_only=True))
+    agenda = Agenda(options.points, await _base(parts), open_gap=gap, segment_bytes=parts.site.segment_bytes)
+    return Service(parts, cluster, window, agenda, Upkeep(parts, window, agenda, _room(parts)), clock.now())
+
+
+async def _base(parts: Parts) -> RecoveryPoint | None:
+    """Give the newest sealed point if the cluster's present history goes back to it."""
+    newest, lineage = await parts.catalog.latest(), await parts.database.lineage()
+    return newest if newest and newest.ceiling and lineage.includes(newest.ceiling) else None
+
+
+async def work(service: Service, ready: Callable[[Service], None] | None = None) -> None:
+    """Run everything until the main path ends; raises the first error that no waiting can help."""
+    parts, window = service.parts, service.window
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(_keep_journal(service), name="journal")]
+            await _journal_begun(service)
+            background += [tasks.create_task(window.follow(source.name), name=source.name) for source in parts.sources]
+            background += [tasks.create_task(act, name=name) for name, act in service.upkeep.acts()]
+            background.append(tasks.create_task(serve(parts.options.state_folder, service.answer), name="control"))
+            await _streams_open(service)
+            main = tasks.create_task(protect(service.cluster, window, service.agenda), name="protect")
+            background.append(tasks.create_task(_give_up_after_grace(service, main), name="grace"))
+            background.append(tasks.create_task(_announce(service, ready), name="announce"))
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([main])
+            for task in background:
+                task.cancel()
+    except* TrigpointError as group:
+        raise _first(group) from group
+
+
+def _first(group: BaseExceptionGroup[TrigpointError]) -> TrigpointError:
+    """Give the first error of a group, however deep."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+async def _give_up_after_grace(service: Service, main: asyncio.Task[None]) -> None:
+    """Cancel the main path where a stop has waited long enough for the round at hand."""
+    await service.stop_asked.wait()
+    await asyncio.sleep(GRACE_SECONDS)
+    log.warning("the round at hand did not end within %.0f s: it is given up; the next start undoes it", GRACE_SECONDS)
+    main.cancel()
+
+
+@contextlib.contextmanager
+def _signals(service: Service) -> Any:
+    """Stop the service on SIGTERM and SIGINT while the block runs."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+async def _keep_journal(service: Service) -> None:
+    """Keep the journal; where it cannot go on, say so loudly and try again, since points still have their worth."""
+    what = "the journal is not kept"
+    while True:
+        runs = asyncio.get_running_loop().call_later(JOURNAL_RETRY_SECONDS, service.upkeep.troubles.pop, what, None)
+        try:
+            await service.parts.journal.run()
+        except (JournalError, OSError) as error:
+            service.upkeep.troubles[what] = str(error)
+            log.error("%s: commits between points cannot be restored exactly: %s", what, error)
+        finally:
+            runs.cancel()
+        await asyncio.sleep(JOURNAL_RETRY_SECONDS)
+
+
+async def _journal_begun(service: Service) -> None:
+    """Wait until the journal holds log, so that the first base is followed by it; not for ever, nor past a stop."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(JOURNAL_START_SECONDS):
+            while not service.agenda.stopping and not await _has_log(service.parts.journal):  # noqa: ASYNC110 - a folder that another program fills
+                await asyncio.sleep(0.05)
+            return
+    log.error("the journal has not begun within %.0f s; points are taken all the same", JOURNAL_START_SECONDS)
+
+
+async def _has_log(journal: Journal) -> bool:
+    try:
+        return bool(await journal.extents())
+    except (JournalError, OSError):  # shown by its audit
+        return False
+
+
+async def _streams_open(service: Service) -> None:
+    """Wait until every stream says where it stands: the first point then settles them all; likewise."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(STREAMS_START_SECONDS):
+            while not service.agenda.stopping and not service.window.begun:
+                await service.window.more(None)
+            return
+    log.error("not every stream is connected within %.0f s; points are taken all the same", STREAMS_START_SECONDS)
+
+
+async def _announce(service: Service, ready: Callable[[Service], None] | None) -> None:
+    """Say once that commits are protected from now on: the streams are open and a base stands."""
+    while service.agenda.base is None:
+        await service.window.more(asyncio.get_running_loop().time() + 1)
+    log.info("protecting %s: the newest base is point %d", service.parts.options.name, service.agenda.base.number)
+    if ready is not None:
+        ready(service)
+
+
+async def give_up(room: Room, request: dict[str, Any]) -> GivenUp:
+    """Give up every point older than the one called `before` in a request; see `expire.give_up_before`."""
+    return await room.give_up_before(request.get("before", ""), dry_run=bool(request.get("dry_run")))
+
+
+def _room(parts: Parts) -> Room:
+    return Room(parts.catalog, parts.storage, parts.journal, parts.site.segment_bytes)
+
+
+async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, Any]:
+    """Give the answer that a running service would give to a request, where none runs.
+
+    Raises:
+        TrigpointError: it cannot be done; or it is one that only a running service answers.
+    """
+    async with alone(options) as parts:
+        match request.get("do"):
+            case "point":
+                return {"point": data(await _take_one(parts, _note(request)))}
+            case "expire":
+                if not request.get("dry_run"):  # which changes nothing
+                    await reconcile(parts.catalog, parts.storage)
+                return {"expired": data(await give_up(_room(parts), request))}
+            case other:
+                raise TrigpointError(f"only a running service answers {other!r}", hint="start it: trigpoint run")
+
+
+async def _take_one(parts: Parts, note: str) -> RecoveryPoint:
+    """Take one point of what is there now; gives it sealed or failed."""
+    await preflight(parts, force=False)
+    service = await begin(parts)
+    return await take(service.cluster, Cause.DEMAND, Collected((), {}), note)

@@ -1,0 +1,176 @@
+"""What is done every so often beside the main path, and what of it is not done at present.
+
+Snapshots are thinned and old log is let go of, checkpoints are asked for, the journal is audited, and it is looked
+whether the cluster still lies where it is protected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from trigger.errors import DatabaseError, TrigpointError
+from trigger.keep.expire import release_log
+from trigger.keep.retention import longest_replay
+from trigger.keep.room import Room
+from trigger.model import Finding, Layout, Severity, Volume
+from trigger.protect.agenda import Agenda
+from trigger.protect.window import Window
+from trigger.service.connect import Parts
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 5.0
+ROOM_SECONDS = 1.0
+ROOM_SHARE = 0.5
+"""How often it is looked whether snapshots must go: a tenth of a small budget may last no longer; and how much of the
+time their removal may take, since commits wait for it."""
+AUDIT_SECONDS = 5.0
+PLACES_SECONDS = 10.0
+UPKEEP_SHARE = 0.05
+LONG_SECONDS = 30.0
+"""How long one act may take before the status says that it is still at it."""
+
+
+@dataclass(slots=True)
+class Upkeep:
+    """The upkeep of one running service."""
+
+    parts: Parts
+    window: Window
+    agenda: Agenda
+    room: Room
+    troubles: dict[str, str] = field(default_factory=dict)
+    """What is not done at present, or not in order, and why."""
+    last_audit: Sequence[Finding] = ()
+    log_may_go: bool = True
+    """Whether points went since log was last let go of; before a first time nobody knows."""
+
+    def acts(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
+        """Give everything that is to run for ever, by name."""
+        yield "checkpoints", self._every(WATCH_SECONDS, self.watch_checkpoints, "checkpoints are not watched")
+        yield "room", self._every(ROOM_SECONDS, self.keep_room, "no room is made for snapshots", ROOM_SHARE)
+        yield "old log", self._every(WATCH_SECONDS, self.release_log, "old log is not let go of")
+        yield "audit", self._every(AUDIT_SECONDS, self.audit_journal, "the journal is not audited")
+        yield "places", self._every(PLACES_SECONDS, self.watch_places, "it is not known where the cluster lies")
+
+    async def _every(
+        self,
+        seconds: float,
+        act: Callable[[], Awaitable[None]],
+        if_not: str,
+        share: float = UPKEEP_SHARE,
+    ) -> None:
+        """Do `act` for ever, `seconds` apart; an expected error is shown in the status until it has gone.
+
+        What takes long is done less often, so that it takes no more than `share` of the time; what failed is tried
+        again sooner.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            began, may_take, why = loop.time(), share, ""
+            still = loop.call_later(LONG_SECONDS, self.show, if_not, f"still at it after {LONG_SECONDS:g} s")
+            try:
+                await act()
+            except (TrigpointError, OSError) as error:
+                may_take, why = 1.0, str(error)
+            finally:
+                still.cancel()
+            self.show(if_not, why)
+            await asyncio.sleep(max(seconds, (loop.time() - began) / may_take))
+
+    async def watch_checkpoints(self) -> None:
+        """Keep the agenda's redo position fresh, and ask for a checkpoint where replays would grow too long."""
+        database, agenda = self.parts.database, self.agenda
+        agenda.redo = await database.redo()
+        if agenda.wants_checkpoint(self.window.log_end):
+            log.info("asking for a checkpoint: the log since the last one is long for the restore objective")
+            await database.checkpoint()
+            agenda.redo = await database.redo()
+        self.window.wake()
+
+    async def keep_room(self) -> None:
+        """Thin snapshots before the storage is used up."""
+        agenda, room = self.agenda, self.room
+        gone = await room.make(agenda.replay_limit_bytes)
+        self.show("the storage has too little room", room.trouble)
+        if room.eased:
+            agenda.retry()
+            self.window.wake()
+        if gone:
+            log.info("thinned %d snapshots, points %d to %d", len(gone), gone[0].number, gone[-1].number)
+            self.log_may_go = True
+        what = "the restore objective is not kept"
+        if gone or what in self.troubles:
+            self._note_long_replays(what, longest_replay(await self.parts.catalog.bases()))
+
+    async def release_log(self) -> None:
+        """Let go of log that no kept point needs: beside thinning, which must not wait for the journal's disk."""
+        if not self.log_may_go:
+            return
+        self.log_may_go = False  # before, since more points may go meanwhile
+        try:
+            released = await release_log(self.parts.catalog, self.parts.journal)
+        except (TrigpointError, OSError):
+            self.log_may_go = True
+            raise
+        if released:
+            log.info("let go of %d segments of old log", released)
+
+    def show(self, what: str, why: str) -> None:
+        """Show in the status why something is not done at present; "" for nothing any more."""
+        if not why:
+            self.troubles.pop(what, None)
+            return
+        if what not in self.troubles:  # once, not every second
+            log.warning("%s: %s", what, why)
+        self.troubles[what] = why
+
+    def _note_long_replays(self, what: str, replay: int) -> None:
+        """Show in the status whether the snapshots that are left lie too far apart for the restore objective."""
+        self.show(
+            what,
+            f"the storage bears no more snapshots, so that restores of old commits replay up to {replay} bytes; make it"
+            " larger (bytes, or storage.budget), or give up what is too old (trigpoint expire)"
+            if replay > self.agenda.replay_limit_bytes
+            else "",
+        )
+
+    async def audit_journal(self) -> None:
+        """Look at the journal's new segments; new damage is logged, and a new base is taken behind it."""
+        known, self.last_audit = set(self.last_audit), await self.parts.journal.audit()
+        damage = [found for found in self.last_audit if found.severity is Severity.REFUSED and found not in known]
+        for finding in damage:
+            log.error("%s: %s; %s", finding.subject, finding.message, finding.remedy)
+        if damage:
+            self.room.known_log.look_again()
+            await self._new_base(f"the journal is damaged: {damage[0].message}")
+
+    async def _new_base(self, note: str) -> None:
+        """Ask for a point from which a replay begins here, not at the last checkpoint, however long ago that was."""
+        try:
+            await self.parts.database.checkpoint()
+        except DatabaseError as error:
+            log.warning("no checkpoint was made, so the next point's replay begins at the last one: %s", error)
+        self.agenda.ask(note)
+        self.window.wake()
+
+    async def watch_places(self) -> None:
+        """Show a part of the cluster that lies on no volume by now, as a new tablespace may: no point holds it."""
+        with suppress(DatabaseError):  # of a server that does not answer the streams say so
+            layout = await self.parts.database.layout()
+            outside = await asyncio.to_thread(_outside, layout, self.parts.volumes)
+            remedy = "move it onto a volume, or add one that holds it and start the service again"
+            self.show("a part of the cluster is in no point", f"{', '.join(outside)}; {remedy}" if outside else "")
+
+
+def _outside(layout: Layout, volumes: Sequence[Volume]) -> list[str]:
+    """Give the places of a cluster that lie on no volume, by this host's filesystem."""
+    roots = [os.path.realpath(volume.path) for volume in volumes]
+    places = (layout.data_directory, layout.wal_directory, *(path for _, path in layout.tablespaces))
+    return [str(place) for place in places if not any(place.is_relative_to(root) for root in roots)]
