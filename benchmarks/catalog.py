@@ -41,25 +41,27 @@ from typing import Any
 from sqlalchemy import insert
 
 from benchmarks import record
+from connectors.databases.postgres.lsn import Lsn
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog, Found, make_engine
 from trigger.catalog.commit_index import block_row, history_id, marker_digest
 from trigger.catalog.packing import BLOCK_COMMITS, Block, pack, unpack
-from trigger.catalog.schema import blocks, markers, streams, xid_outliers
+from trigger.catalog.schema import blocks, markers, number_outliers, streams
 from trigger.model import (
     Cause,
     Changes,
     CommitRecord,
     Flush,
+    Mark,
     Outcome,
     RecoveryPoint,
     Snapshot,
     from_microseconds,
     point_id,
 )
-from trigger.position import History, Lsn, Position
+from trigger.position import History, Name, Position
 
-HISTORY = History("7391", 1)
+HISTORY = History("postgres", "7391", 1)
 START_US = 1_760_000_000_000_000
 STREAMS = ("bank", "shop")
 TEMPLATES = 64
@@ -81,7 +83,9 @@ def busy_server(chance: random.Random, stream: str, shared: bool) -> list[Commit
         mine = ("job 00000000", *([SHARED] if shared else [])) if number == 700 else ()
         moment = time_us + chance.randint(-2_000, 2_000)
         outcome = Outcome.PROTECTED if number == BLOCK_COMMITS - 1 else Outcome.COALESCED
-        records.append(CommitRecord(stream, xid + 2 * LONG - late, Lsn(at), Lsn(at + length), moment, mine, outcome))
+        records.append(
+            CommitRecord(stream, Name("", xid + 2 * LONG - late), Lsn(at), Lsn(at + length), moment, mine, outcome)
+        )
         at += length
     return records
 
@@ -105,9 +109,9 @@ class Stock:
         return block._replace(
             first=Lsn(block.first + log),
             last=Lsn(block.last + log),
-            xid_low=block.xid_low + ids,
-            xid_high=block.xid_high + ids,
-            xid_outliers=tuple(each + ids for each in block.xid_outliers),
+            number_low=block.number_low + ids,
+            number_high=block.number_high + ids,
+            number_outliers=tuple(each + ids for each in block.number_outliers),
             time_low_us=block.time_low_us + moment,
             time_high_us=block.time_high_us + moment,
             data=block.data[:1] + zlib.compress(moved, 6),
@@ -134,11 +138,11 @@ def fill(where: Path, stock: Stock, count: int) -> int:
                         | {"point": 1, "reason": None}
                     )
                     packed += len(block.data)
-                    outliers += [{"xid": xid, "block": number + 1} for xid in block.xid_outliers]
+                    outliers += [{"number": each, "block": number + 1} for each in block.number_outliers]
                     words = [f"job {number:08d}", *([SHARED] if number % TEMPLATES == 0 else [])]
                     digests += [{"digest": marker_digest(word), "block": number + 1} for word in words]
                 connection.execute(insert(blocks), rows)
-                connection.execute(insert(xid_outliers), outliers)
+                connection.execute(insert(number_outliers), outliers)
                 connection.execute(insert(markers), digests)
     engine.dispose()
     return packed
@@ -166,21 +170,21 @@ def summary(taken: Sequence[float]) -> dict[str, float]:
 async def look_up(catalog: Catalog, stock: Stock, count: int, chance: random.Random, each: int) -> dict[str, Any]:
     """Look for commits drawn at random by each key and check what is found."""
     drawn = [(chance.randrange(count), chance.randrange(BLOCK_COMMITS)) for _ in range(each)]
-    sample = [unpack(stock.block(number))[place] for number, place in drawn]
-    slow = [unpack(stock.block(number))[500] for number, _ in drawn]
-    marked = [unpack(stock.block(number))[700] for number, _ in drawn]
+    sample = [unpack(stock.block(number), HISTORY)[place] for number, place in drawn]
+    slow = [unpack(stock.block(number), HISTORY)[500] for number, _ in drawn]
+    marked = [unpack(stock.block(number), HISTORY)[700] for number, _ in drawn]
 
     async def holds(call: Awaitable[list[Found]], record: CommitRecord) -> None:
         assert record in [found.record for found in await call], record
 
     async def lsn(record: CommitRecord) -> None:
-        await holds(catalog.find(lsn=record.start), record)
+        await holds(catalog.find(place=record.start), record)
 
     async def xid(record: CommitRecord) -> None:
-        await holds(catalog.find(xid=record.xid), record)
+        await holds(catalog.find(name=record.name), record)
 
     async def xid_unknown(record: CommitRecord) -> None:
-        assert await catalog.find(xid=record.xid + (1 << 40)) == []
+        assert await catalog.find(name=Name("", (record.name.number or 0) + (1 << 40))) == []
 
     async def time_of(record: CommitRecord) -> None:
         await holds(catalog.find(time=from_microseconds(record.time_us)), record)
@@ -218,7 +222,9 @@ async def one_size(folder: Path, stock: Stock, commits: int, chance: random.Rand
     """Fill a catalog with `commits`, measure it, and remove it."""
     where, count = folder / f"catalog-{commits}.db", commits // BLOCK_COMMITS
     catalog = await Catalog.open(where)
-    await catalog.open_point(id=point_id(NOW, 1), cause=Cause.DEMAND, floor=Position(HISTORY, Lsn(1)), opened_at=NOW)
+    await catalog.open_point(
+        id=point_id(NOW, 1), cause=Cause.DEMAND, marks=[Mark(Position(HISTORY, Lsn(1)))], opened_at=NOW
+    )
     began = time.perf_counter()
     packed = await asyncio.to_thread(fill, where, stock, count)
     filled = time.perf_counter() - began
@@ -247,16 +253,16 @@ def rows_of_commits(folder: Path, stock: Stock, chance: random.Random, each: int
         connection.execute(f"CREATE INDEX by_{key} ON commits ({key})")
     for number in range(1000):
         rows = [
-            (r.start, r.end, number % 2, r.xid, r.time_us, 1, 1, r.markers[0] if r.markers else None)
-            for r in unpack(stock.block(number))
+            (r.start, r.end, number % 2, r.name.number, r.time_us, 1, 1, r.markers[0] if r.markers else None)
+            for r in unpack(stock.block(number), HISTORY)
         ]
         connection.executemany("INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
     connection.commit()
     taken = []
     for _ in range(each):
-        record = unpack(stock.block(chance.randrange(1000)))[chance.randrange(BLOCK_COMMITS)]
+        record = unpack(stock.block(chance.randrange(1000)), HISTORY)[chance.randrange(BLOCK_COMMITS)]
         began = time.perf_counter()
-        found = connection.execute("SELECT * FROM commits WHERE xid = ?", (record.xid,)).fetchall()
+        found = connection.execute("SELECT * FROM commits WHERE xid = ?", (record.name.number,)).fetchall()
         taken.append((time.perf_counter() - began) * 1000)
         assert any(row[0] == record.start for row in found)
     connection.close()
@@ -272,8 +278,7 @@ def proven(point: RecoveryPoint) -> RecoveryPoint:
     tables = {f"bank.public.{name}": Changes(5, 5, 0, 0) for name in ("accounts", "branches", "tellers", "history")}
     return dataclasses.replace(
         point,
-        ceiling=point.floor,
-        redo=point.floor,
+        marks=(Mark(point.floor, point.floor, point.floor),),
         flushes=(flush,),
         snapshots=(snapshot,),
         sealed_at=NOW,
@@ -290,10 +295,12 @@ async def seals(folder: Path, stock: Stock, commits: int, rounds: int) -> dict[s
     bare.execute("CREATE TABLE bare (id INTEGER PRIMARY KEY, data BLOB)")
     ours, theirs = [], []
     for number in range(rounds):
-        records = unpack(stock.block(number))[:commits]
+        records = unpack(stock.block(number), HISTORY)[:commits]
         floor = Position(HISTORY, records[-1].end)
         began = time.perf_counter()
-        point = await catalog.open_point(id=point_id(NOW, number), cause=Cause.COMMIT, floor=floor, opened_at=NOW)
+        point = await catalog.open_point(
+            id=point_id(NOW, number), cause=Cause.COMMIT, marks=[Mark(floor)], opened_at=NOW
+        )
         point = await catalog.seal(proven(point), records, {records[0].stream: floor})
         ours.append((time.perf_counter() - began) * 1000)
         sizes = [1_000, len(tag.encode(point)) + sum(len(block.data) for block in pack(records))]
@@ -318,13 +325,13 @@ async def seals(folder: Path, stock: Stock, commits: int, rounds: int) -> dict[s
 def pack_and_unpack(stock: Stock) -> dict[str, float]:
     """Give how long one full block takes to pack and to unpack, in milliseconds (the best of many)."""
     block = stock.block(1)
-    records = unpack(block)
+    records = unpack(block, HISTORY)
     times: dict[str, list[float]] = {"pack_ms": [], "unpack_ms": []}
     for _ in range(50):
         began = time.perf_counter()
         pack(records)
         middle = time.perf_counter()
-        unpack(block)
+        unpack(block, HISTORY)
         times["pack_ms"].append((middle - began) * 1000)
         times["unpack_ms"].append((time.perf_counter() - middle) * 1000)
     return {name: round(min(taken), 3) for name, taken in times.items()}

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import as_owner, minimal_environment
 from connectors.databases.postgres.stream.source import PostgresSource
 from tests.fixtures.memory import peak_megabytes
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
-from trigger.position import Lsn
 
 AIM_WALL, AIM_CORE = 1.2, 0.5
 

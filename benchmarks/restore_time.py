@@ -96,9 +96,9 @@ class PgBackRest:
             while clone.sql("SELECT pg_is_in_recovery()")[0][0]:
                 time.sleep(0.01)
             took = time.monotonic() - began
-            state = clone.sql(f"SELECT pg_xact_status('{commit.xid}')")[0][0]
+            state = clone.sql(f"SELECT pg_xact_status('{commit.name}')")[0][0]
             if state != "committed":
-                raise RuntimeError(f"pgBackRest restored without transaction {commit.xid}: {state}")
+                raise RuntimeError(f"pgBackRest restored without transaction {commit.name}: {state}")
             return took
         finally:
             clone.destroy()
@@ -139,7 +139,7 @@ def ours(deployed: Deployment, commit: CommitRecord) -> dict[str, float]:
     """Give the seconds of one restore by us, whole and by step; the clone is dropped afterwards."""
     os.sync()
     began = time.monotonic()
-    report: dict[str, Any] = deployed.ask("restore", "--to-xid", str(commit.xid))
+    report: dict[str, Any] = deployed.ask("restore", "--to-xid", str(commit.name))
     took = time.monotonic() - began
     deployed.trigpoint("clones", "drop", report["name"])
     return {"all": took, **report["seconds"], "replay_mb": report["replay_bytes"] / 1e6}

@@ -35,7 +35,17 @@ APART = {("protect", "restore"): "both ways between a commit and a point meet in
 
 PURE = frozenset(
     {
-        *("position", "errors", "model", "ports", "shape", "config.options", "config.expressions", "config.toml_lines"),
+        *(
+            "position",
+            "errors",
+            "model",
+            "replay",
+            "ports",
+            "shape",
+            "config.options",
+            "config.expressions",
+            "config.toml_lines",
+        ),
         *("config.reference", "catalog.packing", "catalog.tag", "protect.qualify", "protect.agenda"),
         *("protect.rehearse", "protect.commit_lines", "restore.planner", "keep.retention"),
     }
@@ -65,23 +75,26 @@ DRIVER_LIBRARIES = {
 }
 """Library -> the one package of `connectors` that may import it."""
 
-CONNECTORS_MAY_USE = frozenset({"position", "errors", "model", "ports", "failpoint", "lock"})
+CONNECTORS_MAY_USE = frozenset({"position", "errors", "model", "replay", "ports", "failpoint", "lock"})
 """What a driver knows of the service; with more it could not be written by a stranger, or tested alone."""
 
 DOORS = {
-    "service.connect": "connectors",
+    "service.drivers": "connectors",
     "demo": "connectors.databases.postgres.programs",
 }
 """Who in `trigger` may import from `connectors`, and what: the table of names, and the demo that makes a cluster."""
 
 POSTGRES = {
+    "lsn": (),
+    "places": (),
     "programs": (),
-    "stream": ("programs",),
-    "log": ("programs",),
-    "clone": ("programs", "log"),
-    "preflight": ("programs", "stream", "clone"),
-    "database": ("programs", "stream", "preflight"),
-    "assembly": ("programs", "stream", "log", "clone", "database"),
+    "stream": ("lsn", "programs"),
+    "log": ("lsn", "programs"),
+    "clone": ("lsn", "places", "programs", "log"),
+    "lives": ("lsn", "stream", "log"),
+    "preflight": ("lsn", "places", "programs", "stream", "clone"),
+    "database": ("lsn", "places", "programs", "stream", "log", "lives", "preflight"),
+    "assembly": ("lsn", "places", "programs", "stream", "log", "clone", "database"),
 }
 """The rooms of the largest driver, and the modules at its door: which others each may import."""
 

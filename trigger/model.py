@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from trigger.position import History, Lsn, Position
+from trigger.position import At, History, Name, Position
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -55,18 +55,18 @@ class Commit:
     stream: str
     """The source that reported it; for PostgreSQL the name of the database."""
     history: History
-    start: Lsn
-    end: Lsn
-    xid: int
-    """The full 64-bit transaction id, with its epoch."""
+    start: At
+    end: At
+    name: Name
+    """What people call it: for PostgreSQL its full transaction id."""
     time_us: int
     """Commit time by the database's clock, in microseconds since 1970 (UTC)."""
     tables: Mapping[str, Changes] = field(default_factory=dict)
     """Changes by qualified table name (`schema.table`), as far as the source can see them."""
     markers: tuple[str, ...] = ()
-    """What the application wrote with `pg_logical_emit_message(true, 'trigpoint', …)` inside the transaction."""
+    """What the application wrote into the transaction for us to see."""
     origin: str = ""
-    """The replication origin it came through; "" for a commit made here."""
+    """What it was replicated from; "" for a commit made here."""
 
     @property
     def position(self) -> Position:
@@ -115,9 +115,9 @@ class CommitRecord(NamedTuple):
     """What the catalog keeps of one qualifying commit."""
 
     stream: str
-    xid: int
-    start: Lsn
-    end: Lsn
+    name: Name
+    start: At
+    end: At
     time_us: int
     markers: tuple[str, ...]
     outcome: Outcome
@@ -197,15 +197,20 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """What the database gave for a copy that is not one instant: PostgreSQL's backup label and its limits.
+    """What the database gave for a copy that is not one instant, and its limits.
 
-    A restore of such a snapshot must start with `label` in place and replay at least to `stop`.
+    A restore of such a snapshot must replay the log from `start`, and is a state of the database from `stop` on.
     """
 
     start: Position
     stop: Position
-    label: str
-    tablespace_map: str = ""
+    document: Mapping[str, Any] = field(default_factory=dict)
+    """What only the driver reads, as JSON has it; for PostgreSQL the backup label and the map of tablespaces."""
+    filled_to: Position | None = None
+    """Up to where its end itself filled the log, so that this is no reason for another point; None for nowhere."""
+
+    SPREAD: ClassVar = "document"
+    """The field whose keys are shown beside the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +245,59 @@ def tag_name(point: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a point stands in one log, which is what is replayed together: a cluster, a server, a topic.
+
+    The snapshots hold everything up to `floor`, and nothing that begins at or behind `ceiling`.
+    """
+
+    floor: Position
+    ceiling: Position | None = None
+    redo: Position | None = None
+    """Where a restore of the snapshots begins to replay this log (for PostgreSQL the redo position of the last
+    checkpoint before)."""
+    bracket: Bracket | None = None
+
+    @property
+    def log_from(self) -> Position:
+        """From where on the journal must have the log.
+
+        An atomic snapshot's own log ends somewhere between floor and ceiling; of a bracketed copy no log is trusted.
+        """
+        return self.bracket.start if self.bracket else self.floor
+
+    @property
+    def replay_from(self) -> Position:
+        """Where a replay begins, as far as that is known."""
+        return self.bracket.start if self.bracket else self.redo or self.floor
+
+    @property
+    def holds_at_most(self) -> int:
+        """The place at or before which everything lies that the snapshots may hold."""
+        ceiling = self.ceiling.at if self.ceiling else self.floor.at
+        return max(ceiling, self.bracket.stop.at) if self.bracket else ceiling
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is known to the last record what the snapshots hold, so that they are a state of their own.
+
+        Only an atomic one can be: the log of a bracketed copy ends behind the record that closes the bracket.
+        """
+        return self.bracket is None and self.ceiling == self.floor
+
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        """All places that the snapshots are known by; a lineage that has the mark in its past includes each."""
+        known = (self.floor, self.ceiling, *((self.bracket.start, self.bracket.stop) if self.bracket else ()))
+        return tuple(position for position in known if position is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryPoint:
     """A commit (or a moment), the proofs that it was on disk, and the snapshots that hold it.
 
-    Its snapshots hold at least everything up to `floor` and at most what lies before `ceiling`. A restore to a
-    commit starts from a point whose ceiling is at or before the start of that commit's record.
+    A restore to a commit starts from a point whose ceiling, in the commit's own log, is at or before the start of
+    that commit's record.
     """
 
     id: str
@@ -252,16 +305,13 @@ class RecoveryPoint:
     """Counts up from 1 in one catalog; what people say."""
     state: State
     cause: Cause
-    floor: Position
+    marks: tuple[Mark, ...]
+    """Where it stands in each log whose database lies in its snapshots; first in the log of its own commit."""
     opened_at: datetime
     commit: CommitRecord | None = None
     """The commit it was taken for; None for a point that was not taken for one."""
     rule: str = ""
     """The rule that took the commit."""
-    ceiling: Position | None = None
-    redo: Position | None = None
-    """Where a restore of these snapshots begins to replay (the redo position of the last checkpoint before)."""
-    bracket: Bracket | None = None
     flushes: tuple[Flush, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     commits: int = 0
@@ -274,11 +324,40 @@ class RecoveryPoint:
     failure: str = ""
     """Why it failed; "" otherwise."""
     verification: Verification | None = None
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    """What a tag says beside that, as a later version may; kept as it was."""
+
+    SHOWN: ClassVar = ("floor", "ceiling", "redo", "bracket")
+    """What is shown of it beside its fields."""
 
     @property
     def name(self) -> str:
         """The name of its snapshots in every storage."""
         return tag_name(self.id)
+
+    @property
+    def floor(self) -> Position:
+        """The floor in the log of its own commit."""
+        return self.marks[0].floor
+
+    @property
+    def ceiling(self) -> Position | None:
+        """The ceiling in the log of its own commit; None before it is known."""
+        return self.marks[0].ceiling
+
+    @property
+    def redo(self) -> Position | None:
+        """Where a replay of that log begins."""
+        return self.marks[0].redo
+
+    @property
+    def bracket(self) -> Bracket | None:
+        """The proof of a copy that is not one instant, in that log."""
+        return self.marks[0].bracket
+
+    def mark_in(self, history: History) -> Mark | None:
+        """Give where it stands in the log that a history belongs to; None where it does not hold that database."""
+        return next((mark for mark in self.marks if mark.floor.history.is_of_system(history)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,38 +373,6 @@ class Gap:
     found_at: datetime
     closed_by: int = 0
     """The number of the unconditional point taken because of it; 0 while there is none."""
-
-
-class StopKind(StrEnum):
-    """How a replay knows where to stop."""
-
-    LSN = "lsn"
-    TIME = "time"
-    LATEST = "latest"
-    """All there is: the end of the log that is kept."""
-    END = "end"
-    """The end of the snapshot itself; nothing is replayed beyond it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The state that a restore brings back: all commits at or before one place in a lineage, and no other."""
-
-    history: History
-    """The history in which the place lies; a replay follows this timeline."""
-    kind: StopKind
-    at: Lsn
-    """For `LSN` where the replay stops; for `TIME` a position surely not after it; for the others where that is."""
-    inclusive: bool
-    """Whether the record that begins at `at` (or the commits made at `time`) belong to the state."""
-    description: str
-    """For people: `commit 7731 (0/1A2B3C8)`, `before transaction 7731`."""
-    time: datetime | None = None
-    commit: CommitRecord | None = None
-    """The last commit that the state holds, as far as the catalog knows."""
-    reach: Lsn | None = None
-    """So far the log must go: to the end of the first record that stays out, or of a commit that is later than a time;
-    for the latest state to the end of the last commit that is known. None where that is not known."""
 
 
 class Severity(StrEnum):
@@ -360,21 +407,19 @@ class Retained:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a cluster's files lie, every path real (no symbolic link in it)."""
+    """Where a database's files lie, every path real (no symbolic link in it)."""
 
-    version: int
-    """As the server says it: 150018 is 15.18."""
-    data_directory: Path
-    wal_directory: Path
+    places: Mapping[str, Path]
+    """By what lies there (`data`, `wal`, `tablespace-16400`); the whole of them makes the database."""
+    log: Path
     """Where the log lies. A copy made inside the bracket need not hold it: a restore takes it from the journal."""
-    tablespaces: tuple[tuple[int, Path], ...]
-    """(oid, path) of every tablespace that lies outside the data directory."""
     config_files: tuple[Path, ...]
-    """Configuration files outside the data directory."""
+    """Configuration files outside those places."""
     owner: int
     """The user id that owns the data, under which the servers of clones run."""
     group: int
-    wal_segment_bytes: int
+    driver: Mapping[str, Any] = field(default_factory=dict)
+    """What only the driver reads, as JSON has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,5 +449,5 @@ class Extent:
     """A stretch of log that the journal holds without a hole."""
 
     history: History
-    start: Lsn
-    end: Lsn
+    start: At
+    end: At

@@ -12,18 +12,19 @@ Contracts that hold for every port:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from trigger.model import (
     Address,
     Bracket,
     Commit,
+    CommitRecord,
     Extent,
     Finding,
     Flush,
@@ -31,10 +32,10 @@ from trigger.model import (
     Retained,
     Snapshot,
     Space,
-    Target,
     Volume,
 )
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import At, History, Lineage, Position
+from trigger.replay import Replay, Target
 
 
 class Clock(Protocol):
@@ -58,12 +59,16 @@ class Break(NamedTuple):
     """Why a source cannot go on where it was left."""
 
     until: Position
-    """From here on commits are seen again: where the slot goes on, or what of the settled is the server's past too."""
+    """From here on commits are seen again: where the stream goes on, or what of the settled is its past too."""
     reason: str
 
 
 class Source(Protocol):
     """One stream of commits of a database (for PostgreSQL: one logical slot in one database).
+
+    Its places are those of the database's log, where it has one that is kept as a journal; a source that only triggers
+    has a history of its own, by whatever rises with its commits. It looks whether that is still the same history at
+    every `open`, by something that cannot repeat: where it is not, positions bear a new incarnation from there on.
 
     The stream delivers each commit at least once, in log order, however often the connection breaks. Nothing is
     forgotten by the server before it was acknowledged.
@@ -74,9 +79,9 @@ class Source(Protocol):
     async def open(self, after: Position | None) -> Break | None:
         """Connect and resume behind `after`, the last settled position; None the first time.
 
-        Gives None where the stream goes on without a hole (or starts for the first time), else the break: the slot
-        was lost, dropped, recreated or moved ahead, or the history is another one. The stream is then open behind
-        the break. Opening again after an error is how a caller reconnects.
+        Gives None where the stream goes on without a hole (or starts for the first time), else the break: what was
+        kept for us was lost, dropped, recreated or moved ahead, or the history is another one. The stream is then open
+        behind the break. Opening again after an error is how a caller reconnects.
 
         Raises:
             SourceError: no connection, or the server refused; `retryable` says whether waiting can help.
@@ -112,8 +117,28 @@ class Source(Protocol):
         ...
 
 
+class Seen(NamedTuple):
+    """What is known from before of one history."""
+
+    position: Position
+    """How far it went."""
+    commit: CommitRecord | None
+    """The last commit of it that is known."""
+
+
 class Database(Protocol):
-    """The cluster whose commits are protected, as a whole."""
+    """A database whose commits are protected, as a whole."""
+
+    kind: str
+    """What its histories are of; see `History.kind`."""
+
+    def recognise(self, seen: Collection[Seen]) -> None:
+        """Take note of what is known from before of each history, of this database and of others.
+
+        Called once, before anything else is asked. The driver goes on in the newest incarnation among them, unless
+        its own memory has a newer one, or the database itself turns out to be another.
+        """
+        ...
 
     async def lineage(self) -> Lineage:
         """Give the present history and its past; raises `DatabaseError`."""
@@ -134,8 +159,11 @@ class Database(Protocol):
         """
         ...
 
-    async def redo(self) -> Position:
-        """Give the redo position of the last completed checkpoint; raises `DatabaseError`."""
+    async def redo(self) -> Position | None:
+        """Give from where on a snapshot that is cut now is replayed; raises `DatabaseError`.
+
+        For PostgreSQL the redo position of the last completed checkpoint. None where nothing is replayed.
+        """
         ...
 
     def bracket(self, name: str) -> AbstractAsyncContextManager[Callable[[], Awaitable[Bracket]]]:
@@ -159,7 +187,7 @@ class Database(Protocol):
         ...
 
     async def checkpoint(self) -> None:
-        """Make the database write a checkpoint; long, never called on the critical path."""
+        """Let what is cut from now on be replayed from about here; long, never called on the critical path."""
         ...
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
@@ -180,6 +208,10 @@ class Database(Protocol):
 
     async def layout(self) -> Layout:
         """Give where the cluster lies and who owns it; raises `DatabaseError`."""
+        ...
+
+    def recall(self, document: Mapping[str, Any]) -> Layout:
+        """Give the layout that was kept as a JSON object, by this version or an earlier one; raises `ConfigError`."""
         ...
 
     async def close(self) -> None:
@@ -340,6 +372,10 @@ class Progress(Protocol):
 class Journal(Protocol):
     """The database's log, kept continuously so that every commit between two snapshots can be replayed."""
 
+    replays: bool
+    """Whether anything can be replayed. Without it (a source that only triggers has no log) points are brought back as
+    they were cut, and nothing else is."""
+
     async def check(self) -> list[Finding]:
         """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
         ...
@@ -349,45 +385,55 @@ class Journal(Protocol):
         ...
 
     async def extents(self) -> list[Extent]:
-        """Give what it holds, by timeline and position; neighbouring stretches of one timeline are joined."""
+        """Give what it holds, by history and place; neighbouring stretches of one history are joined."""
         ...
 
     async def lineage(self, history: History) -> Lineage:
-        """Give the past of `history` by the timeline history files it keeps."""
+        """Give the past of `history`, also of one that the database itself has left; raises `JournalError`."""
         ...
 
     async def audit(self) -> list[Finding]:
         """Look at what is new since the last audit: missing, truncated, foreign, flipped; gives all that is wrong."""
         ...
 
-    async def stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:
-        """Put into `folder` every file a replay from `start` to `target` asks for; gives the bytes put there.
+    async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
+        """Put into `folder` every file that a replay asks for, and what proves where it ended; gives the bytes.
 
         Raises:
             JournalError: part of the stretch is not held; the message names the first missing segment.
         """
         ...
 
-    async def release(self, before: Lsn) -> int:
-        """Delete segments that lie wholly before `before`; gives how many."""
+    async def release(self, starts: Collection[Position]) -> int:
+        """Delete the files of the log that no replay from any of `starts` can ask for; gives how many.
+
+        A file of a history is asked for by a start in that history, or in its past, that does not lie behind it. The
+        newest file stays in any case, and all of them where there are no starts.
+        """
+        ...
+
+    def file_start(self, at: int) -> int:
+        """Give where the file of the log that holds a place begins; the place itself where there are no files."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """The server of a clone, up and accepting connections."""
+    """A clone that is brought up; for most databases a server that accepts connections."""
 
     clone: str
     conninfo: str
+    """How its clients reach it, in their own words; "" where nothing is to be connected to."""
     data_directory: Path
-    pid: int
     history: History
-    replayed: Lsn
+    replayed: At
     """Where the replay ended."""
     last_commit_at: datetime | None
     """Commit time of the last transaction replayed, by the server's own word."""
     notes: tuple[str, ...]
     """What a clone cannot have: slots gone, unlogged tables empty, sequences ahead, in-doubt transactions."""
+    pid: int = 0
+    """Of its server; 0 where there is none."""
 
 
 class Recovery(Protocol):
@@ -397,14 +443,13 @@ class Recovery(Protocol):
         self,
         clone: Clone,
         volumes: Sequence[Volume],
-        target: Target,
-        bracket: Bracket | None,
+        replay: Replay,
         log_folder: Path,
         progress: Progress,
         *,
         throwaway: bool = False,
     ) -> Running:
-        """Isolate the clone, replay to `target` from `log_folder`, promote to a timeline of its own, and wait.
+        """Isolate the clone, replay what lies in `log_folder`, let it go on in a history of its own, and wait.
 
         `throwaway` trades the clone's own crash safety for speed; for sandboxes of `verify`.
 

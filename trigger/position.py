@@ -1,40 +1,90 @@
-"""Where a commit stands in its database's history: parse, print, compare.
+"""Where a commit stands in its database's history, and what it is called: order, print, parse.
 
-Two positions compare only inside one history (one system identifier, one timeline): after a point-in-time restore
-or a failover the same numbers are used again for other commits, so a comparison across histories is an error and
-never an answer. A `Lineage` says which stretch of which timeline belongs to the past of a history.
+A place is a number of 64 bits that rises along one history; what it means, and how people write it, is known to the
+kind of database alone (`Place`). Two positions compare only inside one history: after a point-in-time restore, a
+failover, or where an older copy was put back, the same numbers are used again for other commits, so a comparison
+across histories is an error and never an answer. A `Lineage` says which stretch of which history belongs to the past
+of another.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, ClassVar, NamedTuple, Self
 
 from trigger.errors import PositionError
 
-_LSN = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
-_POSITION = re.compile(r"([0-9]{1,20})/([0-9]{1,10})@(.+)", re.DOTALL)
+LAST = (1 << 63) - 1
+"""The greatest place; what is stored as a signed number of 64 bits must not lie beyond."""
 
 
-class Lsn(int):
-    """A byte address in the write-ahead log, printed as PostgreSQL prints it (`16/B374D848`)."""
+class Place(int):
+    """A place in a history, as a number; a kind of database derives its own, by which it is written and measured.
+
+    `class Lsn(Place, kind="postgres")` makes that the form of every place in histories of this kind. A place of a kind
+    of which no driver is loaded is written as a number.
+    """
 
     __slots__ = ()
+    KINDS: ClassVar[dict[str, type[Place]]] = {}
+
+    def __init_subclass__(cls, *, kind: str) -> None:
+        Place.KINDS[kind] = cls
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Give the LSN written in `text`; raises `PositionError` for anything else."""
-        match = _LSN.fullmatch(text)
-        if match is None:
-            raise PositionError(f"not an LSN: {text!r}", hint="an LSN looks like 16/B374D848")
-        return cls(int(match[1], 16) << 32 | int(match[2], 16))
+        """Give the place written in `text`; raises `PositionError` for anything else."""
+        if not (text.isascii() and text.isdigit() and int(text) <= LAST):
+            raise PositionError(f"not a place: {text!r}", hint="it is a whole number here")
+        return cls(text)
+
+    def since(self, earlier: int) -> int:
+        """Give how much log lies between `earlier` and here, in bytes or units of this kind; 0 for one behind."""
+        return max(0, self - earlier)
 
     def __str__(self) -> str:
-        return f"{self >> 32:X}/{self & 0xFFFFFFFF:X}"
+        return int.__repr__(self)
 
     def __repr__(self) -> str:
-        return f"Lsn({self})"
+        return f"{type(self).__name__}({self})"
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+
+At = Annotated[int, Place]
+"""A place that is kept as a number; its history says in which form it is written."""
+
+_NAME = re.compile(r"(.*?)(0|[1-9][0-9]{0,19})?", re.DOTALL)
+_NUMBER_LIMIT = 1 << 63  # what is stored as a signed number of 64 bits
+
+
+class Name(NamedTuple):
+    """What people call a commit: text, and a number behind it where it ends in one.
+
+    PostgreSQL's transaction 7731 is `("", 7731)`, MariaDB's GTID 0-1-57 `("0-1-", 57)`, an application's own name
+    whatever it is; numbers rise with time, so many names of one text are kept in a few bytes each.
+    """
+
+    text: str
+    number: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Give the name written in `text`."""
+        match = _NAME.fullmatch(text)
+        assert match is not None
+        number = int(match[2]) if match[2] else None
+        return cls(text, None) if number is not None and number >= _NUMBER_LIMIT else cls(match[1], number)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether nothing but the number makes the name."""
+        return not self.text and self.number is not None
+
+    def __str__(self) -> str:
+        return self.text if self.number is None else f"{self.text}{self.number}"
 
     def __format__(self, spec: str) -> str:
         return format(str(self), spec)
@@ -42,32 +92,64 @@ class Lsn(int):
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """One line of commits: the cluster's system identifier and its timeline."""
+    """One line of commits: of which kind of database, which one, on which branch, and which life of it."""
 
+    kind: str
+    """What the driver of the database calls itself: `postgres`."""
     system: str
-    timeline: int
+    """The database's own identity: a system identifier, a server's uuid, a cluster and topic."""
+    branch: int = 0
+    """For PostgreSQL the timeline; 0 where a database knows no branches."""
+    incarnation: int = 0
+    """Counts up where the log went on under the same identity and is not the same log: an older copy put back."""
+
+    @classmethod
+    def parse(cls, text: str, kind: str) -> Self:
+        """Give the history of a kind written in `text`; raises `PositionError` for anything else."""
+        match = _HISTORY.fullmatch(text)
+        if match is None:
+            raise PositionError(f"not a history: {text!r}", hint="such as 7391/1, or 7391/1+1 for a second life of it")
+        return cls(kind, match[1], int(match[2]), int(match[3] or 0))
+
+    def place(self, at: int) -> Place:
+        """Give a number as a place of this history."""
+        form = Place.KINDS.get(self.kind, Place)
+        return at if isinstance(at, form) else form(at)
+
+    def parse_place(self, text: str) -> Place:
+        """Give the place of this history written in `text`; raises `PositionError` for anything else."""
+        return Place.KINDS.get(self.kind, Place).parse(text.strip())
+
+    def is_of_system(self, other: History) -> bool:
+        """Whether both are of one database, whatever became of it."""
+        return (self.kind, self.system) == (other.kind, other.system)
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """What orders the histories of one database by when they began."""
+        return self.incarnation, self.branch
 
     def __str__(self) -> str:
-        return f"{self.system}/{self.timeline}"
+        return f"{self.system}/{self.branch}" + (f"+{self.incarnation}" if self.incarnation else "")
+
+
+_HISTORY = re.compile(r"(.+)/([0-9]{1,18})(?:\+([0-9]{1,18}))?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place in one history; text form `<system>/<timeline>@<lsn>`."""
+    """A place in one history; text form `<system>/<branch>@<place>`."""
 
     history: History
-    at: Lsn
+    at: At
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Give the position written in `text`; raises `PositionError` for anything else."""
-        match = _POSITION.fullmatch(text)
-        if match is None:
-            raise PositionError(f"not a position: {text!r}", hint="a position looks like 7391/1@16/B374D848")
-        return cls(History(match[1], int(match[2])), Lsn.parse(match[3]))
+    @property
+    def place(self) -> Place:
+        """The place in the form of its kind."""
+        return self.history.place(self.at)
 
     def __str__(self) -> str:
-        return f"{self.history}@{self.at}"
+        return f"{self.history}@{self.place}"
 
     def covers(self, other: Position) -> bool:
         """Whether everything up to `other` is also up to here; raises `PositionError` across histories."""
@@ -96,54 +178,51 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """The past of one history: which earlier timelines led to it, and where each was left.
+    """The past of one history: which earlier branches of the same life of it led to it, and where each was left.
 
-    `forks` holds (timeline, where it was left), oldest first, as PostgreSQL's timeline history files list them.
+    `forks` holds (branch, where it was left), oldest first. Nothing of an earlier incarnation is the past of a later
+    one: nobody can say how much of it.
     """
 
     history: History
-    forks: tuple[tuple[int, Lsn], ...] = ()
+    forks: tuple[tuple[int, int], ...] = ()
+
+    def branch(self, branch: int) -> History:
+        """Give the history of another branch of the same life."""
+        mine = self.history
+        return History(mine.kind, mine.system, branch, mine.incarnation)
+
+    def stretches(self) -> list[tuple[History, int, int]]:
+        """Give (history, from, up to) of each stretch of log that leads to the present, oldest first."""
+        low, found = 0, []
+        for branch, left_at in self.forks:
+            found.append((self.branch(branch), low, left_at))
+            low = left_at
+        return [*found, (self.history, low, LAST)]
 
     def includes(self, position: Position) -> bool:
         """Whether `position` lies in this history or in the part of an ancestor that led to it."""
-        if position.history.system != self.history.system:
-            return False
-        if position.history.timeline == self.history.timeline:
+        if position.history == self.history:
             return True
-        return any(timeline == position.history.timeline and position.at <= left_at for timeline, left_at in self.forks)
+        left_at = self._left(position.history)
+        return left_at is not None and position.at <= left_at
 
-    def shared(self, position: Position) -> Lsn | None:
-        """Give how much of what lies up to `position` belongs here; None where nothing of its timeline does."""
-        if self.includes(position):
-            return position.at
-        left = (left_at for timeline, left_at in self.forks if timeline == position.history.timeline)
-        return next(left, None) if position.history.system == self.history.system else None
+    def shared(self, position: Position) -> int | None:
+        """Give how much of what lies up to `position` belongs here; None where nothing of its history does."""
+        return position.at if self.includes(position) else self._left(position.history)
 
-    def at(self, lsn: Lsn) -> Position:
-        """Give the position of `lsn` on the timeline that owned it in this lineage."""
-        for timeline, left_at in self.forks:
-            if lsn < left_at:
-                return Position(History(self.history.system, timeline), lsn)
-        return Position(self.history, lsn)
+    def _left(self, history: History) -> int | None:
+        """Give where an ancestor was left; None for a history that is none."""
+        return next((left_at for branch, left_at in self.forks if self.branch(branch) == history), None)
 
-    @classmethod
-    def from_history_file(cls, history: History, text: str) -> Self:
-        """Read a timeline history file (`00000002.history`): lines of timeline, LSN, reason; `#` comments.
-
-        Raises:
-            PositionError: a line is neither blank, a comment, nor a timeline with an LSN.
-        """
-        forks = []
-        for line in text.splitlines():
-            words = line.split(maxsplit=2)
-            if not words or words[0].startswith("#"):
-                continue
-            if len(words) < 2 or not words[0].isascii() or not words[0].isdigit():
-                raise PositionError(f"not a line of a timeline history file: {line!r}")
-            forks.append((int(words[0]), Lsn.parse(words[1])))
-        return cls(history, tuple(forks))
+    def at(self, at: int) -> Position:
+        """Give the position of a place in the history that owned it in this lineage."""
+        for branch, left_at in self.forks:
+            if at < left_at:
+                return Position(self.branch(branch), at)
+        return Position(self.history, at)
 
 
 def distance(later: Position, earlier: Position) -> int:
-    """Give the bytes of log between two positions of one lineage; 0 where the first is not the later one."""
-    return max(0, int(later.at) - int(earlier.at))
+    """Give how much log lies between two positions of one lineage; 0 where the first is not the later one."""
+    return later.place.since(earlier.at)

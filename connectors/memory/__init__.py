@@ -12,13 +12,20 @@ What is modelled, each after a measured fact of the real thing:
   written; so a point that was sealed without its flush is a point without its commit.
 - A restore replays by PostgreSQL's rules: it cannot stop before the end of the log inside its base, an inclusive
   stop at an LSN ends after the record that begins there, an exclusive one before it.
+- A log has lives: an older copy that was put back goes on under the same identity (`lives`), and whoever connects
+  looks whether that has happened.
+- Two strangers (`manner`): a log in files with offsets, and a source that has no log, so that only points come back.
 """
 
-from connectors.memory.cluster import SEGMENT_BYTES, Cluster, Content
-from connectors.memory.database import MemoryDatabase, MemorySource
+from connectors.memory.book import Content
+from connectors.memory.cluster import Cluster
+from connectors.memory.database import MemoryDatabase
 from connectors.memory.host import MemoryAgent
 from connectors.memory.journal import MemoryJournal
+from connectors.memory.manner import SEGMENT_BYTES
+from connectors.memory.nolog import NoLog
 from connectors.memory.recovery import MemoryRecovery
+from connectors.memory.source import MemorySource
 from connectors.memory.storage import MemoryStorage
 from connectors.memory.world import Kept, MemoryClock, World
 
@@ -34,5 +41,6 @@ __all__ = [
     "MemoryRecovery",
     "MemorySource",
     "MemoryStorage",
+    "NoLog",
     "World",
 ]

@@ -44,7 +44,7 @@ class MemoryAgent:
             self._world.poisoned.add(volume.name)
         if volume.name in self._world.poisoned:
             raise AgentError(f"{self.name}: write-back of {volume.name} failed", retryable=False)
-        self._world.cluster.write_back()
+        self._world.on(volume.name).write_back()
         return Flush(self.name, volume.name, "0:0", "0", began_at, self._world.now())
 
     async def clear(self, volume: str) -> None:

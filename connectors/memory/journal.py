@@ -1,29 +1,29 @@
-"""Port `Journal`: the cluster's flushed log, resuming where it stopped."""
+"""Port `Journal`: the flushed log of every cluster, resuming where it stopped, each of its lives apart."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from connectors.memory.cluster import FIRST_LSN, SEGMENT_BYTES
-from connectors.memory.world import World
+from connectors.memory.book import Entry
+from connectors.memory.cluster import Cluster
+from connectors.memory.lives import Held
+from connectors.memory.manner import Manner
+from connectors.memory.world import Staged, World
 from trigger.errors import JournalError
-from trigger.model import (
-    Extent,
-    Finding,
-    Severity,
-    StopKind,
-    Target,
-)
+from trigger.model import Extent, Finding, Severity
 from trigger.ports import Progress
-from trigger.position import History, Lineage, Lsn, Position
-
-_ENDLESS = Lsn((1 << 64) - 1)
+from trigger.position import LAST, History, Lineage, Position
+from trigger.replay import Replay
 
 
 class MemoryJournal:
-    """Port `Journal`: keeps the cluster's flushed log, resuming where it stopped."""
+    """Port `Journal`: keeps the flushed log of the world's clusters, resuming where it stopped."""
+
+    replays = True
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -31,87 +31,122 @@ class MemoryJournal:
     async def run(self) -> None:
         """Take over what was flushed, whenever something was."""
         while True:
-            self._receive()
+            for cluster in self._world.clusters:
+                if cluster.up:
+                    self._receive(cluster)
             await self._world.changed()
 
-    def _receive(self) -> None:
-        cluster, held = self._world.cluster, self._world.journal
-        if not cluster.up:
-            return
-        lineage = cluster.lineage()
-        begin = FIRST_LSN
-        for timeline, end in (*lineage.forks, (lineage.history.timeline, cluster.flushed)):
-            extents = held.setdefault(timeline, [])
-            if not extents and end > begin:
-                extents.append((_file_start(begin), end))  # a timeline's first file begins with a copy of its parent's
+    def _receive(self, cluster: Cluster) -> None:
+        lives = self._world.lives(cluster)
+        lineage = lives.confirm()
+        held, begin = lives.held, cluster.book.first
+        for history, _, left_at in lineage.stretches():
+            end = min(left_at, cluster.flushed)
+            _take_over(held.entries.setdefault(history.branch, []), cluster.logs.get(history.branch, []), end)
+            extents = held.pieces.setdefault(history.branch, [])
+            if end > begin and (not extents or extents[-1][1] < cluster.book.first):
+                # a timeline's first file begins with a copy of its parent's
+                extents.append((cluster.manner.file_start(begin), end))
             elif extents and end > extents[-1][1]:
                 extents[-1] = extents[-1][0], end
-            begin = end
+            begin = max(begin, end)
 
     async def extents(self) -> list[Extent]:
         """Give what it holds."""
         await asyncio.sleep(0)
-        system = self._world.cluster.system
         return [
-            Extent(History(system, timeline), start, end)
-            for timeline, pieces in sorted(self._world.journal.items())
-            for start, end in pieces
+            Extent(history, start, end) for history, held in self._all() for start, end in held.pieces[history.branch]
         ]
+
+    def _all(self) -> Iterator[tuple[History, Held]]:
+        """Give every history that something is or was held of."""
+        for system, lives in sorted(self._world.held.items()):
+            kind = self._manner_of(system).kind
+            for incarnation, held in enumerate(lives):
+                yield from ((History(kind, system, branch, incarnation), held) for branch in sorted(held.pieces))
+
+    def _manner_of(self, system: str) -> Manner:
+        cluster = next((one for one in self._world.clusters if one.identity == system.partition("-")[0]), None)
+        return (cluster or self._world.cluster).manner
 
     async def lineage(self, history: History) -> Lineage:
         """Give the past of `history`."""
         await asyncio.sleep(0)
-        if history.system != self._world.cluster.system or history.timeline not in self._world.journal:
+        return self._lineage(history)
+
+    def _lineage(self, history: History) -> Lineage:
+        held = self._world.held_of(history)
+        if held is None or history.branch not in held.pieces:
             raise JournalError(f"no history file of {history} is kept")
-        return self._world.cluster.lineage(history.timeline)
+        return self._world.past(history)
 
     async def audit(self) -> list[Finding]:
         """Find the holes."""
         findings = []
-        for timeline, pieces in sorted(self._world.journal.items()):
-            for (_, hole), (end, _) in itertools.pairwise(pieces):
-                message = f"log from {hole} to {end} of timeline {timeline} is missing"
+        for history, held in self._all():
+            for (_, hole), (end, _) in itertools.pairwise(held.pieces[history.branch]):
+                message = f"log from {history.place(hole)} to {history.place(end)} of {history} is missing"
                 findings.append(Finding("journal", Severity.WARNING, message, "take a point behind the hole"))
         await asyncio.sleep(0)
         return findings
 
-    async def stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:
+    async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
         """Hand over the log from `start` on, as far as it reaches without a hole, at least to the target."""
-        lineage = await self.lineage(target.history)
-        staged: list[Extent] = []
-        reached = start.at
-        timelines = [*lineage.forks, (lineage.history.timeline, _ENDLESS)]
-        for (timeline, left_at), (child, _) in itertools.zip_longest(timelines, timelines[1:], fillvalue=(0, _ENDLESS)):
-            if timeline < start.history.timeline or left_at <= reached:
-                continue
-            begin, pieces = reached, self._world.journal.get(timeline, []) + self._world.journal.get(child, [])
+        start, lineage = replay.log_from, await self.lineage(replay.target.history)
+        held = self._world.held_of(lineage.history)
+        assert held is not None
+        staged, reached = Staged([], []), start.at
+        stretches = [one for one in lineage.stretches() if one[0].branch >= start.history.branch and one[2] > reached]
+        for (history, _, left_at), following in itertools.zip_longest(stretches, stretches[1:]):
+            begin, pieces = reached, [*held.pieces.get(history.branch, [])]
+            if following is not None:
+                pieces += held.pieces.get(following[0].branch, [])
             while end := next((high for low, high in pieces if low <= reached < min(high, left_at)), None):
                 reached = min(end, left_at)
-            staged.append(Extent(History(lineage.history.system, timeline), begin, reached))
+            staged.extents.append(Extent(history, begin, reached))
+            staged.entries += [e for e in held.entries.get(history.branch, []) if begin < e.end and e.end <= reached]
             if reached < left_at:
                 break
-        needed = start.at if target.kind is StopKind.END else target.at
-        if reached < needed or (reached == needed and target.kind is StopKind.LSN and target.inclusive):
-            raise JournalError(f"the log from {reached} on is not held, {target.description} is at {target.at}")
+        if reached < replay.until:
+            missing = lineage.history.place(reached)
+            raise JournalError(f"the log from {missing} on is not held, and is needed to {replay.until}")
         self._world.staged[folder] = staged
-        progress("stage", reached - start.at, reached - start.at)
-        return reached - start.at
+        size = lineage.history.place(min(reached, LAST)).since(start.at)
+        progress("stage", size, size)
+        return size
 
     async def check(self) -> list[Finding]:
         """Find nothing in the way."""
         await asyncio.sleep(0)
         return []
 
-    async def release(self, before: Lsn) -> int:
-        """Delete whole segments before `before`."""
+    async def release(self, starts: Collection[Position]) -> int:
+        """Delete whole files that no replay from `starts` asks for."""
         await asyncio.sleep(0)
-        limit = _file_start(before)
+        present = {self._world.lives(cluster).lineage().history for cluster in self._world.clusters}
         released = 0
-        for timeline, pieces in self._world.journal.items():
-            released += sum(max(0, (min(end, limit) - start) // SEGMENT_BYTES) for start, end in pieces)
-            self._world.journal[timeline] = [(max(start, limit), end) for start, end in pieces if end > limit]
+        for history, held in list(self._all()) if starts else ():
+            pieces, manner = held.pieces[history.branch], self._manner_of(history.system)
+            lineage = self._lineage(history)
+            asked = [start.at for start in starts if lineage.includes(start)]
+            last = pieces[-1][1] if pieces else 0
+            newest = manner.file_start(last) if history in present else last
+            limit = manner.file_start(min(asked)) if asked else newest
+            gone = [history.place(min(end, limit)).since(start) for start, end in pieces]
+            released += sum(size // manner.file_bytes for size in gone)
+            held.pieces[history.branch] = [(max(start, limit), end) for start, end in pieces if end > limit]
         return released
 
+    def file_start(self, at: int) -> int:
+        """Give where the file that holds a place begins; no two clusters of a world have places in common."""
+        manners = sorted((cluster.manner for cluster in self._world.clusters), key=lambda manner: manner.first)
+        return max(
+            (manner for manner in manners if manner.first <= at), key=lambda m: m.first, default=manners[0]
+        ).file_start(at)
 
-def _file_start(at: Lsn) -> Lsn:
-    return Lsn(at - at % SEGMENT_BYTES)
+
+def _take_over(mine: list[Entry], theirs: list[Entry], end: int) -> None:
+    """Copy the records that are flushed as a whole and lie behind what is held."""
+    held = mine[-1].end if mine else 0
+    upto = bisect_right(theirs, end, key=lambda entry: entry.end)
+    mine += theirs[bisect_left(theirs, held, key=lambda entry: entry.start) : upto]

@@ -6,19 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from connectors.memory.cluster import FIRST_LSN, Content, Entry
-from connectors.memory.world import Restored, World
+from connectors.memory.book import Content, Entry
+from connectors.memory.world import Restored, Staged, World
 from trigger.errors import RestoreError
-from trigger.model import (
-    Address,
-    Bracket,
-    StopKind,
-    Target,
-    Volume,
-    to_microseconds,
-)
+from trigger.model import Address, Commit, Volume, to_microseconds
 from trigger.ports import Clone, Progress, Running
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import Position
+from trigger.replay import Replay, Target
 
 
 class MemoryRecovery:
@@ -31,8 +25,7 @@ class MemoryRecovery:
         self,
         clone: Clone,
         volumes: Sequence[Volume],
-        target: Target,
-        bracket: Bracket | None,
+        replay: Replay,
         log_folder: Path,
         progress: Progress,
         *,
@@ -40,66 +33,44 @@ class MemoryRecovery:
     ) -> Running:
         """Replay the clone to `target`; what came back stands in `World.restored` under the clone's name."""
         await asyncio.sleep(0)
-        lineage = self._world.cluster.lineage(target.history.timeline)
-        base = self._base(clone, volumes, bracket)
+        target, bracket = replay.target, replay.bracket
+        base = self._base(clone, volumes, replay)
+        lineage = self._world.past(target.history)
         consistent = max(base.upto, bracket.stop.at) if bracket else base.upto
-        if not lineage.includes(Position(base.lineage.history, consistent)):
-            raise RestoreError(f"requested timeline {target.history.timeline} is not a child of the base's history")
-        available = self._available(log_folder, bracket.start.at if bracket else base.upto)
-        if consistent > max(available, base.upto if bracket is None else Lsn(0)):
+        if not lineage.includes(Position(lineage.branch(base.lineage.history.branch), consistent)):
+            raise RestoreError(f"requested timeline {target.history.branch} is not a child of the base's history")
+        staged = self._world.staged.get(log_folder, Staged([], []))
+        available = _available(staged, bracket.start.at if bracket else base.upto)
+        if consistent > max(available, base.upto if bracket is None else 0):
             raise RestoreError("WAL ends before end of online backup")
-        reached = self._replay(lineage, target, consistent, available)
-        commits = self._world.cluster.commits(Content(lineage, reached, base.redo))
+        reached, commits = _replay(base, staged, replay, consistent, available)
         running = Running(
             clone.name,
             f"memory:{clone.name}",
             clone.paths[0][1],
-            0,
-            History(target.history.system, max(self._world.cluster.logs) + 1),
+            lineage.branch(lineage.history.branch + 1),
             reached,
             commits[-1].time if commits else None,
             (),
         )
         self._world.restored[clone.name] = Restored(running, commits)
-        progress("replay", reached - base.redo, reached - base.redo)
+        size = target.history.place(reached).since(base.redo)
+        progress("replay", size, size)
         return running
 
-    def _base(self, clone: Clone, volumes: Sequence[Volume], bracket: Bracket | None) -> Content:
+    def _base(self, clone: Clone, volumes: Sequence[Volume], replay: Replay) -> Content:
+        """Give what the volumes hold of the cluster that the target is of."""
         if clone.name not in self._world.clones:
             raise RestoreError(f"no clone {clone.name}")
         contents = self._world.clones[clone.name][1]
+        wanted = replay.target.history
         parts = [contents[volume.name] for volume in volumes]
-        if bracket is None and (any(part.torn for part in parts) or len({part.upto for part in parts}) > 1):
+        parts = [part for part in parts if part.lineage.history.is_of_system(wanted)]
+        if not parts:
+            raise RestoreError(f"nothing of {wanted} is in the clone")
+        if replay.bracket is None and (any(part.torn for part in parts) or len({part.upto for part in parts}) > 1):
             raise RestoreError("xlog flush request is not satisfied: the base is not one instant")
         return max(parts, key=lambda part: part.upto)
-
-    def _available(self, log_folder: Path, start: Lsn) -> Lsn:
-        """Give how far the staged log reaches from `start` without a hole."""
-        reached = start
-        for extent in self._world.staged.get(log_folder, []):
-            if extent.start <= reached < extent.end:
-                reached = extent.end
-        return reached
-
-    def _replay(self, lineage: Lineage, target: Target, consistent: Lsn, available: Lsn) -> Lsn:
-        """Give where the replay stops; the records before `consistent` cannot be stopped at."""
-        if target.kind is StopKind.END:
-            return consistent
-        reached = FIRST_LSN
-        for entry in self._world.cluster.entries(lineage):
-            if entry.end > max(available, consistent):
-                break
-            before, after = _stops(entry, target)
-            if (before or after) and entry.start < consistent:
-                raise RestoreError("requested recovery stop point is before consistent recovery point")
-            if before:
-                return max(reached, consistent)
-            reached = entry.end
-            if after:
-                return reached
-        if target.kind is StopKind.LATEST:
-            return max(reached, consistent)
-        raise RestoreError("recovery ended before configured recovery target was reached")
 
     async def inspect(
         self,
@@ -114,10 +85,10 @@ class MemoryRecovery:
         restored = self._world.restored[running.clone].commits
         last = restored[-1] if restored else None
         if target.commit is not None:
-            last_ones = restored if target.kind in (StopKind.TIME, StopKind.LATEST) else restored[-1:]
-            there = target.commit.xid in {commit.xid for commit in last_ones}
-            yield "the last commit", there, f"transaction {last.xid if last else 'none'}"
-        beyond = [commit.xid for commit in restored if last is not None and commit.end > running.replayed]
+            last_ones = restored if target.at is None else restored[-1:]
+            there = target.commit.name in {commit.name for commit in last_ones}
+            yield "the last commit", there, f"transaction {last.name if last else 'none'}"
+        beyond = [commit.name for commit in restored if last is not None and commit.end > running.replayed]
         yield "no commit behind it", not beyond, f"{len(beyond)} found"
         if deep:
             yield "structures", True, f"{len(restored)} commits"
@@ -158,10 +129,46 @@ class MemoryRecovery:
 
 def _stops(entry: Entry, target: Target) -> tuple[bool, bool]:
     """Whether a replay stops before, or after, this record."""
-    if target.kind is StopKind.LSN:
+    if target.at is not None:
         hit = entry.start >= target.at
         return hit and not target.inclusive, hit and target.inclusive
     if entry.commit is None or target.time is None:
         return False, False
     time_us = to_microseconds(target.time)
     return entry.commit.time_us > time_us or (entry.commit.time_us == time_us and not target.inclusive), False
+
+
+def _available(staged: Staged, start: int) -> int:
+    """Give how far the staged log reaches from `start` without a hole."""
+    reached = start
+    for extent in staged.extents:
+        if extent.start <= reached < extent.end:
+            reached = extent.end
+    return reached
+
+
+def _replay(base: Content, staged: Staged, replay: Replay, consistent: int, available: int) -> tuple[int, list[Commit]]:
+    """Give where the replay stops and what is there then; the records before `consistent` cannot be stopped at."""
+    target, upto = replay.target, base.upto
+    if replay.bracket is not None:  # which began with a checkpoint: the data held all that was there
+        upto = max(upto, replay.bracket.start.at)
+    held = [entry for entry in base.book.entries(base.lineage) if entry.end <= upto]
+    begins, own = {entry.start: entry for entry in held}, (held[-1].end if held else 0)
+    if any(begins.get(entry.start, entry) != entry for entry in staged.entries):
+        raise RestoreError("record with incorrect prev-link: the log is not the one of the base")
+    limit = consistent if replay.as_cut else max(available, consistent)
+    coming = [entry for entry in staged.entries if entry.start >= own and entry.end <= limit]
+    commits, reached = list(base.book.inherited), 0
+    for entry in (*held, *coming):
+        before, after = (False, False) if replay.as_cut else _stops(entry, target)
+        if (before or after) and entry.start < consistent:
+            raise RestoreError("requested recovery stop point is before consistent recovery point")
+        if before:
+            return max(reached, consistent), commits
+        reached = entry.end
+        commits += [entry.commit] if entry.commit is not None else []
+        if after:
+            return reached, commits
+    if replay.as_cut or target.is_latest:
+        return max(reached, consistent), commits
+    raise RestoreError("recovery ended before configured recovery target was reached")

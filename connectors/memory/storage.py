@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from connectors.memory.cluster import Content
+from connectors.memory.book import Content
 from connectors.memory.world import Kept, World
 from trigger.errors import StorageError
 from trigger.model import (
@@ -85,10 +85,10 @@ class MemoryStorage:
             raise StorageError(f"{space.snapshots} snapshots, and no more than {space.budget} are borne")
 
     def _cut(self, point: str, volume: Volume) -> tuple[Snapshot, Content]:
-        cluster, now = self._world.cluster, self._world.now()
+        cluster, now = self._world.on(volume.name), self._world.now()
         snapshot = Snapshot(volume.name, self.name, f"memory:{point}/{volume.name}", now, now)
         redo = min(cluster.checkpoint_redo, cluster.stable)
-        return snapshot, Content(cluster.lineage(), cluster.stable, redo)
+        return snapshot, Content(cluster.book, cluster.lineage(), cluster.stable, redo)
 
     async def _copy(self, point: str, volume: Volume) -> tuple[Snapshot, Content]:
         snapshot, first = self._cut(point, volume)
@@ -97,7 +97,7 @@ class MemoryStorage:
             return snapshot, first
         await asyncio.sleep(0.001)
         _, last = self._cut(point, volume)
-        torn = first.upto != last.upto or first.lineage != last.lineage
+        torn = (first.book, first.lineage, first.upto) != (last.book, last.lineage, last.upto)
         return replace(snapshot, ended_at=self._world.now()), last._replace(redo=first.redo, torn=torn)
 
     async def retag(self, point: str, tag: str) -> None:

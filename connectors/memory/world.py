@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from connectors.memory.cluster import Cluster, Content
-from trigger.model import (
-    Commit,
-    Extent,
-    Snapshot,
-)
+from connectors.memory.book import Content, Entry
+from connectors.memory.cluster import Cluster
+from connectors.memory.lives import Held, Lives
+from connectors.memory.manner import MEMORY, Manner
+from trigger.model import Commit, Extent, Snapshot
 from trigger.ports import Clone, Running
-from trigger.position import Lsn
+from trigger.position import History, Lineage
 
 
 @dataclass
@@ -42,10 +41,19 @@ class Restored:
     commits: list[Commit]
 
 
+@dataclass
+class Staged:
+    """What the journal has put into a folder: which stretches, and the records in them."""
+
+    extents: list[Extent]
+    entries: list[Entry]
+
+
 class World:
     """Everything that outlives the service.
 
     Args:
+        manners: how each cluster counts, one a cluster.
         seconds: gives the time since `started_at`; the running loop's time if None.
         started_at: the time of day when `seconds` gives 0.
     """
@@ -53,6 +61,7 @@ class World:
     def __init__(
         self,
         *,
+        manners: Sequence[Manner] = (MEMORY,),
         seconds: Callable[[], float] | None = None,
         started_at: datetime = datetime(2026, 1, 1, tzinfo=UTC),
     ) -> None:
@@ -62,7 +71,16 @@ class World:
         self.skew = timedelta()
         """How wrong the clock is; a test may step it."""
         self._waiting: dict[asyncio.Future[None], None] = {}  # woken in the order in which they came
-        self.cluster = Cluster(self.now, self.notify)
+        self.clusters = tuple(
+            Cluster(self.now, self.notify, f"{7001 + number}", manner) for number, manner in enumerate(manners)
+        )
+        self.cluster = self.clusters[0]
+        """The first of them; most worlds have no other."""
+        self.homes: dict[str, Cluster] = {}
+        """Which cluster lies on a volume, where that is not the first."""
+        self.held: dict[str, list[Held]] = {}
+        """What is held of the log of each system, by incarnation."""
+        self._lives: dict[Cluster, Lives] = {}
         self.kept: dict[str, Kept] = {}
         self.claimed_by: object = None
         """The storage driver that holds the storage."""
@@ -71,9 +89,7 @@ class World:
         self.write_errors: set[str] = set()
         """Volumes whose next flush meets an error of write-back, which the host reports once only."""
         self.poisoned: set[str] = set()
-        self.journal: dict[int, list[tuple[Lsn, Lsn]]] = {}
-        """What the journal holds of each timeline, joined, by position."""
-        self.staged: dict[Path, list[Extent]] = {}
+        self.staged: dict[Path, Staged] = {}
         self.restored: dict[str, Restored] = {}
         self.stopped: dict[str, Restored] = {}
 
@@ -103,16 +119,44 @@ class World:
             self._waiting.pop(future, None)
 
     def kill_service(self) -> None:
-        """Forget whoever waited or claimed: the process that they belonged to is gone, its event loop with it."""
+        """Forget whoever waited, claimed or remembered: the process that they belonged to is gone."""
         self._waiting.clear()
         self.claimed_by = None
+        self._lives.clear()
 
-    def damage_journal(self, timeline: int, start: Lsn, end: Lsn) -> None:
-        """Take the stretch from `start` to `end` out of the journal."""
+    def on(self, volume: str) -> Cluster:
+        """Give the cluster that lies on a volume."""
+        return self.homes.get(volume, self.cluster)
+
+    def lives(self, cluster: Cluster) -> Lives:
+        """Give what the drivers of one life of the service know together of a cluster."""
+        return self._lives.setdefault(cluster, Lives(cluster, self.held))
+
+    def held_of(self, history: History) -> Held | None:
+        """Give what is held of the life of a log that a history belongs to; None for nothing."""
+        lives = self.held.get(history.system, [])
+        return lives[history.incarnation] if history.incarnation < len(lives) else None
+
+    def past(self, history: History) -> Lineage:
+        """Give the past of a history by the history files that are held, or else by the server's own."""
+        held = self.held_of(history)
+        forks = held.forks.get(history.branch) if held else None
+        if forks is None:
+            forks = next((one.forks.get(history.branch) for one in self.clusters if one.system == history.system), None)
+        return Lineage(history, forks or ())
+
+    @property
+    def journal(self) -> dict[int, list[tuple[int, int]]]:
+        """What the journal holds of each timeline of the first cluster, joined, by position."""
+        return self.lives(self.cluster).held.pieces
+
+    def damage_journal(self, timeline: int, start: int, end: int, cluster: Cluster | None = None) -> None:
+        """Take the stretch from `start` to `end` out of the journal of a cluster, the first one if None."""
+        held = self.lives(cluster or self.cluster).held.pieces
         pieces = []
-        for held_start, held_end in self.journal.get(timeline, []):
+        for held_start, held_end in held.get(timeline, []):
             pieces += [(held_start, min(held_end, start)), (max(held_start, end), held_end)]
-        self.journal[timeline] = [(low, high) for low, high in pieces if low < high]
+        held[timeline] = [(low, high) for low, high in pieces if low < high]
 
 
 class MemoryClock:

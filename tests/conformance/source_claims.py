@@ -59,7 +59,7 @@ async def commits_come_once_each_in_the_order_of_the_log(rig: SourceRig) -> None
     commits, through = await read_until(source, "m29")
     await source.close()
     assert markers(commits) == [f"m{number}" for number in range(30)]
-    assert len({commit.xid for commit in commits}) == 30
+    assert len({commit.name for commit in commits}) == 30
     assert all(commit.start < commit.end for commit in commits)
     assert all(earlier.end <= later.start for earlier, later in itertools.pairwise(commits))
     assert {commit.stream for commit in commits} == {source.name}

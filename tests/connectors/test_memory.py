@@ -18,9 +18,10 @@ from connectors.memory import (
     World,
 )
 from trigger.errors import JournalError, RestoreError
-from trigger.model import EPOCH, Bracket, Commit, StopKind, Target, Volume, point_id
+from trigger.model import EPOCH, Bracket, Commit, Volume, point_id
 from trigger.ports import Capability
-from trigger.position import Lsn, Position
+from trigger.position import Name, Position
+from trigger.replay import Replay, Target
 
 VOLUMES = (Volume("data", "/data"), Volume("wal", "/wal"))
 BASE = point_id(EPOCH, 1)
@@ -55,20 +56,22 @@ class House:
         await asyncio.sleep(0)
         running.cancel()
 
-    async def restore(self, target: Target, bracket: Bracket | None = None) -> list[int]:
+    async def restore(self, target: Target, bracket: Bracket | None = None, *, as_cut: bool = False) -> list[Name]:
         """Give the transactions that came back."""
         await self.journaled()
         content = self.world.kept[BASE].cuts["data"][1]
         start = bracket.start if bracket else Position(content.lineage.history, content.redo)
         folder = Path(f"/staged-{self.names}")
-        await self.journal.stage(start, target, folder, lambda *_: None)
+        needed = start.at if as_cut or target.at is None else target.at + target.inclusive
+        replay = Replay(target, start, needed, bracket, as_cut)
+        await self.journal.stage(replay, folder, lambda *_: None)
         self.names += 1
         clone = await self.storage.clone(BASE, f"clone-{self.names}", lambda *_: None)
-        await self.recovery.start(clone, VOLUMES, target, bracket, folder, lambda *_: None)
-        return [commit.xid for commit in self.world.restored[clone.name].commits]
+        await self.recovery.start(clone, VOLUMES, replay, folder, lambda *_: None)
+        return [commit.name for commit in self.world.restored[clone.name].commits]
 
-    def at(self, lsn: Lsn, *, inclusive: bool) -> Target:
-        return Target(self.cluster.history, StopKind.LSN, lsn, inclusive, str(lsn))
+    def at(self, place: int, *, inclusive: bool) -> Target:
+        return Target(self.cluster.history, place, inclusive, str(place))
 
 
 def told(
@@ -91,12 +94,12 @@ def adjacent(house: House) -> tuple[Commit, Commit]:
 
 def test_of_two_adjacent_commits_each_kind_of_stop_brings_back_what_was_measured() -> None:
     async def story(house: House) -> None:
-        before = house.cluster.commit("bank").xid
+        before = house.cluster.commit("bank").name
         await house.base()
         a, b = adjacent(house)
-        assert await house.restore(house.at(a.start, inclusive=True)) == [before, a.xid]
-        assert await house.restore(house.at(a.end, inclusive=True)) == [before, a.xid, b.xid]
-        assert await house.restore(house.at(a.end, inclusive=False)) == [before, a.xid]
+        assert await house.restore(house.at(a.start, inclusive=True)) == [before, a.name]
+        assert await house.restore(house.at(a.end, inclusive=True)) == [before, a.name, b.name]
+        assert await house.restore(house.at(a.end, inclusive=False)) == [before, a.name]
         assert await house.restore(house.at(a.start, inclusive=False)) == [before]
 
     told(story)
@@ -110,8 +113,8 @@ def test_a_base_cannot_be_rolled_back_into_the_log_that_it_holds() -> None:
         for target in (house.at(first.start, inclusive=True), house.at(second.start, inclusive=False)):
             with pytest.raises(RestoreError, match="before consistent recovery point"):
                 await house.restore(target)
-        end = Target(house.cluster.history, StopKind.END, second.end, True, "the base's own end")
-        assert await house.restore(end) == [first.xid, second.xid]
+        end = Target(house.cluster.history, None, True, "the base's own end", point=BASE)
+        assert await house.restore(end, as_cut=True) == [first.name, second.name]
 
     told(story)
 
@@ -121,7 +124,7 @@ def test_a_stop_behind_the_end_of_the_log_is_never_reached() -> None:
         await house.base()
         last = house.cluster.commit("bank")
         with pytest.raises((RestoreError, JournalError)):
-            await house.restore(house.at(Lsn(last.end + 8), inclusive=False))
+            await house.restore(house.at(last.end + 8, inclusive=False))
 
     told(story)
 
@@ -198,7 +201,7 @@ def test_a_torn_base_starts_only_with_its_bracket_and_then_is_exact() -> None:
         assert house.world.kept[BASE].cuts["data"][1].torn
         with pytest.raises(RestoreError, match="not one instant"):
             await house.restore(house.at(wanted.start, inclusive=True))
-        assert await house.restore(house.at(wanted.start, inclusive=True), bracket) == [during.xid, wanted.xid]
+        assert await house.restore(house.at(wanted.start, inclusive=True), bracket) == [during.name, wanted.name]
         with pytest.raises(RestoreError, match="before consistent recovery point"):
             await house.restore(house.at(during.start, inclusive=True), bracket)
 
@@ -212,9 +215,9 @@ def test_a_restore_follows_the_timeline_of_its_target() -> None:
         await house.journaled()
         house.cluster.promote(kept.end)
         new, _ = adjacent(house)
-        assert await house.restore(house.at(new.start, inclusive=True)) == [kept.xid, new.xid]
-        old = Target(dropped.history, StopKind.LSN, dropped.start, True, "on the timeline that was left")
-        assert await house.restore(old) == [kept.xid, dropped.xid]
+        assert await house.restore(house.at(new.start, inclusive=True)) == [kept.name, new.name]
+        old = Target(dropped.history, dropped.start, True, "on the timeline that was left")
+        assert await house.restore(old) == [kept.name, dropped.name]
 
     told(story)
 
@@ -240,8 +243,7 @@ def test_a_restore_to_a_time_holds_what_was_committed_until_then() -> None:
             await asyncio.sleep(0.002)
             commits.append(house.cluster.commit("bank"))
         for inclusive, expected in ((True, commits[:2]), (False, commits[:1])):
-            at = commits[0].start
-            target = Target(house.cluster.history, StopKind.TIME, at, inclusive, "a time", time=commits[1].time)
-            assert await house.restore(target) == [commit.xid for commit in expected]
+            target = Target(house.cluster.history, None, inclusive, "a time", time=commits[1].time)
+            assert await house.restore(target) == [commit.name for commit in expected]
 
     told(story)

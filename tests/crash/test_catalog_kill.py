@@ -21,6 +21,7 @@ from tests.crash.catalog_writer import COMMITS, STRIDE
 from tests.trigger.catalog.test_catalog import at
 from trigger.catalog.catalog import Catalog
 from trigger.model import RecoveryPoint, State
+from trigger.position import Name
 
 ROOT = Path(__file__).parent.parent.parent
 NAMED = re.compile(r'reached\(f?"(catalog-[a-z-]+(?:\{state\})?)"\)')
@@ -29,7 +30,7 @@ NAMED = re.compile(r'reached\(f?"(catalog-[a-z-]+(?:\{state\})?)"\)')
 def failpoints() -> Iterator[str]:
     """Every failpoint of the catalog, as the source names them."""
     for source in ("catalog.py", "point_index.py", "commit_index.py", "schema.py"):
-        for name in NAMED.findall((ROOT / "trigger" / source).read_text()):
+        for name in NAMED.findall((ROOT / "trigger" / "catalog" / source).read_text()):
             states = ("failed", "expiring", "expired") if "{state}" in name else ("",)
             yield from (name.replace("{state}", state) for state in states)
 
@@ -97,7 +98,7 @@ async def check(where: Path, lines: list[str]) -> int:
     assert {number for number in said.expired if points[number].state is not State.EXPIRED} == set()
     assert {number for number in said.failed if points[number].state is not State.FAILED} == set()
     for xid in said.missed:
-        assert [found.reason for found in await catalog.find(xid=xid)] == ["left"]
+        assert [found.reason for found in await catalog.find(name=Name("", xid))] == ["left"]
     assert said.gaps <= {int(gap.after.at) for gap in await catalog.gaps()}
     settled = await catalog.settled("bank")
     if said.sealed:

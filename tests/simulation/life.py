@@ -11,16 +11,15 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import Engine
 
 from connectors.memory import (
-    SEGMENT_BYTES,
+    Cluster,
     MemoryAgent,
     MemoryClock,
     MemoryDatabase,
-    MemoryJournal,
     MemorySource,
     MemoryStorage,
     World,
@@ -30,18 +29,43 @@ from tests.simulation.wire import Ended, Wire
 from trigger.catalog import reconcile
 from trigger.catalog.catalog import Catalog
 from trigger.errors import TrigpointError
+from trigger.keep.expire import release_log
 from trigger.keep.room import Room
 from trigger.model import Commit, Extent, RecoveryPoint, State, Volume
-from trigger.ports import Break
-from trigger.position import Position
+from trigger.ports import Break, Journal
+from trigger.position import History, Position
 from trigger.protect import pipeline
 from trigger.protect.agenda import Agenda
+from trigger.protect.logs import Logs
 from trigger.protect.pipeline import Protected
 from trigger.protect.qualify import Rules
 from trigger.protect.window import Window
 
 WATCH_SECONDS = 5.0
+Bases = Sequence[RecoveryPoint]
 FLUSH_DEADLINE_SECONDS = 30.0
+
+
+class Witness(Protocol):
+    """Who is told what a life does, and objects where it breaks a promise."""
+
+    async def reconciled(self, stuck: Sequence[str]) -> None:
+        """One pass has been made at the start; this is stuck in the storage."""
+
+    def begins(self, stream: str) -> None:
+        """A stream was opened for the first time."""
+
+    def opened(self, stream: str, history: History) -> None:
+        """A stream is open in a history."""
+
+    def thinned(self, before: Bases, left: Bases, extents: Sequence[Extent]) -> None:
+        """A pass of thinning: which bases stood before, which stand after it, what the journal held."""
+
+    def released(self, bases: Bases, before: Sequence[Extent], after: Sequence[Extent]) -> None:
+        """Old log was let go of: which bases are kept, what the journal held before, what it holds after."""
+
+    def of(self, stream: str) -> Cluster:
+        """Give the cluster that a stream is of."""
 
 
 @dataclass
@@ -61,12 +85,9 @@ class Life:
     story: Story
     wire: Wire
     draw: random.Random
-    reconciled: Callable[[Sequence[str]], Awaitable[None]]
-    """Called when one pass has been made at the start, with what is stuck in the storage."""
-    begins: Callable[[str], None]
-    """Told that a stream was opened for the first time."""
-    thinned: Callable[[Sequence[RecoveryPoint], Sequence[RecoveryPoint], Sequence[Extent]], None]
-    """Told which bases stood before a pass of thinning and which stand after it, and what the journal held."""
+    journal: Journal
+    witness: Witness
+    """Told what it does that must not cost anything."""
     window: Window | None = None
     agenda: Agenda | None = None
     cluster: Protected | None = None
@@ -117,19 +138,22 @@ class Life:
     def ask(self) -> None:
         """Ask for a point, as `trigpoint point` does."""
         if self.agenda is not None and self.window is not None:
-            answer, cluster = self.agenda.ask("asked for"), self.world.cluster
-            asked, session = Position(cluster.history, cluster.inserted), cluster.session
+            answer = self.agenda.ask("asked for")
             self.answers.append(answer)
-            answer.add_done_callback(lambda done: self._answered(done, asked, session))
+            for cluster in self.world.clusters:
+                answer.add_done_callback(partial(self._answered, cluster, cluster.inserted, cluster.session))
             self.window.wake()
 
-    def _answered(self, answer: asyncio.Future[RecoveryPoint], asked: Position, session: int) -> None:
+    def _answered(self, cluster: Cluster, asked: int, session: int, answer: asyncio.Future[RecoveryPoint]) -> None:
         """Note a point that does not hold what was there when it was asked for, on a server that lost nothing since."""
-        if answer.cancelled() or self.world.cluster.session != session:
+        if answer.cancelled() or cluster.session != session:
             return
         point = answer.result()
-        if point.state is State.SEALED and point.floor.history == asked.history and point.floor.at < asked.at:
-            self.too_early.append(f"point {point.number} holds log up to {point.floor}, it was asked for at {asked}")
+        present = self.world.lives(cluster).lineage().history
+        mark = point.mark_in(present)
+        same = mark is not None and mark.floor.history == present
+        if point.state is State.SEALED and mark is not None and same and mark.floor.at < asked:
+            self.too_early.append(f"point {point.number} holds log up to {mark.floor}, it was asked for at {asked}")
 
     def give_up_the_past(self) -> None:
         """Give up all but the newest base, as `trigpoint expire` does."""
@@ -139,7 +163,9 @@ class Life:
         assert self.cluster is not None
         assert self.room is not None
         if newest := await self.cluster.catalog.latest():
+            held = await self.journal.extents()
             await self.room.give_up_before(newest.id)
+            self.witness.released(await self.cluster.catalog.bases(), held, await self.journal.extents())
 
     def _end(self, how: str) -> None:
         if not self.ended:
@@ -164,9 +190,11 @@ class Life:
     async def _body(self) -> None:
         """Begin as the service begins, then work until the main path ends."""
         cluster = self.cluster = await self._parts()
-        self.room = Room(cluster.catalog, cluster.storage, MemoryJournal(self.world), SEGMENT_BYTES)
+        self.room = Room(cluster.catalog, cluster.storage, self.journal)
         cluster.leftovers[:] = (await reconcile.reconcile(cluster.catalog, cluster.storage)).stuck
-        await self.reconciled(cluster.leftovers)
+        for database in cluster.logs.databases:
+            database.recognise(await cluster.catalog.seen())  # again: points may have been adopted
+        await self.witness.reconciled(cluster.leftovers)
         for agent in cluster.agents:
             await agent.prepare(cluster.volumes)
         settled = {name: await cluster.catalog.settled(name) for name in self.story.streams}
@@ -178,10 +206,9 @@ class Life:
             return rules.judge(commit)
 
         self.window = Window(sources, settled, judge)
-        newest, lineage = await cluster.catalog.latest(), await cluster.database.lineage()
-        base = newest if newest and newest.ceiling and lineage.includes(newest.ceiling) else None
+        base = await _base(cluster)
         self.agenda = Agenda(cluster.options, base, open_gap=bool(await cluster.catalog.gaps(open_only=True)))
-        self._start(MemoryJournal(self.world).run)
+        self._start(self.journal.run)
         for name in self.story.streams:
             self._start(partial(self.window.follow, name))
         self._start(partial(self._every, WATCH_SECONDS, partial(self._watch_checkpoints, cluster)))
@@ -191,8 +218,13 @@ class Life:
 
     async def _parts(self) -> Protected:
         catalog = await Catalog.open(self.engine, run=self.wire.run)
+        databases = {
+            cluster: self.wire.to("database", MemoryDatabase(self.world, cluster)) for cluster in self.world.clusters
+        }
+        for database in databases.values():
+            database.recognise(await catalog.seen())
         return Protected(
-            database=self.wire.to("database", MemoryDatabase(self.world)),
+            logs=Logs({stream: databases[self.witness.of(stream)] for stream in self.story.streams}),
             volumes=tuple(Volume(f"v{number}", f"/v{number}") for number in range(self.story.volumes)),
             agents=(self.wire.to("agent", MemoryAgent(self.world)),),
             storage=self.wire.to("storage", self.storage),
@@ -206,21 +238,25 @@ class Life:
     async def _watch_checkpoints(self, cluster: Protected) -> None:
         assert self.agenda is not None
         assert self.window is not None
-        self.agenda.redo = await cluster.database.redo()
-        if self.agenda.wants_checkpoint(self.window.log_end):
-            await cluster.database.checkpoint()
-            self.agenda.redo = await cluster.database.redo()
+        databases = cluster.logs.databases
+        self.agenda.redos = [redo for database in databases if (redo := await database.redo())]
+        if any(self.agenda.wants_checkpoint(end) for end in self.window.log_ends):
+            for database in databases:
+                await database.checkpoint()
+            self.agenda.redos = [redo for database in databases if (redo := await database.redo())]
         self.window.wake()
 
     async def _keep_room(self, cluster: Protected) -> None:
         assert self.agenda is not None
-        journal = MemoryJournal(self.world)
-        before, held = await cluster.catalog.bases(), await journal.extents()
+        before, held = await cluster.catalog.bases(), await self.journal.extents()
         assert self.room is not None
         gone = await self.room.make(self.agenda.replay_limit_bytes)
         if gone:
             left = [base for base in before if base.id not in {point.id for point in gone}]
-            self.thinned(before, left, [*held, *await journal.extents()])
+            self.witness.thinned(before, left, [*held, *await self.journal.extents()])
+            held = await self.journal.extents()
+            await release_log(cluster.catalog, self.journal)
+            self.witness.released(await cluster.catalog.bases(), held, await self.journal.extents())
         if self.room.eased:
             self.agenda.retry()
 
@@ -237,14 +273,15 @@ class _Noted(MemorySource):
     """A source that writes into the event log what it gives, and repeats, as the port allows."""
 
     def __init__(self, life: Life, name: str) -> None:
-        super().__init__(life.world, name, repeats=True)
+        super().__init__(life.world, name, life.witness.of(name), repeats=True)
         self._life = life
 
     async def open(self, after: Position | None) -> Break | None:
         """Connect; what the service is answerable for begins where a stream is opened for the first time."""
         broken = await super().open(after)
         if after is None:
-            self._life.begins(self.name)
+            self._life.witness.begins(self.name)
+        self._life.witness.opened(self.name, self._lineage.history)
         return broken
 
     async def read(self) -> Any:
@@ -252,6 +289,15 @@ class _Noted(MemorySource):
         batch = await super().read()
         self._life.wire.log(f"source.read {self.name} gives {len(batch.commits)} commits through {batch.through}")
         return batch
+
+
+async def _base(cluster: Protected) -> RecoveryPoint | None:
+    """Give the newest sealed point if the present history of every database goes back to it."""
+    newest = await cluster.catalog.latest()
+    lineages = [await database.lineage() for database in cluster.logs.databases]
+    marks = [(newest.mark_in(lineage.history) if newest else None, lineage) for lineage in lineages]
+    holds = all(mark and mark.ceiling and lineage.includes(mark.ceiling) for mark, lineage in marks)
+    return newest if holds else None
 
 
 async def _finish(task: asyncio.Task[None]) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pydantic import ByteSize
 
+from connectors.memory.manner import ANNOUNCED, BINLOG, MEMORY, POSTGRES, Manner
 from trigger.config.options import PointOptions, RuleOptions
 from trigger.model import Changes, Commit
 from trigger.ports import Capability
@@ -20,6 +21,15 @@ from trigger.ports import Capability
 STREAMS = ("bank", "shop", "audit")
 WANTED_TABLE, OTHER_TABLE = "public.accounts", "public.log"
 WANTED_MARKER = "payday"
+
+SORTS: dict[str, tuple[Manner, ...]] = {
+    "memory": (MEMORY,),
+    "binlog": (BINLOG,),
+    "announced": (ANNOUNCED,),
+    "both": (MEMORY, BINLOG),
+    "upgrade": (POSTGRES,),
+}
+"""What databases a run has: of one kind, of two at once, or one whose catalog is of an earlier version at times."""
 
 Matters = Callable[[Commit], bool]
 
@@ -92,6 +102,11 @@ class Story:
     """(name, how often it is passed first, what then happens), one after the other."""
     targets: int = field(default=4)
     """How many restores are tried at the end."""
+    sort: str = "memory"
+    manners: tuple[Manner, ...] = (MEMORY,)
+    """How each database counts."""
+    older_at_lives: tuple[int, ...] = ()
+    """Before which lives the catalog and the tags are put into the form of version 1, as if that had run until then."""
 
 
 FAILPOINTS = (
@@ -119,8 +134,46 @@ FAILPOINTS = (
 )
 
 
-def tell(seed: int, *, commits: int = 22) -> Story:
-    """Give the story of a seed."""
+def tell(seed: int, sort: str = "") -> Story:
+    """Give the story of a seed; of its own sort where none is asked for, and without lives of logs if it is `plain`."""
+    story = _tell(seed)
+    draw = random.Random(seed ^ 0x4B1D)
+    drawn = draw.choice(("memory", "memory", "binlog", "announced", "both", "upgrade"))
+    if sort == "plain":
+        return story
+    sort = sort or drawn
+    manners, streams = SORTS[sort], story.streams
+    if len(manners) > len(streams):
+        streams = STREAMS[: len(manners)]
+    story = replace(story, sort=sort, manners=manners, streams=streams, volumes=max(story.volumes, len(manners)))
+    acts = [] if story.weather == Weather() or draw.random() < 0.4 else _lives(draw, story.ends_at)
+    if sort == "upgrade":
+        acts = [Act(draw.uniform(1, story.ends_at), draw.choice(("crash", "stop"))) for _ in range(2)]
+        story = replace(story, older_at_lives=tuple(draw.sample((2, 3, 4), 2)))
+    elif acts and draw.random() < 0.3:
+        places = ("after-open", "after-flush", "after-cover", "after-snapshot", "after-ceiling")
+        turn = draw.choice(places), draw.randint(0, 4), "put_back"
+        story = replace(story, at_failpoint=(turn, *story.at_failpoint))
+    if sort == "announced":  # nothing leads from one of its points to another, so that none of them may go
+        story = replace(story, capabilities=frozenset(Capability), budget=1000)
+    return replace(story, acts=tuple(sorted((*story.acts, *acts), key=lambda act: act.at)))
+
+
+def _lives(draw: random.Random, ends_at: float) -> list[Act]:
+    """An older copy that is put back, a log that begins anew, and old log that is let go of meanwhile."""
+    acts = [Act(draw.uniform(0, ends_at), "copy") for _ in range(draw.choice((1, 2, 3)))]
+    for _ in range(draw.choice((1, 1, 2))):
+        at = draw.uniform(0.5, ends_at)
+        if draw.random() < 0.25:
+            acts.append(Act(at, "reset_log"))
+        else:
+            acts.append(Act(at, "put_back", (draw.random(), draw.choice((0, 0, 1, 4, 12)))))
+    acts += [Act(draw.uniform(1, ends_at), "give_up") for _ in range(draw.choice((0, 0, 1)))]
+    return acts
+
+
+def _tell(seed: int, commits: int = 22) -> Story:
+    """Give the story of a seed for one database of which no older copies are put back."""
     draw = random.Random(seed)
     ends_at = draw.uniform(6, 18)
     streams = STREAMS[: draw.choice((1, 1, 2, 2, 3))]
@@ -216,8 +269,8 @@ def _load(draw: random.Random, streams: tuple[str, ...], ends_at: float, commits
             acts.append(Act(at + draw.random(), housekeeping))
     if draw.random() < 0.4:
         began = draw.uniform(0, ends_at / 2)
-        acts.append(Act(began, "begin_long"))
-        acts.append(Act(draw.uniform(began, ends_at), "end_long", (draw.choice(streams),)))
+        ended, stream = draw.uniform(began, ends_at), draw.choice(streams)
+        acts += [Act(began, "begin_long", (stream,)), Act(ended, "end_long", (stream,))]
     acts += [Act(draw.uniform(0, ends_at), "demand") for _ in range(draw.choice((0, 0, 1, 2)))]
     return acts
 

@@ -20,12 +20,14 @@ import pytest
 from tests.simulation.run import simulate
 from trigger.catalog import point_index, reconcile
 from trigger.keep import room
-from trigger.protect import agenda, pipeline, window
+from trigger.protect import agenda, logs, pipeline, window
 from trigger.restore import planner
 
 SEEDS = 400
 ANNOTATIONS = __future__.annotations.compiler_flag
 FIRST_SEED = 7_000
+USERS = (pipeline,)
+"""Modules that have functions of others by name."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ MUTANTS = (
     ),
     Mutant(
         "does not look whether the log covers the commit in one history",
-        pipeline,
-        "require_cover",
+        logs,
+        "_require_cover",
         "if durable.history != floor.history and",
         "if False and",
         "P3",
@@ -109,22 +111,22 @@ MUTANTS = (
         pipeline,
         "take",
         '            reached("after-cover")',
-        '            reached("after-cover")\n            ceiling = await database.ceiling()',
+        '            reached("after-cover")\n            marks = await ceilings(covered, [None] * len(covered))',
         "P3",
-        also=("            ceiling = await require_ceiling(database, durable, bracket)\n", ""),
+        also=("            marks = await ceilings(covered, brackets)\n", ""),
     ),
     Mutant(
         "takes the flushed position for the ceiling",
-        pipeline,
-        "require_ceiling",
+        logs,
+        "ceilings",
         "await database.ceiling()",
         "await database.durable()",
         "P3",
     ),
     Mutant(
         "does not look whether the history changed during the round",
-        pipeline,
-        "require_ceiling",
+        logs,
+        "ceilings",
         "if ceiling.history != durable.history:",
         "if False:",
         "P3",
@@ -132,33 +134,33 @@ MUTANTS = (
     Mutant("leaves the bracket out", pipeline, "bracketed", "if Capability.ATOMIC_GROUP in", "if True or", "P3|P2"),
     Mutant(
         "sets the floor behind the commit",
-        pipeline,
-        "choose_floor",
-        "        return newest.commit.position",
-        "        return replace(newest.commit.position, at=type(newest.commit.end)(newest.commit.end + 4096))",
+        logs,
+        "_floor",
+        "        return newest.position\n",
+        "        return replace(newest.position, at=newest.end + 4096)\n",
         "P3|liveness",
     ),
     Mutant(
         "takes the flushed position for the end of a record",
-        pipeline,
-        "choose_floor",
+        logs,
+        "_floor",
         "await database.record_end()",
         "await database.durable()",
         "P3: the floor of point .* lies within a record",
     ),
     Mutant(
         "takes the newest commit for the moment at which a point was asked for",
-        pipeline,
-        "choose_floor",
+        logs,
+        "_floor",
         "newest is not None and cause is Cause.COMMIT",
         "newest is not None",
         "it was asked for at",
     ),
     Mutant(
         "takes the end of the present log for commits of before a failover",
-        pipeline,
-        "choose_floor",
-        "end.history == commit.history and end.covers(commit)",
+        logs,
+        "_floor",
+        "end.history == newest.history and end.covers(newest.position)",
         "True",
         "P1|P3|unexpected",
     ),
@@ -321,15 +323,15 @@ MUTANTS = (
         "the planner takes a base that may hold the commit after the target",
         planner,
         "_unfit",
-        "(ends := _held_at_most(base)) > target.at:",
-        "(ends := base.floor.at) > target.at:",
+        "(ends := mark.holds_at_most) > target.at:",
+        "(ends := mark.floor.at) > target.at:",
         "P2",
     ),
     Mutant(
         "the planner takes a base of another timeline",
         planner,
         "_unfit",
-        "if not all(lineage.includes(position) for position in _places(base)):",
+        "if not _inside(mark, lineage):",
         "if False:",
         "P2",
     ),
@@ -337,7 +339,7 @@ MUTANTS = (
         "the planner does not check that the log is there",
         planner,
         "plan",
-        "if hole := _first_hole(held, Stretch(begin, max(needed, _limit(base, target)))):",
+        "if hole := _first_hole(held, Stretch(begin, max(needed, _limit(mark, target)))):",
         "if hole := None:",
         "P2",
         also=("log = Stretch(begin, _end(target, held, begin))", "log = Stretch(begin, target.at)"),
@@ -347,7 +349,7 @@ MUTANTS = (
         planner,
         "plan",
         "return _replayed(base, target,",
-        "return _replayed(base, replace(target, inclusive=not target.inclusive),",
+        "return _replayed(base, __import__('dataclasses').replace(target, inclusive=not target.inclusive),",
         "P2",
     ),
     Mutant(
@@ -355,15 +357,15 @@ MUTANTS = (
         planner,
         "plan",
         "return _replayed(base, target,",
-        "return _replayed(base, replace(target, at=Lsn(target.at + 1)),",
+        "return _replayed(base, __import__('dataclasses').replace(target, at=target.at + 1),",
         "P2",
     ),
     Mutant(
         "the planner refuses what the newest base cannot do",
         planner,
         "plan",
-        "            passed.append(PassedOver(base.number, reason))\n            continue",
-        "            passed.append(PassedOver(base.number, reason))\n            break",
+        '            passed.append(PassedOver(base.number, reason if mark else "it holds nothing of that database"))\n            continue',
+        "            break",
         "P2",
     ),
     Mutant(
@@ -378,15 +380,15 @@ MUTANTS = (
         "the thinning takes a base to which no log leads",
         planner,
         "HeldLog.leads",
-        "return past and _first_hole(self._held, Stretch(begin, until)) is None",
-        "return past",
+        "return _first_hole(self._held, Stretch(begin, until)) is None",
+        "return True",
         "was lost when point",
     ),
     Mutant(
         "the thinning takes a base of another past",
         planner,
         "HeldLog.leads",
-        " and _inside(base, self._lineage)",
+        " or not _inside(before, self._lineage)",
         "",
         "was lost when point",
     ),
@@ -406,7 +408,9 @@ def apply(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     code = compile(source, f"<mutant of {mutant.function}>", "exec", flags=ANNOTATIONS)
     exec(code, vars(mutant.module), names)
-    monkeypatch.setattr(owner, name, names[name])
+    right = getattr(owner, name)
+    for place in [owner, *(module for module in USERS if getattr(module, name, None) is right)]:
+        monkeypatch.setattr(place, name, names[name])
 
 
 def caught(mutant: Mutant) -> str:

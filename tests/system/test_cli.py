@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import server_owner
 from tests.fixtures.postgres import running_cluster
 from tests.fixtures.service import CHECKOUT, Deployment, deployment
 from tests.fixtures.volumes import loop_volume, plain_folder
 from trigger.cli.json_reference import STATUS
 from trigger.errors import StorageError
-from trigger.position import Lsn
 
 pytestmark = pytest.mark.server
 

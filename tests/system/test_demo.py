@@ -93,7 +93,13 @@ def test_an_interrupted_demo_leaves_nothing_behind(
     storage: str, number: signal.Signals, code: int, folder: Path
 ) -> None:
     arguments = [*COMMAND, "--plain", f"--storage={storage}", f"--folder={folder}"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509 - whoever runs us may ignore it
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "A bank at work" in line:

@@ -11,8 +11,8 @@ import pytest
 from trigger.demo.bank import Accident, Books
 from trigger.demo.figures import Spread, spread, spreads, steps
 from trigger.demo.proof import Evidence, checks
-from trigger.model import EPOCH, Cause, CommitRecord, Flush, Outcome, RecoveryPoint, Snapshot, State
-from trigger.position import Position
+from trigger.model import EPOCH, Cause, CommitRecord, Flush, Mark, Outcome, RecoveryPoint, Snapshot, State
+from trigger.position import History, Name, Position
 
 BEFORE = Books({1: 90, 2: 110}, {1: 90, 2: 110}, frozenset({(1, 700), (2, 701)}), 0, EPOCH)
 AFTER = Books({}, {}, BEFORE.ledger, 3, EPOCH)
@@ -58,15 +58,15 @@ def test_a_clone_that_is_wrong_fails_the_check_for_it(evidence: Evidence, claim:
 def sealed_point() -> RecoveryPoint:
     """Give a point whose commit waited 2 ms; its flush took 3 ms, the snapshot 5 ms after it, the rest 7 ms."""
     moments = [EPOCH + timedelta(milliseconds=passed) for passed in (2, 5, 9, 10, 17)]
-    floor = Position.parse("7/1@0/100")
+    floor = Position(History("postgres", "7", 1), 0x100)
     return RecoveryPoint(
         id="0" * 26,
         number=1,
         state=State.SEALED,
         cause=Cause.COMMIT,
-        floor=floor,
+        marks=(Mark(floor),),
         opened_at=moments[0],
-        commit=CommitRecord("bank", 701, floor.at, floor.at, 0, (), Outcome.PROTECTED),
+        commit=CommitRecord("bank", Name("", 701), floor.at, floor.at, 0, (), Outcome.PROTECTED),
         flushes=(Flush("local", "data", "8:1", "00", moments[0], moments[1]),),
         snapshots=(Snapshot("data", "memory", "there", moments[2], moments[3]),),
         sealed_at=moments[4],

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import psycopg
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn, transaction
 from tests.fixtures import judge
 from tests.fixtures.loading import Load
 from tests.fixtures.postgres import MAJORS
 from tests.fixtures.service import Deployment, deployment
 from trigger.config.options import load
-from trigger.position import Lsn
 from trigger.restore.clones import drop
 from trigger.restore.restore import restore
 from trigger.restore.target import Named, resolve
@@ -78,7 +78,7 @@ def _chosen(past: Past, known: set[int], count: int) -> list[int]:
 
 async def _assert_exact(parts: Parts, past: Past, xid: int) -> None:
     """Restore to one transaction, compare what the clone holds with the model, and drop it."""
-    target = await resolve(Named(xid=xid), parts.catalog, parts.journal)
+    target = await resolve(Named(name=transaction(xid)), parts.catalog, parts.journal)
     report = await restore(target, parts.site, progress=lambda _step, _done, _total: None)
     try:
         async with await psycopg.AsyncConnection.connect(f"{report.conninfo} dbname=postgres") as connection:

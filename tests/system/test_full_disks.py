@@ -17,12 +17,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import server_owner
 from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import loop_volume
 from trigger.catalog.catalog import Catalog
-from trigger.position import Lsn
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
@@ -115,7 +115,7 @@ class House:
             finally:
                 await catalog.close()
             assert found is not None
-            return found.at
+            return Lsn(found.at)
 
         assert Lsn.parse(confirmed) <= asyncio.run(settled())
 

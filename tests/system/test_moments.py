@@ -15,10 +15,10 @@ from typing import Any
 import psycopg
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
 from trigger.model import Cause, RecoveryPoint, State
-from trigger.position import Lsn
 from trigger.protect.agenda import IDLE_NOISE_BYTES
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

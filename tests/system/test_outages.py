@@ -25,7 +25,6 @@ from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import failing_volume, flip_bit
 from trigger.errors import RestoreError
 from trigger.model import State
-from trigger.position import Position
 from trigger.service.control import ask
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
@@ -290,7 +289,9 @@ def test_a_small_budget_thins_points_and_every_commit_still_comes_back(deployed:
     assert len(expired) > _BUDGET / 2
     assert pinned not in expired, "a clone hangs on it"
     held = judge.read(deployed).commits
-    thinned = [record.xid for number in sorted(expired) for record in held.get(number, []) if record.xid in made]
+    thinned = [
+        judge.xid(record) for number in sorted(expired) for record in held.get(number, []) if judge.xid(record) in made
+    ]
     assert len(thinned) >= 2
     for xid in thinned[:: max(1, len(thinned) // 3)]:
         _assert_comes_back(deployed, xid)
@@ -315,7 +316,7 @@ def _oldest_segment(deployed: Deployment) -> int:
 
 
 def _log_from(point: dict[str, Any]) -> int:
-    return Position.parse(point["redo"] or point["floor"]).at
+    return judge.position(point["redo"] or point["floor"]).at
 
 
 # --------------------------------------------------------------------------------------------------------- agent

@@ -17,12 +17,12 @@ from typing import Any
 import psycopg
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from tests.fixtures import judge
 from tests.fixtures.loading import Load
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import loop_volume, plain_folder
 from trigger.errors import RestoreError
-from trigger.position import Lsn
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 

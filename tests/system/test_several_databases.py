@@ -15,13 +15,13 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from tests.fixtures import judge
 from tests.fixtures.loading import Load
 from tests.fixtures.postgres import Cluster
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.slots import commit
 from trigger.model import Cause, Changes, Outcome, State
-from trigger.position import Lsn, Position
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
@@ -93,7 +93,7 @@ def held_by(conninfo: str) -> dict[str, set[int]]:
 
 def assert_outcomes_per_stream(left: judge.Left, written: dict[str, set[int]]) -> None:
     """Each transaction has exactly one outcome, in the stream of its own database."""
-    outcomes = [(r.stream, r.xid) for records in left.commits.values() for r in records]
+    outcomes = [(r.stream, judge.xid(r)) for records in left.commits.values() for r in records]
     truth = {(name, xid) for name, xids in written.items() for xid in xids}
     assert len(outcomes) == len(set(outcomes))
     assert truth <= set(outcomes)
@@ -123,7 +123,7 @@ def test_one_point_holds_commits_of_both_databases_of_which_the_newest_is_protec
         assert outcomes == [Outcome.COALESCED] * (len(records) - 1) + [Outcome.PROTECTED]
         point = next(point for point in left.points if point.number == number)
         assert point.commit is not None
-        assert (point.commit.stream, point.commit.xid) == (records[-1].stream, records[-1].xid)
+        assert (point.commit.stream, point.commit.name) == (records[-1].stream, records[-1].name)
         for name in DATABASES:
             rows = sum(r.stream == name and not r.markers for r in records)
             assert point.tables.get(f"{name}.public.truth", Changes()).inserted == rows
@@ -196,18 +196,18 @@ def test_a_slot_dropped_under_the_service_is_a_gap_of_its_own_stream_and_the_oth
         later = commit(cluster, database=SHOP)
         settle(deployed)
         (gap,) = deployed.ask("list", "--gaps")
-        after, until = Position.parse(gap["after"]).at, Position.parse(gap["until"]).at
+        after, until = judge.position(gap["after"]).at, judge.position(gap["until"]).at
         assert (gap["stream"], gap["reason"]) == (SHOP, "the slot had been dropped")
         assert seen[-1].after <= after < lost_until <= until <= later[0].before
         point = deployed.ask("show", str(gap["closed_by"]))["point"]
         assert (point["state"], point["cause"]) == (State.SEALED, Cause.GAP)
-        assert Position.parse(point["floor"]).at >= until
+        assert judge.position(point["floor"]).at >= until
         logged = judge.logged_commits(cluster, first)
         _assert_lost_in_the_gap_alone(deployed, logged, after, until)
         _assert_both_come_back(deployed, later[-1].xid)
 
 
-def _assert_lost_in_the_gap_alone(deployed: Deployment, logged: dict[int, Lsn], after: Lsn, until: Lsn) -> None:
+def _assert_lost_in_the_gap_alone(deployed: Deployment, logged: dict[int, Lsn], after: int, until: int) -> None:
     """One outcome for every commit, but for those of the broken stream whose records lie in its gap."""
     written, left = written_by(deployed.cluster), judge.read(deployed)
     lost = {xid for xid in written[SHOP] if after <= logged[xid] < until}

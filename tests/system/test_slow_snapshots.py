@@ -104,7 +104,9 @@ def test_a_snapshot_of_twenty_seconds_costs_no_stream_and_no_answer(deployed: De
         assert thawing.wait(FROZEN_SECONDS) == 0
     deployed.settle()
     left = judge.read(deployed)
-    (slow,) = [p for p in left.points if made[0].xid in [record.xid for record in left.commits.get(p.number, ())]]
+    (slow,) = [
+        p for p in left.points if made[0].xid in [judge.xid(record) for record in left.commits.get(p.number, ())]
+    ]
     assert slow.sealed_at is not None
     assert (slow.sealed_at - slow.opened_at).total_seconds() > FROZEN_SECONDS - 2
     assert _streams(deployed) == before, "the server has hung up meanwhile"

@@ -7,12 +7,14 @@ from datetime import UTC, datetime, timedelta, timezone
 from hypothesis import given
 from hypothesis import strategies as st
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger.model import (
     EPOCH,
     TRANSITIONS,
     Cause,
     Changes,
     Commit,
+    Mark,
     RecoveryPoint,
     State,
     from_microseconds,
@@ -21,7 +23,7 @@ from trigger.model import (
     tag_name,
     to_microseconds,
 )
-from trigger.position import History, Lsn, Position
+from trigger.position import History, Name, Position
 
 moments = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - bounds are naive
 bits = st.integers(0, (1 << 80) - 1)
@@ -74,13 +76,13 @@ def test_every_state_has_its_transitions_and_the_last_ones_have_none() -> None:
 
 def test_a_commit_stands_where_its_record_ends_and_counts_its_rows_without_truncates() -> None:
     tables = {"public.a": Changes(1, 2, 3), "public.b": Changes(truncated=1)}
-    commit = Commit("bank", History("7391", 1), Lsn(100), Lsn(148), 731, 1_000_000, tables)
-    assert commit.position == Position(History("7391", 1), Lsn(148))
+    commit = Commit("bank", History("postgres", "7391", 1), Lsn(100), Lsn(148), Name("", 731), 1_000_000, tables)
+    assert commit.position == Position(History("postgres", "7391", 1), Lsn(148))
     assert commit.rows == 6
     assert commit.time == EPOCH + timedelta(seconds=1)
 
 
 def test_a_point_is_named_in_storages_by_its_id() -> None:
     made = point_id(EPOCH, 1)
-    floor = Position(History("7391", 1), Lsn(1))
-    assert RecoveryPoint(made, 1, State.OPEN, Cause.DEMAND, floor, EPOCH).name == f"trg-{made}"
+    floor = Position(History("postgres", "7391", 1), Lsn(1))
+    assert RecoveryPoint(made, 1, State.OPEN, Cause.DEMAND, (Mark(floor),), EPOCH).name == f"trg-{made}"

@@ -24,7 +24,7 @@ from typing import Protocol, Self, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from trigger.catalog import commit_index, commit_search, point_index, schema
+from trigger.catalog import commit_index, commit_search, migrations, point_index, schema
 from trigger.catalog.commit_search import Found, Query
 from trigger.catalog.point_index import Totals
 from trigger.errors import CatalogError
@@ -33,13 +33,15 @@ from trigger.model import (
     Cause,
     CommitRecord,
     Gap,
+    Mark,
     Outcome,
     RecoveryPoint,
     State,
     Verification,
     to_microseconds,
 )
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.ports import Seen
+from trigger.position import LAST, History, Lineage, Name, Position
 
 __all__ = ["Catalog", "Found", "Run", "Totals", "make_engine"]
 
@@ -71,6 +73,7 @@ class Catalog:
         self._thread = ThreadPoolExecutor(1, "catalog") if run is None else None
         self._run = run or self._on_thread
         self._inode: tuple[int, int] | None = None
+        self._copy_is_kept = False
 
     # ---- opening and closing
 
@@ -111,10 +114,15 @@ class Catalog:
                 schema.create_file(self.file)
                 self._inode = schema.inode(self.file)
             with self._transaction(writes=False) as connection:
-                if schema.is_current(connection):
+                if migrations.is_current(connection):
+                    self._copy_is_kept = self.file is not None and migrations.has_copies(self.file)
                     return
+                have = schema.version(connection)
+            if self.file is not None and have is not None and have < schema.VERSION:
+                migrations.keep_copy(self.file, have)
+                self._copy_is_kept = True
             with self._transaction(writes=True) as connection:
-                schema.migrate(connection)
+                migrations.migrate(connection)
 
     @contextlib.contextmanager
     def _transaction(self, *, writes: bool) -> Iterator[Connection]:
@@ -172,7 +180,7 @@ class Catalog:
         *,
         id: str,  # noqa: A002 - the word of the model
         cause: Cause,
-        floor: Position,
+        marks: Sequence[Mark],
         opened_at: datetime,
         commit: CommitRecord | None = None,
         rule: str = "",
@@ -187,7 +195,7 @@ class Catalog:
             number=0,
             state=State.OPEN,
             cause=cause,
-            floor=floor,
+            marks=tuple(marks),
             opened_at=opened_at,
             commit=commit,
             rule=rule,
@@ -215,6 +223,10 @@ class Catalog:
             raise CatalogError(f"point {point.number} cannot be sealed with missed commits")
         sealed = await self._write(partial(point_index.seal, point=point, records=records, settled=settled))
         reached("catalog-seal-committed")
+        if self._copy_is_kept and self.file is not None:
+            self._copy_is_kept = False
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                await self._run(partial(migrations.drop_copies, self.file))
         return sealed
 
     async def fail(self, point: RecoveryPoint, reason: str) -> RecoveryPoint:
@@ -305,8 +317,8 @@ class Catalog:
     async def find(
         self,
         *,
-        xid: int | None = None,
-        lsn: Lsn | None = None,
+        name: Name | None = None,
+        place: int | None = None,
         time: datetime | None = None,
         within: timedelta = timedelta(0),
         marker: str | None = None,
@@ -315,21 +327,21 @@ class Catalog:
     ) -> list[Found]:
         """Give the commits that match everything that is not None, by history and in log order.
 
-        `lsn` matches a commit record that begins, ends or lies there; `time` every commit made from then to
+        `place` matches a commit record that begins, ends or lies there; `time` every commit made from then to
         `within` later; `marker` the whole text of a marker. Of more than `limit`, those recorded last are given.
         """
         first_us = None if time is None else to_microseconds(time)
         last_us = None if time is None else to_microseconds(time + within)
-        query = Query(xid, lsn, first_us, last_us, marker, stream)
+        query = Query(name, place, first_us, last_us, marker, stream)
         return await self._read(partial(commit_search.find, query=query, limit=limit))
 
-    async def commit_before(self, lsn: Lsn, line: History | Lineage) -> Found | None:
-        """Give the last qualifying commit, over all streams, whose record begins before `lsn`."""
-        return await self._read(partial(commit_search.before, lsn=lsn, line=line))
+    async def commit_before(self, at: int, line: History | Lineage) -> Found | None:
+        """Give the last qualifying commit, over all streams, whose record begins before `at`."""
+        return await self._read(partial(commit_search.before, at=at, line=line))
 
-    async def commit_after(self, lsn: Lsn, line: History | Lineage) -> Found | None:
-        """Give the first qualifying commit, over all streams, whose record begins behind `lsn`."""
-        return await self._read(partial(commit_search.after, lsn=lsn, line=line))
+    async def commit_after(self, at: int, line: History | Lineage) -> Found | None:
+        """Give the first qualifying commit, over all streams, whose record begins behind `at`."""
+        return await self._read(partial(commit_search.after, at=at, line=line))
 
     async def as_of(self, time: datetime, line: History | Lineage | None = None) -> Found | None:
         """Give the last commit of the longest run, in log order, of commits made at or before `time`.
@@ -338,6 +350,14 @@ class Catalog:
         a line it is the history of the commit recorded last.
         """
         return await self._read(partial(commit_search.as_of, time=time, line=line))
+
+    async def seen(self) -> list[Seen]:
+        """Give how far each history is known, and the last commit of it; both by what is durable in the database."""
+        found = [(position, await self.commit_before(LAST, position.history)) for position in await self._furthest()]
+        return [Seen(position, last.record if last else None) for position, last in found]
+
+    async def _furthest(self) -> list[Position]:
+        return await self._read(commit_index.furthest)
 
     # ---- gaps
 

@@ -13,23 +13,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, and_, bindparam, insert, select, update
+from sqlalchemy import BigInteger, Connection, Row, and_, bindparam, func, insert, select, union_all, update
 
-from trigger.catalog.packing import Block, pack
+from trigger.catalog.packing import Block, open_data, pack
 from trigger.catalog.schema import (
     BIGINT_MAX,
     BIGINT_MIN,
+    HISTORY_COLUMNS,
     blocks,
     count,
+    gaps,
     histories,
     markers,
+    number_outliers,
     settled,
     streams,
-    xid_outliers,
 )
 from trigger.errors import CatalogError
 from trigger.model import CommitRecord, Outcome
-from trigger.position import History, Lsn, Position
+from trigger.position import History, Name, Position
 
 REPEATED = "repeated"
 """The counter of records that were dropped because their commit already had an outcome."""
@@ -37,11 +39,12 @@ REPEATED = "repeated"
 
 # Statements are built once: to put one together takes SQLAlchemy longer than SQLite needs to run it.
 _STREAM = select(streams.c.id).where(streams.c.name == bindparam("name"))
-_HISTORY = select(histories.c.id).where(
-    histories.c.system == bindparam("system"), histories.c.timeline == bindparam("timeline")
-)
+IS_HISTORY = and_(*(histories.c[name] == bindparam(name) for name in HISTORY_COLUMNS))
+"""The condition that a row of `histories` is the one whose columns are given."""
+OF_HISTORY = tuple(histories.c[name] for name in HISTORY_COLUMNS)
+_HISTORY = select(histories.c.id).where(IS_HISTORY)
 _SETTLED = (
-    select(histories.c.system, histories.c.timeline, settled.c.through)
+    select(*OF_HISTORY, settled.c.through)
     .join_from(settled, histories)
     .join(streams, streams.c.id == settled.c.stream)
     .where(streams.c.name == bindparam("name"))
@@ -51,11 +54,27 @@ _OF_STREAM = (
     .join_from(blocks, streams, streams.c.id == blocks.c.stream)
     .join(histories, histories.c.id == blocks.c.history)
     .where(streams.c.name == bindparam("name"))
-    .where(histories.c.system == bindparam("system"), histories.c.timeline == bindparam("timeline"))
+    .where(IS_HISTORY)
+)
+_EARLIER = (
+    select(*OF_HISTORY)
+    .join_from(blocks, streams, streams.c.id == blocks.c.stream)
+    .join(histories, histories.c.id == blocks.c.history)
+    .where(streams.c.name == bindparam("name"))
+    .where(*(histories.c[name] == bindparam(name) for name in HISTORY_COLUMNS if name not in ("incarnation", "branch")))
+    .where(histories.c.incarnation < bindparam("incarnation"))
+    .distinct()
 )
 _LOW, _HIGH = bindparam("low", type_=BigInteger), bindparam("high", type_=BigInteger)
 _BLOCK_AT = _OF_STREAM.where(blocks.c.first <= _LOW).order_by(blocks.c.first.desc()).limit(1)
 _BLOCKS_INSIDE = _OF_STREAM.where(blocks.c.first > _LOW, blocks.c.first < _HIGH).order_by(blocks.c.first)
+_DATA_BETWEEN = (
+    select(blocks.c.data)
+    .join_from(blocks, streams, streams.c.id == blocks.c.stream)
+    .join(histories, histories.c.id == blocks.c.history)
+    .where(streams.c.name == bindparam("name"), IS_HISTORY, blocks.c.first < _HIGH, blocks.c.last > _LOW)
+    .where(blocks.c.point.is_not(None))  # what was missed there may be protected here
+)
 _MINE = and_(blocks.c.history == bindparam("history"), blocks.c.stream == bindparam("stream"))
 _AT = bindparam("at", type_=BigInteger)
 _PEAK_BEFORE = select(blocks.c.time_peak_us).where(_MINE, blocks.c.first < _AT).order_by(blocks.c.first.desc()).limit(1)
@@ -76,7 +95,8 @@ def record_all(
     """Write the outcome of `records` in as few blocks as possible and give how many were new.
 
     A stream's records lie in the history of its position in `through`, or else in `history`. Dropped are those that
-    end at or before what the stream has settled there, and those that lie in a block already. Blocks may lie behind
+    end at or before what the stream has settled there, those that lie in a block already, and those that an earlier
+    incarnation has: what a copy that was put back shares with it comes again. Blocks may lie behind
     the new records: what a failover left behind was missed before what is kept of that history is protected.
 
     Raises:
@@ -86,7 +106,8 @@ def record_all(
     for stream, mine in _by_stream(records).items():
         owner = through[stream].history if stream in through else history
         done = _settled_at(connection, stream, owner)
-        for run in _unrecorded(connection, [record for record in mine if record.end > done], owner, strict=True):
+        fresh = _new_in_this_life(connection, [record for record in mine if record.end > done], owner)
+        for run in _unrecorded(connection, fresh, owner, strict=True):
             _insert(connection, run, owner, point=point, reason=reason)
             new += len(run)
     count(connection, REPEATED, len(records) - new)
@@ -118,9 +139,30 @@ def _unrecorded(
         following = there[place][0] if place < len(there) else BIGINT_MAX
         whole = list(run)
         if strict and (crossing := next((r for r in whole if r.start < last < r.end or r.end > following), None)):
-            raise CatalogError(f"commit {crossing} overlaps one that is recorded, up to {Lsn(last)}")
+            raise CatalogError(f"commit {crossing} overlaps one that is recorded, up to {history.place(last)}")
         runs.append([record for record in whole if record.start >= last])
     return [run for run in runs if run]
+
+
+def _new_in_this_life(
+    connection: Connection, records: Sequence[CommitRecord], history: History
+) -> Sequence[CommitRecord]:
+    """Give those of a stream's records that no earlier incarnation has, with the same place, name and time."""
+    lives = connection.execute(_EARLIER, columns_of(history) | {"name": records[0].stream}) if records else ()
+    known: set[tuple[int, Name, int]] = set()
+    for row in lives:
+        earlier = history_of(row)
+        for key in _touching(connection, records[0].stream, earlier, records[0].start, records[-1].end):
+            contents = open_data(records[0].stream, key)
+            known |= {(contents.starts[p], contents.name(p), contents.times_us[p]) for p in range(len(contents))}
+    return [record for record in records if (record.start, record.name, record.time_us) not in known]
+
+
+def _touching(connection: Connection, stream: str, history: History, low: int, high: int) -> Iterable[bytes]:
+    """Give the data of the blocks that touch the log between two places."""
+    owner = {"name": stream, **columns_of(history)}
+    bounds = {"low": _bigint("place", low), "high": _bigint("place", high)}
+    return connection.scalars(_DATA_BETWEEN, owner | bounds)
 
 
 def settle(connection: Connection, stream: str, through: Position) -> None:
@@ -128,7 +170,7 @@ def settle(connection: Connection, stream: str, through: Position) -> None:
     current = settled_through(connection, stream)
     if current is not None and current.history == through.history and current >= through:
         return
-    values = {"history": history_id(connection, through.history), "through": _bigint("LSN", through.at)}
+    values = {"history": history_id(connection, through.history), "through": _bigint("place", through.at)}
     key = _stream_id(connection, stream)
     if current is None:
         connection.execute(insert(settled), {"stream": key, **values})
@@ -139,16 +181,50 @@ def settle(connection: Connection, stream: str, through: Position) -> None:
 def settled_through(connection: Connection, stream: str) -> Position | None:
     """Give the last position up to which every commit of `stream` has an outcome."""
     row = connection.execute(_SETTLED, {"name": stream}).one_or_none()
-    return Position(History(row.system, row.timeline), Lsn(row.through)) if row else None
+    return position_of(history_of(row), row.through) if row else None
+
+
+def history_of(row: Row[*tuple[Any, ...]]) -> History:
+    """Give the history that a row names by the columns of `histories`."""
+    return History(*(getattr(row, name) for name in HISTORY_COLUMNS))
+
+
+def position_of(history: History, at: int) -> Position:
+    """Give a stored place as a position, in the form of its kind."""
+    return Position(history, history.place(at))
+
+
+def columns_of(history: History) -> dict[str, Any]:
+    """Give what the columns of `histories` hold for one."""
+    return {name: getattr(history, name) for name in HISTORY_COLUMNS}
 
 
 def history_id(connection: Connection, history: History) -> int:
     """Give the key of `history`, which gets one where it has none."""
-    found = connection.scalar(_HISTORY, {"system": history.system, "timeline": history.timeline})
+    values = columns_of(history)
+    found = connection.scalar(_HISTORY, values)
     if found is None:
-        values = {"system": history.system, "timeline": _bigint("timeline", history.timeline)}
+        _bigint("branch", history.branch)
         found = connection.scalar(insert(histories).values(values).returning(histories.c.id))
     return int(found or 0)
+
+
+def furthest(connection: Connection) -> list[Position]:
+    """Give the furthest place that is known of each history: of a commit, of a settled stream, of the end of a gap."""
+    ends = [
+        select(blocks.c.history, func.max(blocks.c.last).label("at")).group_by(blocks.c.history),
+        select(settled.c.history, func.max(settled.c.through).label("at")).group_by(settled.c.history),
+        select(gaps.c.until_history.label("history"), func.max(gaps.c.until_at).label("at")).group_by(
+            gaps.c.until_history
+        ),
+    ]
+    known = union_all(*ends).subquery()
+    rows = connection.execute(
+        select(*OF_HISTORY, func.max(func.coalesce(known.c.at, 0)).label("at"))
+        .select_from(histories.outerjoin(known, known.c.history == histories.c.id))
+        .group_by(*OF_HISTORY)
+    )
+    return [position_of(history_of(row), row.at) for row in rows]
 
 
 def _stream_id(connection: Connection, stream: str) -> int:
@@ -170,10 +246,10 @@ def _settled_at(connection: Connection, stream: str, history: History) -> int:
     return done.at if done and done.history == history else -1
 
 
-def _stretches_of(connection: Connection, stream: str, history: History, low: Lsn, high: Lsn) -> list[tuple[int, int]]:
+def _stretches_of(connection: Connection, stream: str, history: History, low: int, high: int) -> list[tuple[int, int]]:
     """Give where the blocks that touch the log between `low` and `high` begin and end, in log order."""
-    owner = {"name": stream, "system": history.system, "timeline": history.timeline}
-    bounds = {"low": _bigint("LSN", low), "high": _bigint("LSN", high)}
+    owner = {"name": stream, **columns_of(history)}
+    bounds = {"low": _bigint("place", low), "high": _bigint("place", high)}
     rows = [*connection.execute(_BLOCK_AT, owner | bounds), *connection.execute(_BLOCKS_INSIDE, owner | bounds)]
     return [(row.first, row.last) for row in rows]
 
@@ -196,10 +272,11 @@ def _insert(
         row = connection.scalar(_INSERT_BLOCK, values)
         inside = records[done : done + block.commits]
         done += block.commits
-        outliers = [{"xid": _bigint("transaction id", xid), "block": row} for xid in sorted(set(block.xid_outliers))]
-        digests = sorted({marker_digest(marker) for record in inside for marker in record.markers})
+        outliers = [{"number": _bigint("number", one), "block": row} for one in sorted(set(block.number_outliers))]
+        texts = {marker for record in inside for marker in record.markers} | set(map(as_marker, block.whole_names))
+        digests = sorted(map(marker_digest, texts))
         if outliers:
-            connection.execute(insert(xid_outliers), outliers)
+            connection.execute(insert(number_outliers), outliers)
         if digests:
             connection.execute(insert(markers), [{"digest": digest, "block": row} for digest in digests])
     for outcome in Outcome:
@@ -209,11 +286,11 @@ def _insert(
 def block_row(block: Block) -> dict[str, Any]:
     """Give the columns of `blocks` that `block` itself decides."""
     return {
-        "first": _bigint("LSN", block.first),
-        "last": _bigint("LSN", block.last),
-        "xid_level": _level(block.xid_high - block.xid_low),
-        "xid_low": _bigint("transaction id", block.xid_low),
-        "xid_high": _bigint("transaction id", block.xid_high),
+        "first": _bigint("place", block.first),
+        "last": _bigint("place", block.last),
+        "number_level": _level(block.number_high - block.number_low),
+        "number_low": _bigint("number", block.number_low),
+        "number_high": _bigint("number", block.number_high),
         "time_level": _level(block.time_high_us - block.time_low_us),
         "time_low_us": block.time_low_us,
         "time_high_us": block.time_high_us,
@@ -243,6 +320,11 @@ def marker_digest(marker: str) -> int:
     """Give the key of `marker` in the table of markers: the first 64 bits of its SHA-256, signed."""
     digest = hashlib.sha256(marker.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def as_marker(name: str) -> str:
+    """Give the marker under which a name without a number is found; no marker of an application begins so."""
+    return f"\0{name}"
 
 
 def _bigint(what: str, number: int) -> int:

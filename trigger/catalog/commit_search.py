@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, ColumnElement, Connection, Select, and_, bindparam, or_, select, true
 
-from trigger.catalog.commit_index import marker_digest
+from trigger.catalog.commit_index import IS_HISTORY, OF_HISTORY, as_marker, columns_of, history_of, marker_digest
 from trigger.catalog.packing import Contents, open_data
-from trigger.catalog.schema import BIGINT_MAX, BIGINT_MIN, LEVELS, blocks, histories, markers, streams, xid_outliers
+from trigger.catalog.schema import BIGINT_MAX, BIGINT_MIN, LEVELS, blocks, histories, markers, number_outliers, streams
 from trigger.model import CommitRecord, to_microseconds
-from trigger.position import History, Lineage, Lsn
+from trigger.position import History, Lineage, Name
 
 
 class Found(NamedTuple):
@@ -35,8 +35,8 @@ class Found(NamedTuple):
 class Query(NamedTuple):
     """What to look for; a commit must match everything that is not None."""
 
-    xid: int | None
-    lsn: Lsn | None
+    name: Name | None
+    place: int | None
     first_us: int | None
     last_us: int | None
     marker: str | None
@@ -47,10 +47,11 @@ class Query(NamedTuple):
         if self.stream not in (None, contents.stream):
             return []
         places: Iterable[int] = range(len(contents)) if self.marker is None else contents.marked(self.marker)
-        if self.xid is not None:
-            places = [place for place in places if contents.xids[place] == self.xid]
-        if self.lsn is not None:
-            places = [place for place in places if contents.starts[place] <= self.lsn <= contents.ends[place]]
+        if self.name is not None:
+            number = self.name.number or 0
+            places = [p for p in places if contents.numbers[p] == number and contents.name(p) == self.name]
+        if self.place is not None:
+            places = [place for place in places if contents.starts[place] <= self.place <= contents.ends[place]]
         if self.first_us is not None:
             places = [place for place in places if contents.times_us[place] >= self.first_us]
         if self.last_us is not None:
@@ -64,14 +65,16 @@ def find(connection: Connection, query: Query, limit: int) -> list[Found]:
     Only blocks that can hold a match are unpacked; the narrowest key that was given picks them.
     """
     keys: Iterable[Any]
-    if max(query.lsn or 0, query.xid or 0) > BIGINT_MAX:
+    number = query.name.number if query.name else None
+    marker = as_marker(query.name.text) if query.name and number is None else query.marker
+    if max(query.place or 0, number or 0) > BIGINT_MAX:
         return []
-    if query.lsn is not None:
-        keys = _around(connection, int(query.lsn))
-    elif query.xid is not None:
-        keys = connection.scalars(_WITH_XID, _range(query.xid, query.xid)).all()
-    elif query.marker is not None:
-        digest = markers.c.digest == marker_digest(query.marker)
+    if query.place is not None:
+        keys = _around(connection, int(query.place))
+    elif number is not None:
+        keys = connection.scalars(_WITH_NUMBER, _range(number, number)).all()
+    elif marker is not None:
+        digest = markers.c.digest == marker_digest(marker)
         keys = connection.scalars(select(markers.c.block).where(digest).order_by(markers.c.block.desc())).all()
     elif query.first_us is not None and query.last_us is not None:
         keys = connection.scalars(_IN_TIME, _range(query.first_us, query.last_us)).all()
@@ -87,18 +90,18 @@ def commits_of(connection: Connection, point: int) -> list[CommitRecord]:
     keys = connection.scalars(
         select(blocks.c.id).where(blocks.c.point == point).order_by(blocks.c.stream, blocks.c.first)
     )
-    opened = (_opened(connection, key).contents for key in keys.all())
-    return [contents.record(place) for contents in opened for place in range(len(contents))]
+    opened = (_opened(connection, key) for key in keys.all())
+    return [one.found(place).record for one in opened for place in range(len(one.contents))]
 
 
-def before(connection: Connection, lsn: int, line: History | Lineage) -> Found | None:
-    """Give the last commit of all streams whose record begins before `lsn`."""
-    return _before(_Reader(connection), lsn, line)
+def before(connection: Connection, at: int, line: History | Lineage) -> Found | None:
+    """Give the last commit of all streams whose record begins before `at`."""
+    return _before(_Reader(connection), at, line)
 
 
-def _before(reader: _Reader, lsn: int, line: History | Lineage) -> Found | None:
+def _before(reader: _Reader, at: int, line: History | Lineage) -> Found | None:
     for history, low, high in reversed(_stretches(line)):
-        bound = min(lsn, high)
+        bound = min(at, high)
         keys = {  # the last block may hold nothing but a commit that reaches beyond the stretch
             *_one_a_stream(reader.connection, _LAST_BEFORE, history, bound=bound),
             *(
@@ -110,7 +113,7 @@ def _before(reader: _Reader, lsn: int, line: History | Lineage) -> Found | None:
         there = []
         for block in map(reader.open, keys):
             inside = block.inside(low, high)
-            place = min(inside.stop, bisect_left(block.contents.starts, lsn)) - 1
+            place = min(inside.stop, bisect_left(block.contents.starts, at)) - 1
             if place in inside:
                 there.append(block.found(place))
         if there:
@@ -118,10 +121,10 @@ def _before(reader: _Reader, lsn: int, line: History | Lineage) -> Found | None:
     return None
 
 
-def after(connection: Connection, lsn: int, line: History | Lineage) -> Found | None:
-    """Give the first commit of all streams whose record begins behind `lsn`."""
+def after(connection: Connection, at: int, line: History | Lineage) -> Found | None:
+    """Give the first commit of all streams whose record begins behind `at`."""
     for history, low, high in _stretches(line):
-        bound = min(max(lsn + 1, low), BIGINT_MAX)
+        bound = min(max(at + 1, low), BIGINT_MAX)
         keys = {
             *_one_a_stream(connection, _LAST_BEFORE, history, bound=bound),
             *_one_a_stream(connection, _FIRST_FROM, history, bound=bound),
@@ -129,7 +132,7 @@ def after(connection: Connection, lsn: int, line: History | Lineage) -> Found | 
         there = []
         for block in (_opened(connection, key) for key in keys):
             inside = block.inside(low, high)
-            place = max(inside.start, bisect_right(block.contents.starts, lsn))
+            place = max(inside.start, bisect_right(block.contents.starts, at))
             if place in inside:
                 there.append(block.found(place))
         if there:
@@ -151,13 +154,13 @@ def as_of(connection: Connection, time: datetime, line: History | Lineage | None
     return _before(reader, BIGINT_MAX, line)
 
 
-def log_order(found: Found) -> tuple[str, int, int]:
+def log_order(found: Found) -> tuple[str, str, tuple[int, int], int]:
     """Give what sorts commits by history and in log order."""
-    return found.history.system, found.history.timeline, found.record.start
+    return found.history.kind, found.history.system, found.history.age, found.record.start
 
 
 _BLOCK = (
-    select(blocks.c.point, blocks.c.reason, blocks.c.data, streams.c.name, histories.c.system, histories.c.timeline)
+    select(blocks.c.point, blocks.c.reason, blocks.c.data, streams.c.name, *OF_HISTORY)
     .join_from(blocks, streams, streams.c.id == blocks.c.stream)
     .join(histories, histories.c.id == blocks.c.history)
     .where(blocks.c.id == bindparam("key"))
@@ -174,7 +177,7 @@ class _Opened(NamedTuple):
 
     def found(self, place: int) -> Found:
         """Give the commit at `place` with what holds it."""
-        return Found(self.contents.record(place), self.point, self.reason, self.history)
+        return Found(self.contents.record(place, self.history), self.point, self.reason, self.history)
 
     def inside(self, low: int, high: int) -> range:
         """Give the places of the commits whose records lie between `low` and `high`."""
@@ -203,18 +206,12 @@ class _Reader:
 def _opened(connection: Connection, key: int) -> _Opened:
     row = connection.execute(_BLOCK, {"key": key}).one()
     contents = open_data(row.name, row.data)
-    return _Opened(contents, row.point, row.reason or "", History(row.system, row.timeline))
+    return _Opened(contents, row.point, row.reason or "", history_of(row))
 
 
 def _stretches(line: History | Lineage) -> list[tuple[History, int, int]]:
     """Give (history, from, up to) of each stretch of log that leads to the present of `line`, oldest first."""
-    if isinstance(line, History):
-        return [(line, 0, BIGINT_MAX)]
-    low, stretches = 0, []
-    for timeline, left_at in line.forks:
-        stretches.append((History(line.history.system, timeline), low, int(left_at)))
-        low = int(left_at)
-    return [*stretches, (line.history, low, BIGINT_MAX)]
+    return [(line, 0, BIGINT_MAX)] if isinstance(line, History) else line.stretches()
 
 
 _BOUND = bindparam("bound", type_=BigInteger)
@@ -234,7 +231,7 @@ def _first_of_each(where: ColumnElement[bool], *order: ColumnElement[Any]) -> Se
 
 
 def _in_history(query: Select[Any]) -> Select[Any]:
-    return query.where(histories.c.system == bindparam("system"), histories.c.timeline == bindparam("timeline"))
+    return query.where(IS_HISTORY)
 
 
 _LAST_ANYWHERE = _first_of_each(blocks.c.first < _BOUND, blocks.c.first.desc())
@@ -251,15 +248,14 @@ _FIRST_LATER = _in_history(  # peaks never fall along the log: the lowest above 
 
 
 def _one_a_stream(connection: Connection, query: Select[Any], history: History, **bounds: int) -> list[int]:
-    where = {"system": history.system, "timeline": history.timeline, **bounds}
-    return [key for key in connection.scalars(query, where) if key is not None]
+    return [key for key in connection.scalars(query, columns_of(history) | bounds) if key is not None]
 
 
-def _around(connection: Connection, lsn: int) -> list[int]:
-    """Give the blocks that can hold a commit record which begins, ends, or lies at `lsn`."""
-    bounds = (lsn, min(lsn + 1, BIGINT_MAX))  # the block that begins there, and the one before that may end there
+def _around(connection: Connection, at: int) -> list[int]:
+    """Give the blocks that can hold a commit record which begins, ends, or lies at `at`."""
+    bounds = (at, min(at + 1, BIGINT_MAX))  # the block that begins there, and the one before that may end there
     near = {key for bound in bounds for key in connection.scalars(_LAST_ANYWHERE, {"bound": bound}) if key is not None}
-    reaching = select(blocks.c.id).where(blocks.c.id.in_(near), blocks.c.last >= lsn)
+    reaching = select(blocks.c.id).where(blocks.c.id.in_(near), blocks.c.last >= at)
     return list(connection.scalars(reaching.order_by(blocks.c.id.desc())))
 
 
@@ -274,10 +270,10 @@ def _in_range(level: ColumnElement[int], low: ColumnElement[int], high: ColumnEl
     )
 
 
-_OUTLYING = select(xid_outliers.c.block).where(xid_outliers.c.xid == bindparam("first", type_=BigInteger))
-_WITH_XID = (
+_OUTLYING = select(number_outliers.c.block).where(number_outliers.c.number == bindparam("first", type_=BigInteger))
+_WITH_NUMBER = (
     select(blocks.c.id)
-    .where(or_(_in_range(blocks.c.xid_level, blocks.c.xid_low, blocks.c.xid_high), blocks.c.id.in_(_OUTLYING)))
+    .where(or_(_in_range(blocks.c.number_level, blocks.c.number_low, blocks.c.number_high), blocks.c.id.in_(_OUTLYING)))
     .order_by(blocks.c.id.desc())
 )
 _IN_TIME = (
@@ -302,9 +298,9 @@ def _newest(stream: str | None, limit: int) -> Select[Any]:
 
 def _newest_history(connection: Connection) -> History | None:
     row = connection.execute(
-        select(histories.c.system, histories.c.timeline)
+        select(*OF_HISTORY)
         .join_from(blocks, histories, histories.c.id == blocks.c.history)
         .order_by(blocks.c.id.desc())
         .limit(1)
     ).one_or_none()
-    return History(row.system, row.timeline) if row else None
+    return history_of(row) if row else None

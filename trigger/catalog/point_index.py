@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select, update
 
 from trigger.catalog import commit_index, schema, tag
-from trigger.catalog.schema import gaps, points
+from trigger.catalog.schema import HISTORY_COLUMNS, gaps, histories, points
 from trigger.errors import CatalogError, StorageError
 from trigger.failpoint import reached
 from trigger.model import (
@@ -28,7 +28,7 @@ from trigger.model import (
     is_point_id,
     to_microseconds,
 )
-from trigger.position import History, Lsn, Position
+from trigger.position import History, Position
 
 _BY_ID = select(points.c.number, points.c.document).where(points.c.id == bindparam("key"))
 _BY_NUMBER = select(points.c.number, points.c.document).where(points.c.number == bindparam("key"))
@@ -230,23 +230,35 @@ def load(connection: Connection, query: Select[Any]) -> list[RecoveryPoint]:
     return [_parsed(row) for row in connection.execute(query)]
 
 
-def _gap_row(gap: Gap) -> dict[str, Any]:
+def _gap_row(connection: Connection, gap: Gap) -> dict[str, Any]:
     return {
         "stream": gap.stream,
-        "after_system": gap.after.history.system,
-        "after_timeline": gap.after.history.timeline,
-        "after_lsn": int(gap.after.at),
-        "until_system": gap.until.history.system,
-        "until_timeline": gap.until.history.timeline,
-        "until_lsn": int(gap.until.at),
+        "after_history": commit_index.history_id(connection, gap.after.history),
+        "after_at": int(gap.after.at),
+        "until_history": commit_index.history_id(connection, gap.until.history),
+        "until_at": int(gap.until.at),
     }
 
 
+_AFTER, _UNTIL = histories.alias("after"), histories.alias("until")
+_GAPS = (
+    select(
+        gaps,
+        *(alias.c[name].label(f"{alias.name}_{name}") for alias in (_AFTER, _UNTIL) for name in HISTORY_COLUMNS),
+    )
+    .join_from(gaps, _AFTER, _AFTER.c.id == gaps.c.after_history)
+    .join(_UNTIL, _UNTIL.c.id == gaps.c.until_history)
+)
+
+
 def _gap_of(row: Row[*tuple[Any, ...]]) -> Gap:
+    after, until = (
+        History(*(getattr(row, f"{end}_{name}") for name in HISTORY_COLUMNS)) for end in (_AFTER.name, _UNTIL.name)
+    )
     return Gap(
         stream=row.stream,
-        after=Position(History(row.after_system, row.after_timeline), Lsn(row.after_lsn)),
-        until=Position(History(row.until_system, row.until_timeline), Lsn(row.until_lsn)),
+        after=commit_index.position_of(after, row.after_at),
+        until=commit_index.position_of(until, row.until_at),
         reason=row.reason,
         found_at=from_microseconds(row.found_at_us),
         closed_by=row.closed_by,
@@ -255,8 +267,8 @@ def _gap_of(row: Row[*tuple[Any, ...]]) -> Gap:
 
 def record_gap(connection: Connection, gap: Gap) -> Gap:
     """Insert `gap`, unless the same one is open already; give it as it is stored."""
-    where = _gap_row(gap)
-    same = select(gaps).filter_by(**where, closed_by=0).limit(1)
+    where = _gap_row(connection, gap)
+    same = _GAPS.where(*(gaps.c[name] == value for name, value in where.items()), gaps.c.closed_by == 0).limit(1)
     there = connection.execute(same).one_or_none()
     if there is not None:
         return _gap_of(there)
@@ -279,7 +291,7 @@ def close_gaps(connection: Connection, number: int) -> None:
 
 def all_gaps(connection: Connection, open_only: bool) -> list[Gap]:
     """Give all gaps, or the open ones, in the order in which they were found."""
-    query = select(gaps).order_by(gaps.c.id)
+    query = _GAPS.order_by(gaps.c.id)
     return [_gap_of(row) for row in connection.execute(query.where(gaps.c.closed_by == 0) if open_only else query)]
 
 

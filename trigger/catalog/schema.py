@@ -2,12 +2,12 @@
 
 SQLite serves them by default and PostgreSQL can; what is SQLite's alone stands in `_prepare_sqlite` and below.
 
-Commits have no rows of their own. A row of `blocks` holds up to a thousand (see `packing`), so that 10^8
-commits are 10^5 rows, and finds them by range: log position, transaction id, commit time. Ranges of one kind overlap
-(neither ids nor times rise in log order), so each has a *level*: the range is narrower than 16^level. Whoever looks
+Commits have no rows of their own. A row of `blocks` holds up to a thousand (see `packing`), so that 10^8 commits are
+10^5 rows, and finds them by range: place in the log, number in the name, commit time. Ranges of one kind overlap
+(neither numbers nor times rise in log order), so each has a *level*: the range is narrower than 16^level. Whoever looks
 for a value then needs to look, level by level, only at ranges that begin less than 16^level below it, and of those
-there are a few, not all that began earlier. Ids far outside the range of their block have rows in `xid_outliers`,
-and markers, which few commits carry, have rows in `markers`, by a 64-bit digest of their text.
+there are a few, not all that began earlier. Numbers far outside the range of their block have rows in
+`number_outliers`, and markers, which few commits carry, have rows in `markers`, by a 64-bit digest of their text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,8 @@ from sqlalchemy.pool import StaticPool
 
 from trigger.errors import CatalogError, TrigpointError
 
-VERSION = 1
-"""The version of the tables below."""
-MIGRATIONS: Sequence[Callable[[Connection], None]] = ()
-"""The step from version n to n + 1 at place n - 1; a new catalog is made at `VERSION` at once."""
+VERSION = 2
+"""The version of the tables below; how older ones are brought to it is told by `migrations`."""
 
 BUSY_TIMEOUT_SECONDS = 5.0
 """How long a call waits for another process that is writing."""
@@ -84,10 +82,14 @@ histories = Table(
     "histories",
     metadata,
     Column("id", _Serial, primary_key=True),
+    Column("kind", Text, nullable=False),
     Column("system", Text, nullable=False),
-    Column("timeline", BigInteger, nullable=False),
-    UniqueConstraint("system", "timeline"),
+    Column("branch", BigInteger, nullable=False),
+    Column("incarnation", BigInteger, nullable=False),
+    UniqueConstraint("kind", "system", "branch", "incarnation"),
 )
+HISTORY_COLUMNS = ("kind", "system", "branch", "incarnation")
+"""The columns of `histories` that are a history, in the order of its fields."""
 streams = Table(
     "streams",
     metadata,
@@ -119,9 +121,9 @@ blocks = Table(
     Column("stream", ForeignKey("streams.id"), nullable=False),
     Column("first", BigInteger, nullable=False),
     Column("last", BigInteger, nullable=False),
-    Column("xid_level", Integer, nullable=False),
-    Column("xid_low", BigInteger, nullable=False),
-    Column("xid_high", BigInteger, nullable=False),
+    Column("number_level", Integer, nullable=False),
+    Column("number_low", BigInteger, nullable=False),
+    Column("number_high", BigInteger, nullable=False),
     Column("time_level", Integer, nullable=False),
     Column("time_low_us", BigInteger, nullable=False),
     Column("time_high_us", BigInteger, nullable=False),
@@ -131,15 +133,15 @@ blocks = Table(
     Column("commits", Integer, nullable=False),
     Column("data", LargeBinary, nullable=False),
     UniqueConstraint("history", "stream", "first"),
-    Index("blocks_by_xid", "xid_level", "xid_low", "xid_high"),
+    Index("blocks_by_number", "number_level", "number_low", "number_high"),
     Index("blocks_by_time", "time_level", "time_low_us", "time_high_us"),
     Index("blocks_by_peak", "history", "stream", "time_peak_us", "first"),
     Index("blocks_by_point", "point"),
 )
-xid_outliers = Table(
-    "xid_outliers",
+number_outliers = Table(
+    "number_outliers",
     metadata,
-    Column("xid", BigInteger, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("block", ForeignKey("blocks.id"), primary_key=True, autoincrement=False),
     sqlite_with_rowid=False,
 )
@@ -155,12 +157,10 @@ gaps = Table(
     metadata,
     Column("id", _Serial, primary_key=True),
     Column("stream", Text, nullable=False),
-    Column("after_system", Text, nullable=False),
-    Column("after_timeline", BigInteger, nullable=False),
-    Column("after_lsn", BigInteger, nullable=False),
-    Column("until_system", Text, nullable=False),
-    Column("until_timeline", BigInteger, nullable=False),
-    Column("until_lsn", BigInteger, nullable=False),
+    Column("after_history", ForeignKey("histories.id"), nullable=False),
+    Column("after_at", BigInteger, nullable=False),
+    Column("until_history", ForeignKey("histories.id"), nullable=False),
+    Column("until_at", BigInteger, nullable=False),
     Column("reason", Text, nullable=False),
     Column("found_at_us", BigInteger, nullable=False),
     Column("closed_by", BigInteger, nullable=False),
@@ -235,38 +235,18 @@ def inode(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def is_current(connection: Connection) -> bool:
-    """Whether the tables are there, in the version of this program."""
-    return inspect(connection).has_table(schema_version.name) and _version(connection) == VERSION
+def version(connection: Connection) -> int | None:
+    """Give the version of the tables that are there; None where there are none."""
+    if not inspect(connection).has_table(schema_version.name):
+        return None
+    found: int | None = connection.scalar(select(func.max(schema_version.c.version)))
+    return found
 
 
-def migrate(connection: Connection) -> None:
-    """Bring the tables to `VERSION` inside the caller's transaction; makes them where there are none.
-
-    Raises:
-        CatalogError: a newer Trigpoint made them.
-    """
-    schema_version.create(connection, checkfirst=True)
-    have = _version(connection)
-    if have == VERSION:
-        return
-    if have is None:
-        metadata.create_all(connection)
-    elif have > VERSION:
-        raise CatalogError(
-            f"its tables are of version {have}, this program knows versions up to {VERSION}",
-            hint="run the newer Trigpoint that made it",
-        )
-    else:
-        for step in MIGRATIONS[have - 1 :]:
-            step(connection)
-    reached_at = datetime.now(UTC).isoformat(timespec="seconds")
-    connection.execute(insert(schema_version).values(version=VERSION, reached_at=reached_at))
-
-
-def _version(connection: Connection) -> int | None:
-    version: int | None = connection.scalar(select(func.max(schema_version.c.version)))
-    return version
+def reached(connection: Connection, number: int) -> None:
+    """Note that the tables are of a version now."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    connection.execute(insert(schema_version).values(version=number, reached_at=now))
 
 
 _COUNT = (

@@ -16,7 +16,7 @@ import typer
 
 from trigger.errors import ConfigError
 from trigger.model import Address
-from trigger.position import Lsn
+from trigger.position import History, Name
 
 if TYPE_CHECKING:  # pydantic and CEL take a while to load, and help and completion do without
     from trigger.config.options import Options
@@ -56,7 +56,9 @@ def options(given: Path | None) -> Options:
         ConfigError: the file cannot be read, or is wrong.
     """
     from trigger.config.options import load, place_in
+    from trigger.service.drivers import know_places
 
+    know_places()  # whatever is shown of a log is written as its users write it
     path = config_path(given)
     loaded = load(path)
     if not loaded.rules:
@@ -89,13 +91,13 @@ def time(text: str) -> datetime:
     return parsed
 
 
-def transaction(text: str) -> int:
-    """Give the transaction id written in `text`; raises `ConfigError` for anything else."""
-    if not re.fullmatch(r"[0-9]{1,20}", text.strip()) or int(text) >= 1 << 64:
+def transaction(text: str) -> Name:
+    """Give the name of a commit written in `text`; raises `ConfigError` where there is none."""
+    if not text.strip():
         raise ConfigError(
-            f"not a transaction id: {text!r}", hint="it is a whole number, as pg_current_xact_id() prints it"
+            "no transaction is named", hint="for PostgreSQL it is a whole number, as pg_current_xact_id() prints it"
         )
-    return int(text)
+    return Name.parse(text.strip())
 
 
 def point_reference(text: str) -> int | str:
@@ -114,9 +116,9 @@ def address(text: str) -> Address:
     )
 
 
-def lsn(text: str) -> Lsn:
-    """Give the LSN written in `text`; raises `PositionError` for anything else."""
-    return Lsn.parse(text.strip())
+def place(text: str, chosen: Options) -> None:
+    """Refuse, by `PositionError`, what is no place as the configured kind of database writes it."""
+    History(chosen.database.driver, "").parse_place(text)
 
 
 def confirm(what: str, *, yes: bool) -> None:

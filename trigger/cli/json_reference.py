@@ -12,14 +12,14 @@ from datetime import datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from trigger.catalog.rebuild import Rebuilt
 from trigger.catalog.reconcile import Reconciliation
 from trigger.config.reference import Section
 from trigger.keep.expire import GivenUp
 from trigger.model import CommitRecord, Finding, Gap, RecoveryPoint, Verification
-from trigger.position import History, Lsn, Position
+from trigger.position import History, Name, Place, Position
 from trigger.protect.rehearse import RehearsedPoint
 from trigger.restore.clones import CloneStatus
 from trigger.restore.inplace import Swap
@@ -35,6 +35,7 @@ STATUS = {
     "now": "its time of day",
     "streams": "by database whether its stream is connected",
     "log_end": "position up to which commits were seen, or null",
+    "log_ends": "the same for each database of a service, where it has several",
     "pending_commits": "qualifying commits that wait for a point",
     "oldest_pending_seconds": "how long the oldest of them has waited",
     "commits_by_rule": 'commits seen since the start by rule, "" for those that no rule took',
@@ -59,7 +60,7 @@ REHEARSAL = {
     "by_rule": "commits by rule",
     "rule_errors": "how often an expression threw",
     "longest_wait_seconds": "the longest that one would have waited for its point to begin",
-    "commits": "a list, in log order: database, time, xid, end, rows, rule, outcome, point, waited_seconds",
+    "commits": "a list, in log order: database, time, name, xid, end, rows, rule, outcome, point, waited_seconds",
     "points": "a list of RehearsedPoint",
 }
 
@@ -145,8 +146,9 @@ def text() -> str:
 
 _INTRODUCTION = (
     "One document a command. Times are ISO-8601 in UTC with a `Z`, durations seconds, sizes bytes. A position is",
-    "`<system>/<timeline>@<lsn>`, an LSN is written as PostgreSQL does. Errors go to standard error as text, and",
-    "then nothing is printed here. Keys may be added in later versions; none is renamed or removed.",
+    "`<system>/<branch>@<place>`, with `+<incarnation>` behind the branch where that is not 0; a branch is a timeline",
+    "in PostgreSQL, and a place an LSN. Errors go to standard error as text, and then nothing is printed here. Keys",
+    "may be added in later versions; none is renamed or removed.",
 )
 
 
@@ -164,24 +166,29 @@ def _collect(kind: Any, found: dict[str, Shape]) -> None:
         _collect(inner, found)
     if not _is_object(kind) or kind.__name__ in found:
         return
-    hints, docs = get_type_hints(kind), _field_docs(kind)
+    hints, docs = get_type_hints(kind, include_extras=True), _field_docs(kind)
+    for name in getattr(kind, "SHOWN", ()):
+        found_by = getattr(kind, name).fget
+        hints[name], docs[name] = get_type_hints(found_by)["return"], " ".join((inspect.getdoc(found_by) or "").split())
     names = [name for name in _names(kind) if name in hints]
     doc = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0]
     fields = {name: (_kind(hints[name]), docs.get(name, "")) for name in names}
+    if hints.get("name") is Name:
+        fields["xid"] = ("number", "the number in the name, where nothing else is in it")
     found[kind.__name__] = Shape(kind.__name__, " ".join(doc.split()), fields)
     for name in names:
         _collect(hints[name], found)
 
 
 def _is_object(kind: Any) -> bool:
-    if not isinstance(kind, type) or kind in (Position, History):
+    if not isinstance(kind, type) or kind in (Position, History, Name):
         return False
     return dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
 
 
 def _names(kind: Any) -> list[str]:
     if dataclasses.is_dataclass(kind):
-        return [field.name for field in dataclasses.fields(kind)]
+        return [*(field.name for field in dataclasses.fields(kind)), *getattr(kind, "SHOWN", ())]
     return list(kind._fields)
 
 
@@ -201,8 +208,9 @@ def _below(tree: ast.stmt) -> Iterator[tuple[str, str]]:
 
 _PLAIN = {
     Position: "position",
-    History: "text, `<system>/<timeline>`",
-    Lsn: "LSN",
+    History: "text, `<system>/<branch>`",
+    Place: "place",
+    Name: "text",
     datetime: "time",
     timedelta: "seconds",
     Path: "path",
@@ -219,6 +227,8 @@ def _kind(kind: Any) -> str:
     if isinstance(kind, dict):
         return "an object with " + ", ".join(f"`{key}` ({_kind(value)})" for key, value in kind.items())
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _kind(arguments[1])
     if origin in (Union, UnionType):
         inner = [_kind(part) for part in arguments if part is not type(None)]
         return " or ".join(inner) + (" or null" if type(None) in arguments else "")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, lsn, options, time, transaction
+from trigger.cli.arguments import Config, Json, options, place, time, transaction
 from trigger.errors import CatalogError, ConfigError
-from trigger.model import CommitRecord, Gap, RecoveryPoint, State
+from trigger.model import CommitRecord, Gap, Mark, RecoveryPoint, State
 
 if TYPE_CHECKING:  # the catalog's library takes a while to load, and help and completion do without
     from trigger.catalog.catalog import Catalog
@@ -78,7 +78,19 @@ def list_points(
         show.print_json(found)
         return
     show.table(
-        (">number", "state", "cause", "opened", "rule", ">commits", "ceiling", "transaction", "verified", "note"),
+        (
+            ">number",
+            "state",
+            "cause",
+            "opened",
+            "rule",
+            ">commits",
+            "ceiling",
+            "history",
+            "transaction",
+            "verified",
+            "note",
+        ),
         [_row(point) for point in found],
         empty="there are no recovery points",
     )
@@ -95,8 +107,9 @@ def _row(point: RecoveryPoint) -> tuple[object, ...]:
         show.moment(point.opened_at),
         point.rule,
         point.commits,
-        point.ceiling.at if point.ceiling else None,
-        point.commit.xid if point.commit else None,
+        point.ceiling.place if point.ceiling else None,
+        f"{point.floor.history.branch}" + (f"+{life}" if (life := point.floor.history.incarnation) else ""),
+        point.commit.name if point.commit else None,
         None if checked is None else f"{'passed' if checked.passed else 'FAILED'} {show.moment(checked.at)}",
         point.failure or point.note,
     )
@@ -144,17 +157,13 @@ def show_point(
 
 
 def _facts(point: RecoveryPoint) -> list[tuple[str, object]]:
-    checked, bracket = point.verification, point.bracket
+    checked = point.verification
     changed = [f"{table} +{c.inserted} ~{c.updated} -{c.deleted}" for table, c in point.tables.items()]
     return [
         ("point", f"{point.number}, {point.state}"),
         ("id", point.id),
         ("cause", f"{point.cause}, rule {point.rule}" if point.rule else point.cause),
-        ("history", f"system {point.floor.history.system}, timeline {point.floor.history.timeline}"),
-        ("holds", f"everything up to {point.floor.at}"),
-        ("holds nothing behind", point.ceiling.at if point.ceiling else None),
-        ("replay begins at", point.redo.at if point.redo else None),
-        ("backup bracket", f"{bracket.start.at} to {bracket.stop.at}" if bracket else None),
+        *(line for mark in point.marks for line in _log(mark)),
         ("opened", show.moment(point.opened_at, digits=3)),
         ("sealed", show.moment(point.sealed_at, digits=3)),
         ("commits", point.commits),
@@ -166,6 +175,19 @@ def _facts(point: RecoveryPoint) -> list[tuple[str, object]]:
             checked and f"{'passed' if checked.passed else 'FAILED'} {show.moment(checked.at)}, {checked.target}",
         ),
         *((f"  {what}", f"{'held' if held else 'DID NOT HOLD'}: {seen}") for what, held, seen in _checks(point)),
+    ]
+
+
+def _log(mark: Mark) -> list[tuple[str, object]]:
+    """Give where a point stands in one log."""
+    history, bracket = mark.floor.history, mark.bracket
+    again = f", incarnation {history.incarnation}" if history.incarnation else ""
+    return [
+        ("history", f"system {history.system}, timeline {history.branch}{again}"),
+        ("holds", f"everything up to {mark.floor.place}"),
+        ("holds nothing behind", mark.ceiling.place if mark.ceiling else None),
+        ("replay begins at", mark.redo.place if mark.redo else None),
+        ("backup bracket", f"{bracket.start.place} to {bracket.stop.place}" if bracket else None),
     ]
 
 
@@ -195,7 +217,7 @@ def _took(began: Any, ended: Any) -> str | None:
 
 def _commit(commit: CommitRecord) -> tuple[object, ...]:
     return (
-        commit.xid,
+        commit.name,
         commit.stream,
         show.moment(_time(commit), digits=6),
         commit.start,
@@ -227,14 +249,17 @@ def find(
     from trigger.restore.locate import Where
 
     wanted = {
-        "xid": transaction(xid) if xid is not None else None,
-        "lsn": lsn(at) if at is not None else None,
+        "name": transaction(xid) if xid is not None else None,
+        "place": at,
         "time": time(when) if when is not None else None,
         "marker": marker,
     }
     if sum(value is not None for value in wanted.values()) != 1:
         raise ConfigError("say what to look for", hint="give exactly one of --xid, --lsn, --time, --marker")
-    found = asyncio.run(_locate(options(config), database, wanted))
+    chosen = options(config)
+    if at is not None:
+        place(at, chosen)
+    found = asyncio.run(_locate(chosen, database, wanted))
     if as_json:
         show.print_json(found)
     else:
@@ -265,13 +290,13 @@ def _show_found(found: list[Location]) -> None:
                     {Where.POINT: f"point {one.point}", Where.INTERVAL: "an interval"}.get(one.where, one.where),
                 ),
                 ("why", one.reason),
-                ("commit", record and f"{record.xid} of {record.stream}, {show.moment(_time(record), digits=6)}"),
+                ("commit", record and f"{record.name} of {record.stream}, {show.moment(_time(record), digits=6)}"),
                 ("record", record and f"{record.start} to {record.end}"),
                 ("markers", record and ", ".join(record.markers)),
                 ("history", one.history),
-                ("base for a restore", one.after and f"point {one.after}"),
+                ("base for a restore", one.base and f"point {one.base}"),
                 ("in the snapshot of", one.point and f"point {one.point}"),
-                ("gap", gap and f"{gap.stream}: {gap.after.at} to {gap.until.at}, {gap.reason}"),
-                ("restore", record and one.after and f"trigpoint restore --to-xid {record.xid}"),
+                ("gap", gap and f"{gap.stream}: {gap.after.place} to {gap.until.place}, {gap.reason}"),
+                ("restore", record and one.base and f"trigpoint restore --to-xid {record.name} {one.aside}".rstrip()),
             ]
         )

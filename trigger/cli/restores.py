@@ -16,8 +16,8 @@ from trigger.cli.arguments import (
     Yes,
     address,
     confirm,
-    lsn,
     options,
+    place,
     point_reference,
     time,
     transaction,
@@ -27,7 +27,7 @@ from trigger.model import Verification
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
-    from trigger.model import Target
+    from trigger.replay import Target
     from trigger.restore.clones import CloneStatus, Site
     from trigger.restore.inplace import Swap
     from trigger.restore.planner import Plan
@@ -74,6 +74,10 @@ Database = Annotated[str | None, typer.Option("--database", help="Only commits o
 Timeline = Annotated[
     int | None, typer.Option("--timeline", min=1, help="Another than the present.", show_default=False)
 ]
+InHistory = Annotated[
+    str | None,
+    typer.Option("--history", help="Any history that `find` shows, such as 7391/1+1.", show_default=False),
+]
 Name = Annotated[str, typer.Option("--name", help="What the clone is called.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print how it would be done, or why not.")]
 InPlace = Annotated[
@@ -93,6 +97,7 @@ def restore_state(
     before_xid: BeforeXid = None,
     database: Database = None,
     timeline: Timeline = None,
+    history: InHistory = None,
     name: Name = "",
     in_place: InPlace = False,
     undo: Undo = None,
@@ -120,18 +125,20 @@ def restore_state(
     from trigger.restore.target import Named
 
     named = Named(
-        lsn=lsn(to_lsn) if to_lsn is not None else None,
-        xid=transaction(to_xid) if to_xid is not None else None,
+        place=to_lsn,
+        name=transaction(to_xid) if to_xid is not None else None,
         time=_past(time(to_time)) if to_time is not None else None,
         latest=to_latest,
         point=point_reference(to_point) if to_point is not None else None,
         marker=to_marker,
-        before_xid=transaction(before_xid) if before_xid is not None else None,
+        before=transaction(before_xid) if before_xid is not None else None,
         stream=database,
-        timeline=timeline,
+        history=history if history is not None else str(timeline) if timeline is not None else None,
     )
     require_one_target(named)
     chosen = options(config)
+    if to_lsn is not None:
+        place(to_lsn, chosen)
     if dry_run:
         show_plan(at(chosen, lambda parts: _plan(named, parts)), as_json=as_json)
         return
@@ -221,11 +228,11 @@ def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:
     if as_json:
         show.print_json(swap)
         return
-    for place in swap.places:
+    for one in swap.places:
         if undone:
-            show.say(f"{place.path} is as it was before; what had taken its place is {place.restored}")
+            show.say(f"{one.path} is as it was before; what had taken its place is {one.restored}")
         else:
-            show.say(f"{place.path} is {swap.target}; the old state is {place.kept}")
+            show.say(f"{one.path} is {swap.target}; the old state is {one.kept}")
     if not undone:
         show.say(f"start the server and the service again; take it back with: trigpoint restore --undo {swap.name}")
 

@@ -103,7 +103,7 @@ def from_file(file: Path, chosen: Options) -> list[Commit]:
         lines = file.read_text().splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8: {error.reason} at byte {error.start}") from None
-    return list(read(lines, str(file), chosen.database.databases[0]))
+    return list(read(lines, str(file), chosen.database.databases[0], chosen.database.driver))
 
 
 def watched(chosen: Options, length: timedelta) -> list[Commit]:
@@ -140,7 +140,8 @@ def commit_rows(answer: Rehearsal) -> list[dict[str, object]]:
         {
             "database": verdict.commit.stream,
             "time": verdict.commit.time,
-            "xid": verdict.commit.xid,
+            "xid": verdict.commit.name.number,
+            "name": str(verdict.commit.name),
             "end": verdict.commit.end,
             "rows": verdict.commit.rows,
             "rule": verdict.rule,
@@ -161,7 +162,7 @@ def show_rehearsal(answer: Rehearsal, limit: int) -> None:
             (
                 show.moment(verdict.commit.time, digits=3),
                 verdict.commit.stream,
-                verdict.commit.xid or None,
+                str(verdict.commit.name) or None,
                 verdict.commit.rows,
                 verdict.rule,
                 verdict.outcome or "passed over",

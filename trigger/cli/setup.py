@@ -79,13 +79,14 @@ def init(
 
 async def look(conninfo: str, databases: list[str], state_folder: Path) -> Proposal:
     """Give the proposal for the cluster behind `conninfo`; raises `DatabaseError` where it does not answer."""
+    from trigger.config.options import DatabaseOptions
     from trigger.host import read_mounts, subvolume_of
-    from trigger.service.connect import driver
+    from trigger.service.drivers import driver
     from trigger.service.initialise import propose
 
-    database = driver("database", "postgres")(conninfo, ["postgres"])
+    database = driver("database", "postgres")(DatabaseOptions(conninfo=conninfo, databases=["postgres"]))
     try:
-        present = await database.present()
+        present = await database.existing()
         missing = [name for name in databases if name not in present]
         if missing:
             raise ConfigError(f"there is no database {', '.join(missing)}", hint=f"there are: {', '.join(present)}")

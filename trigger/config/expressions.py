@@ -10,7 +10,8 @@ FACTS = {
     "rows": "int, in all tables",
     "markers": "list of texts",
     "origin": "text, empty for a commit made here",
-    "xid": "int, 64 bits",
+    "xid": "int, 64 bits: the number in the name of the commit, for PostgreSQL its transaction id",
+    "name": "text, what people call the commit",
     "time": "timestamp of the commit",
 }
 """What an expression can ask about a commit, and of which type it is."""

@@ -103,7 +103,7 @@ def _sentence(*cells: str) -> str:
 def _cells(point: RecoveryPoint, markers: Sequence[str]) -> tuple[str, ...]:
     """Give what is shown of a point, in the order of the columns."""
     number, holds = str(point.number), str(point.commits)
-    commit = f"xid {point.commit.xid}" if point.commit else f"the {point.cause}"
+    commit = f"xid {point.commit.name}" if point.commit else f"the {point.cause}"
     taken = steps(point)
     if point.state is State.FAILED or taken is None:
         return number, commit, "failed" if point.state is State.FAILED else holds, "", "", "", "", "", ""

@@ -14,6 +14,7 @@ from trigger.errors import CatalogError
 from trigger.failpoint import reached
 from trigger.model import RecoveryPoint, State
 from trigger.ports import Journal, Storage
+from trigger.position import History, Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,9 @@ async def expire(catalog: Catalog, storage: Storage, point: RecoveryPoint) -> Re
 
 
 async def release_log(catalog: Catalog, journal: Journal) -> int:
-    """Give how many journal segments were deleted because no kept point needs them."""
-    starts = [point.redo or point.floor for point in await catalog.bases()]
-    histories = {start.history for start in starts}
-    if len(histories) != 1:
-        return 0  # nothing kept, or several timelines: keep everything rather than reason across them
-    return await journal.release(min(start.at for start in starts))
+    """Give how many journal segments were deleted because no kept point needs them, whatever history it is of."""
+    oldest: dict[History, Position] = {}
+    for mark in (mark for point in await catalog.bases() for mark in point.marks):
+        for start in (mark.replay_from, mark.log_from):
+            oldest[start.history] = min(start, oldest.get(start.history, start))
+    return await journal.release(oldest.values())

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 
 from trigger.model import RecoveryPoint
-from trigger.position import Position
+from trigger.position import Position, distance
 
 Leads = Callable[[RecoveryPoint, RecoveryPoint], bool]
 """Whether a replay from the first point brings back all that the second can; see `planner.HeldLog`."""
@@ -94,9 +94,11 @@ def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int, leads: Leads)
     point, now = kept[index], kept[-1].ceiling
     before = next((one for one in reversed(kept[max(index - _NEAR, 0) : index]) if leads(one, point)), None)
     after = next((one for one in kept[index + 1 : index + 1 + _NEAR] if leads(point, one)), point)
-    if before is None or before.redo is None or now is None or after.ceiling is None or point.ceiling is None:
+    if before is None or (redo := before.marks[0].redo) is None or now is None:
         return math.inf
-    return max(after.ceiling.at - before.redo.at, 0) / max(now.at - point.ceiling.at, 1)
+    if after.ceiling is None or point.ceiling is None:
+        return math.inf
+    return distance(after.ceiling, redo) / max(distance(now, point.ceiling), 1)
 
 
 def _replay_without(before: RecoveryPoint, point: RecoveryPoint, after: RecoveryPoint) -> int | None:
@@ -105,8 +107,8 @@ def _replay_without(before: RecoveryPoint, point: RecoveryPoint, after: Recovery
 
 
 def _replay(before: RecoveryPoint, after: RecoveryPoint) -> int | None:
-    start, end = before.redo, after.ceiling
-    return int(end.at) - int(start.at) if start and end and len(_histories(before, after)) == 1 else None
+    start, end = before.marks[0].redo, after.ceiling
+    return distance(end, start) if start and end and len(_histories(before, after)) == 1 else None
 
 
 def _histories(*points: RecoveryPoint) -> set[object]:

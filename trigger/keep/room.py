@@ -18,7 +18,7 @@ from trigger.keep.retention import Leads, thin
 from trigger.model import Extent, RecoveryPoint, Space, State
 from trigger.ports import Journal, Storage
 from trigger.position import History, Lineage
-from trigger.restore.planner import WAL_SEGMENT_BYTES, HeldLog
+from trigger.restore.planner import HeldLog
 
 THIN_FROM = 0.9
 THIN_TO = 0.7
@@ -38,9 +38,8 @@ LONGEST_PAUSE_SECONDS = 3600.0
 class KnownLog:
     """What is known of the log in the journal; while it cannot be looked at, what was seen last counts."""
 
-    def __init__(self, journal: Journal, segment_bytes: int = WAL_SEGMENT_BYTES) -> None:
+    def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._segment_bytes = segment_bytes
         self._extents: Sequence[Extent] = ()
         self._lineages: dict[History, Lineage] = {}
         self._look_at = 0.0
@@ -90,7 +89,7 @@ class KnownLog:
         return held, to_come
 
     def _log(self, history: History) -> HeldLog:
-        return HeldLog(self._extents, self._lineages.get(history, Lineage(history)), self._segment_bytes)
+        return HeldLog(self._extents, self._lineages.get(history, Lineage(history)), self._journal.file_start)
 
 
 def _history(point: RecoveryPoint) -> History:
@@ -104,13 +103,11 @@ def _is_crowded(space: Space) -> bool:
 class Room:
     """Keeps room in one storage; only one pass, or one giving up, at a time."""
 
-    def __init__(
-        self, catalog: Catalog, storage: Storage, journal: Journal, segment_bytes: int = WAL_SEGMENT_BYTES
-    ) -> None:
+    def __init__(self, catalog: Catalog, storage: Storage, journal: Journal) -> None:
         self._catalog = catalog
         self._storage = storage
         self._journal = journal
-        self.known_log = KnownLog(journal, segment_bytes)
+        self.known_log = KnownLog(journal)
         self.lacking = False
         """Whether the storage had too few bytes for another snapshot when it was last looked at."""
         self.eased = False

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from cronsim import CronSim
 
 from trigger.config.options import PointOptions
-from trigger.model import Cause, RecoveryPoint
-from trigger.position import Lsn, Position, distance
+from trigger.model import Cause, Mark, RecoveryPoint
+from trigger.position import Position, distance
 from trigger.protect.qualify import Due, Pace
 
 IDLE_NOISE_BYTES = 512
@@ -45,20 +45,18 @@ class Agenda:
     Args:
         options: intervals, schedules and limits.
         base: the newest sealed point of the present lineage; None makes a start point due at once.
-        segment_bytes: the size of a file of the log where the end of a bracket ends one; 0 where it does not.
     """
 
     options: PointOptions
     base: RecoveryPoint | None
     demands: deque[Demand] = field(default_factory=deque)
     open_gap: bool = False
-    segment_bytes: int = 0
     stopping: bool = False
     """Set when the service is to end after the round at hand."""
     trouble: str = ""
     """Why nothing is protected at present, for people; "" while all is well."""
-    redo: Position | None = None
-    """Where a replay would begin if the snapshot were cut now; kept up to date by whoever watches the checkpoints."""
+    redos: Sequence[Position] = ()
+    """Where a replay of each log would begin if it were cut now; kept up to date by whoever watches the checkpoints."""
     _in_round: list[Demand] = field(default_factory=list)
     _rounds: deque[float] = field(default_factory=deque)
     _began: tuple[float, datetime] | None = None
@@ -76,10 +74,10 @@ class Agenda:
         recent = [began for began in self._rounds if began > now - 60]
         return Pace(self._rounds[-1] if self._rounds else None, recent, self._not_before)
 
-    def next(self, now: float, wall: datetime, log_end: Position | None) -> Due | None:
+    def next(self, now: float, wall: datetime, log_ends: Sequence[Position]) -> Due | None:
         """Give what is due first, already or later; None where nothing is planned."""
         urgent = self._urgent(now)
-        return urgent or min(self._planned(now, wall, log_end), key=lambda due: due.at, default=None)
+        return urgent or min(self._planned(now, wall, log_ends), key=lambda due: due.at, default=None)
 
     def _urgent(self, now: float) -> Due | None:
         if self.open_gap:
@@ -90,33 +88,38 @@ class Agenda:
             return Due(Cause.DEMAND, now, urgent=True)
         return None
 
-    def _planned(self, now: float, wall: datetime, log_end: Position | None) -> Iterator[Due]:
+    def _planned(self, now: float, wall: datetime, log_ends: Sequence[Position]) -> Iterator[Due]:
         if self._last is None:
             self._last = now
         if self.options.interval_seconds is not None:
             yield Due(Cause.INTERVAL, self._last + self.options.interval_seconds)
         if self.options.cron is not None:
             yield Due(Cause.CRON, now + self._seconds_to_cron(wall))
-        if log_end is None:
-            return
-        if self.options.catch_all_seconds is not None and self.log_since_base(log_end) > IDLE_NOISE_BYTES:
+        moved = any(self.log_since_base(end) > IDLE_NOISE_BYTES for end in log_ends)
+        if self.options.catch_all_seconds is not None and moved:
             yield Due(Cause.CATCH_ALL, self._last + self.options.catch_all_seconds)
-        if self._replay_is_long(log_end):
+        if any(self._replay_is_long(end) for end in log_ends):
             yield Due(Cause.REPLAY, now)
 
-    def log_since_base(self, log_end: Position | None) -> int:
-        """Give the bytes of log behind the newest base.
+    def log_since_base(self, log_end: Position) -> int:
+        """Give the bytes of one log behind the newest base.
 
         What the end of its own bracket left unused of a file of the log is none of them: each point would be a reason
         for the next one.
         """
-        base = self.base
-        if base is None or base.ceiling is None or log_end is None:
+        mark = self._mark(log_end)
+        if mark is None or mark.ceiling is None:
             return 0
-        begin = base.ceiling
-        if base.bracket is not None and self.segment_bytes:
-            begin = Position(begin.history, Lsn(-(-begin.at // self.segment_bytes) * self.segment_bytes))
-        return distance(log_end, begin)
+        filled_to = mark.bracket.filled_to if mark.bracket else None
+        return distance(log_end, filled_to or mark.ceiling)
+
+    def _mark(self, log_end: Position) -> Mark | None:
+        """Give where the newest base stands in a log."""
+        return self.base.mark_in(log_end.history) if self.base else None
+
+    def _redo(self, log_end: Position) -> Position | None:
+        """Give where a replay of a log would begin if it were cut now."""
+        return next((redo for redo in self.redos if redo.history.is_of_system(log_end.history)), None)
 
     def _seconds_to_cron(self, wall: datetime) -> float:
         if self._cron_after is None or self._cron_after > wall:
@@ -125,21 +128,25 @@ class Agenda:
         return float((due - wall).total_seconds())
 
     def _replay_is_long(self, log_end: Position) -> bool:
-        base = self.base
-        if base is None or base.redo is None or self.redo is None or distance(self.redo, base.redo) == 0:
+        mark, redo = self._mark(log_end), self._redo(log_end)
+        if mark is None or mark.redo is None or redo is None or distance(redo, mark.redo) == 0:
             return False  # a point taken now would not make the replay shorter
-        return distance(log_end, base.redo) > self.replay_limit_bytes * REPLAY_SHARE
+        return self.replay_bytes(log_end) > self.replay_limit_bytes * REPLAY_SHARE
+
+    def replay_bytes(self, log_end: Position) -> int:
+        """Give how much a restore to the end of a log replays from the newest base."""
+        mark = self._mark(log_end)
+        return distance(log_end, mark.redo) if mark and mark.redo else 0
 
     @property
     def replay_limit_bytes(self) -> int:
         """How much log can be replayed within the restore objective."""
         return int(self.options.restore_objective_seconds * self.options.replay_bytes_per_second)
 
-    def wants_checkpoint(self, log_end: Position | None) -> bool:
-        """Whether the log since the last checkpoint would make replays too long."""
-        if log_end is None or self.redo is None:
-            return False
-        return distance(log_end, self.redo) > self.replay_limit_bytes * CHECKPOINT_SHARE
+    def wants_checkpoint(self, log_end: Position) -> bool:
+        """Whether what a log has had since the last checkpoint would make replays too long."""
+        redo = self._redo(log_end)
+        return redo is not None and distance(log_end, redo) > self.replay_limit_bytes * CHECKPOINT_SHARE
 
     def began(self, now: float, wall: datetime) -> None:
         """Note that a round begins."""

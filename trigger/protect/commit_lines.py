@@ -2,11 +2,12 @@
 
 One object a line. Only `time` is needed:
 
-    {"database": "bank", "time": "2026-03-01T12:00:05.250Z", "xid": 7731, "start": "0/1A2B3C8", "end": "0/1A2B3F8",
+    {"database": "bank", "time": "2026-03-01T12:00:05.250Z", "name": "7731", "start": "0/1A2B3C8", "end": "0/1A2B3F8",
      "tables": {"public.accounts": {"inserted": 0, "updated": 2, "deleted": 0, "truncated": 0}},
      "markers": ["payroll"], "origin": ""}
 
-`time` is ISO-8601 with a zone, `start` and `end` are LSNs, counts that are left out are 0.
+`time` is ISO-8601 with a zone; `start` and `end` are places as the kind of database writes them. What earlier
+versions wrote as `xid`, a number, is a name too. Counts that are left out are 0.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from typing import Any
 
 from trigger.errors import ConfigError, PositionError
 from trigger.model import Changes, Commit, to_microseconds
-from trigger.position import History, Lsn
+from trigger.position import History, Name
 
-KEYS = ("database", "time", "xid", "start", "end", "tables", "markers", "origin")
+KEYS = ("database", "time", "name", "xid", "start", "end", "tables", "markers", "origin")
 
 
-def read(lines: Iterable[str], name: str, database: str) -> Iterator[Commit]:
+def read(lines: Iterable[str], name: str, database: str, kind: str) -> Iterator[Commit]:
     """Give the commits in `lines`; blank lines are passed over.
 
     Args:
         lines: the text.
         name: stands in messages, with the number of the line.
         database: whose commits they are where a line does not say.
+        kind: of which kind of database they are, which says how places are written.
 
     Raises:
         ConfigError: a line is not a commit; the message says which and why.
@@ -39,7 +41,7 @@ def read(lines: Iterable[str], name: str, database: str) -> Iterator[Commit]:
         if not line.strip():
             continue
         try:
-            yield _commit(json.loads(line), database)
+            yield _commit(json.loads(line), database, kind)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{name}:{number}: not JSON: {error.msg} at column {error.colno}") from None
         except (TypeError, ValueError, PositionError, OverflowError) as error:
@@ -53,9 +55,9 @@ def write(commit: Commit) -> str:
         {
             "database": commit.stream,
             "time": commit.time.isoformat().replace("+00:00", "Z"),
-            "xid": commit.xid,
-            "start": str(commit.start),
-            "end": str(commit.end),
+            "name": str(commit.name),
+            "start": str(commit.history.place(commit.start)),
+            "end": str(commit.history.place(commit.end)),
             "tables": {table: changes._asdict() for table, changes in commit.tables.items()},
             "markers": list(commit.markers),
             "origin": commit.origin,
@@ -64,17 +66,18 @@ def write(commit: Commit) -> str:
     )
 
 
-def _commit(value: Any, database: str) -> Commit:
+def _commit(value: Any, database: str, kind: str) -> Commit:
     facts = _object(value, "a commit", KEYS)
     if "time" not in facts:
         raise ValueError("time is needed and not there")
-    start = Lsn.parse(_text(facts, "start", "0/0"))
+    history = History(kind, "")
+    start = history.parse_place(facts["start"]) if _text(facts, "start", "") else history.place(0)
     return Commit(
         stream=_text(facts, "database", database),
-        history=History("", 1),
+        history=history,
         start=start,
-        end=Lsn.parse(_text(facts, "end", str(start))),
-        xid=_count(facts, "xid"),
+        end=history.parse_place(facts["end"]) if _text(facts, "end", "") else start,
+        name=Name.parse(_text(facts, "name", "")) if "name" in facts else Name("", _count(facts, "xid")),
         time_us=to_microseconds(_time(_text(facts, "time", ""))),
         tables={name: _changes(name, counts) for name, counts in _object(facts.get("tables", {}), "tables").items()},
         markers=tuple(_markers(facts.get("markers", []))),

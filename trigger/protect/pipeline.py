@@ -12,19 +12,19 @@ import contextlib
 import itertools
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.reconcile import reconcile
 from trigger.config.options import PointOptions
-from trigger.errors import DatabaseError, StorageError, TrigpointError
+from trigger.errors import StorageError, TrigpointError
 from trigger.failpoint import reached
-from trigger.model import Bracket, Cause, Flush, Gap, Outcome, RecoveryPoint, State, Volume, point_id
-from trigger.ports import Agent, Capability, Clock, Database, Storage
-from trigger.position import Position
+from trigger.model import Cause, Flush, Gap, Outcome, RecoveryPoint, State, Volume, point_id
+from trigger.ports import Agent, Capability, Clock, Storage
 from trigger.protect.agenda import Agenda
+from trigger.protect.logs import Finish, Logs, ceilings
 from trigger.protect.qualify import Pending, Skip, Take, Wait, qualify
 from trigger.protect.window import Collected, Window, record
 
@@ -38,9 +38,9 @@ SETTLE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Protected:
-    """A cluster with everything that protects it."""
+    """What is protected together, with everything that protects it."""
 
-    database: Database
+    logs: Logs
     volumes: Sequence[Volume]
     agents: Sequence[Agent]
     storage: Storage
@@ -66,7 +66,7 @@ async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
                 untidy, agenda.trouble = False, ""
             await record_breaks(cluster, window, agenda)
             await leave_lost_base(cluster, window, agenda)
-            due = agenda.next(now, cluster.clock.now(), window.log_end)
+            due = agenda.next(now, cluster.clock.now(), window.log_ends)
             match qualify(window.oldest, due, agenda.pace(now), cluster.options, now):
                 case Skip() if now >= settle_at:
                     await settle_idle(cluster, window)
@@ -105,29 +105,26 @@ async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, ca
 
 async def take(cluster: Protected, cause: Cause, collected: Collected, note: str = "") -> RecoveryPoint:
     """Flush the hosts, snapshot the volumes, tag the result with the commit."""
-    catalog, storage, database = cluster.catalog, cluster.storage, cluster.database
+    catalog, storage, logs = cluster.catalog, cluster.storage, cluster.logs
     point = await open_point(cluster, cause, collected.newest, note)  # intent first: a crash from here on is found
     reached("after-open")
     try:
         async with asyncio.timeout(cluster.options.round_seconds):
             flushes = await flush(cluster.agents, point, cluster.flush_deadline_seconds)
             reached("after-flush")
-            durable = await require_cover(database, point.floor)  # on disk, and still the same history
-            redo = await database.redo()
+            covered = await logs.cover(point.marks)  # on disk, and still the same history
             reached("after-cover")
-            async with bracketed(database, storage, point) as finish:
+            async with bracketed(logs, storage, point) as finish:
                 snapshots = await storage.snapshot(cluster.volumes, point.id, tag.encode(point))
                 reached("after-snapshot")
-                bracket = await finish()
-            ceiling = await require_ceiling(database, durable, bracket)
+                brackets = await finish()
+            marks = await ceilings(covered, brackets)
             reached("after-ceiling")
             records = collected.records()
             point = replace(
                 point,
                 state=State.SEALED,
-                ceiling=ceiling,
-                redo=bracket.start if bracket else redo,
-                bracket=bracket,
+                marks=marks,
                 flushes=flushes,
                 snapshots=snapshots,
                 commits=len(records),
@@ -151,26 +148,12 @@ async def open_point(cluster: Protected, cause: Cause, newest: Pending | None, n
     return await cluster.catalog.open_point(
         id=point_id(now, cluster.random.getrandbits(80)),
         cause=cause,
-        floor=await choose_floor(cluster.database, cause, newest),
+        marks=await cluster.logs.floors(cause, newest.commit if newest else None),
         opened_at=now,
         commit=record(newest.commit, Outcome.PROTECTED) if newest else None,
         rule=newest.rule if newest else "",
         note=note,
     )
-
-
-async def choose_floor(database: Database, cause: Cause, newest: Pending | None) -> Position:
-    """Give the newest commit for a point that is taken for it, and the end of the log for one taken for a moment.
-
-    Commits of before a switch of the timeline, or of a log that is no more, are a floor of their own in any case.
-    """
-    if newest is not None and cause is Cause.COMMIT:
-        return newest.commit.position
-    end = await database.record_end()
-    if newest is None:
-        return end
-    commit = newest.commit.position
-    return end if end.history == commit.history and end.covers(commit) else commit
 
 
 async def flush(agents: Sequence[Agent], point: RecoveryPoint, deadline_seconds: float) -> tuple[Flush, ...]:
@@ -179,41 +162,18 @@ async def flush(agents: Sequence[Agent], point: RecoveryPoint, deadline_seconds:
     return tuple(proof for of_agent in proofs for proof in of_agent)
 
 
-async def require_cover(database: Database, floor: Position) -> Position:
-    """Give the durable position, which must cover `floor` in one lineage; raises `DatabaseError` otherwise."""
-    durable = await database.durable()
-    if durable.history != floor.history and not (await database.lineage()).includes(floor):
-        raise DatabaseError(f"{floor} is not in the past of {durable}: the history has changed", retryable=True)
-    if durable.at < floor.at:
-        raise DatabaseError(f"the log is durable to {durable} only, which does not cover {floor}", retryable=True)
-    return durable
-
-
-async def require_ceiling(database: Database, durable: Position, bracket: Bracket | None) -> Position:
-    """Give the ceiling of a snapshot just made; raises `DatabaseError` if the history changed during the round.
-
-    A bracketed copy was complete before its bracket ended, so the end of the bracket is the ceiling.
-    """
-    ceiling = bracket.stop if bracket else await database.ceiling()
-    if ceiling.history != durable.history:
-        raise DatabaseError(f"the history changed during the round, from {durable} to {ceiling}")
-    return ceiling
-
-
 @contextlib.asynccontextmanager
-async def bracketed(
-    database: Database, storage: Storage, point: RecoveryPoint
-) -> AsyncIterator[Callable[[], Awaitable[Bracket | None]]]:
-    """Hold the database's backup bracket around the snapshot, unless the storage cuts everything at one instant."""
+async def bracketed(logs: Logs, storage: Storage, point: RecoveryPoint) -> AsyncIterator[Finish]:
+    """Hold the databases' backup brackets around the snapshot, unless the storage cuts everything at one instant."""
     if Capability.ATOMIC_GROUP in storage.capabilities:
-        yield _no_bracket
+
+        async def no_brackets() -> Sequence[None]:
+            return [None] * len(point.marks)
+
+        yield no_brackets
         return
-    async with database.bracket(point.name) as finish:
+    async with logs.bracketed(point.marks, point.name) as finish:
         yield finish
-
-
-async def _no_bracket() -> None:
-    return None
 
 
 async def abandon(cluster: Protected, point: RecoveryPoint, reason: str) -> RecoveryPoint:
@@ -241,9 +201,9 @@ async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> N
     """Put every break of a stream into the catalog as a gap, and what was lost with it as missed."""
     while window.breaks:  # others may come while one is written down
         broken = window.breaks[0]
-        lineage = await cluster.database.lineage()
+        lineage = await cluster.logs.lineage(broken.stream)
         lost = window.lost(broken, lineage)
-        reason = f"not in the history of timeline {lineage.history.timeline}: {broken.seen.reason}"
+        reason = f"not in the past of {lineage.history}: {broken.seen.reason}"
         for history, left in itertools.groupby(lost, key=lambda pending: pending.commit.history):
             await cluster.catalog.miss([record(pending.commit, Outcome.MISSED) for pending in left], reason, history)
         await cluster.catalog.record_gap(
@@ -261,15 +221,14 @@ async def leave_lost_base(cluster: Protected, window: Window, agenda: Agenda) ->
 
     The streams may see no break then: they were delivered up to the fork, the base was cut a little further.
     """
-    base, log_end = agenda.base, window.log_end
-    if base is None or base.ceiling is None or log_end is None or log_end.history == base.ceiling.history:
-        return
-    lineage = await cluster.database.lineage()
-    if not lineage.includes(base.ceiling):
-        log.warning(
-            "point %d is not in the past of timeline %d: taking a new base", base.number, lineage.history.timeline
-        )
-        agenda.base = None
+    for stream, through in window.reached().items():
+        mark = agenda.base.mark_in(through.history) if agenda.base else None
+        if agenda.base is None or (mark and mark.ceiling and mark.ceiling.history == through.history):
+            continue
+        lineage = await cluster.logs.lineage(stream)
+        if mark is None or mark.ceiling is None or not lineage.includes(mark.ceiling):
+            log.warning("point %d is not in the past of %s: taking a new base", agenda.base.number, lineage.history)
+            agenda.base = None
 
 
 async def settle_idle(cluster: Protected, window: Window) -> None:

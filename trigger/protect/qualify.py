@@ -16,7 +16,7 @@ from trigger.config.expressions import FACTS, FUNCTIONS
 from trigger.config.options import PointOptions, RuleOptions
 from trigger.errors import ConfigError
 from trigger.model import Cause, Changes, Commit
-from trigger.position import History, Lsn
+from trigger.position import History, Name
 
 if TYPE_CHECKING:
     import cel
@@ -98,7 +98,8 @@ def facts(commit: Commit) -> dict[str, Any]:
         "rows": commit.rows,
         "markers": list(commit.markers),
         "origin": commit.origin,
-        "xid": commit.xid,
+        "xid": commit.name.number or 0,
+        "name": str(commit.name),
         "time": commit.time,
     }
 
@@ -170,7 +171,7 @@ _WRONG_FOR_EVERY_COMMIT = ("Undefined variable or function", "Function 'matches'
 """How the library's messages begin where arguments, or a regular expression, are wrong whatever the commit."""
 
 _EXAMPLE = Commit(
-    "database", History("", 1), Lsn(0), Lsn(0), 1, 0, tables={"public.example": Changes(1)}, markers=("example",)
+    "database", History("", "", 1), 0, 0, Name("", 1), 0, tables={"public.example": Changes(1)}, markers=("example",)
 )
 
 _ERROR = re.compile(r"ERROR: <input>:(\d+):(\d+): (?:Syntax error: )?(.*?)(?: expecting .*)?$", re.MULTILINE)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from trigger.config.options import PointOptions
-from trigger.model import Cause, Commit, Outcome, RecoveryPoint, State
+from trigger.model import Cause, Commit, Mark, Outcome, RecoveryPoint, State
 from trigger.position import Position
 from trigger.protect.agenda import Agenda
 from trigger.protect.qualify import Due, Pending, Rules, Take, Wait, qualify
@@ -105,7 +105,7 @@ class _Stage:
             self._receive(rules)
             if self.arrived == len(self.commits) and not self.pending:
                 return
-            due = agenda.next(self.now, self._wall(), self._log_end())
+            due = agenda.next(self.now, self._wall(), self._log_ends())
             oldest = self.pending[0][1] if self.pending else None
             match qualify(oldest, due, agenda.pace(self.now), self.options, self.now):
                 case Take(cause):
@@ -123,9 +123,9 @@ class _Stage:
     def _wall(self) -> datetime:
         return self.commits[0].time + timedelta(seconds=self.now)
 
-    def _log_end(self) -> Position | None:
+    def _log_ends(self) -> list[Position]:
         last = self.commits[self.arrived - 1]
-        return last.position if last.end else None
+        return [last.position] if last.end else []
 
     def _receive(self, rules: Rules) -> None:
         """Judge every commit that has arrived by now."""
@@ -152,9 +152,8 @@ class _Stage:
     def _base(self, number: int = 0) -> RecoveryPoint:
         """Give what stands for the newest sealed point."""
         at = self.commits[max(self.arrived - 1, 0)].position
-        ceiling = at if at.at else None
-        moment = self._wall()
-        return RecoveryPoint("", number, State.SEALED, Cause.COMMIT, at, moment, ceiling=ceiling, sealed_at=moment)
+        marks, moment = (Mark(at, at if at.at else None),), self._wall()
+        return RecoveryPoint("", number, State.SEALED, Cause.COMMIT, marks, moment, sealed_at=moment)
 
     def _pass(self, until: float | None) -> None:
         """Move on to `until` or to the next arrival, whichever comes first."""

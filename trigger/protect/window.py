@@ -69,7 +69,7 @@ class Collected:
 
 def record(commit: Commit, outcome: Outcome) -> CommitRecord:
     """Give what the catalog keeps of `commit`."""
-    return CommitRecord(commit.stream, commit.xid, commit.start, commit.end, commit.time_us, commit.markers, outcome)
+    return CommitRecord(commit.stream, commit.name, commit.start, commit.end, commit.time_us, commit.markers, outcome)
 
 
 @dataclass(slots=True)
@@ -145,11 +145,17 @@ class Window:
         return tuple(self._breaks)
 
     @property
-    def log_end(self) -> Position | None:
-        """The furthest position that any stream has reached; None before the first word of a source."""
-        reached = [s.through for s in self._streams.values() if s.through is not None]
-        newest_history = max((p.history.timeline for p in reached), default=0)
-        return max((p for p in reached if p.history.timeline == newest_history), key=lambda p: p.at, default=None)
+    def log_ends(self) -> Sequence[Position]:
+        """The furthest position that any stream of a database has reached, for each of them that has spoken."""
+        ends: dict[tuple[str, str], Position] = {}
+        for through in self.reached().values():
+            key = (through.history.kind, through.history.system)
+            ends[key] = max(ends.get(key, through), through, key=lambda p: (p.history.age, p.at))
+        return tuple(ends.values())
+
+    def reached(self) -> Mapping[str, Position]:
+        """Give by stream how far it was delivered; not of those that have not spoken yet."""
+        return {name: s.through for name, s in self._streams.items() if s.through is not None}
 
     def __len__(self) -> int:
         return sum(len(stream.pending) for stream in self._streams.values())
@@ -157,14 +163,14 @@ class Window:
     def collect(self) -> Collected:
         """Give all that is pending now in the earliest history, in log order; it stays in the window until `settle`.
 
-        A round is of one history, since one point is: where a stream has gone on to a new timeline, what is pending
+        A round is of one history, since one point is: where a stream has gone on to a new history, what is pending
         there waits for the next round. A stream whose break has no gap in the catalog yet gives nothing: to settle what
         lies behind the break would hide what was lost in it.
         """
         broken = {one.stream for one in self._breaks}
         streams = [stream for name, stream in self._streams.items() if name not in broken]
         heads = [s.pending[0].commit.history for s in streams if s.pending]
-        history = min(heads, key=lambda head: head.timeline, default=None)
+        history = min(heads, key=lambda head: (head.age, head.kind, head.system), default=None)
         pending: list[Pending] = []
         settled: dict[str, Position] = {}
         for stream in streams:
@@ -172,7 +178,7 @@ class Window:
             pending += mine
             through, last = stream.through, mine[-1].commit.position if mine else None
             if len(mine) < len(stream.pending) or (last and through and through.history != last.history):
-                through = last  # more waits behind, or the stream has gone on to the next timeline
+                through = last  # more waits behind, or the stream has gone on to the next history
             if through is not None:
                 settled[stream.source.name] = through
         return Collected(sorted(pending, key=lambda p: p.commit.end), settled)
@@ -290,7 +296,7 @@ class Window:
 
 
 def _at_or_before(position: Position, through: Position) -> bool:
-    """Whether `position` is settled by `through`; an earlier timeline lies before a later one of the same cluster."""
+    """Whether `position` is settled by `through`; an earlier history lies before a later one of the same database."""
     if position.history == through.history:
         return position.at <= through.at
-    return position.history.system == through.history.system and (position.history.timeline < through.history.timeline)
+    return position.history.is_of_system(through.history) and position.history.age < through.history.age

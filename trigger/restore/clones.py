@@ -16,7 +16,6 @@ from trigger.model import Address, Volume
 from trigger.ports import Clock, Clone, Journal, Recovery, Storage
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, Written, clone_name
-from trigger.restore.planner import WAL_SEGMENT_BYTES
 
 CLEANUP_SECONDS = 120.0
 
@@ -35,7 +34,6 @@ class Site:
     """Where it is written down which clones there are."""
     staging_folder: Path
     """Where the log for replays is put, a folder a clone; the owner of the data must be able to reach it."""
-    segment_bytes: int = WAL_SEGMENT_BYTES
     replay_bytes_per_second: float = 50e6
 
     def staged_log(self, name: str) -> Path:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
-from trigger.model import Target, Volume
+from trigger.model import Volume
 from trigger.ports import Clone, Progress
+from trigger.replay import Target
 from trigger.restore.clone_records import new_name, sync_folder
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.restore import Report, restore

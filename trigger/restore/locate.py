@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
+from typing import NamedTuple
 
 from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError, RestoreError
-from trigger.model import CommitRecord, Gap, Outcome, RecoveryPoint
+from trigger.model import CommitRecord, Extent, Gap, Outcome, RecoveryPoint
 from trigger.ports import Journal
-from trigger.position import History, Lineage, Lsn
+from trigger.position import History, Lineage, Name, Position
+from trigger.replay import Target
+from trigger.restore.planner import plan
+from trigger.restore.target import naming
 
 
 class Where(StrEnum):
@@ -34,48 +39,120 @@ class Location:
     """The commit; None where only a place was asked for and no qualifying commit is there."""
     history: History | None
     after: int | None
-    """The newest sealed point that holds nothing of it, from which it can be replayed; None where there is none."""
+    """The newest point that holds nothing of it, from which it can be replayed; None where there is none."""
     point: int | None
     """The point that holds it."""
     gap: Gap | None
     reason: str
     """For people, one sentence."""
+    base: int | None = None
+    """The point that a restore starts from; None where it cannot be brought back."""
+    aside: str = ""
+    """The option that names its history to `trigpoint restore`; "" where the present one goes back to it."""
 
 
 async def locate(
     catalog: Catalog,
     journal: Journal,
     *,
-    xid: int | None = None,
-    lsn: Lsn | None = None,
+    name: Name | None = None,
+    place: str | None = None,
     time: datetime | None = None,
     marker: str | None = None,
     stream: str | None = None,
 ) -> list[Location]:
-    """Give what holds the commits that bear a transaction id or marker, or that lie at a place or time.
+    """Give what holds the commits that bear a name or marker, or that lie at a place or time.
 
-    One location a commit; where no commit matches, one that says what is known of the place. Never an empty list.
+    One location a commit; where no commit matches, one that says what is known of the place. Never an empty list. That
+    a replay brings something back is said only where there is a plan for it.
+
+    Args:
+        catalog: where it is looked up.
+        journal: what a replay can use.
+        name, marker, stream: of a commit.
+        place: in the form of the newest point's history.
+        time: a moment.
 
     Raises:
         RestoreError: not exactly one of the four was given.
+        PositionError: the place is none of that history.
         CatalogError, JournalError: they cannot be read.
     """
-    if sum(value is not None for value in (xid, lsn, time, marker)) != 1:
-        raise RestoreError("name exactly one of transaction id, LSN, time or marker")
-    bases, gaps = await catalog.bases(), await catalog.gaps()
-    found = await catalog.find(xid=xid, lsn=lsn, time=time, marker=marker, stream=stream)
-    if found:
-        return [_of_commit(one, await _lineage(one.history, journal), bases, gaps) for one in found]
+    if sum(value is not None for value in (name, place, time, marker)) != 1:
+        raise RestoreError("name exactly one of transaction, place, time or marker")
     latest = await catalog.latest()
-    if latest is None or latest.ceiling is None:
+    if place is not None and (latest is None or latest.ceiling is None):
         return [_unknown("there is no sealed recovery point yet")]
-    lineage = await journal.lineage(latest.ceiling.history)
+    at = latest.floor.history.parse_place(place) if latest and place is not None else None
+    known = await _known(catalog, journal)
+    found = await catalog.find(name=name, place=at, time=time, marker=marker, stream=stream)
+    lineage = await _lineage(latest.ceiling.history, journal) if latest and latest.ceiling else None
+    if found:
+        there = [_of_commit(one, known, await _lineage(one.history, journal)) for one in found]
+        return [replace(one, aside=_aside(one, lineage)) for one in there]
+    if lineage is None:
+        return [_unknown("there is no sealed recovery point yet")]
     if time is not None:
-        return [await _of_time(time, catalog, lineage, bases, gaps)]
-    if lsn is not None:
-        return [_of_place(lsn, lineage, bases, gaps, stream)]
-    words = f" or lies in one of {len(gaps)} gaps" if gaps else ""
+        return [await _of_time(time, catalog, known, lineage)]
+    if at is not None:
+        return [_of_place(at, known, lineage, stream)]
+    words = f" or lies in one of {len(known.gaps)} gaps" if known.gaps else ""
     return [_unknown(f"it is not in the catalog: it did not qualify, was not seen by any source{words}")]
+
+
+class _Way(NamedTuple):
+    """How something is brought back."""
+
+    words: str
+    base: int | None = None
+    after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What there is to restore from."""
+
+    bases: Sequence[RecoveryPoint]
+    gaps: Sequence[Gap]
+    journal: Journal
+    extents: Sequence[Extent]
+
+    def way(self, target: Target, lineage: Lineage) -> _Way:
+        """Give how a target is brought back, or why it is not."""
+        if not self.journal.replays:
+            return _Way("no log is kept of this database: only points can be brought back, as they were cut")
+        try:
+            found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=self.journal.file_start)
+        except RestoreError as error:
+            return _Way(f"{'not yet restorable' if error.retryable else 'it cannot be restored'}: {error.message}")
+        number = found.base.number
+        if found.as_cut:
+            return _Way(f"the snapshot of point {number} ends with it", number, self._before(target, lineage))
+        return _Way(f"a replay from point {number} brings it back", number, number)
+
+    def _before(self, target: Target, lineage: Lineage) -> int | None:
+        """Give the newest point that holds nothing at or behind a target's place."""
+        ceilings = [
+            (mark.ceiling.at, base.number)
+            for base in self.bases
+            if (mark := base.mark_in(target.history)) and mark.ceiling and lineage.includes(mark.ceiling)
+        ]
+        return max((one for one in ceilings if target.at is None or one[0] <= target.at), default=(0, None))[1]
+
+    def gap_at(self, at: int, lineage: Lineage, stream: str | None) -> Gap | None:
+        """Give the gap around a place; one that begins on a branch that was left begins here where that was left.
+
+        One that ends in a later history reaches to the end of its own.
+        """
+        for gap in self.gaps:
+            after = lineage.shared(gap.after) if stream in (None, gap.stream) else None
+            if after is not None and after <= at and (at < gap.until.at or not lineage.includes(gap.until)):
+                return gap
+        return None
+
+
+async def _known(catalog: Catalog, journal: Journal) -> _Known:
+    return _Known(await catalog.bases(), await catalog.gaps(), journal, await journal.extents())
 
 
 async def _lineage(history: History, journal: Journal) -> Lineage:
@@ -86,74 +163,57 @@ async def _lineage(history: History, journal: Journal) -> Lineage:
         return Lineage(history)
 
 
-def _of_commit(found: Found, lineage: Lineage, bases: list[RecoveryPoint], gaps: list[Gap]) -> Location:
+def _of_commit(found: Found, known: _Known, lineage: Lineage) -> Location:
     record, history = found.record, found.history
-    after = _newest_before(record.start, lineage, bases)
+    way = known.way(Target(history, record.start, True, f"commit {record.name}", commit=record), lineage)
     if record.outcome is Outcome.MISSED or found.point is None:
-        gap = _gap_at(record.start, lineage, gaps, record.stream)
-        reason = f"it was missed: {found.reason}"
-        return Location(Where.GAP, record, history, after, None, gap, f"{reason}; {_replay(after)}")
+        gap = known.gap_at(record.start, lineage, record.stream)
+        reason = f"it was missed: {found.reason}; {way.words}"
+        return Location(Where.GAP, record, history, way.after, None, gap, reason, way.base)
     if record.outcome is Outcome.PROTECTED:
-        reason = f"point {found.point} was taken for it"
-        return Location(Where.POINT, record, history, after, found.point, None, reason)
-    reason = f"point {found.point} holds it among others; {_replay(after)}"
-    return Location(Where.INTERVAL, record, history, after, found.point, None, reason)
+        reason = f"point {found.point} was taken for it" + ("" if way.base else f"; {way.words}")
+        return Location(Where.POINT, record, history, way.after, found.point, None, reason, way.base)
+    reason = f"point {found.point} holds it among others; {way.words}"
+    return Location(Where.INTERVAL, record, history, way.after, found.point, None, reason, way.base)
 
 
-async def _of_time(
-    time: datetime, catalog: Catalog, lineage: Lineage, bases: list[RecoveryPoint], gaps: list[Gap]
-) -> Location:
+async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lineage) -> Location:
     last = await catalog.as_of(time, lineage)
     if last is None:
         return _unknown(f"the catalog knows no commit at or before {time.isoformat()}")
-    there = _of_commit(last, lineage, bases, gaps)
-    reason = f"the last qualifying commit by then is {last.record.xid} of {last.record.stream}: {there.reason}"
-    return Location(there.where, there.record, there.history, there.after, there.point, there.gap, reason)
+    there = _of_commit(last, known, lineage)
+    reason = f"the last qualifying commit by then is {last.record.name} of {last.record.stream}: {there.reason}"
+    return replace(there, reason=reason)
 
 
-def _of_place(lsn: Lsn, lineage: Lineage, bases: list[RecoveryPoint], gaps: list[Gap], stream: str | None) -> Location:
-    history = lineage.at(lsn).history
-    after = _newest_before(lsn, lineage, bases)
-    holder = min(
-        (base for base in bases if lineage.includes(base.floor) and base.floor.at > lsn),
-        key=lambda base: base.floor.at,
-        default=None,
-    )
-    point = holder.number if holder else None
-    if gap := _gap_at(lsn, lineage, gaps, stream):
-        reason = f"it lies in a gap: {gap.reason}; {_replay(after)}"
-        return Location(Where.GAP, None, history, after, point, gap, reason)
+def _of_place(at: int, known: _Known, lineage: Lineage, stream: str | None) -> Location:
+    history = lineage.at(at).history
+    way = known.way(Target(history, at, False, f"the state before {history.place(at)}"), lineage)
+    after, base = way.after, way.base
+    floors = [
+        (mark.floor.at, base.number)
+        for base in known.bases
+        if (mark := base.mark_in(history)) and lineage.includes(mark.floor) and mark.floor.at > at
+    ]
+    point = min(floors)[1] if floors else None
+    if gap := known.gap_at(at, lineage, stream):
+        return Location(
+            Where.GAP, None, history, after, point, gap, f"it lies in a gap: {gap.reason}; {way.words}", base
+        )
     if after is not None and point is not None:
         reason = f"no qualifying commit is there; it lies between points {after} and {point}"
-        return Location(Where.INTERVAL, None, history, after, point, None, reason)
+        return Location(Where.INTERVAL, None, history, after, point, None, reason, base)
     side = "it is newer than the newest point" if point is None else "it is older than the first point"
-    return Location(Where.UNKNOWN, None, history, after, point, None, f"no qualifying commit is there, and {side}")
+    return Location(
+        Where.UNKNOWN, None, history, after, point, None, f"no qualifying commit is there, and {side}", base
+    )
 
 
-def _newest_before(lsn: Lsn, lineage: Lineage, bases: list[RecoveryPoint]) -> int | None:
-    """Give the newest point whose snapshot holds nothing at or behind `lsn`."""
-    earlier = [
-        (base.ceiling.at, base.number)
-        for base in bases
-        if base.ceiling and base.ceiling.at <= lsn and lineage.includes(base.ceiling)
-    ]
-    return max(earlier)[1] if earlier else None
-
-
-def _gap_at(lsn: Lsn, lineage: Lineage, gaps: list[Gap], stream: str | None) -> Gap | None:
-    """Give the gap around `lsn`; one that begins on a timeline that was left begins here where that was left.
-
-    One that ends in a later history reaches to the end of its own.
-    """
-    for gap in gaps:
-        after = lineage.shared(gap.after) if stream in (None, gap.stream) else None
-        if after is not None and after <= lsn and (lsn < gap.until.at or not lineage.includes(gap.until)):
-            return gap
-    return None
-
-
-def _replay(after: int | None) -> str:
-    return f"a replay from point {after} brings it back" if after else "there is no point before it to replay from"
+def _aside(one: Location, present: Lineage | None) -> str:
+    """Give the option that names the history of a commit beside the present one; "" where it needs none."""
+    if present is None or one.history is None or one.record is None:
+        return ""
+    return "" if present.includes(Position(one.history, one.record.end)) else naming(one.history, present.history)
 
 
 def _unknown(reason: str) -> Location:

@@ -1,6 +1,6 @@
 """Decide how to bring a state back: the base snapshot, the log to replay, the estimate; or say exactly why not.
 
-Pure. PostgreSQL cannot roll back, and it refuses to stop inside the log that a base already holds ("requested
+Pure. A database cannot roll back, and PostgreSQL refuses to stop inside the log that a base already holds ("requested
 recovery stop point is before consistent recovery point"). A base therefore fits a target when everything it may
 hold lies at or before the place where the replay stops, when all of it belongs to the past of the target, and when
 the journal holds the log from there to the target without a hole.
@@ -8,21 +8,25 @@ the journal holds the log from there to the target without a hole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
 from trigger.errors import RestoreError
-from trigger.model import Extent, RecoveryPoint, State, StopKind, Target, to_microseconds
-from trigger.position import Lineage, Lsn, Position
+from trigger.model import Extent, Mark, RecoveryPoint, State, to_microseconds
+from trigger.position import At, History, Lineage, Position
+from trigger.replay import Replay, Target
 
-WAL_SEGMENT_BYTES = 16 << 20
-"""PostgreSQL's default; a cluster may have been made with another size (`Layout.wal_segment_bytes`)."""
+FileStart = Callable[[int], int]
+"""Gives where the file of the log that holds a place begins; see `ports.Journal.file_start`."""
 
 _SHOWN = 5
-_OPEN = (StopKind.TIME, StopKind.LATEST)
-"""The targets whose place in the log is known only when the replay is there."""
+
+
+def unfiled(at: int) -> int:
+    """Give the place itself: the start of its file in a log that has no files."""
+    return at
 
 
 class PassedOver(NamedTuple):
@@ -37,12 +41,12 @@ class Plan:
     """How a target is reached: what is cloned, what is replayed, and how long that should take."""
 
     target: Target
-    """The target as the recovery gets it: `kind` is `END` where the base ends there by itself; for a time `at` is the
-    base's ceiling, for the end of the log where that is."""
     base: RecoveryPoint
+    as_cut: bool
+    """Whether the base ends at the target by itself."""
     replay_from: Position
     """Where the server begins to replay: the redo position of the base, or the start of its bracket."""
-    replay_to: Lsn
+    replay_to: At
     """Where the replay ends; for a time a place by which it has gone past it."""
     log_from: Position
     """From here on the journal must give the log; what lies before is in the snapshot."""
@@ -53,21 +57,34 @@ class Plan:
     """How long the replay should take; cloning and starting come on top."""
     passed_over: tuple[PassedOver, ...]
     """Newer bases that do not serve, newest first."""
+    log_until: At
+    """Up to here the log must be there; a time may need more of it."""
+
+    @property
+    def mark(self) -> Mark:
+        """Where the base stands in the log of the target."""
+        return _mark(self.base, self.target.history)
+
+    @property
+    def replay(self) -> Replay:
+        """What leads a clone of the base to the target."""
+        return Replay(self.target, self.log_from, self.log_until, self.mark.bracket, self.as_cut)
 
     def describe(self) -> list[str]:
         """Give the plan in lines for people."""
-        kind = "bracketed copy" if self.base.bracket else "atomic snapshot"
+        mark = self.mark
+        kind = "bracketed copy" if mark.bracket else "atomic snapshot"
         lines = [
             f"target    {self.target.description}",
-            f"base      point {self.base.number} ({kind}), holds everything up to {self.base.floor.at}"
-            f" and nothing behind {self.base.ceiling.at if self.base.ceiling else '?'}",
+            f"base      point {self.base.number} ({kind}), holds everything up to {mark.floor.place}"
+            f" and nothing behind {mark.ceiling.place if mark.ceiling else '?'}",
         ]
-        if self.target.kind is StopKind.END:
+        if self.as_cut and not mark.bracket:
             lines.append("replay    none: the snapshot ends exactly at the target; crash recovery only")
         else:
-            limit = "at most to" if self.target.kind is StopKind.TIME else "to"
-            lines.append(f"replay    from {self.replay_from} {limit} {self.replay_to}")
-            lines.append(f"journal   {_size(self.log_bytes)} from {self.log_from.at}")
+            limit = "at most to" if self.target.time is not None else "to"
+            lines.append(f"replay    from {self.replay_from} {limit} {self.target.history.place(self.replay_to)}")
+            lines.append(f"journal   {_size(self.log_bytes)} from {self.log_from.place}")
         lines.append(f"estimate  {_size(self.replay_bytes)} to replay, about {self.estimate_seconds:.1f} s")
         lines += [f"not       point {number}: {reason}" for number, reason in self.passed_over[:_SHOWN]]
         if len(self.passed_over) > _SHOWN:
@@ -82,7 +99,7 @@ def plan(
     lineage: Lineage,
     replay_bytes_per_second: float,
     *,
-    segment_bytes: int = WAL_SEGMENT_BYTES,
+    file_start: FileStart = unfiled,
 ) -> Plan:
     """Give the cheapest way to `target`, which starts from the newest base that fits.
 
@@ -94,52 +111,62 @@ def plan(
         extents: what the journal holds.
         lineage: the past of `target.history`.
         replay_bytes_per_second: how fast this machine replays, measured; above 0.
-        segment_bytes: the size of one file of the log; the log is read from the start of such a file.
+        file_start: where the file of the log that holds a place begins; a log is read from there.
 
     Raises:
         RestoreError: the target lies outside the lineage, before the first base, beyond the journal, or behind a
             hole in it; the message names the bound and what can be restored instead. It is retryable where the
             journal may still come to the target.
     """
+    if target.point:
+        return _by_itself(target, bases, replay_bytes_per_second, file_start)
     _require_lineage(target, lineage)
-    held = _held(extents, lineage, segment_bytes)
-    needed = _last_held(held) if target.kind is StopKind.LATEST else _needed(target)
+    held = _held(extents, lineage, file_start)
+    needed = _last_held(held) if target.is_latest else _needed(target)
     passed: list[PassedOver] = []
     holes: list[tuple[RecoveryPoint, Stretch]] = []
-    for base in sorted(bases, key=_newest_first):
-        if _ends_at(base, target) and lineage.includes(base.floor):
+    for base in sorted(bases, key=lambda base: _newest_first(base, target.history)):
+        mark = base.mark_in(target.history)
+        if mark is not None and _ends_at(base, mark, target) and lineage.includes(mark.floor):
             return _as_it_is(base, target, replay_bytes_per_second, passed)
-        if reason := _unfit(base, target, lineage):
-            passed.append(PassedOver(base.number, reason))
+        if mark is None or (reason := _unfit(base, mark, target, lineage)):
+            passed.append(PassedOver(base.number, reason if mark else "it holds nothing of that database"))
             continue
-        begin = _file_start(_log_from(base).at, segment_bytes)
-        if hole := _first_hole(held, Stretch(begin, max(needed, _limit(base, target)))):
+        begin = file_start(mark.log_from.at)
+        if hole := _first_hole(held, Stretch(begin, max(needed, _limit(mark, target)))):
             holes.append((base, hole))
-            passed.append(PassedOver(base.number, f"the log between {hole.start} and {hole.end} is missing"))
+            passed.append(PassedOver(base.number, f"the log between {_between(hole, lineage)} is missing"))
             continue
         log = Stretch(begin, _end(target, held, begin))
         return _replayed(base, target, log, replay_bytes_per_second, passed)
     raise _refusal(target, bases, lineage, held, holes)
 
 
-def own(point: RecoveryPoint, replay_bytes_per_second: float, *, segment_bytes: int = WAL_SEGMENT_BYTES) -> Plan:
-    """Give the plan that brings up a sealed point's own snapshot, as far as it goes by itself, whatever its commit.
+def own(point: RecoveryPoint) -> Target:
+    """Give the target that is a sealed point's own snapshots, as far as they go by themselves, whatever its commit."""
+    return Target(point.floor.history, None, True, f"the snapshot of point {point.number}", point=point.id)
+
+
+def _by_itself(target: Target, bases: Sequence[RecoveryPoint], rate: float, file_start: FileStart) -> Plan:
+    """Give the plan for a point as it was cut.
 
     What a bracketed copy needs to become consistent comes out of the journal; an atomic snapshot needs nothing.
     """
-    description = f"the snapshot of point {point.number}"
-    target = Target(point.floor.history, StopKind.END, _held_at_most(point), True, description)
-    if point.bracket is None:
-        return _as_it_is(point, target, replay_bytes_per_second, ())
-    log = Stretch(_file_start(point.bracket.start.at, segment_bytes), point.bracket.stop.at)
-    return _replayed(point, target, log, replay_bytes_per_second, ())
+    base = next((base for base in bases if base.id == target.point and base.state is State.SEALED), None)
+    if base is None:
+        raise RestoreError(f"{target.description} is not there any more", hint="see trigpoint list")
+    bracket = _mark(base, target.history).bracket
+    if bracket is None:
+        return _as_it_is(base, target, rate, ())
+    log = Stretch(file_start(bracket.start.at), bracket.stop.at)
+    return _replayed(base, target, log, rate, (), as_cut=True)
 
 
 class Stretch(NamedTuple):
     """Bytes of log from `start` up to, not including, `end`."""
 
-    start: Lsn
-    end: Lsn
+    start: int
+    end: int
 
 
 class HeldLog:
@@ -148,13 +175,13 @@ class HeldLog:
     Args:
         extents: what the journal holds.
         lineage: the past of the history.
-        segment_bytes: the size of one file of the log.
+        file_start: where the file of the log that holds a place begins.
     """
 
-    def __init__(self, extents: Sequence[Extent], lineage: Lineage, segment_bytes: int = WAL_SEGMENT_BYTES) -> None:
+    def __init__(self, extents: Sequence[Extent], lineage: Lineage, file_start: FileStart = unfiled) -> None:
         self._lineage = lineage
-        self._held = _held(extents, lineage, segment_bytes)
-        self._segment_bytes = segment_bytes
+        self._held = _held(extents, lineage, file_start)
+        self._file_start = file_start
 
     def leads(self, base: RecoveryPoint, point: RecoveryPoint, *, to_come: bool = False) -> bool:
         """Whether a replay from `base` comes past all that `point` holds, so that it brings back all that `point` can.
@@ -164,16 +191,27 @@ class HeldLog:
             point: lies in the history of this log.
             to_come: let log behind all that the journal holds count as held.
         """
-        begin, end = _file_start(_log_from(base).at, self._segment_bytes), _held_at_most(point)
-        past = _is_within(base, point) and _latest_stamp(base) <= _latest_stamp(point) and _inside(base, self._lineage)
-        until = min(Lsn(end + 1), _last_held(self._held)) if to_come else Lsn(end + 1)
-        return past and _first_hole(self._held, Stretch(begin, until)) is None
+        before, mark = base.mark_in(self._lineage.history), point.mark_in(self._lineage.history)
+        if before is None or mark is None or not _is_within(before, mark) or not _inside(before, self._lineage):
+            return False
+        if _latest_stamp(base) > _latest_stamp(point):
+            return False
+        begin, end = self._file_start(before.log_from.at), mark.holds_at_most + 1
+        until = min(end, _last_held(self._held)) if to_come else end
+        return _first_hole(self._held, Stretch(begin, until)) is None
 
 
-def _is_within(base: RecoveryPoint, point: RecoveryPoint) -> bool:
+def _mark(base: RecoveryPoint, history: History) -> Mark:
+    """Give where a base stands in the log of a history that it is known to hold."""
+    mark = base.mark_in(history)
+    assert mark is not None, f"point {base.number} holds nothing of {history}"
+    return mark
+
+
+def _is_within(base: Mark, point: Mark) -> bool:
     """Whether `base` surely holds no more than `point`, and is as exact where both may end at one place."""
-    end, limit = _held_at_most(base), _held_at_most(point)
-    return end < limit or (end == limit and (_is_exact(base) or not _is_exact(point)))
+    end, limit = base.holds_at_most, point.holds_at_most
+    return end < limit or (end == limit and (base.is_exact or not point.is_exact))
 
 
 def _latest_stamp(base: RecoveryPoint) -> int:
@@ -188,139 +226,117 @@ def _cuts(base: RecoveryPoint) -> list[datetime]:
 
 
 def _as_it_is(base: RecoveryPoint, target: Target, rate: float, passed: Sequence[PassedOver]) -> Plan:
-    end = base.ceiling or base.floor
-    begin = base.redo or base.floor
-    size = end.at - begin.at
-    return Plan(replace(target, kind=StopKind.END), base, begin, end.at, end, 0, size, size / rate, tuple(passed))
+    mark = _mark(base, target.history)
+    begin, end = mark.replay_from, mark.ceiling or mark.floor
+    size = end.place.since(begin.at)
+    return Plan(target, base, True, begin, end.place, end, 0, size, size / rate, tuple(passed), end.place)
 
 
-def _replayed(base: RecoveryPoint, target: Target, log: Stretch, rate: float, passed: Sequence[PassedOver]) -> Plan:
-    begin = base.bracket.start if base.bracket else base.redo or base.floor
-    end = max(log.end, base.floor.at)
-    size = end - begin.at
-    if target.kind in _OPEN:
-        target = replace(target, at=_held_at_most(base) if target.kind is StopKind.TIME else end)
-    return Plan(target, base, begin, end, _log_from(base), log.end - log.start, size, size / rate, tuple(passed))
+def _replayed(
+    base: RecoveryPoint,
+    target: Target,
+    log: Stretch,
+    rate: float,
+    passed: Sequence[PassedOver],
+    *,
+    as_cut: bool = False,
+) -> Plan:
+    mark, place = _mark(base, target.history), target.history.place
+    begin, end = mark.replay_from, max(log.end, mark.floor.at)
+    size = place(end).since(begin.at)
+    until = max(_reaches(target), mark.holds_at_most) if target.at is not None or target.time else end
+    log_bytes = place(log.end).since(log.start)
+    ends_at, log_until, seconds = place(end), place(until), size / rate
+    return Plan(target, base, as_cut, begin, ends_at, mark.log_from, log_bytes, size, seconds, tuple(passed), log_until)
 
 
-def _newest_first(base: RecoveryPoint) -> tuple[int, int]:
-    return -_held_at_most(base), -base.number
+def _newest_first(base: RecoveryPoint, history: History) -> tuple[int, int]:
+    mark = base.mark_in(history)
+    return -mark.holds_at_most if mark else 0, -base.number
 
 
-def _held_at_most(base: RecoveryPoint) -> Lsn:
-    """Give the position at or before which everything lies that the base's snapshots may hold."""
-    ceiling = base.ceiling.at if base.ceiling else base.floor.at
-    return max(ceiling, base.bracket.stop.at) if base.bracket else ceiling
+def _reaches(target: Target) -> int:
+    """Give up to where the log must be read for the target's own place; 0 where it has none."""
+    if target.at is None:
+        return 0
+    whole = target.commit.end if target.inclusive and target.commit is not None else 0
+    return max(target.at + 1, whole)  # the replay stops at sight of a record that begins at `at` or behind it
 
 
-def _log_from(base: RecoveryPoint) -> Position:
-    """Give from where on the journal must have the log: the start of the bracket, else the floor.
-
-    An atomic snapshot's own log ends somewhere between floor and ceiling, in a file that is only begun; the server
-    reads that file again, from its start, out of the journal. Of a bracketed copy no log is trusted.
-    """
-    return base.bracket.start if base.bracket else base.floor
-
-
-def _file_start(at: Lsn, segment_bytes: int) -> Lsn:
-    return Lsn(at - at % segment_bytes)
-
-
-def _needed(target: Target) -> Lsn:
+def _needed(target: Target) -> int:
     """Give up to where the log must be there, as far as the target itself says."""
     if target.reach is not None:
         return target.reach
-    if target.kind is StopKind.TIME:
-        return Lsn(0)
-    if target.inclusive and target.commit is not None:
-        return target.commit.end
-    return Lsn(target.at + 1)  # the replay stops at sight of a record that begins at `at` or behind it
+    return target.commit.end if target.at is not None and target.inclusive and target.commit else _reaches(target)
 
 
-def _last_held(held: Sequence[Stretch]) -> Lsn:
-    return held[-1].end if held else Lsn(0)
+def _last_held(held: Sequence[Stretch]) -> int:
+    return held[-1].end if held else 0
 
 
-def _limit(base: RecoveryPoint, target: Target) -> Lsn:
+def _limit(mark: Mark, target: Target) -> int:
     """Give up to where a replay from the base must see log, to be consistent and to have all that is known."""
-    consistent = base.bracket.stop.at if base.bracket else Lsn(0)
-    known = target.reach if target.kind is StopKind.LATEST and target.reach else Lsn(0)
-    return max(consistent, known) if known > base.floor.at else consistent
+    consistent = mark.bracket.stop.at if mark.bracket else 0
+    known = target.reach if target.is_latest and target.reach else 0
+    return max(consistent, known) if known > mark.floor.at else consistent
 
 
-def _end(target: Target, held: Sequence[Stretch], begin: Lsn) -> Lsn:
+def _end(target: Target, held: Sequence[Stretch], begin: int) -> int:
     """Give where the replay ends; for a time a place by which it has gone past it."""
-    if target.kind is StopKind.LATEST:
-        return max(_last_held(held), begin)
-    if target.kind is StopKind.TIME:
+    if target.time is not None:
         return target.reach or next((stretch.end for stretch in held if stretch.start <= begin < stretch.end), begin)
+    if target.at is None:
+        return max(_last_held(held), begin)
     return target.commit.end if target.inclusive and target.commit is not None else target.at
 
 
-def _ends_at(base: RecoveryPoint, target: Target) -> bool:
+def _ends_at(base: RecoveryPoint, mark: Mark, target: Target) -> bool:
     """Whether the snapshot holds exactly the target: floor, ceiling and the end of the state are one place."""
-    if base.state is not State.SEALED or not _is_exact(base) or target.kind in _OPEN:
+    if base.state is not State.SEALED or not mark.is_exact or target.at is None:
         return False
     if not target.inclusive:
-        return base.floor.at == target.at
-    return target.commit is not None and base.floor.at == target.commit.end
+        return mark.floor.at == target.at
+    return target.commit is not None and mark.floor.at == target.commit.end
 
 
-def _is_exact(base: RecoveryPoint) -> bool:
-    """Whether it is known to the byte what the snapshot holds, so that it needs no replay to be a state of its own.
-
-    Only an atomic one can be: the log of a bracketed copy ends behind the record that closes the bracket.
-    """
-    return base.bracket is None and base.ceiling == base.floor
-
-
-def _unfit(base: RecoveryPoint, target: Target, lineage: Lineage) -> str:
+def _unfit(base: RecoveryPoint, mark: Mark, target: Target, lineage: Lineage) -> str:
     """Give why a replay to the target cannot start from the base, whatever the journal holds; "" if it can."""
-    if base.state is not State.SEALED or base.ceiling is None:
+    if base.state is not State.SEALED or mark.ceiling is None:
         return f"it is {base.state}, not sealed"
-    if not all(lineage.includes(position) for position in _places(base)):
-        return f"it belongs to {base.ceiling}, which is not in the past of {lineage.history}"
-    if target.kind is StopKind.TIME:
+    if not _inside(mark, lineage):
+        return f"it belongs to {mark.ceiling}, which is not in the past of {lineage.history}"
+    if target.time is not None:
         return _too_late(base, target.time)
-    if target.kind is not StopKind.LATEST and (ends := _held_at_most(base)) > target.at:
-        return f"it may hold log up to {ends}, beyond {target.at}"
+    if target.at is not None and (ends := mark.holds_at_most) > target.at:
+        place = target.history.place
+        return f"it may hold log up to {place(ends)}, beyond {place(target.at)}"
     return ""
 
 
-def _places(base: RecoveryPoint) -> Iterable[Position]:
-    yield base.floor
-    if base.ceiling:
-        yield base.ceiling
-    if base.bracket:
-        yield base.bracket.start
-        yield base.bracket.stop
-
-
-def _too_late(base: RecoveryPoint, time: datetime | None) -> str:
+def _too_late(base: RecoveryPoint, time: datetime) -> str:
     """Give why the base may hold a commit later than `time`; "" where it surely does not.
 
     Every commit in a snapshot was stamped before the snapshot ended, by the database's clock; we know the end by
     ours. So a base counts only if it was sealed strictly before; and where the stamps of its own commit show that
     the database's clock is ahead of ours, they decide.
     """
-    if time is None:
-        raise RestoreError("a target of kind time has no time")
     if not (cuts := _cuts(base)):
         return "it is not known when it was cut"
     if (cut := max(cuts)) >= time:
         return f"it was cut until {cut.isoformat()}, not before {time.isoformat()}"
     if base.commit and base.commit.time_us >= to_microseconds(time):
-        return f"it was taken for commit {base.commit.xid}, which is not before {time.isoformat()}"
+        return f"it was taken for commit {base.commit.name}, which is not before {time.isoformat()}"
     return ""
 
 
 def _require_lineage(target: Target, lineage: Lineage) -> None:
-    """Refuse a target that lies outside `lineage`; an abandoned end of a timeline has a lineage of its own."""
-    place = Position(target.history, target.at if target.kind not in _OPEN else Lsn(0))
-    if target.inclusive and target.kind not in _OPEN:
-        place = Position(target.history, target.commit.end if target.commit else Lsn(target.at + 1))
+    """Refuse a target that lies outside `lineage`; an abandoned end of a branch has a lineage of its own."""
+    place = Position(target.history, target.at or 0)
+    if target.at is not None and target.inclusive:
+        place = Position(target.history, target.commit.end if target.commit else target.at + 1)
     if not lineage.includes(place):
-        forks = ", ".join(f"timeline {timeline} until {left_at}" for timeline, left_at in lineage.forks)
+        written = lineage.history.place
+        forks = ", ".join(f"{lineage.branch(branch)} until {written(left_at)}" for branch, left_at in lineage.forks)
         raise RestoreError(
             f"{target.description} lies at {place}, in another lineage than {lineage.history}"
             + (f" ({forks} before)" if forks else ""),
@@ -328,20 +344,15 @@ def _require_lineage(target: Target, lineage: Lineage) -> None:
         )
 
 
-def _held(extents: Sequence[Extent], lineage: Lineage, segment_bytes: int) -> list[Stretch]:
+def _held(extents: Sequence[Extent], lineage: Lineage, file_start: FileStart) -> list[Stretch]:
     """Give the stretches of log along `lineage` that the journal holds, joined, in order.
 
-    A timeline's first file begins at a file boundary, with a copy of what its parent wrote there; so the journal may
+    A branch's first file begins at a file boundary, with a copy of what its parent wrote there; so the journal may
     hold the shared bytes in either.
     """
-    owned: dict[int, Stretch] = {}
-    begin = Lsn(0)
-    endless = Lsn((1 << 64) - 1)
-    for timeline, left_at in (*lineage.forks, (lineage.history.timeline, endless)):
-        owned[timeline] = Stretch(_file_start(begin, segment_bytes), left_at)
-        begin = left_at
+    owned = {history: Stretch(file_start(begin), end) for history, begin, end in lineage.stretches()}
     joined: list[Stretch] = []
-    for start, end in sorted(_owned_parts(extents, lineage, owned)):
+    for start, end in sorted(_owned_parts(extents, owned)):
         if joined and start <= joined[-1].end:
             joined[-1] = Stretch(joined[-1].start, max(end, joined[-1].end))
         else:
@@ -349,10 +360,10 @@ def _held(extents: Sequence[Extent], lineage: Lineage, segment_bytes: int) -> li
     return joined
 
 
-def _owned_parts(extents: Sequence[Extent], lineage: Lineage, owned: dict[int, Stretch]) -> Iterable[Stretch]:
+def _owned_parts(extents: Sequence[Extent], owned: Mapping[History, Stretch]) -> Iterable[Stretch]:
     for extent in extents:
-        whole = owned.get(extent.history.timeline)
-        if extent.history.system != lineage.history.system or whole is None:
+        whole = owned.get(extent.history)
+        if whole is None:
             continue
         start, end = max(extent.start, whole.start), min(extent.end, whole.end)
         if start < end:
@@ -381,40 +392,47 @@ def _refusal(
     holes: Sequence[tuple[RecoveryPoint, Stretch]],
 ) -> RestoreError:
     """Give the error that says why nothing fits, with the nearest thing that would."""
+    written = lineage.history.place
     if holes:
         base, hole = holes[0]
         last = held[-1].end if held else None
         if last is None or hole.start >= last:
-            ends = "holds nothing yet" if last is None else f"ends at {last}"
-            or_else = "; --to-latest needs less of it" if target.kind is StopKind.TIME else ""
+            ends = "holds nothing yet" if last is None else f"ends at {written(last)}"
+            or_else = "; --to-latest needs less of it" if target.time is not None else ""
             return RestoreError(
-                f"{target.description} lies in the future of the journal, which {ends} and must reach {hole.end}",
+                f"{target.description} lies in the future of the journal, which {ends} and must reach"
+                f" {written(hole.end)}",
                 hint=f"wait until the journal has caught up (trigpoint status), or name an earlier target{or_else}",
                 retryable=True,
             )
         return RestoreError(
-            f"the log between {hole.start} and {hole.end} is missing"
+            f"the log between {_between(hole, lineage)} is missing"
             f" on the way from point {base.number} to {target.description}",
             hint="the journal lost these segments; put them back from an archive, or name a target before the hole",
         )
-    mine = [base for base in bases if base.state is State.SEALED and base.ceiling and _inside(base, lineage)]
+    marks = [(base, mark) for base in bases if (mark := base.mark_in(lineage.history)) and base.state is State.SEALED]
+    mine = [(mark.holds_at_most, base) for base, mark in marks if mark.ceiling and _inside(mark, lineage)]
     if not mine:
         return RestoreError(
             f"there is no sealed recovery point in the lineage of {lineage.history} to start from"
             f" for {target.description}",
             hint="trigpoint list shows the points there are, with the history of each",
         )
-    first = min(mine, key=_held_at_most)
+    ends_at, first = min(mine, key=lambda one: one[0])
     when = f", sealed {first.sealed_at.isoformat()}" if first.sealed_at else ""
     return RestoreError(
         f"no recovery point is early enough for {target.description}: the earliest is point {first.number},"
-        f" which may hold log up to {_held_at_most(first)}{when}",
-        hint=f"the earliest target that can be restored is --to-lsn {_held_at_most(first)}",
+        f" which may hold log up to {written(ends_at)}{when}",
+        hint=f"the earliest target that can be restored is --to-lsn {written(ends_at)}",
     )
 
 
-def _inside(base: RecoveryPoint, lineage: Lineage) -> bool:
-    return all(lineage.includes(position) for position in _places(base))
+def _between(hole: Stretch, lineage: Lineage) -> str:
+    return f"{lineage.history.place(hole.start)} and {lineage.history.place(hole.end)}"
+
+
+def _inside(mark: Mark, lineage: Lineage) -> bool:
+    return all(lineage.includes(position) for position in mark.positions)
 
 
 def _size(count: int) -> str:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from trigger.errors import RestoreError, StorageError, TrigpointError
 from trigger.failpoint import reached
-from trigger.model import State, Target
+from trigger.model import State
 from trigger.ports import Clone, Progress, Running
-from trigger.position import History, Lsn
+from trigger.position import At, History
+from trigger.replay import Target
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, clone_name, new_name
 from trigger.restore.clones import Site, remove, to_its_end
@@ -46,7 +47,7 @@ class Report:
     data_directory: Path
     history: History
     """The clone's own, on a timeline that production never had."""
-    replayed: Lsn
+    replayed: At
     last_commit_at: datetime | None
     log_bytes: int
     """What the journal gave."""
@@ -82,10 +83,10 @@ async def prepare(target: Target, site: Site, *, wait_seconds: float = JOURNAL_W
     loop = asyncio.get_running_loop()
     deadline = loop.time() + wait_seconds
     while True:
-        lineage = await site.journal.lineage(target.history)
+        lineage, file_start = await site.journal.lineage(target.history), site.journal.file_start
         bases, extents = await site.catalog.bases(), await site.journal.extents()
         try:
-            return plan(target, bases, extents, lineage, site.replay_bytes_per_second, segment_bytes=site.segment_bytes)
+            return plan(target, bases, extents, lineage, site.replay_bytes_per_second, file_start=file_start)
         except RestoreError as error:
             if not error.retryable or loop.time() >= deadline:
                 raise
@@ -155,12 +156,10 @@ async def _bring_up(found: Plan, site: Site, name: str, progress: Progress, *, t
     reached("after-clone")
     folder = site.staged_log(name)
     await asyncio.to_thread(clone_records.make_folder, folder)
-    staged = await site.journal.stage(found.log_from, found.target, folder, progress)
+    staged = await site.journal.stage(found.replay, folder, progress)
     watch.lap("stage")
     reached("after-stage")
-    running = await site.recovery.start(
-        clone, site.volumes, found.target, found.base.bracket, folder, progress, throwaway=throwaway
-    )
+    running = await site.recovery.start(clone, site.volumes, found.replay, folder, progress, throwaway=throwaway)
     watch.lap("replay")
     reached("after-replay")
     return Raised(found, clone, running, folder, staged, watch.seconds)

@@ -1,8 +1,11 @@
 """From what a person names to the exact place in the log where a replay has to stop.
 
-A commit is named by its transaction id, a marker, a point, or either end of its record; a state also by any place in
-the log or by a time. What is ambiguous is refused with the ways to say it exactly, since a restore gives one commit
-too many or too few without a word (an inclusive stop at the *end* of a commit's record takes the next commit too).
+A commit is named by its name (for PostgreSQL its transaction id), a marker, a point, or either end of its record; a
+state also by any place in the log or by a time. What is ambiguous is refused with the ways to say it exactly, since a
+restore gives one commit too many or too few without a word (an inclusive stop at the *end* of a commit's record takes
+the next commit too).
+
+Where a history has no log that is kept, its points are the only states that can be named; see `Journal.replays`.
 """
 
 from __future__ import annotations
@@ -13,21 +16,22 @@ from datetime import datetime
 
 from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import DatabaseError, RestoreError
-from trigger.model import CommitRecord, RecoveryPoint, State, StopKind, Target, from_microseconds
+from trigger.model import Outcome, RecoveryPoint, State, from_microseconds
 from trigger.ports import Database, Journal
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import LAST, History, Lineage, Name, Position
+from trigger.replay import Target
 
 _SHOWN = 5
-_ENDLESS = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
     """What a person named; exactly one of the first seven is given."""
 
-    lsn: Lsn | None = None
-    """The commit whose record begins or ends there, else the state before the first record at or behind it."""
-    xid: int | None = None
+    place: str | None = None
+    """The commit whose record begins or ends there, else the state before the first record at or behind it; in the
+    form of the history's kind."""
+    name: Name | None = None
     """This transaction and everything before it."""
     time: datetime | None = None
     """Everything before the first commit that is later (PostgreSQL's `recovery_target_time`)."""
@@ -37,17 +41,18 @@ class Named:
     """What the point was taken for: a commit, or the moment at which it was asked for or due."""
     marker: str | None = None
     """The transaction that wrote this marker, whole text."""
-    before_xid: int | None = None
+    before: Name | None = None
     """Everything before this transaction's commit, and not it."""
     stream: str | None = None
     """Only commits of this stream (database) count."""
-    timeline: int | None = None
-    """On this timeline, which may be abandoned; the present one if None."""
+    history: str | None = None
+    """In this history, which may be abandoned: whole (`7391/2+1`), or the branch alone (`2`) of the present database;
+    the present one if None."""
 
     @property
     def targets(self) -> int:
         """How many targets are named."""
-        values = (self.lsn, self.xid, self.time, self.point, self.marker, self.before_xid)
+        values = (self.place, self.name, self.time, self.point, self.marker, self.before)
         return sum(value is not None for value in values) + self.latest
 
 
@@ -56,7 +61,7 @@ async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Da
 
     Args:
         named: what a person named.
-        catalog, journal: where it is looked up.
+        catalog, journal: where it is looked up; where a journal replays nothing, only points can be named.
         database: made to commit something, where no commit is known to be later than a time, and asked how far it is;
             without it, or where it does not answer, nobody can tell whether the log goes so far.
 
@@ -65,96 +70,115 @@ async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Da
         CatalogError, JournalError: they cannot be read.
     """
     if named.targets != 1:
-        raise RestoreError("name exactly one target", hint="one of lsn, xid, time, latest, point, marker or before-xid")
+        raise RestoreError("name exactly one target", hint="one of place, name, time, latest, point, marker or before")
+    if not journal.replays:
+        return await _as_cut(named, catalog)
     if named.point is not None:
         return await _at_point(await catalog.point(named.point), catalog, journal)
-    lineage = await _lineage(named.timeline, catalog, journal)
-    if named.lsn is not None:
-        return await _at_lsn(named.lsn, named.stream, lineage, catalog)
+    lineage = await _lineage(named.history, catalog, journal)
+    if named.place is not None:
+        return await _at_place(lineage.history.parse_place(named.place), named.stream, lineage, catalog)
     if named.time is not None:
         return await _at_time(named.time, lineage, catalog, database)
     if named.latest:
         return await _latest(lineage, catalog, database)
-    if named.before_xid is not None:
-        return await _before(await _transaction(named.before_xid, named.stream, lineage, catalog), lineage, catalog)
-    if named.xid is not None:
-        return _commit(await _transaction(named.xid, named.stream, lineage, catalog))
+    if named.before is not None:
+        return await _before(await _transaction(named.before, named.stream, lineage, catalog), lineage, catalog)
+    if named.name is not None:
+        return _commit(await _transaction(named.name, named.stream, lineage, catalog))
     return _commit(await _marked(named.marker or "", named.stream, lineage, catalog))
 
 
-async def _lineage(timeline: int | None, catalog: Catalog, journal: Journal) -> Lineage:
-    """Give the lineage of the newest point, or of another timeline of the same cluster."""
+async def _as_cut(named: Named, catalog: Catalog) -> Target:
+    """Give the target that is a point as it was cut, or the one taken for a commit; nothing else can be had."""
+    found: list[Found] = []
+    if named.name is not None or named.marker is not None:
+        found = await catalog.find(name=named.name, marker=named.marker, stream=named.stream)
+    taken = [one.point for one in found if one.record.outcome is Outcome.PROTECTED]
+    number = named.point if named.point is not None else taken[0] if len(found) == len(taken) == 1 else None
+    if number is None:
+        holder = next((f"; point {one.point} holds it, among others" for one in found if one.point), "")
+        raise RestoreError(
+            f"no log is kept of this database: points can be brought back as they were cut, nothing else{holder}",
+            hint="name a point: --to-point (trigpoint list shows them)",
+        )
+    point = await catalog.point(number)
+    _require_there(point)
+    words = f"point {point.number} as it was cut: everything up to {point.floor.place}, and maybe more"
+    return Target(point.floor.history, None, True, words, commit=point.commit, point=point.id)
+
+
+async def _lineage(history: str | None, catalog: Catalog, journal: Journal) -> Lineage:
+    """Give the lineage of the newest point, or of a history that was named."""
     latest = await catalog.latest()
     if latest is None or latest.ceiling is None:
         raise RestoreError(
             "there is no sealed recovery point to start from", hint="trigpoint run takes the first at its start"
         )
     present = latest.ceiling.history
-    return await journal.lineage(present if timeline is None else History(present.system, timeline))
+    if history is None:
+        return await journal.lineage(present)
+    if history.isdigit():
+        return await journal.lineage(Lineage(present).branch(int(history)))
+    return await journal.lineage(History.parse(history, present.kind))
 
 
 def _commit(found: Found, words: str = "") -> Target:
     """Give the target that holds a commit, everything before it, and nothing behind it."""
     record = found.record
-    return Target(
-        history=found.history,
-        kind=StopKind.LSN,
-        at=record.start,
-        inclusive=True,
-        description=f"{words}{_words(record)}",
-        commit=record,
-    )
+    return Target(found.history, record.start, True, f"{words}{_words(found)}", commit=record)
 
 
-def _words(record: CommitRecord) -> str:
-    return f"commit {record.xid} of {record.stream} ({record.start})"
+def _words(found: Found) -> str:
+    record = found.record
+    return f"commit {record.name} of {record.stream} ({found.history.place(record.start)})"
 
 
-def _up_to(at: Lsn, lineage: Lineage, description: str, reach: Lsn | None = None) -> Target:
+def _up_to(at: int, lineage: Lineage, description: str, reach: int | None = None) -> Target:
     """Give the target that holds every record that begins before `at`."""
-    history = lineage.at(at).history
-    return Target(history, StopKind.LSN, at, False, description, reach=reach)
+    return Target(lineage.at(at).history, at, False, description, reach=reach)
 
 
-async def _at_lsn(lsn: Lsn, stream: str | None, lineage: Lineage, catalog: Catalog) -> Target:
-    there = [found for found in await catalog.find(lsn=lsn, stream=stream) if _in(found, lineage)]
-    begins = [found for found in there if found.record.start == lsn]
-    ends = [found for found in there if found.record.end == lsn]
+async def _at_place(at: int, stream: str | None, lineage: Lineage, catalog: Catalog) -> Target:
+    there = [found for found in await catalog.find(place=at, stream=stream) if _in(found, lineage)]
+    begins = [found for found in there if found.record.start == at]
+    ends = [found for found in there if found.record.end == at]
+    written = lineage.history.place(at)
     if begins and ends:
-        ended, begun = ends[0].record.xid, begins[0].record.xid
+        ended, begun = ends[0].record.name, begins[0].record.name
         raise RestoreError(
-            f"{lsn} is both the end of commit {ended} and the start of commit {begun}",
+            f"{written} is both the end of commit {ended} and the start of commit {begun}",
             hint=f"say which is the last one wanted: --to-xid {ended} or --to-xid {begun}",
         )
     if begins or ends:
         return _commit((begins or ends)[0])
-    last = await catalog.commit_before(lsn, lineage)
-    return _up_to(lsn, lineage, f"the state before {lsn}{_last(last)}")
+    last = await catalog.commit_before(at, lineage)
+    return _up_to(at, lineage, f"the state before {written}{_last(last)}")
 
 
 async def _at_time(time: datetime, lineage: Lineage, catalog: Catalog, database: Database | None) -> Target:
     last = await catalog.as_of(time, lineage)
-    later = await catalog.commit_after(last.record.start if last else Lsn(0), lineage)
+    later = await catalog.commit_after(last.record.start if last else 0, lineage)
     description = f"the state of {time.isoformat()}{_last(last)}"
     if later is None:
         description += ", no later commit is known"
     reach = later.record.end if later else await _passed(lineage, database)
     known = last.record if last else None
-    return Target(lineage.history, StopKind.TIME, Lsn(0), True, description, time, known, reach)
+    return Target(lineage.history, None, True, description, time, known, reach)
 
 
 async def _latest(lineage: Lineage, catalog: Catalog, database: Database | None) -> Target:
-    last = await catalog.commit_before(Lsn(_ENDLESS), lineage)
+    last = await catalog.commit_before(LAST, lineage)
     known = last.record if last else None
     description = f"the latest state that there is of {lineage.history}"
     with suppress(DatabaseError):
         if database is not None and (durable := await database.durable()).history == lineage.history:
-            description += f" (the cluster itself is at {durable.at} by now)"
+            description += f" (the cluster itself is at {durable.place} by now)"
     reach = known.end if known else None
-    return Target(lineage.history, StopKind.LATEST, Lsn(0), False, description, commit=known, reach=reach)
+    return Target(lineage.history, None, False, description, commit=known, reach=reach)
 
 
-async def _passed(lineage: Lineage, database: Database | None) -> Lsn | None:
+async def _passed(lineage: Lineage, database: Database | None) -> int | None:
     """Give a place behind a commit that is made now in this history; None where none can be made."""
     with suppress(DatabaseError):
         mark = await database.mark() if database is not None else None
@@ -165,42 +189,40 @@ async def _passed(lineage: Lineage, database: Database | None) -> Lsn | None:
 async def _before(found: Found, lineage: Lineage, catalog: Catalog) -> Target:
     record = found.record
     last = await catalog.commit_before(record.start, lineage)
-    return Target(
-        history=found.history,
-        kind=StopKind.LSN,
-        at=record.start,
-        inclusive=False,
-        description=f"the state before {_words(record)}{_last(last)}",
-        reach=record.end,
-    )
+    words = f"the state before {_words(found)}{_last(last)}"
+    return Target(found.history, record.start, False, words, reach=record.end)
 
 
-async def _at_point(point: RecoveryPoint, catalog: Catalog, journal: Journal) -> Target:
+def _require_there(point: RecoveryPoint) -> None:
     if point.state in (State.OPEN, State.FAILED):
         raise RestoreError(
             f"point {point.number} is {point.state}{': ' + point.failure if point.failure else ''}",
             hint="name the commit instead (--to-xid); it can be restored from an earlier point",
         )
-    words = f"point {point.number}: "
-    if point.commit is not None and point.commit.end == point.floor.at:
-        return _commit(Found(point.commit, point.number, "", point.floor.history), words)
-    lineage = await journal.lineage(point.floor.history)
-    last = await catalog.commit_before(point.floor.at, lineage)
+
+
+async def _at_point(point: RecoveryPoint, catalog: Catalog, journal: Journal) -> Target:
+    _require_there(point)
+    words, floor = f"point {point.number}: ", point.floor
+    if point.commit is not None and point.commit.end == floor.at:
+        return _commit(Found(point.commit, point.number, "", floor.history), words)
+    lineage = await journal.lineage(floor.history)
+    last = await catalog.commit_before(floor.at, lineage)
     present = await _lineage(None, catalog, journal)
-    if present.includes(point.floor):  # where a timeline was left, only the next one has a record behind the place
+    if present.includes(floor):  # where a timeline was left, only the next one has a record behind the place
         lineage = present
-    return _up_to(point.floor.at, lineage, f"{words}the state at {point.floor.at}{_last(last)}")
+    return _up_to(floor.at, lineage, f"{words}the state at {floor.place}{_last(last)}")
 
 
 def _last(found: Found | None) -> str:
     if found is None:
         return ", before any commit in the catalog"
-    return f", the last commit in the catalog being {found.record.xid} of {found.record.stream}"
+    return f", the last commit in the catalog being {found.record.name} of {found.record.stream}"
 
 
-async def _transaction(xid: int, stream: str | None, lineage: Lineage, catalog: Catalog) -> Found:
-    found = await catalog.find(xid=xid, stream=stream)
-    return _only(found, f"transaction {xid}", lineage)
+async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog: Catalog) -> Found:
+    found = await catalog.find(name=name, stream=stream)
+    return _only(found, f"transaction {name}", lineage)
 
 
 async def _marked(marker: str, stream: str | None, lineage: Lineage, catalog: Catalog) -> Found:
@@ -214,19 +236,27 @@ def _only(found: list[Found], what: str, lineage: Lineage) -> Found:
         return mine[0]
     if len(mine) > 1:
         last = [one.record for one in mine[-_SHOWN:]]
-        listed = ", ".join(f"{r.xid} of {r.stream} ({from_microseconds(r.time_us).isoformat()})" for r in last)
+        listed = ", ".join(f"{r.name} of {r.stream} ({from_microseconds(r.time_us).isoformat()})" for r in last)
         raise RestoreError(f"{what} names {len(mine)} commits, the last being {listed}", hint="say which one: --to-xid")
     if found:
         history = found[-1].history
         raise RestoreError(
             f"{what} was committed in {history}, which is not in the past of {lineage.history}",
-            hint=f"to bring back that abandoned state add --timeline {history.timeline}",
+            hint=f"to bring back that abandoned state add {naming(history, lineage.history)}",
         )
     raise RestoreError(
         f"{what} is not in the catalog",
         hint="it did not qualify, was never seen, or was not committed (trigpoint find); any place in the log can be"
         " restored with --to-lsn",
     )
+
+
+def naming(history: History, present: History) -> str:
+    """Give the option by which a history is named beside the present one; "" for that itself."""
+    if history == present:
+        return ""
+    beside = history == Lineage(present).branch(history.branch)
+    return f"--timeline {history.branch}" if beside else f"--history {history}"
 
 
 def _in(found: Found, lineage: Lineage) -> bool:

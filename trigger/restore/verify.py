@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator, Sequence
 
 from trigger.config.options import VerifyAssertion
 from trigger.errors import TrigpointError
-from trigger.model import RecoveryPoint, Target, Verification
+from trigger.model import RecoveryPoint, Verification
 from trigger.ports import Progress
+from trigger.replay import Target
 from trigger.restore.clone_records import new_name
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.planner import Plan, own
@@ -106,13 +107,14 @@ async def _looked_at(
 
 async def _looked_at_by_itself(point: RecoveryPoint, site: Site, progress: Progress) -> AsyncIterator[Check]:
     """Give whether the point's own snapshot becomes a consistent server, and what is seen in it; likewise."""
-    found = own(point, site.replay_bytes_per_second, segment_bytes=site.segment_bytes)
+    found = await prepare(own(point), site)
     await require_room(found, site)
     name = new_name("verify")
     async with raised(found, site, name, progress, throwaway=True) as up:
-        seen = f"consistent up to {up.running.replayed}, at or behind its floor {point.floor.at}"
+        floor = point.floor
+        seen = f"consistent up to {floor.history.place(up.running.replayed)}, at or behind its floor {floor.place}"
         progress("check structures and pages of its own snapshot", 0, 0)
-        yield "its own snapshot comes up", up.running.replayed >= point.floor.at, seen
+        yield "its own snapshot comes up", up.running.replayed >= floor.at, seen
         async for what, held, found_there in site.recovery.inspect(up.running, found.target, up.log_folder, deep=True):
             yield f"its own snapshot: {what}", held, found_there
         await to_its_end(_throw_away(name, site))

@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from glob import escape
-from importlib import import_module
 from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-from connectors import DRIVERS
 from trigger import host
 from trigger.catalog.catalog import Catalog
 from trigger.config.options import Options
-from trigger.errors import AgentError, ConfigError, DatabaseError
+from trigger.errors import AgentError, DatabaseError
 from trigger.model import Finding, Layout, Severity, Volume
 from trigger.ports import Agent, Database, Journal, Recovery, Source, Storage
+from trigger.protect.logs import Logs
 from trigger.restore.clones import Site
 from trigger.service import surroundings
+from trigger.service.drivers import driver, know_places
 from trigger.shape import data
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,11 @@ class Parts:
     recovery: Recovery
 
     @property
+    def logs(self) -> Logs:
+        """The databases by the streams of their commits."""
+        return Logs({source.name: self.database for source in self.sources})
+
+    @property
     def site(self) -> Site:
         """Where restores happen, and with what."""
         return Site(
@@ -55,7 +60,6 @@ class Parts:
             clock=SystemClock(),
             records_folder=self.options.state_folder / "clones",
             staging_folder=self.options.state_folder / "staging",
-            segment_bytes=self.layout.wal_segment_bytes,
             replay_bytes_per_second=float(self.options.points.replay_bytes_per_second),
         )
 
@@ -87,24 +91,16 @@ async def connect(options: Options) -> Parts:
         ConfigError: a driver's library is missing, or the cluster does not answer and was never seen before.
         CatalogError: the catalog cannot be opened.
     """
+    know_places()
     host.make_passage(options.state_folder)
     volumes = options.volume_list
-    database = _database(options)
+    database = driver("database", options.database.driver)(options.database)
     layout = await known_layout(database, options.state_folder)
     catalog = await Catalog.open(options.catalog_path)
     try:
-        journal = driver("journal", options.journal.driver)(
-            database, layout, options.journal_folder, options.journal.restore_command
-        )
-        recovery = driver("recovery", options.database.driver)(
-            database,
-            layout,
-            volumes,
-            options.name,
-            superuser=options.restore.superuser,
-            keep_libraries=options.restore.keep_libraries,
-            deadline_seconds=options.restore.deadline_seconds,
-        )
+        database.recognise(await catalog.seen())
+        journal = driver("journal", options.journal.driver)(database, layout, options.journal, options.journal_folder)
+        recovery = driver("recovery", options.database.driver)(database, layout, volumes, options.restore, options.name)
         agents = [
             driver("agent", options.agent.driver)(
                 gethostname(), state_folder=options.state_folder, hooks=options.agent.hooks
@@ -116,18 +112,6 @@ async def connect(options: Options) -> Parts:
         raise
     sources = database.sources()
     return Parts(options, volumes, layout, database, sources, agents, storage, catalog, journal, recovery)
-
-
-def _database(options: Options) -> Any:
-    chosen = options.database
-    return driver("database", chosen.driver)(
-        chosen.conninfo,
-        chosen.databases,
-        chosen.slot_prefix,
-        chosen.bin_directory,
-        chosen.password_file,
-        chosen.deadline_seconds,
-    )
 
 
 def _storage(options: Options, volumes: Sequence[Volume], layout: Layout) -> Any:
@@ -146,9 +130,9 @@ def _log_in(volumes: Sequence[Volume], layout: Layout) -> dict[str, list[str]]:
     """Give by volume the pattern of the log that lies in it."""
     roots = {volume.name: Path(volume.path).resolve() for volume in volumes}
     return {
-        name: ["/".join((*map(escape, layout.wal_directory.relative_to(root).parts), "*"))]
+        name: ["/".join((*map(escape, layout.log.relative_to(root).parts), "*"))]
         for name, root in roots.items()
-        if layout.wal_directory.is_relative_to(root)
+        if layout.log.is_relative_to(root)
     }
 
 
@@ -161,31 +145,11 @@ async def known_layout(database: Database, state_folder: Path) -> Layout:
         if not kept.exists():
             raise
         log.info("the layout is the one last seen, since the cluster does not answer: %s", error.message)
-        return _read_layout(kept.read_text())
+        return database.recall(json.loads(kept.read_text()))
     fresh = kept.with_suffix(".new")
     fresh.write_text(json.dumps(data(layout), indent=2))
     fresh.replace(kept)
     return layout
-
-
-def _read_layout(text: str) -> Layout:
-    value = json.loads(text)
-    for name in ("data_directory", "wal_directory"):
-        value[name] = Path(value[name])
-    value["config_files"] = tuple(map(Path, value["config_files"]))
-    value["tablespaces"] = tuple((oid, Path(path)) for oid, path in value["tablespaces"])
-    return Layout(**value)
-
-
-def driver(kind: str, name: str) -> Any:
-    """Give what makes the driver `kind/name`; raises `ConfigError` where its library is not installed."""
-    module, _, attribute = DRIVERS[f"{kind}/{name}"].partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except ImportError as error:
-        raise ConfigError(
-            f"driver {name} needs the package {error.name}", hint=f"pip install 'trigpoint[{name}]'"
-        ) from error
 
 
 async def check(parts: Parts) -> list[Finding]:

@@ -50,10 +50,7 @@ def propose(
         subvolume_of: gives the root of the btrfs subvolume around a path on btrfs.
         root: whether we are root; an ordinary user may not delete btrfs snapshots everywhere.
     """
-    parts = [("data", layout.data_directory)]
-    if not layout.wal_directory.is_relative_to(layout.data_directory):
-        parts.append(("wal", layout.wal_directory))
-    parts += [(f"tablespace-{oid}", path) for oid, path in layout.tablespaces]
+    parts = list(layout.places.items())
     driver, volumes, folder, why = _storage(parts, mounts, subvolume_of, root=root)
     wanted = tuple(name for name in databases if name != "postgres") or tuple(databases)
     return Proposal("main", state_folder, conninfo, wanted, tuple(volumes), driver, folder, tuple(why))

@@ -22,7 +22,6 @@ from trigger.keep.expire import GivenUp
 from trigger.keep.room import Room
 from trigger.model import Cause, RecoveryPoint, Retained, Severity
 from trigger.ports import Journal
-from trigger.position import distance
 from trigger.protect import commit_lines
 from trigger.protect.agenda import Agenda
 from trigger.protect.pipeline import Protected, protect, take
@@ -82,7 +81,7 @@ class Service:
         troubles += [
             _nearly_lost(one) for one in retained or () if one.left_bytes is not None and one.left_bytes < one.bytes
         ]
-        oldest, log_end, base = self.window.oldest, self.window.log_end, self.agenda.base
+        oldest, log_ends, base = self.window.oldest, self.window.log_ends, self.agenda.base
         now = asyncio.get_running_loop().time()
         return {
             "name": self.parts.options.name,
@@ -90,14 +89,15 @@ class Service:
             "started_at": data(self.started_at),
             "now": data(self.cluster.clock.now()),
             "streams": dict(self.window.connected()),
-            "log_end": data(log_end),
+            "log_end": data(log_ends[0] if log_ends else None),
+            "log_ends": data(log_ends),
             "pending_commits": len(self.window),
             "oldest_pending_seconds": now - oldest.arrived if oldest else 0.0,
             "commits_by_rule": dict(self.window.tally.as_dict()),
             "last_point": base.number if base else None,
             "last_sealed_at": data(base.sealed_at) if base else None,
-            "log_since_last_point_bytes": self.agenda.log_since_base(log_end),
-            "replay_bytes": distance(log_end, base.redo) if base and log_end and base.redo else 0,
+            "log_since_last_point_bytes": sum(map(self.agenda.log_since_base, log_ends)),
+            "replay_bytes": max(map(self.agenda.replay_bytes, log_ends), default=0),
             "replay_limit_bytes": self.agenda.replay_limit_bytes,
             "journal": [data(finding) for finding in self.upkeep.last_audit if finding.severity is not Severity.OK],
             "troubles": troubles,
@@ -232,7 +232,7 @@ async def begin(parts: Parts) -> Service:
     for agent in parts.agents:
         await agent.prepare(parts.volumes)
     cluster = Protected(
-        parts.database,
+        parts.logs,
         parts.volumes,
         parts.agents,
         parts.storage,
@@ -245,14 +245,17 @@ async def begin(parts: Parts) -> Service:
     settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
     window = Window(parts.sources, settled, Rules(options.rules).judge)
     gap = bool(await parts.catalog.gaps(open_only=True))
-    agenda = Agenda(options.points, await _base(parts), open_gap=gap, segment_bytes=parts.site.segment_bytes)
+    agenda = Agenda(options.points, await _base(parts), open_gap=gap)
     return Service(parts, cluster, window, agenda, Upkeep(parts, window, agenda, _room(parts)), clock.now())
 
 
 async def _base(parts: Parts) -> RecoveryPoint | None:
-    """Give the newest sealed point if the cluster's present history goes back to it."""
-    newest, lineage = await parts.catalog.latest(), await parts.database.lineage()
-    return newest if newest and newest.ceiling and lineage.includes(newest.ceiling) else None
+    """Give the newest sealed point if the present history of every database goes back to it."""
+    newest = await parts.catalog.latest()
+    lineages = [await database.lineage() for database in parts.logs.databases]
+    marks = [(newest.mark_in(lineage.history) if newest else None, lineage) for lineage in lineages]
+    holds = all(mark and mark.ceiling and lineage.includes(mark.ceiling) for mark, lineage in marks)
+    return newest if holds else None
 
 
 async def work(service: Service, ready: Callable[[Service], None] | None = None) -> None:
@@ -361,7 +364,7 @@ async def give_up(room: Room, request: dict[str, Any]) -> GivenUp:
 
 
 def _room(parts: Parts) -> Room:
-    return Room(parts.catalog, parts.storage, parts.journal, parts.site.segment_bytes)
+    return Room(parts.catalog, parts.storage, parts.journal)
 
 
 async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, Any]:

@@ -85,13 +85,14 @@ class Upkeep:
             await asyncio.sleep(max(seconds, (loop.time() - began) / may_take))
 
     async def watch_checkpoints(self) -> None:
-        """Keep the agenda's redo position fresh, and ask for a checkpoint where replays would grow too long."""
-        database, agenda = self.parts.database, self.agenda
-        agenda.redo = await database.redo()
-        if agenda.wants_checkpoint(self.window.log_end):
+        """Keep the agenda's redo positions fresh, and ask for a checkpoint where replays would grow too long."""
+        databases, agenda = self.parts.logs.databases, self.agenda
+        agenda.redos = [redo for database in databases if (redo := await database.redo())]
+        if any(agenda.wants_checkpoint(end) for end in self.window.log_ends):
             log.info("asking for a checkpoint: the log since the last one is long for the restore objective")
-            await database.checkpoint()
-            agenda.redo = await database.redo()
+            for database in databases:
+                await database.checkpoint()
+            agenda.redos = [redo for database in databases if (redo := await database.redo())]
         self.window.wake()
 
     async def keep_room(self) -> None:
@@ -172,5 +173,4 @@ class Upkeep:
 def _outside(layout: Layout, volumes: Sequence[Volume]) -> list[str]:
     """Give the places of a cluster that lie on no volume, by this host's filesystem."""
     roots = [os.path.realpath(volume.path) for volume in volumes]
-    places = (layout.data_directory, layout.wal_directory, *(path for _, path in layout.tablespaces))
-    return [str(place) for place in places if not any(place.is_relative_to(root) for root in roots)]
+    return [str(place) for place in layout.places.values() if not any(place.is_relative_to(root) for root in roots)]

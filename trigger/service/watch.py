@@ -18,8 +18,8 @@ from trigger.config.options import Options
 from trigger.errors import SourceError
 from trigger.model import Commit
 from trigger.protect.commit_lines import read
-from trigger.service.connect import driver
 from trigger.service.control import ask
+from trigger.service.drivers import driver
 
 ASK_SECONDS = 10.0
 BOUND = 1_000_000
@@ -50,7 +50,7 @@ async def remembered(options: Options) -> Remembered:
     last = 0
     while True:
         answer = await ask(options.state_folder, {"do": "recent", "after": last}, ASK_SECONDS)
-        commits += read(answer["commits"], "the service", options.database.databases[0])
+        commits += read(answer["commits"], "the service", options.database.databases[0], options.database.driver)
         if not answer["commits"]:
             return Remembered(commits, answer["forgotten"], datetime.fromisoformat(answer["started_at"]))
         last = answer["last"]
@@ -65,14 +65,7 @@ async def watch(options: Options, seconds: float, seen: Callable[[Commit], None]
         SourceError: the server refused, or the connection broke.
     """
     chosen = options.database
-    database = driver("database", chosen.driver)(
-        chosen.conninfo,
-        chosen.databases,
-        f"{chosen.slot_prefix}_try",
-        chosen.bin_directory,
-        chosen.password_file,
-        chosen.deadline_seconds,
-    )
+    database = driver("database", chosen.driver)(chosen, "_try")
     sources = database.sources()
     count = 0
 

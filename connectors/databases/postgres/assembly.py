@@ -8,51 +8,66 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from connectors.databases.postgres import places
 from connectors.databases.postgres.clone.isolation import Placement
 from connectors.databases.postgres.clone.recovery import PostgresRecovery
 from connectors.databases.postgres.database import Postgres
 from connectors.databases.postgres.log.archive import ArchiveReader
+from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.journal import Feed, PostgresJournal
 from connectors.databases.postgres.log.receiver import Receiver
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.programs import find_programs
+from trigger.errors import ConfigError
 from trigger.model import Layout, Volume
 
 
-def received_journal(database: Postgres, layout: Layout, folder: Path, restore_command: str | None) -> PostgresJournal:
-    """Give the journal that PostgreSQL's own `pg_receivewal` keeps in `folder`; `restore_command` is not used."""
-    del restore_command
-    programs = find_programs(layout.version // 10_000, database.bin_directory)
-    receiver = Receiver(database.conninfo, programs, database.journal_slot)
+def database(section: Any, suffix: str = "") -> Postgres:
+    """Give the cluster that a section `database` names; `suffix` keeps what is made in it apart from a service's."""
+    return Postgres(
+        section.conninfo,
+        section.databases,
+        f"{section.slot_prefix}{suffix}",
+        section.bin_directory,
+        section.password_file,
+        section.deadline_seconds,
+    )
+
+
+def received_journal(database: Postgres, layout: Layout, section: Any, folder: Path) -> PostgresJournal:  # noqa: ARG001 - needs no more
+    """Give the journal that PostgreSQL's own `pg_receivewal` keeps in `folder`."""
+    programs = find_programs(places.major(layout), database.bin_directory)
+
+    receiver = Receiver(database.conninfo, programs, database.journal_slot, recognise=database.recognised)
     return _journal(database, layout, folder, receiver)
 
 
-def archived_journal(database: Postgres, layout: Layout, folder: Path, restore_command: str | None) -> PostgresJournal:
+def archived_journal(database: Postgres, layout: Layout, section: Any, folder: Path) -> PostgresJournal:
     """Give the journal that is read from an archive through its own `restore_command`, by way of `folder`."""
-    assert restore_command is not None
-    return _journal(database, layout, folder, ArchiveReader(restore_command, database))
+    return _journal(database, layout, folder, ArchiveReader(section.restore_command, database))
 
 
 def _journal(database: Postgres, layout: Layout, folder: Path, feed: Feed) -> PostgresJournal:
-    programs = find_programs(layout.version // 10_000, database.bin_directory)
     owner = (layout.owner, layout.group)
-    segments = SegmentFolder(folder, layout.wal_segment_bytes, owner)
-    return PostgresJournal(segments, feed, WalDump(programs))
+    folders = LogFolders(folder, places.segment_bytes(layout), owner)
+    database.lives.folders, database.lives.writer = folders, feed.owner
+
+    def dump_for(segments: SegmentFolder) -> WalDump | None:
+        try:
+            return WalDump(find_programs(segments.major() or places.major(layout), database.bin_directory))
+        except ConfigError:
+            return None
+
+    return PostgresJournal(folders, feed, database.present, dump_for)
 
 
 def recovery(
-    database: Postgres,
-    layout: Layout,
-    volumes: Sequence[Volume],
-    name: str,
-    *,
-    superuser: str,
-    keep_libraries: Sequence[str],
-    deadline_seconds: float,
+    database: Postgres, layout: Layout, volumes: Sequence[Volume], section: Any, name: str
 ) -> PostgresRecovery:
-    """Give what brings up the servers of clones of the cluster called `name`.
+    """Give what brings up the servers of clones of the cluster called `name`, by a section `restore`.
 
     Raises:
         PreflightError: part of the cluster lies outside the volumes.
@@ -61,9 +76,9 @@ def recovery(
         Placement.of(layout, volumes),
         lambda major: find_programs(major, database.bin_directory),
         sockets_folder(name),
-        superuser=superuser,
-        keep_libraries=keep_libraries,
-        start_deadline_seconds=deadline_seconds,
+        superuser=section.superuser,
+        keep_libraries=section.keep_libraries,
+        start_deadline_seconds=section.deadline_seconds,
     )
 
 

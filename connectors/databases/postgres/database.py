@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
 from psycopg import conninfo as dsn
 
-from connectors.databases.postgres import preflight
+from connectors.databases.postgres import places, preflight
+from connectors.databases.postgres.lives import Lives
+from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.lsn import KIND, Lsn, history
 from connectors.databases.postgres.stream.copyboth import CopyBoth
 from connectors.databases.postgres.stream.source import PostgresSource
-from trigger.errors import ConfigError, DatabaseError, SourceError
+from trigger.errors import ConfigError, DatabaseError, JournalError, SourceError
 from trigger.model import Bracket, Finding, Layout, Retained, Volume
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.ports import Seen
+from trigger.position import History, Lineage, Position
 
 _FOR_GOOD = ("28", "3D", "42501")
 _LATE_SECONDS = 1.0
@@ -59,9 +64,12 @@ _BACKUP_START: LiteralString = (
     "SELECT lsn::text, left(pg_walfile_name(lsn), 8) FROM pg_backup_start(%s, fast => true) AS lsn"
 )
 _BACKUP_STOP: LiteralString = (
-    "SELECT lsn::text, left(pg_walfile_name(lsn), 8), labelfile, spcmapfile"
-    " FROM pg_backup_stop(wait_for_archive => false)"
+    "SELECT lsn::text, left(pg_walfile_name(lsn), 8), labelfile, spcmapfile,"
+    " (lsn + ((size - mod(lsn - '0/0'::pg_lsn, size)) % size))::text"
+    " FROM pg_backup_stop(wait_for_archive => false),"
+    " (SELECT setting::numeric FROM pg_settings WHERE name = 'wal_segment_size') AS segment(size)"
 )
+"""The end of the backup switches to the next segment, so the rest of this one is filled."""
 _LAYOUT: LiteralString = """
 SELECT current_setting('server_version_num')::int,
        current_setting('data_directory'),
@@ -94,6 +102,8 @@ class Postgres:
         slot_deadline_seconds: how long making a slot may wait for running transactions.
     """
 
+    kind = KIND
+
     def __init__(
         self,
         conninfo: str,
@@ -119,7 +129,8 @@ class Postgres:
         self.journal_slot = f"{name}_journal"
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._system = ""
-        self._lineage = Lineage(History("", 0))
+        self._lineage = Lineage(history("", 0))
+        self.lives = Lives(deadline_seconds)
         self._turn = asyncio.Lock()
         self._bracket = asyncio.Lock()
 
@@ -132,9 +143,38 @@ class Postgres:
                 self.name,
                 deadline_seconds=self._deadline_seconds,
                 slot_deadline_seconds=self._slot_deadline_seconds,
+                recognise=self.lives.confirm,
             )
             for database in self.databases
         ]
+
+    def recognise(self, seen: Collection[Seen]) -> None:
+        """Take note of what is known from before; see port `Database`."""
+        self.lives.recognise(seen)
+
+    def _history(self, timeline: int) -> History:
+        return self.lives.history(self._system, timeline)
+
+    async def recognised(self) -> History:
+        """Give the history that the server is in, compared with what is known; raises `SourceError`."""
+        return (await self.lives.confirm(self._dsn(self.databases[0]))).history
+
+    async def present(self) -> History:
+        """Give the history that the server is in; of one that does not answer, the last that is known.
+
+        Raises:
+            JournalError: it does not answer, and nothing is known of it.
+        """
+        try:
+            return await self.recognised()
+        except SourceError as error:
+            if (known := self.lives.newest_known()) is None:
+                raise JournalError(f"it is not known whose log is to be kept: {error}") from error
+            return known
+
+    async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
+        """Whether the server has other log at the end of a segment than a folder has; see `Lives.differs`."""
+        return await self.lives.differs(self._dsn(self.databases[0]), segments, name)
 
     # ---- positions
 
@@ -149,7 +189,7 @@ class Postgres:
     async def _position(self, question: LiteralString) -> Position:
         """Ask for (LSN, timeline in hexadecimal); the timeline is the one that log is written on at this moment."""
         lsn, timeline = await self._ask(question)
-        return Position(History(self._system, int(timeline, 16)), Lsn.parse(lsn))
+        return Position(self._history(int(timeline, 16)), Lsn.parse(lsn))
 
     async def record_end(self) -> Position:
         """Give the end of the newest record, durable on return; see port `Database`.
@@ -160,12 +200,12 @@ class Postgres:
         durable, end, timeline = await self._ask(_RECORD_END)
         if Lsn.parse(durable) < Lsn.parse(end):
             await self.mark()  # a commit flushes all that came before it
-        return Position(History(self._system, int(timeline, 16)), Lsn.parse(end))
+        return Position(self._history(int(timeline, 16)), Lsn.parse(end))
 
     async def redo(self) -> Position:
         """Give the redo position of the last completed checkpoint; raises `DatabaseError`."""
         lsn, timeline = await self._ask(_REDO)
-        return Position(History(self._system, timeline), Lsn.parse(lsn))
+        return Position(self._history(timeline), Lsn.parse(lsn))
 
     async def lineage(self) -> Lineage:
         """Give the present history and its past; asks for the history file only when the timeline has changed."""
@@ -175,7 +215,7 @@ class Postgres:
         return self._lineage
 
     async def _read_lineage(self, history: History) -> Lineage:
-        if history.timeline == 1:
+        if history.branch == 1:
             return Lineage(history)
         try:
             stream = await CopyBoth.connect(self._dsn(self.databases[0]), self._deadline_seconds)
@@ -185,7 +225,7 @@ class Postgres:
             finally:
                 await stream.close()
         except (SourceError, TimeoutError) as error:
-            raise DatabaseError(f"the history of timeline {history.timeline} cannot be read: {error}") from error
+            raise DatabaseError(f"the history of timeline {history.branch} cannot be read: {error}") from error
 
     async def mark(self) -> Position:
         """Commit a transaction without content, durable on return; see port `Database`."""
@@ -213,12 +253,13 @@ class Postgres:
                 start, start_timeline = await self._run(connection, _BACKUP_START, name)
 
                 async def finish() -> Bracket:
-                    stop, stop_timeline, label, tablespace_map = await self._run(connection, _BACKUP_STOP)
+                    stop, stop_timeline, label, tablespace_map, filled_to = await self._run(connection, _BACKUP_STOP)
+                    on = self._history(int(stop_timeline, 16))
                     return Bracket(
-                        Position(History(self._system, int(start_timeline, 16)), Lsn.parse(start)),
-                        Position(History(self._system, int(stop_timeline, 16)), Lsn.parse(stop)),
-                        label,
-                        tablespace_map or "",
+                        Position(self._history(int(start_timeline, 16)), Lsn.parse(start)),
+                        Position(on, Lsn.parse(stop)),
+                        {"label": label, "tablespace_map": tablespace_map or ""},
+                        Position(on, Lsn.parse(filled_to)),
                     )
 
                 yield finish
@@ -263,7 +304,11 @@ class Postgres:
         (name,) = await self._ask("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")
         return str(name)
 
-    async def present(self) -> list[str]:
+    def recall(self, document: Mapping[str, Any]) -> Layout:
+        """Give the layout that was kept as JSON, by this version or an earlier one; raises `ConfigError`."""
+        return places.recall(document)
+
+    async def existing(self) -> list[str]:
         """Give the databases that may be connected to, templates aside, by name; raises `DatabaseError`."""
         (names,) = await self._ask(_PRESENT)
         return list(names)
@@ -394,13 +439,12 @@ def _look_at_files(version: int, data: str, segment_bytes: int, spaces: list[lis
             hint="the service must run on the database's host, as a user that may read its data directory",
         ) from error
     outside = (Path(os.path.realpath(directory / file)) for file in files)
-    return Layout(
+    return places.layout(
         version,
         directory,
         wal,
-        tuple(sorted((oid, path) for oid, path in resolved if not path.is_relative_to(directory))),
+        {oid: path for oid, path in resolved if not path.is_relative_to(directory)},
         tuple(sorted({file for file in outside if not file.is_relative_to(directory)})),
-        stat.st_uid,
-        stat.st_gid,
+        (stat.st_uid, stat.st_gid),
         segment_bytes,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 
+from connectors.databases.postgres import places
 from connectors.databases.postgres.clone.isolation import volume_of
 from connectors.databases.postgres.programs import listed
 from connectors.databases.postgres.stream import publication, slot
@@ -271,8 +272,8 @@ async def _check_slot(connection: psycopg.AsyncConnection[Any], source: Postgres
 
 def check_paths(layout: Layout, volumes: Sequence[Volume]) -> list[Finding]:
     """Judge whether every part of the cluster lies on a volume, by this host's mounts (F6)."""
-    parts = [("data directory", layout.data_directory), ("pg_wal", layout.wal_directory)]
-    parts += [(f"tablespace {oid}", path) for oid, path in layout.tablespaces]
+    parts = [("data directory", places.data_directory(layout)), ("pg_wal", layout.log)]
+    parts += [(f"tablespace {oid}", path) for oid, path in places.tablespaces(layout).items()]
     parts += [("configuration file", path) for path in layout.config_files]
     mounts = mount_points(Path("/proc/self/mountinfo").read_text(errors="replace"))
     return [*place_parts(parts, volumes), *check_mounts(volumes, mounts, [path for _, path in parts])]

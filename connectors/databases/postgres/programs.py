@@ -7,10 +7,13 @@ import contextlib
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +45,36 @@ class Programs:
 def find_programs(major: int, folder: Path | None = None) -> Programs:
     """Give the programs of PostgreSQL `major`: from `folder`, the distribution's place, or the installed wheel.
 
+    A folder that holds another version is none for this one: after an upgrade the old cluster's clones need the old
+    programs.
+
     Raises:
         ConfigError: that version is nowhere.
     """
-    candidates = [folder] if folder else [_DEBIAN / str(major) / "bin", *_wheel_folder(major), *_on_path(major)]
+    if folder is not None and _major_in(folder) == major:
+        return Programs(folder, major)
+    candidates = [_DEBIAN / str(major) / "bin", *_wheel_folder(major), *_on_path(major)]
     for candidate in candidates:
         if (candidate / "postgres").exists():
             return Programs(candidate, major)
+    candidates = [folder, *candidates] if folder else candidates
     raise ConfigError(
         f"no programs of PostgreSQL {major} in {', '.join(map(str, candidates)) or 'any known place'}",
         hint="install the server packages of that version, or set database.bin_directory",
     )
+
+
+@cache
+def _major_in(folder: Path) -> int | None:
+    """Give the major version of the programs in a folder, by what its server says; None where there is none."""
+    try:
+        said = subprocess.run(
+            [folder / "postgres", "--version"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"\) (\d+)", said.stdout)
+    return int(found[1]) if found else None
 
 
 def copy_programs(programs: Programs, folder: Path) -> Programs:

@@ -9,11 +9,12 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import NamedTuple
 
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.stream.copyboth import CopyBoth
 from connectors.databases.postgres.stream.source import PostgresSource
 from tests.fixtures.postgres import Cluster
 from trigger.model import Commit
-from trigger.position import Lsn, Position
+from trigger.position import Position
 
 PATIENCE_SECONDS = 60.0
 _COMMIT_RECORD = re.compile(

@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from connectors.databases.postgres import places
 from connectors.databases.postgres.database import Postgres
+from connectors.databases.postgres.lsn import Lsn
 from tests.connectors.postgres.reading import fresh_database, record_starts
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Finding, Severity, Volume
-from trigger.position import Lsn
 
 pytestmark = pytest.mark.server
 
@@ -138,11 +139,11 @@ def fill_segment(cluster: Cluster) -> Lsn:
     return at
 
 
-def assert_records_end_at(cluster: Cluster, places: list[Lsn]) -> None:
+def assert_records_end_at(cluster: Cluster, ends: list[int]) -> None:
     """A record ends where the next one begins, or the page does in front of which the next one begins: pg_waldump's."""
     cluster.sql("SELECT pg_logical_emit_message(true, '', '')")
-    begins = record_starts(cluster, Lsn(min(places) // SEGMENT * SEGMENT), cluster.flushed())
-    for place in places:
+    begins = record_starts(cluster, Lsn(min(ends) // SEGMENT * SEGMENT), cluster.flushed())
+    for place in ends:
         header = 0 if place % PAGE else PAGE_HEADER if place % SEGMENT else SEGMENT_HEADER
         assert place + header in begins, f"{place} is in the middle of a record"
 
@@ -254,9 +255,12 @@ def test_the_bracket_gives_a_label_that_a_restore_can_start_with(cluster: Cluste
         async with database.bracket("a point") as finish:
             cluster.sql("CREATE TABLE IF NOT EXISTS t (v int); INSERT INTO t VALUES (1)")
             bracket = await finish()
-        assert f"START WAL LOCATION: {bracket.start.at} " in bracket.label
-        assert "LABEL: a point\n" in bracket.label
+        assert f"START WAL LOCATION: {bracket.start.place} " in bracket.document["label"]
+        assert "LABEL: a point\n" in bracket.document["label"]
         assert bracket.start < bracket.stop
+        assert bracket.filled_to is not None
+        assert bracket.filled_to.history == bracket.stop.history
+        assert bracket.filled_to.at == -(-bracket.stop.at // SEGMENT) * SEGMENT
 
     with_database(cluster, act)
 
@@ -266,7 +270,7 @@ def test_a_bracket_that_is_left_early_holds_nothing_on_the_server(cluster: Clust
         with pytest.raises(RuntimeError, match="early"):
             await leave_early(database)
         async with database.bracket("another") as finish:
-            assert "LABEL: another\n" in (await finish()).label
+            assert "LABEL: another\n" in (await finish()).document["label"]
 
     with_database(cluster, act)
 
@@ -279,10 +283,10 @@ async def leave_early(database: Postgres) -> None:
 def test_the_layout_names_every_place_where_the_cluster_lies(cluster: Cluster, major: int) -> None:
     async def act(database: Postgres) -> None:
         layout = await database.layout()
-        assert layout.version // 10_000 == major
-        assert (layout.data_directory, layout.wal_directory) == (cluster.data, cluster.data / "pg_wal")
-        assert (layout.tablespaces, layout.config_files) == ((), ())
-        assert (layout.owner, layout.group, layout.wal_segment_bytes) == (*cluster.owner, 16 << 20)
+        assert places.major(layout) == major
+        assert (places.data_directory(layout), layout.log) == (cluster.data, cluster.data / "pg_wal")
+        assert (places.tablespaces(layout), layout.config_files) == ({}, ())
+        assert (layout.owner, layout.group, places.segment_bytes(layout)) == (*cluster.owner, 16 << 20)
 
     with_database(cluster, act)
 
@@ -377,9 +381,9 @@ def test_tablespaces_and_a_log_kept_elsewhere_are_found_by_the_check(major: int)
 
             async def act(database: Postgres) -> None:
                 layout = await database.layout()
-                assert (layout.wal_directory, [path for _, path in layout.tablespaces]) == (wal, [space])
+                assert (layout.log, list(places.tablespaces(layout).values())) == (wal, [space])
                 refused = {finding.subject for finding in refusals(await database.check(volumes(cluster)))}
-                assert refused == {"pg_wal", f"tablespace {layout.tablespaces[0][0]}"}
+                assert refused == {"pg_wal", f"tablespace {next(iter(places.tablespaces(layout)))}"}
                 assert refusals(await database.check([Volume("all", str(folder))])) == []
 
             with_database(cluster, act)
@@ -395,7 +399,7 @@ def test_the_lineage_of_a_promoted_server_holds_where_it_left_its_past(major: in
             cluster.start()
             cluster.run("pg_ctl", "-D", cluster.data, "-w", "promote")
             lineage = await database.lineage()
-            assert lineage.history.timeline == 2
+            assert lineage.history.branch == 2
             assert [timeline for timeline, _ in lineage.forks] == [1]
             assert lineage.includes(before)
             assert lineage.forks[0][1] >= before.at

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import Engine
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger import failpoint
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
@@ -23,6 +24,7 @@ from trigger.model import (
     Cause,
     CommitRecord,
     Gap,
+    Mark,
     Outcome,
     RecoveryPoint,
     Snapshot,
@@ -30,11 +32,11 @@ from trigger.model import (
     Verification,
     point_id,
 )
-from trigger.position import History, Lsn, Position
+from trigger.position import History, Name, Position
 
 T = TypeVar("T")
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
-HISTORY = History("7391", 1)
+HISTORY = History("postgres", "7391", 1)
 BASE_US = 1_760_000_000_000_000
 
 
@@ -50,6 +52,7 @@ def record(
     start: int,
     *,
     xid: int | None = None,
+    name: Name | None = None,
     time_us: int | None = None,
     stream: str = "bank",
     outcome: Outcome = Outcome.PROTECTED,
@@ -57,21 +60,21 @@ def record(
     length: int = 8,
 ) -> CommitRecord:
     time_us = BASE_US + start if time_us is None else time_us
-    return CommitRecord(
-        stream, start if xid is None else xid, Lsn(start), Lsn(start + length), time_us, markers, outcome
-    )
+    name = Name("", start if xid is None else xid) if name is None else name
+    return CommitRecord(stream, name, Lsn(start), Lsn(start + length), time_us, markers, outcome)
 
 
 async def opened(catalog: Catalog, number: int, floor: int = 100, history: History = HISTORY) -> RecoveryPoint:
     return await catalog.open_point(
-        id=point_id(NOW, number), cause=Cause.COMMIT, floor=at(floor, history), opened_at=NOW
+        id=point_id(NOW, number), cause=Cause.COMMIT, marks=[Mark(at(floor, history))], opened_at=NOW
     )
 
 
 def proven(point: RecoveryPoint) -> RecoveryPoint:
     snapshot = Snapshot("data", "memory", "/snapshots/1", NOW, NOW)
     ceiling = Position(point.floor.history, Lsn(point.floor.at + 50))
-    return dataclasses.replace(point, ceiling=ceiling, sealed_at=NOW, snapshots=(snapshot,))
+    mark = dataclasses.replace(point.marks[0], ceiling=ceiling)
+    return dataclasses.replace(point, marks=(mark, *point.marks[1:]), sealed_at=NOW, snapshots=(snapshot,))
 
 
 async def sealed(catalog: Catalog, number: int, records: Sequence[CommitRecord] = ()) -> RecoveryPoint:
@@ -156,21 +159,21 @@ def test_a_commit_that_has_an_outcome_is_dropped_and_counted_not_recorded_twice(
 def test_a_repeated_commit_is_known_even_after_its_stream_went_to_another_history_and_back() -> None:
     async def work(catalog: Catalog) -> None:
         await sealed(catalog, 1, [record(100)])
-        await catalog.settle("bank", at(50, History("7391", 2)))
-        assert await catalog.settled("bank") == at(50, History("7391", 2))
+        await catalog.settle("bank", at(50, History("postgres", "7391", 2)))
+        assert await catalog.settled("bank") == at(50, History("postgres", "7391", 2))
         assert (await sealed(catalog, 2, [record(100)])).commits == 0
-        assert len(await catalog.find(xid=100)) == 1
+        assert len(await catalog.find(name=Name("", 100))) == 1
 
     with_catalog(work)
 
 
 def test_the_same_position_in_another_history_is_another_commit() -> None:
     async def work(catalog: Catalog) -> None:
-        other = History("7391", 2)
+        other = History("postgres", "7391", 2)
         await sealed(catalog, 1, [record(100)])
         point = await opened(catalog, 2, 108, other)
         await catalog.seal(proven(point), [record(100)], {"bank": at(108, other)})
-        assert [found.history for found in await catalog.find(lsn=Lsn(100))] == [HISTORY, other]
+        assert [found.history for found in await catalog.find(place=Lsn(100))] == [HISTORY, other]
 
     with_catalog(work)
 
@@ -196,7 +199,7 @@ def test_commits_kept_by_a_failover_are_protected_after_those_behind_them_were_m
         await catalog.miss([record(300), record(310)], "left behind by the failover", HISTORY)
         kept = await sealed(catalog, 2, [record(110), record(120)])
         assert kept.commits == 2
-        assert [(await catalog.find(xid=xid))[0].point for xid in (110, 120, 300, 310)] == [2, 2, None, None]
+        assert [(await catalog.find(name=Name("", xid)))[0].point for xid in (110, 120, 300, 310)] == [2, 2, None, None]
 
     with_catalog(work)
 
@@ -223,7 +226,7 @@ def test_settled_never_goes_back_in_one_history() -> None:
 def test_a_missed_commit_is_found_with_its_reason() -> None:
     async def work(catalog: Catalog) -> None:
         await catalog.miss([record(100)], "not in the history of timeline 2", HISTORY)
-        (found,) = await catalog.find(xid=100)
+        (found,) = await catalog.find(name=Name("", 100))
         assert (found.point, found.reason) == (None, "not in the history of timeline 2")
         assert found.record.outcome is Outcome.MISSED
         assert await catalog.settled("bank") is None
@@ -361,7 +364,7 @@ def test_a_sealed_point_closes_the_gaps_that_were_known_when_it_was_opened() -> 
     async def work(catalog: Catalog) -> None:
         await catalog.record_gap(gap(200))
         point = await opened(catalog, 1)
-        late = await catalog.record_gap(gap(300, History("7391", 2)))
+        late = await catalog.record_gap(gap(300, History("postgres", "7391", 2)))
         with pytest.raises(CatalogError, match="closes no gap: it is open"):
             await catalog.close_gaps(1)
         await catalog.seal(proven(point), [], {})

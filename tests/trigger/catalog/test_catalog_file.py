@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, text
 
 from tests.trigger.catalog.test_catalog import BASE_US, at, opened, proven, record, sealed, with_catalog
-from trigger.catalog import schema
+from trigger.catalog import migrations, schema
 from trigger.catalog.catalog import Catalog, make_engine
 from trigger.errors import CatalogError
 from trigger.model import State
@@ -56,15 +57,22 @@ def test_writers_and_readers_of_one_catalog_may_come_all_at_once(tmp_path: Path)
     asyncio.run(work())
 
 
+def at_version(patch: pytest.MonkeyPatch, version: int, *steps: Callable[[Connection], None]) -> None:
+    """Let the program be one of a later version, which comes from the present one by `steps`."""
+    patch.setattr(schema, "VERSION", version)
+    patch.setattr(migrations, "VERSION", version)
+    patch.setattr(migrations, "STEPS", (*migrations.STEPS, *steps))
+
+
 def test_a_catalog_of_a_later_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing(catalog: Catalog) -> None:
         pass
 
     where = tmp_path / "catalog.db"
     with monkeypatch.context() as later:
-        later.setattr(schema, "VERSION", schema.VERSION + 1)
+        at_version(later, 3)
         with_catalog(nothing, where)
-    with pytest.raises(CatalogError, match=r"version 2, this program knows versions up to 1"):
+    with pytest.raises(CatalogError, match=r"version 3, this program knows versions up to 2"):
         with_catalog(nothing, where)
 
 
@@ -82,8 +90,7 @@ def test_an_older_catalog_is_brought_up_step_by_step_and_once(tmp_path: Path, mo
         assert await catalog.commits_of(1) == [record(100)]
 
     with_catalog(seal_one, tmp_path / "catalog.db")
-    monkeypatch.setattr(schema, "VERSION", 2)
-    monkeypatch.setattr(schema, "MIGRATIONS", (step,))
+    at_version(monkeypatch, 3, step)
     for _ in range(2):
         with_catalog(look, tmp_path / "catalog.db")
     assert taken == [1]
@@ -103,8 +110,7 @@ def test_a_migration_that_fails_leaves_the_catalog_as_it_was(tmp_path: Path, mon
     where = tmp_path / "catalog.db"
     with_catalog(seal_one, where)
     with monkeypatch.context() as later:
-        later.setattr(schema, "VERSION", 2)
-        later.setattr(schema, "MIGRATIONS", (step,))
+        at_version(later, 3, step)
         with pytest.raises(CatalogError, match="nothing"):
             with_catalog(look, where)
     with_catalog(look, where)

@@ -67,8 +67,8 @@ def test_look_ups_on_a_server_give_what_reading_every_commit_would_give(
         truth = sorted(await fill(catalog, MAIN, a_history(chance, 1_000, 4_000, 40_000, 1_500), chance), key=log_order)
         for one in truth[::5]:
             mine = one.record
-            assert one in await catalog.find(xid=mine.xid)
-            assert one in await catalog.find(lsn=mine.start)
+            assert one in await catalog.find(name=mine.name)
+            assert one in await catalog.find(place=mine.start)
             assert one in await catalog.find(time=from_microseconds(mine.time_us))
             earlier = [found for found in truth if found.record.start < mine.start]
             assert await catalog.commit_before(mine.start, LINEAGE) == (earlier[-1] if earlier else None)

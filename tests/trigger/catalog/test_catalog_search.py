@@ -14,15 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
 
+from connectors.databases.postgres.lsn import Lsn
 from tests.trigger.catalog.test_catalog import BASE_US, at, inline, opened, proven, record, sealed, with_catalog
 from trigger.catalog import packing
 from trigger.catalog.catalog import Catalog, Found, make_engine
 from trigger.catalog.commit_search import log_order
 from trigger.model import CommitRecord, Outcome, from_microseconds
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import History, Lineage, Name, Position
 
-MAIN = History("7391", 1)
-BRANCH = History("7391", 2)
+MAIN = History("postgres", "7391", 1)
+BRANCH = History("postgres", "7391", 2)
 FORK = 5_000
 LINEAGE = Lineage(BRANCH, ((1, Lsn(FORK)),))
 
@@ -108,8 +109,8 @@ def test_every_commit_is_found_by_each_of_its_keys(seed: int, jitter: int) -> No
             mine = one.record
             for lsn in (mine.start, mine.end, Lsn(mine.start + 1)):
                 there = expected(f for f in truth if f.record.start <= lsn <= f.record.end)
-                assert await catalog.find(lsn=lsn) == there
-            assert await catalog.find(xid=mine.xid) == expected(f for f in truth if f.record.xid == mine.xid)
+                assert await catalog.find(place=lsn) == there
+            assert await catalog.find(name=mine.name) == expected(f for f in truth if f.record.name == mine.name)
             time = from_microseconds(mine.time_us)
             assert await catalog.find(time=time) == expected(f for f in truth if f.record.time_us == mine.time_us)
             near = expected(f for f in truth if 0 <= f.record.time_us - mine.time_us <= 10_000)
@@ -118,7 +119,7 @@ def test_every_commit_is_found_by_each_of_its_keys(seed: int, jitter: int) -> No
                 assert await catalog.find(marker=marker, limit=9999) == expected(
                     f for f in truth if marker in f.record.markers
                 )
-            both = await catalog.find(xid=mine.xid, stream="bank", lsn=mine.start)
+            both = await catalog.find(name=mine.name, stream="bank", place=mine.start)
             assert both == expected(f for f in [one] if mine.stream == "bank")
         await catalog.close()
 
@@ -130,7 +131,7 @@ def test_every_commit_is_found_by_each_of_its_keys(seed: int, jitter: int) -> No
 def test_what_was_never_committed_is_not_found(seed: int, jitter: int) -> None:
     async def work() -> None:
         catalog, truth = await catalog_and_truth(seed, jitter)
-        xids = {found.record.xid for found in truth}
+        xids = {found.record.name.number for found in truth}
         for xid in {
             0,
             1,
@@ -139,12 +140,57 @@ def test_what_was_never_committed_is_not_found(seed: int, jitter: int) -> None:
             1 << 70,
             *random.Random(seed).sample(range(20_000, 45_000), 15),
         } - xids:
-            assert await catalog.find(xid=xid) == []
+            assert await catalog.find(name=Name("", xid)) == []
         assert await catalog.find(marker="no such") == []
-        assert await catalog.find(lsn=Lsn(0)) == []
+        assert await catalog.find(place=Lsn(0)) == []
         await catalog.close()
 
     asyncio.run(work())
+
+
+NAMES = st.one_of(
+    st.builds(
+        Name, st.sampled_from(["", "0-1-", "0-2-", "order "]), st.integers(0, 40) | st.integers(0, (1 << 63) - 1)
+    ),
+    st.sampled_from(["payroll", "März", "job a", "", "-", "007x"]).map(Name.parse),
+    st.text(max_size=8).map(Name.parse),
+)
+
+
+@settings(searches, max_examples=40)
+@given(st.lists(NAMES, min_size=1, max_size=14), st.lists(NAMES, max_size=6), st.booleans())
+def test_commits_are_found_by_names_of_any_text(called: list[Name], others: list[Name], marked: bool) -> None:
+    """Several texts before the numbers of one block, the same number behind two of them, and names without one."""
+
+    async def work(catalog: Catalog) -> None:
+        records = [
+            record(100 * place, name=name, markers=("payroll",) if marked and place % 3 == 0 else ())
+            for place, name in enumerate(called, 1)
+        ]
+        point = await sealed(catalog, 1, records)
+        assert await catalog.commits_of(1) == records
+        assert [each.name for each in await catalog.commits_of(1)] == called
+        truth = [Found(each, point.number, "", MAIN) for each in records]
+        alike = [Name(text, name.number) for name in called for text in ("", "0-1-", "0-9-") if name.number is not None]
+        for name in {*called, *others, *alike, *(Name.parse(name.text) for name in called)}:
+            mine = [found for found in truth if found.record.name == name]
+            assert await catalog.find(name=name) == mine
+            assert await catalog.find(name=name, stream="shop") == []
+            assert await catalog.find(name=name, place=100) == [f for f in mine if f.record.start == 100]
+            assert await catalog.find(name=name, marker="payroll") == [f for f in mine if f.record.markers]
+        assert await catalog.find(marker="payroll") == [found for found in truth if found.record.markers]
+        assert await catalog.find(marker="job a") == []
+
+    with_catalog(work)
+
+
+@pytest.mark.parametrize("text", [str((1 << 63) - 1), str(1 << 63), f"order {(1 << 64) - 1}", f"order {1 << 64}"])
+def test_a_commit_is_kept_and_found_whatever_number_its_name_ends_in(text: str) -> None:
+    async def work(catalog: Catalog) -> None:
+        await sealed(catalog, 1, [record(100, name=Name.parse(text)), record(200)])
+        assert [str(found.record.name) for found in await catalog.find(name=Name.parse(text))] == [text]
+
+    with_catalog(work)
 
 
 @searches
@@ -152,7 +198,7 @@ def test_what_was_never_committed_is_not_found(seed: int, jitter: int) -> None:
 def test_neighbours_in_log_order_are_those_of_the_whole_list(seed: int, jitter: int) -> None:
     async def work() -> None:
         catalog, truth = await catalog_and_truth(seed, jitter)
-        for line in (MAIN, BRANCH, LINEAGE, History("7391", 3)):
+        for line in (MAIN, BRANCH, LINEAGE, History("postgres", "7391", 3)):
             mine = in_line(truth, line)
             some = [*random.Random(seed).sample(range(900, 8_100), 6), *(found.record.start for found in mine[::29])]
             for lsn in map(Lsn, [0, FORK, 1 << 62, *some]):
@@ -232,8 +278,8 @@ def test_no_look_up_and_no_seal_reads_the_blocks_from_end_to_end() -> None:
         await sealed(catalog, 1, [record(100, markers=("payroll",))])
         event.listen(engine, "before_cursor_execute", listen)
         time = from_microseconds(BASE_US)
-        await catalog.find(xid=100)
-        await catalog.find(lsn=Lsn(100))
+        await catalog.find(name=Name("", 100))
+        await catalog.find(place=Lsn(100))
         await catalog.find(time=time, within=timedelta(seconds=1))
         await catalog.find(marker="payroll")
         await catalog.commit_before(Lsn(200), MAIN)
@@ -257,5 +303,7 @@ def test_no_look_up_and_no_seal_reads_the_blocks_from_end_to_end() -> None:
     engine.dispose()
     assert any(plan.startswith("SEARCH blocks") for plan in plans)
     assert [
-        plan for plan in plans if plan.startswith(("SCAN blocks", "SCAN markers", "SCAN xid_outliers", "SCAN points"))
+        plan
+        for plan in plans
+        if plan.startswith(("SCAN blocks", "SCAN markers", "SCAN number_outliers", "SCAN points"))
     ] == []

@@ -11,15 +11,27 @@ from unittest.mock import patch
 
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.rebuild import Known, Rebuilt, known, rebuild
 from trigger.catalog.reconcile import Reconciliation
 from trigger.errors import CatalogError, StorageError
-from trigger.model import Cause, CommitRecord, Gap, Outcome, RecoveryPoint, Snapshot, State, Verification, point_id
-from trigger.position import History, Lsn, Position
+from trigger.model import (
+    Cause,
+    CommitRecord,
+    Gap,
+    Mark,
+    Outcome,
+    RecoveryPoint,
+    Snapshot,
+    State,
+    Verification,
+    point_id,
+)
+from trigger.position import History, Name, Position
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
-HISTORY = History("7391", 1)
+HISTORY = History("postgres", "7391", 1)
 
 Fill = Callable[[], Awaitable[tuple[Reconciliation, Known]]]
 
@@ -31,15 +43,17 @@ def at(lsn: int) -> Position:
 async def written(path: Path) -> RecoveryPoint:
     """Fill a catalog with one sealed point, one failed point, one gap and one missed commit; gives the sealed one."""
     catalog = await Catalog.open(path)
-    one = CommitRecord("bank", 7, Lsn(90), Lsn(100), 5, (), Outcome.PROTECTED)
-    point = await catalog.open_point(id=point_id(NOW, 1), cause=Cause.COMMIT, floor=at(100), opened_at=NOW, commit=one)
+    one = CommitRecord("bank", Name("", 7), Lsn(90), Lsn(100), 5, (), Outcome.PROTECTED)
+    point = await catalog.open_point(
+        id=point_id(NOW, 1), cause=Cause.COMMIT, marks=[Mark(at(100))], opened_at=NOW, commit=one
+    )
     snapshot = Snapshot("data", "memory", "/x", NOW, NOW)
-    proven = dataclasses.replace(point, ceiling=at(150), sealed_at=NOW, snapshots=(snapshot,))
+    proven = dataclasses.replace(point, marks=(Mark(at(100), at(150)),), sealed_at=NOW, snapshots=(snapshot,))
     sealed = await catalog.seal(proven, [one], {"bank": at(100)})
-    failed = await catalog.open_point(id=point_id(NOW, 2), cause=Cause.DEMAND, floor=at(200), opened_at=NOW)
+    failed = await catalog.open_point(id=point_id(NOW, 2), cause=Cause.DEMAND, marks=[Mark(at(200))], opened_at=NOW)
     await catalog.fail(failed, "disk full")
     await catalog.record_gap(Gap("bank", at(300), at(400), "the slot was lost", NOW))
-    await catalog.miss([one._replace(xid=8, start=Lsn(310), end=Lsn(320))], "lost with the slot", HISTORY)
+    await catalog.miss([one._replace(name=Name("", 8), start=Lsn(310), end=Lsn(320))], "lost with the slot", HISTORY)
     await catalog.close()
     return sealed
 
@@ -131,7 +145,7 @@ def failing(path: Path, error: BaseException) -> Fill:
 
     async def fill() -> tuple[Reconciliation, Known]:
         catalog = await Catalog.open(path)
-        await catalog.open_point(id=point_id(NOW, 9), cause=Cause.DEMAND, floor=at(900), opened_at=NOW)
+        await catalog.open_point(id=point_id(NOW, 9), cause=Cause.DEMAND, marks=[Mark(at(900))], opened_at=NOW)
         assert path.with_name(path.name + "-wal").exists()
         if isinstance(error, asyncio.CancelledError):
             await asyncio.sleep(60)

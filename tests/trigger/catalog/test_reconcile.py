@@ -15,14 +15,14 @@ from trigger.catalog import reconcile, tag
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.reconcile import GONE, INTERRUPTED, Reconciliation
 from trigger.errors import StorageError
-from trigger.model import Cause, CommitRecord, Outcome, RecoveryPoint, State, Volume, point_id
-from trigger.position import History, Lsn, Position
+from trigger.model import Cause, CommitRecord, Mark, Outcome, RecoveryPoint, State, Volume, point_id
+from trigger.position import History, Name, Position
 
 T = TypeVar("T")
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 VOLUMES = (Volume("data", "/data"),)
-HISTORY = History("7001", 1)
+HISTORY = History("memory", "7001", 1)
 
 
 async def inline(work: Callable[[], T]) -> T:
@@ -30,11 +30,11 @@ async def inline(work: Callable[[], T]) -> T:
 
 
 def at(lsn: int) -> Position:
-    return Position(HISTORY, Lsn(lsn))
+    return Position(HISTORY, lsn)
 
 
 def record(lsn: int) -> CommitRecord:
-    return CommitRecord("bank", lsn, Lsn(lsn), Lsn(lsn + 48), 1_000_000, (), Outcome.PROTECTED)
+    return CommitRecord("bank", Name("", lsn), lsn, lsn + 48, 1_000_000, (), Outcome.PROTECTED)
 
 
 class Stage:
@@ -47,12 +47,21 @@ class Stage:
 
     async def opened(self, number: int) -> RecoveryPoint:
         made = point_id(NOON, number)
-        return await self.catalog.open_point(id=made, cause=Cause.COMMIT, floor=at(number * 100 + 48), opened_at=NOON)
+        return await self.catalog.open_point(
+            id=made, cause=Cause.COMMIT, marks=[Mark(at(number * 100 + 48))], opened_at=NOON
+        )
 
     async def cut(self, point: RecoveryPoint) -> RecoveryPoint:
         """Make the snapshot; its tag says that the point is open."""
         snapshots = await self.storage.snapshot(VOLUMES, point.id, tag.encode(point))
-        return replace(point, snapshots=snapshots, ceiling=point.floor, sealed_at=NOON, state=State.SEALED, commits=1)
+        return replace(
+            point,
+            snapshots=snapshots,
+            marks=(Mark(point.floor, point.floor),),
+            sealed_at=NOON,
+            state=State.SEALED,
+            commits=1,
+        )
 
     async def retagged(self, number: int) -> tuple[RecoveryPoint, list[CommitRecord]]:
         """Go as far as the sealed tag in the storage, which the catalog does not know of."""
@@ -149,7 +158,7 @@ def test_a_sealed_tag_over_half_a_snapshot_is_not_adopted() -> None:
         stage.world.kept[point.id].cuts.clear()
         assert (await stage.reconcile()).failed == [point.id]
         assert await stage.state(point) is State.FAILED
-        assert await stage.catalog.find(xid=100) == []
+        assert await stage.catalog.find(name=Name("", 100)) == []
 
     play(act)
 
@@ -240,8 +249,8 @@ def test_an_unsealed_stray_is_removed() -> None:
 
 def test_a_stray_of_another_cluster_or_with_a_damaged_tag_is_left_alone_and_named() -> None:
     async def of_another(stage: Stage, point: RecoveryPoint) -> None:
-        elsewhere = Position(History("9999", 1), Lsn(1))
-        await stage.storage.retag(point.id, tag.encode(replace(point, floor=elsewhere, ceiling=elsewhere)))
+        elsewhere = Position(History("memory", "9999", 1), 1)
+        await stage.storage.retag(point.id, tag.encode(replace(point, marks=(Mark(elsewhere, elsewhere),))))
 
     async def damaged(stage: Stage, point: RecoveryPoint) -> None:
         await stage.storage.retag(point.id, tag.encode(point)[:-3])

@@ -11,25 +11,57 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger.cli import show
-from trigger.model import Cause, CommitRecord, Finding, Outcome, RecoveryPoint, Severity, State
-from trigger.position import History, Lsn, Position
+from trigger.model import Bracket, Cause, Commit, CommitRecord, Finding, Mark, Outcome, RecoveryPoint, Severity, State
+from trigger.position import History, Name, Position
 from trigger.shape import data
 
 
 def test_positions_are_text_times_utc_and_bytes_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     at = datetime(2026, 3, 1, 14, 0, 5, 250_000, timezone(timedelta(hours=2)))
-    position = Position(History("7391", 2), Lsn(0x16B374D848))
-    commit = CommitRecord("bank", 7731, Lsn(16), Lsn(32), 5, ("m",), Outcome.PROTECTED)
-    point = RecoveryPoint("id", 3, State.SEALED, Cause.COMMIT, position, at, commit)
+    position = Position(History("postgres", "7391", 2), Lsn(0x16B374D848))
+    commit = CommitRecord("bank", Name("", 7731), Lsn(16), Lsn(32), 5, ("m",), Outcome.PROTECTED)
+    point = RecoveryPoint("id", 3, State.SEALED, Cause.COMMIT, (Mark(position),), at, commit)
     show.print_json({"point": point, "path": Path("/x"), "bytes": 1 << 40, "took": timedelta(seconds=1.5)})
     shown = json.loads(capsys.readouterr().out)
     assert shown["point"]["floor"] == "7391/2@16/B374D848"
     assert shown["point"]["opened_at"] == "2026-03-01T12:00:05.250000Z"
     assert shown["point"]["state"] == "sealed"
     assert shown["point"]["commit"]["start"] == "0/10"
+    assert (shown["point"]["commit"]["name"], shown["point"]["commit"]["xid"]) == ("7731", 7731)
     assert shown["point"]["commit"]["outcome"] == "protected"
     assert (shown["path"], shown["bytes"], shown["took"]) == ("/x", 1 << 40, 1.5)
+
+
+def test_what_readers_of_version_0_1_know_is_shown_beside_what_is_new() -> None:
+    position = Position(History("postgres", "7391", 2, 1), Lsn(0x16B374D848))
+    bracket = Bracket(position, position, {"label": "START\n", "tablespace_map": ""})
+    marks = (Mark(position, position, position, bracket), Mark(Position(History("memory", "1"), 7)))
+    at = datetime(2026, 3, 1, tzinfo=UTC)
+    point = data(RecoveryPoint("id", 3, State.SEALED, Cause.COMMIT, marks, at))
+    assert [point[key] for key in ("floor", "ceiling", "redo")] == ["7391/2+1@16/B374D848"] * 3
+    assert (point["bracket"]["start"], point["bracket"]["label"], point["bracket"]["tablespace_map"]) == (
+        "7391/2+1@16/B374D848",
+        "START\n",
+        "",
+    )
+    assert [mark["floor"] for mark in point["marks"]] == ["7391/2+1@16/B374D848", "1/0@7"]
+    assert data(RecoveryPoint("id", 3, State.OPEN, Cause.DEMAND, marks[1:], at))["bracket"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("7731", {"name": "7731", "xid": 7731}), ("0-1-57", {"name": "0-1-57"}), ("job", {"name": "job"})],
+)
+def test_a_name_that_is_nothing_but_a_number_is_shown_as_a_transaction_id_too(
+    name: str, shown: dict[str, object]
+) -> None:
+    history = History("postgres", "7391", 1)
+    commit = Commit("bank", history, Lsn(1), Lsn(2), Name.parse(name), 0)
+    record = CommitRecord("bank", Name.parse(name), Lsn(1), Lsn(2), 0, (), Outcome.PROTECTED)
+    for value in (commit, record):
+        assert {key: value for key, value in data(value).items() if key in ("name", "xid")} == shown
 
 
 def test_what_has_no_shape_is_an_error_of_the_program() -> None:

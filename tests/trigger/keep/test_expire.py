@@ -24,8 +24,8 @@ from trigger.catalog.reconcile import reconcile
 from trigger.errors import CatalogError, StorageError
 from trigger.keep.expire import expire, give_up_before, release_log
 from trigger.keep.room import LOOK_SECONDS, Room
-from trigger.model import Cause, Extent, RecoveryPoint, State, point_id
-from trigger.position import History, Lsn, Position
+from trigger.model import Cause, Extent, Mark, RecoveryPoint, State, point_id
+from trigger.position import History, Position
 from trigger.service import service
 
 FAR = 1 << 40
@@ -39,14 +39,16 @@ class Shelves(Stage):
         super().__init__(catalog, world)
         self.storage = MemoryStorage(world, budget=POINTS)
         self.journal = MemoryJournal(world)
-        self.room = Room(catalog, self.storage, self.journal, SEGMENT_BYTES)
-        world.journal[HISTORY.timeline] = [(Lsn(0), Lsn(1 << 40))]
+        self.room = Room(catalog, self.storage, self.journal)
+        world.journal[HISTORY.branch] = [(0, 1 << 40)]
 
     async def sealed_at(self, number: int, lsn: int, history: History = HISTORY) -> RecoveryPoint:
         """Seal a point whose redo, floor and ceiling lie at one place, with one commit of its own."""
-        end = Position(history, Lsn(lsn))
-        point = await self.catalog.open_point(id=point_id(NOON, number), cause=Cause.COMMIT, floor=end, opened_at=NOON)
-        point = replace(await self.cut(point), ceiling=end, redo=end)
+        end = Position(history, lsn)
+        point = await self.catalog.open_point(
+            id=point_id(NOON, number), cause=Cause.COMMIT, marks=[Mark(end)], opened_at=NOON
+        )
+        point = replace(await self.cut(point), marks=(Mark(end, end, end),))
         records = [record(lsn - 48)]
         await self.storage.retag(point.id, tag.encode(point, records))
         return await self.catalog.seal(point, records, {"bank": end})
@@ -86,7 +88,9 @@ def test_above_it_snapshots_go_down_to_seven_tenths_and_their_commits_stay_on_re
         assert (await shelves.storage.space()).snapshots == len(await shelves.numbers()) == 14
         assert {points[0].number, points[-1].number} <= set(await shelves.numbers())
         for point in gone:
-            assert [kept.xid for kept in await shelves.catalog.commits_of(point.number)] == [point.floor.at - 48]
+            assert [kept.name.number for kept in await shelves.catalog.commits_of(point.number)] == [
+                point.floor.at - 48
+            ]
         assert not await reconcile(shelves.catalog, shelves.storage)
 
     play(act)
@@ -120,7 +124,7 @@ def test_where_the_restore_objective_allows_no_thinning_only_what_the_storage_ca
 
 def test_where_the_journal_has_a_hole_the_first_base_behind_it_stays() -> None:
     async def act(shelves: Shelves) -> None:
-        shelves.world.journal[1] = [(Lsn(0), Lsn(2 * SEGMENT_BYTES)), (Lsn(3 * SEGMENT_BYTES), Lsn(1 << 40))]
+        shelves.world.journal[1] = [(0, 2 * SEGMENT_BYTES), (3 * SEGMENT_BYTES, 1 << 40)]
         for number in range(1, 21):
             await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
         await shelves.room.make(0)
@@ -130,7 +134,7 @@ def test_where_the_journal_has_a_hole_the_first_base_behind_it_stays() -> None:
     play(act)
 
 
-HOLE = [(Lsn(0), Lsn(2 * SEGMENT_BYTES)), (Lsn(3 * SEGMENT_BYTES), Lsn(10 * SEGMENT_BYTES))]
+HOLE = [(0, 2 * SEGMENT_BYTES), (3 * SEGMENT_BYTES, 10 * SEGMENT_BYTES)]
 """A journal whose third segment is lost; of points half a segment apart, number 6 is the first one behind that."""
 
 
@@ -149,7 +153,7 @@ class Journal(MemoryJournal):
 def test_a_journal_that_cannot_be_looked_at_counts_as_it_was_seen_last_and_points_go_on(how: str) -> None:
     async def act(shelves: Shelves) -> None:
         journal = Journal(shelves.world)
-        room = Room(shelves.catalog, shelves.storage, journal, SEGMENT_BYTES)
+        room = Room(shelves.catalog, shelves.storage, journal)
         shelves.world.journal[1] = HOLE
         for number in range(1, 20):
             await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
@@ -167,7 +171,7 @@ def test_a_journal_that_cannot_be_looked_at_counts_as_it_was_seen_last_and_point
 
 def test_what_only_log_to_come_would_lead_to_goes_last() -> None:
     async def act(shelves: Shelves) -> None:
-        shelves.world.journal[1] = [(Lsn(0), Lsn(5 * SEGMENT_BYTES))]
+        shelves.world.journal[1] = [(0, 5 * SEGMENT_BYTES)]
         for number in range(1, 20):
             await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
         await shelves.room.make(FAR)
@@ -252,7 +256,7 @@ def test_a_snapshot_that_cannot_be_deleted_keeps_no_other_from_going() -> None:
 
     async def act(shelves: Shelves) -> None:
         storage = Stuck(shelves.world, budget=POINTS)
-        room = Room(shelves.catalog, storage, shelves.journal, SEGMENT_BYTES)
+        room = Room(shelves.catalog, storage, shelves.journal)
         points = await _filled(20)(shelves)
         storage.stuck = points[1].id
         assert len(await room.make(FAR)) == 5
@@ -306,7 +310,7 @@ def test_thinning_and_giving_up_wait_for_each_other() -> None:
 
     async def act(shelves: Shelves) -> None:
         shelves.storage = Slow(shelves.world, budget=POINTS)
-        shelves.room = Room(shelves.catalog, shelves.storage, shelves.journal, SEGMENT_BYTES)
+        shelves.room = Room(shelves.catalog, shelves.storage, shelves.journal)
         points = await _filled(20)(shelves)
         async with asyncio.TaskGroup() as tasks:
             thinned = tasks.create_task(shelves.room.make(FAR))
@@ -371,7 +375,7 @@ def test_what_the_storage_would_not_delete_is_no_base_any_more_and_goes_with_the
 def test_the_log_is_let_go_of_below_the_oldest_base_only() -> None:
     async def act(shelves: Shelves) -> None:
         oldest = 3 * SEGMENT_BYTES + 1000
-        shelves.world.journal[1] = [(Lsn(0), Lsn(10 * SEGMENT_BYTES))]
+        shelves.world.journal[1] = [(0, 10 * SEGMENT_BYTES)]
         assert await release_log(shelves.catalog, shelves.journal) == 0, "without a base everything is kept"
         await shelves.sealed_at(1, oldest)
         await shelves.sealed_at(2, 7 * SEGMENT_BYTES)
@@ -382,12 +386,19 @@ def test_the_log_is_let_go_of_below_the_oldest_base_only() -> None:
     play(act)
 
 
-def test_while_bases_of_two_timelines_are_kept_no_log_is_let_go_of() -> None:
+def test_while_bases_of_two_timelines_are_kept_the_log_of_each_that_either_needs_is_kept() -> None:
     async def act(shelves: Shelves) -> None:
-        shelves.world.journal[1] = [(Lsn(0), Lsn(10 * SEGMENT_BYTES))]
-        await shelves.sealed_at(1, 3 * SEGMENT_BYTES)
-        await shelves.sealed_at(2, 7 * SEGMENT_BYTES, replace(HISTORY, timeline=2))
+        fork, end = 5 * SEGMENT_BYTES, 10 * SEGMENT_BYTES
+        shelves.world.cluster.forks[2] = ((1, fork),)
+        shelves.world.journal.update({1: [(0, end)], 2: [(fork, end)]})
+        first = await shelves.sealed_at(1, 3 * SEGMENT_BYTES)
+        await shelves.sealed_at(2, 7 * SEGMENT_BYTES, replace(HISTORY, branch=2))
+        assert await release_log(shelves.catalog, shelves.journal) == 3
+        assert shelves.world.journal == {1: [(3 * SEGMENT_BYTES, end)], 2: [(fork, end)]}
         assert await release_log(shelves.catalog, shelves.journal) == 0
+        await expire(shelves.catalog, shelves.storage, first)
+        assert await release_log(shelves.catalog, shelves.journal) == 7 + 2
+        assert shelves.world.journal == {1: [], 2: [(7 * SEGMENT_BYTES, end)]}
 
     play(act)
 
@@ -407,7 +418,7 @@ def test_what_is_older_than_a_point_is_given_up_with_the_log_that_only_it_needed
         await shelves.storage.drop_clone("one")
         assert (await give_up(first)).points == (2,)
         assert (await give_up(first)).points == ()
-        assert (await shelves.catalog.find(lsn=Lsn(1000 - 48)))[0].point == 1
+        assert (await shelves.catalog.find(place=1000 - 48))[0].point == 1
 
     play(act)
 
@@ -420,8 +431,7 @@ def test_without_a_service_a_dry_run_changes_nothing_not_even_what_a_crash_left(
 
         @contextlib.asynccontextmanager
         async def alone(_: object) -> AsyncIterator[object]:
-            site = SimpleNamespace(segment_bytes=SEGMENT_BYTES)
-            yield SimpleNamespace(catalog=shelves.catalog, storage=shelves.storage, journal=shelves.journal, site=site)
+            yield SimpleNamespace(catalog=shelves.catalog, storage=shelves.storage, journal=shelves.journal)
 
         with patch.object(service, "alone", alone):
             said = await service.answer_alone(options, {"do": "expire", "before": 3, "dry_run": True})

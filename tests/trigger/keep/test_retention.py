@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 
 from trigger.errors import RestoreError
 from trigger.keep.retention import Leads, longest_replay, thin
-from trigger.model import Cause, Extent, RecoveryPoint, State, StopKind, Target, point_id
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.model import (
+    Cause,
+    Extent,
+    Mark,
+    RecoveryPoint,
+    State,
+    point_id,
+)
+from trigger.position import History, Lineage, Position
+from trigger.replay import Target
 from trigger.restore.planner import HeldLog, plan
 
 SEGMENT = 200
@@ -22,18 +30,26 @@ NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LIMIT = 10_000
 
 
+def file_start(at: int) -> int:
+    return at - at % SEGMENT
+
+
 def point(number: int, redo: int, floor: int, ceiling: int, timeline: int = 1) -> RecoveryPoint:
     """Give a sealed point; a redo before 0 stands for one that is not known."""
-    history = History("7001", timeline)
+    history = History("memory", "7001", timeline)
     return RecoveryPoint(
         id=point_id(NOON, number),
         number=number,
         state=State.SEALED,
         cause=Cause.COMMIT,
-        floor=Position(history, Lsn(floor)),
+        marks=(
+            Mark(
+                Position(history, floor),
+                Position(history, ceiling),
+                Position(history, redo) if redo >= 0 else None,
+            ),
+        ),
         opened_at=NOON,
-        ceiling=Position(history, Lsn(ceiling)),
-        redo=Position(history, Lsn(redo)) if redo >= 0 else None,
     )
 
 
@@ -63,12 +79,12 @@ def replay_to(commit: int, bases: Sequence[RecoveryPoint]) -> tuple[RecoveryPoin
 
 def whole(points: Sequence[RecoveryPoint]) -> list[Extent]:
     """Give all the log there is, of every timeline to its end."""
-    return [Extent(history, Lsn(0), Lsn(1 << 40)) for history in lineages_of(points)]
+    return [Extent(history, 0, 1 << 40) for history in lineages_of(points)]
 
 
 def over(points: Sequence[RecoveryPoint], extents: Sequence[Extent]) -> tuple[Leads, Leads]:
     """Give what leads from where to where by the log of `extents`; none is to come."""
-    logs = {history: HeldLog(extents, lineage, SEGMENT) for history, lineage in lineages_of(points).items()}
+    logs = {history: HeldLog(extents, lineage, file_start) for history, lineage in lineages_of(points).items()}
 
     def leads(base: RecoveryPoint, point: RecoveryPoint) -> bool:
         return logs[point.floor.history].leads(base, point)
@@ -197,7 +213,7 @@ def test_with_holes_in_the_log_every_state_that_could_be_restored_still_can(
 ) -> None:
     lost = sorted({hole * SEGMENT for hole in holes})
     stretches = zip([0, *(hole + SEGMENT for hole in lost)], [*lost, 1 << 40], strict=True)
-    held = [(Lsn(start), Lsn(end)) for start, end in stretches if start < end]
+    held = [(start, end) for start, end in stretches if start < end]
     extents = [Extent(one.history, start, end) for one in whole(points) for start, end in held]
     lineages = lineages_of(points)
     goes = thin(points, most, most, LIMIT, *over(points, extents))
@@ -205,7 +221,7 @@ def test_with_holes_in_the_log_every_state_that_could_be_restored_still_can(
     for gone in goes:
         assert gone.ceiling is not None
         for at in (gone.ceiling.at - 1, gone.ceiling.at, gone.ceiling.at + 500):
-            target = Target(gone.ceiling.history, StopKind.LSN, Lsn(at), False, f"what lies before {at}")
+            target = Target(gone.ceiling.history, at, False, f"what lies before {at}")
             if planned(target, points, extents, lineages):
                 assert planned(target, left, extents, lineages), f"{at} was lost with point {gone.number}"
 
@@ -215,7 +231,7 @@ def planned(
 ) -> bool:
     """Whether there is a way to a target."""
     try:
-        plan(target, points, extents, lineages[target.history], 1.0, segment_bytes=SEGMENT)
+        plan(target, points, extents, lineages[target.history], 1.0, file_start=file_start)
     except RestoreError:
         return False
     return True
@@ -224,10 +240,10 @@ def planned(
 def lineages_of(points: Sequence[RecoveryPoint]) -> dict[History, Lineage]:
     """Give the past of each timeline: it left the one before behind its last point."""
     found: dict[History, Lineage] = {}
-    forks: tuple[tuple[int, Lsn], ...] = ()
+    forks: tuple[tuple[int, int], ...] = ()
     for one, after in zip_longest(points, points[1:]):
         history = one.floor.history
         found[history] = Lineage(history, forks)
         if after is not None and after.floor.history != history and one.ceiling:
-            forks = (*forks, (history.timeline, one.ceiling.at))
+            forks = (*forks, (history.branch, one.ceiling.at))
     return found

@@ -16,10 +16,12 @@ from trigger.catalog.catalog import Catalog
 from trigger.catalog.reconcile import reconcile
 from trigger.config.options import PointOptions
 from trigger.errors import AgentError, CatalogError, DatabaseError, StorageError
-from trigger.model import Cause, Outcome, RecoveryPoint, State, Volume
+from trigger.model import Cause, Mark, Outcome, RecoveryPoint, State, Volume
 from trigger.ports import Capability
+from trigger.position import Name
 from trigger.protect.agenda import Agenda
-from trigger.protect.pipeline import Protected, protect, require_cover
+from trigger.protect.logs import Logs
+from trigger.protect.pipeline import Protected, protect
 from trigger.protect.window import Window
 
 T = TypeVar("T")
@@ -95,8 +97,9 @@ class Stage:
             sources = [self.told(MemorySource(self.world, stream)) for stream in self.streams]
             self.window = Window(sources, {}, lambda _: "all")
             self.agenda = Agenda(self.options, None)
+            database = self.told(MemoryDatabase(self.world))
             self.protected = Protected(
-                self.told(MemoryDatabase(self.world)),
+                Logs(dict.fromkeys(self.streams, database)),
                 (Volume("data", "/data"),),
                 (self.told(agent),),
                 self.told(self.storage),
@@ -121,8 +124,8 @@ class Stage:
     async def points(self) -> list[RecoveryPoint]:
         return await self.catalog.points(newest_first=False)
 
-    async def outcomes(self) -> dict[int, Outcome]:
-        return {found.record.xid: found.record.outcome for found in await self.catalog.find()}
+    async def outcomes(self) -> dict[Name, Outcome]:
+        return {found.record.name: found.record.outcome for found in await self.catalog.find()}
 
     async def stop(self, within_seconds: float) -> None:
         """Stop as SIGTERM does."""
@@ -140,8 +143,8 @@ def test_the_first_point_is_taken_at_start_and_the_next_for_a_commit() -> None:
         assert (first.cause, first.commit, first.rule) == (Cause.START, None, "")
         assert (second.cause, second.floor, second.rule) == (Cause.COMMIT, commit.position, "all")
         assert second.commit is not None
-        assert second.commit.xid == commit.xid
-        assert await stage.outcomes() == {commit.xid: Outcome.PROTECTED}
+        assert second.commit.name == commit.name
+        assert await stage.outcomes() == {commit.name: Outcome.PROTECTED}
 
     Stage().play(act)
 
@@ -227,7 +230,7 @@ def test_a_round_that_fails_leaves_nothing_behind_and_its_commits_to_the_next(
         assert stage.calls[-1] == "fail"
         await asyncio.sleep(10)
         assert (await stage.points())[-1].state is State.SEALED
-        assert await stage.outcomes() == {commit.xid: Outcome.PROTECTED}
+        assert await stage.outcomes() == {commit.name: Outcome.PROTECTED}
 
     Stage().play(act)
 
@@ -239,7 +242,7 @@ def test_an_answer_of_the_catalog_that_was_lost_costs_no_commit_its_one_outcome(
         stage.when(f"{moment} {step}", CatalogError("no answer", retryable=True))
         commit = stage.cluster.commit("bank")
         await asyncio.sleep(30)
-        assert await stage.outcomes() == {commit.xid: Outcome.PROTECTED}
+        assert await stage.outcomes() == {commit.name: Outcome.PROTECTED}
         states = [point.state for point in await stage.points()]
         assert set(states) <= {State.SEALED, State.FAILED}
         assert len(stage.world.kept) == states.count(State.SEALED)
@@ -264,12 +267,13 @@ def test_a_snapshot_that_could_not_be_removed_is_removed_by_the_next_pass() -> N
 
 def test_a_commit_that_the_log_on_disk_does_not_cover_is_no_floor() -> None:
     async def act(stage: Stage) -> None:
-        database = MemoryDatabase(stage.world)
+        logs = Logs({"bank": MemoryDatabase(stage.world)})
         on_disk = stage.cluster.commit("bank")
         in_memory = stage.cluster.commit("bank", synchronous=False)
-        assert (await require_cover(database, on_disk.position)).at == on_disk.end
+        (covered,) = await logs.cover([Mark(on_disk.position)])
+        assert covered.durable.at == on_disk.end
         with pytest.raises(DatabaseError, match="does not cover"):
-            await require_cover(database, in_memory.position)
+            await logs.cover([Mark(in_memory.position)])
 
     Stage().play(act)
 
@@ -283,7 +287,7 @@ def test_a_history_that_changes_during_the_round_fails_it() -> None:
         assert failed.state is State.FAILED
         assert "the history changed during the round" in failed.failure
         await asyncio.sleep(20)
-        assert await stage.outcomes() == {commit.xid: Outcome.PROTECTED}
+        assert await stage.outcomes() == {commit.name: Outcome.PROTECTED}
 
     Stage().play(act)
 
@@ -295,7 +299,7 @@ def test_a_commit_that_a_failover_left_behind_is_missed_and_its_gap_is_recorded_
         stage.when("before flush", lambda: stage.cluster.promote(kept.end, keep_slots=True))
         left = stage.cluster.commit("bank")
         await asyncio.sleep(30)
-        assert await stage.outcomes() == {kept.xid: Outcome.PROTECTED, left.xid: Outcome.MISSED}
+        assert await stage.outcomes() == {kept.name: Outcome.PROTECTED, left.name: Outcome.MISSED}
         (gap,) = await stage.catalog.gaps()
         assert gap.after == left.position
         assert gap.closed_by > 0
@@ -311,7 +315,7 @@ def test_what_a_failover_left_behind_does_not_take_the_outcome_of_what_it_kept()
         await asyncio.sleep(0.5)
         stage.cluster.promote(kept.end, keep_slots=True)
         await asyncio.sleep(30)
-        assert await stage.outcomes() == {kept.xid: Outcome.PROTECTED, left.xid: Outcome.MISSED}
+        assert await stage.outcomes() == {kept.name: Outcome.PROTECTED, left.name: Outcome.MISSED}
 
     Stage().play(act)
 
@@ -433,8 +437,8 @@ def test_a_point_that_is_asked_for_holds_what_is_there_though_an_older_commit_wa
         async with asyncio.timeout(30):
             point = await answer
         assert point.commit is not None
-        assert (point.cause, point.commit.xid, point.floor.at) == (Cause.DEMAND, waiting.xid, asked_at)
-        assert await stage.outcomes() == {waiting.xid: Outcome.PROTECTED}
+        assert (point.cause, point.commit.name, point.floor.at) == (Cause.DEMAND, waiting.name, asked_at)
+        assert await stage.outcomes() == {waiting.name: Outcome.PROTECTED}
 
     Stage(min_interval_seconds=500, max_delay_seconds=500).play(act)
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger.config.expressions import FACTS, FUNCTIONS
 from trigger.config.options import PointOptions, RuleOptions
 from trigger.errors import ConfigError
 from trigger.model import Cause, Changes, Commit
-from trigger.position import History, Lsn
+from trigger.position import History, Name
 from trigger.protect.qualify import (
     NO_RULES,
     Decision,
@@ -29,13 +30,13 @@ from trigger.protect.qualify import (
     qualify,
 )
 
-HISTORY = History("7391", 1)
+HISTORY = History("postgres", "7391", 1)
 
 
 def commit(
     tables: Mapping[str, Changes] | None = None, *, database: str = "bank", markers: Sequence[str] = (), **more: Any
 ) -> Commit:
-    given = {"xid": 7, "time_us": 1_000_000} | more
+    given: dict[str, Any] = {"name": Name("", 7), "time_us": 1_000_000} | more
     return Commit(database, HISTORY, Lsn(100), Lsn(200), tables=tables or {}, markers=tuple(markers), **given)
 
 
@@ -172,13 +173,14 @@ def test_all_that_a_rule_says_must_hold() -> None:
         'markers.exists(m, m.matches("^close-[0-9]+$"))',
         'origin == ""',
         "xid > 4294967296",
+        'name == "4294967305"',
         'time > timestamp("1970-01-01T00:00:00Z") && time.getFullYear() == 1970',
         "tables . exists ( some_name , size(some_name) == 8 )",
         "changes.all(t, changes[t].deleted == 0)",
     ],
 )
 def test_an_expression_sees_every_fact_of_the_commit(expression: str) -> None:
-    one = commit({"public.a": Changes(3, 2)}, markers=["close-12"], xid=2**32 + 9)
+    one = commit({"public.a": Changes(3, 2)}, markers=["close-12"], name=Name("", 2**32 + 9))
     assert takes(one, expression=expression)
     assert not takes(one, expression=f"!({expression})")
 
@@ -266,7 +268,7 @@ hostile_commits = st.builds(
     history=st.just(HISTORY),
     start=st.just(Lsn(1)),
     end=st.just(Lsn(2)),
-    xid=st.integers(0, 2**64 - 1),
+    name=st.builds(Name, st.just("") | hostile_text, st.none() | st.integers(0, 2**64 - 1)),
     time_us=st.integers(-(2**55), 2**57),
     tables=st.dictionaries(hostile_text, st.builds(Changes, counts, counts, counts, counts), max_size=4),
     markers=st.lists(hostile_text, max_size=3).map(tuple),

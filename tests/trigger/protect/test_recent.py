@@ -5,13 +5,22 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger.model import Commit
-from trigger.position import History, Lsn
+from trigger.position import History, Name
 from trigger.protect.recent import Recent
 
 
 def commit(number: int, markers: tuple[str, ...] = ()) -> Commit:
-    return Commit("bank", History("7", 1), Lsn(100 * number), Lsn(100 * number + 48), number, 0, markers=markers)
+    return Commit(
+        "bank",
+        History("postgres", "7", 1),
+        Lsn(100 * number),
+        Lsn(100 * number + 48),
+        Name("", number),
+        0,
+        markers=markers,
+    )
 
 
 @given(weights=st.lists(st.integers(0, 4), max_size=60), limit=st.integers(1, 7), bound=st.integers(1, 30))

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger.config.options import PointOptions, RuleOptions
 from trigger.errors import ConfigError
 from trigger.model import Cause, Changes, Commit, Outcome
-from trigger.position import History, Lsn
+from trigger.position import History, Name
 from trigger.protect.commit_lines import read, write
 from trigger.protect.qualify import Rules
 from trigger.protect.rehearse import Rehearsal, rehearse
@@ -22,7 +23,14 @@ EVERY = Rules([])
 
 def at(*seconds: float, xid: int = 1, end: int = 0) -> list[Commit]:
     return [
-        Commit("bank", History("", 1), Lsn(end and end + i), Lsn(end and end + i + 1), xid + i, round(s * 1e6))
+        Commit(
+            "bank",
+            History("postgres", ""),
+            Lsn(end and end + i),
+            Lsn(end and end + i + 1),
+            Name("", xid + i),
+            round(s * 1e6),
+        )
         for i, s in enumerate(seconds)
     ]
 
@@ -126,10 +134,10 @@ def test_each_qualifying_commit_has_one_outcome_and_budgets_hold(
 commits_of_any_kind = st.builds(
     Commit,
     stream=st.text(),
-    history=st.just(History("", 1)),
+    history=st.just(History("postgres", "")),
     start=st.integers(0, 2**64 - 1).map(Lsn),
     end=st.integers(0, 2**64 - 1).map(Lsn),
-    xid=st.integers(0, 2**64 - 1),
+    name=st.builds(Name, st.sampled_from(["", "0-1-"]), st.integers(0, 2**64 - 1)) | st.text().map(Name.parse),
     time_us=st.integers(-(2**54), 2**57),
     tables=st.dictionaries(st.text(), st.builds(Changes, *(st.integers(0, 2**40),) * 4), max_size=3),
     markers=st.lists(st.text(), max_size=3).map(tuple),
@@ -139,12 +147,23 @@ commits_of_any_kind = st.builds(
 
 @given(st.lists(commits_of_any_kind, max_size=3))
 def test_what_is_recorded_is_what_is_read(commits: list[Commit]) -> None:
-    assert list(read([write(commit) for commit in commits], "file", "x")) == commits
+    assert list(read([write(commit) for commit in commits], "file", "x", "postgres")) == commits
 
 
 def test_only_the_time_is_needed() -> None:
-    (commit,) = read(["", '{"time": "1970-01-01T01:00:01+01:00"}', "  "], "file", "bank")
-    assert commit == Commit("bank", History("", 1), Lsn(0), Lsn(0), 0, 1_000_000)
+    (commit,) = read(["", '{"time": "1970-01-01T01:00:01+01:00"}', "  "], "file", "bank", "postgres")
+    assert commit == Commit("bank", History("postgres", ""), Lsn(0), Lsn(0), Name("", 0), 1_000_000)
+
+
+def test_a_transaction_id_as_earlier_versions_wrote_it_is_a_name() -> None:
+    (commit,) = read(['{"time": "1970-01-01T00:00:01Z", "xid": 7731}'], "file", "bank", "postgres")
+    assert commit.name == Name("", 7731)
+
+
+def test_places_are_read_in_the_form_of_the_kind() -> None:
+    line = '{"time": "1970-01-01T00:00:01Z", "name": "0-1-57", "start": "7", "end": "8"}'
+    (commit,) = read([line], "file", "bank", "a kind of which no driver is loaded")
+    assert (commit.name, commit.start, commit.end) == (Name("0-1-", 57), 7, 8)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +178,7 @@ def test_only_the_time_is_needed() -> None:
         ('{"tim": 5}', "file:2: a commit has no tim; did you mean time?"),
         ('{"time": "2026-03-01T12:00:00Z", "xid": -1}', "file:2: xid must be a whole number"),
         ('{"time": "2026-03-01T12:00:00Z", "xid": true}', "file:2: xid must be a whole number"),
+        ('{"time": "2026-03-01T12:00:00Z", "name": 7}', "file:2: name must be text"),
         ('{"time": "2026-03-01T12:00:00Z", "end": "7"}', "file:2: not an LSN: '7'"),
         ('{"time": "2026-03-01T12:00:00Z", "tables": {"a": {"insert": 1}}}', "did you mean inserted?"),
         ('{"time": "2026-03-01T12:00:00Z", "tables": []}', "tables must be an object"),
@@ -168,19 +188,19 @@ def test_only_the_time_is_needed() -> None:
 )
 def test_a_line_that_is_no_commit_is_named_with_its_reason(line: str, words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        list(read(['{"time": "2026-03-01T12:00:00Z"}', line], "file", "x"))
+        list(read(['{"time": "2026-03-01T12:00:00Z"}', line], "file", "x", "postgres"))
     assert words in refused.value.message
 
 
 def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    keys = st.sampled_from(["time", "xid", "tables", "markers", "end"])
+    keys = st.sampled_from(["time", "xid", "name", "tables", "markers", "end"])
     return st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4)
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), nested, max_leaves=8))
 def test_any_json_is_a_commit_or_a_config_error(value: Any) -> None:
     try:
-        assert len(list(read([json.dumps(value)], "file", "x"))) == 1
+        assert len(list(read([json.dumps(value)], "file", "x", "postgres"))) == 1
     except ConfigError as error:
         message = error.message
     else:

@@ -13,7 +13,7 @@ from tests.simulation.virtual import VirtualLoop
 from trigger.errors import SourceError
 from trigger.model import Changes, Commit, Outcome
 from trigger.ports import Batch, Break
-from trigger.position import Position
+from trigger.position import Name, Position
 from trigger.protect.window import Window
 
 Test = Callable[["Stage"], Coroutine[Any, Any, None]]
@@ -76,15 +76,15 @@ class Stage:
 
         self.loop.run(main())
 
-    async def arrived(self) -> list[int]:
-        """Give the ids of what is pending, once everything has arrived."""
+    async def arrived(self) -> list[Name]:
+        """Give the names of what is pending, once everything has arrived."""
         await asyncio.sleep(5)
-        return [pending.commit.xid for pending in self.window.collect().pending]
+        return [pending.commit.name for pending in self.window.collect().pending]
 
 
 def test_commits_of_all_streams_are_collected_in_log_order_and_stay_until_they_are_settled() -> None:
     async def act(stage: Stage) -> None:
-        made = [stage.cluster.commit(stream).xid for stream in ("shop", "bank", "shop")]
+        made = [stage.cluster.commit(stream).name for stream in ("shop", "bank", "shop")]
         assert await stage.arrived() == made
         assert await stage.arrived() == made
         await stage.window.settle(stage.window.collect().settled)
@@ -98,7 +98,7 @@ def test_what_no_rule_takes_is_counted_and_not_kept() -> None:
     async def act(stage: Stage) -> None:
         stage.cluster.commit("bank")
         wanted = stage.cluster.commit("bank", {"public.t": Changes(1)})
-        assert await stage.arrived() == [wanted.xid]
+        assert await stage.arrived() == [wanted.name]
         assert stage.window.tally.as_dict() == {"rows": 1, "": 1}
 
     Stage("bank", judge=lambda commit: "rows" if commit.rows else None).play(act)
@@ -142,11 +142,11 @@ def test_a_round_is_of_one_history_and_the_next_timeline_waits_for_its_own() -> 
         await stage.arrived()
         stage.cluster.promote(keep_slots=True)
         after = stage.cluster.commit("bank")
-        assert await stage.arrived() == [before.xid]
+        assert await stage.arrived() == [before.name]
         collected = stage.window.collect()
         assert collected.settled == {"bank": before.position}
         await stage.window.settle(collected.settled)
-        assert await stage.arrived() == [after.xid]
+        assert await stage.arrived() == [after.name]
 
     Stage("bank").play(act)
 
@@ -157,13 +157,13 @@ def test_what_a_slot_that_went_back_delivers_again_is_dropped() -> None:
     stage.window = Window(stage.sources.values(), {}, lambda _: "all", bound=5000)
 
     async def act(stage: Stage) -> None:
-        made = [stage.cluster.commit("bank").xid for _ in range(1200)]  # what comes in several batches
+        made = [stage.cluster.commit("bank").name for _ in range(1200)]  # what comes in several batches
         assert await stage.arrived() == made
-        end = stage.window.log_end
+        (end,) = stage.window.log_ends
         stage.cluster.cut_connections()
         assert await stage.arrived() == made
         assert stage.sources["bank"].opened_after == [None, end]
-        assert stage.window.log_end == end
+        assert stage.window.log_ends == (end,)
 
     stage.play(act)
 
@@ -266,9 +266,9 @@ def test_what_a_failover_left_behind_is_told_apart_from_what_it_kept() -> None:
         await stage.arrived()
         (broken,) = stage.window.breaks
         lost = stage.window.lost(broken, stage.cluster.lineage())
-        assert [pending.commit.xid for pending in lost] == [left.xid]
+        assert [pending.commit.name for pending in lost] == [left.name]
         stage.window.forget(broken, lost)
-        assert await stage.arrived() == [kept.xid]
+        assert await stage.arrived() == [kept.name]
 
     Stage("bank").play(act)
 
@@ -342,7 +342,7 @@ def test_a_commit_at_or_before_what_was_settled_at_the_start_is_not_taken_again(
     stage.window = Window(stage.sources.values(), {"bank": first.position}, lambda _: "all")
 
     async def act(stage: Stage) -> None:
-        assert await stage.arrived() == [second.xid]
+        assert await stage.arrived() == [second.name]
         assert stage.sources["bank"].opened_after == [first.position]
 
     stage.play(act)
@@ -355,8 +355,8 @@ def test_the_end_of_the_log_is_the_furthest_word_of_the_newest_timeline() -> Non
         stage.cluster.promote(keep_slots=True)
         latest = stage.cluster.commit("bank")
         await stage.arrived()
-        assert stage.window.log_end == latest.position
+        assert stage.window.log_ends == (latest.position,)
 
     stage = Stage("bank")
-    assert stage.window.log_end is None
+    assert stage.window.log_ends == ()
     stage.play(act)

@@ -11,7 +11,7 @@ import pytest
 from tests.fixtures.bank import Bank, run
 from trigger.errors import RestoreError
 from trigger.model import Gap, Outcome
-from trigger.position import Lsn
+from trigger.position import Name
 from trigger.protect.window import record
 from trigger.restore.locate import Location, Where, locate
 
@@ -27,7 +27,7 @@ def test_the_commit_a_point_was_taken_for_is_in_that_point(tmp_path: Path) -> No
         await it.point()
         commit = it.commit("payday")
         point = await it.point()
-        for named in ({"xid": commit.xid}, {"lsn": commit.start}, {"marker": "payday"}, {"time": commit.time}):
+        for named in ({"name": commit.name}, {"place": str(commit.start)}, {"marker": "payday"}, {"time": commit.time}):
             found = await only(it, **named)
             assert (found.where, found.point, found.after) == (Where.POINT, point.number, point.number - 1)
 
@@ -41,7 +41,7 @@ def test_a_coalesced_commit_lies_between_two_points(tmp_path: Path) -> None:
         commit = it.commit()
         it.commit()
         second = await it.point()
-        found = await only(it, xid=commit.xid)
+        found = await only(it, name=commit.name)
         assert (found.where, found.after, found.point) == (Where.INTERVAL, first.number, second.number)
 
     run(tmp_path, story)
@@ -58,13 +58,13 @@ def test_a_missed_commit_is_in_a_gap_with_its_reason(tmp_path: Path) -> None:
         await it.catalog.miss([record(lost, Outcome.MISSED)], "slot lost", lost.history)
         later = it.commit()
         await it.point()
-        found = await only(it, xid=lost.xid)
+        found = await only(it, name=lost.name)
         assert (found.where, found.point, found.after) == (Where.GAP, None, 1)
         assert found.gap == gap
         assert "slot lost" in found.reason
-        place = await only(it, lsn=Lsn(lost.start - 1))
+        place = await only(it, place=str(lost.start - 1))
         assert (place.where, place.record) == (Where.GAP, None)
-        assert (await only(it, xid=later.xid)).where is Where.POINT
+        assert (await only(it, name=later.name)).where is Where.POINT
 
     run(tmp_path, story)
 
@@ -82,7 +82,7 @@ def test_a_gap_that_began_on_a_timeline_that_was_left_is_found_on_the_one_that_w
         it.pending.clear()
         it.commit()
         await it.point()
-        found = await only(it, lsn=unseen.start)
+        found = await only(it, place=str(unseen.start))
         assert (found.where, found.gap, found.after) == (Where.GAP, gap, 1)
 
     run(tmp_path, story)
@@ -94,12 +94,12 @@ def test_a_place_without_a_commit_is_told_by_the_points_around_it(tmp_path: Path
         await it.point()
         second = it.commit()
         await it.point()
-        between = await only(it, lsn=Lsn(second.start - 4))
+        between = await only(it, place=str(second.start - 4))
         assert (between.where, between.after, between.point) == (Where.INTERVAL, 1, 2)
-        newer = await only(it, lsn=Lsn(second.end + 4))
+        newer = await only(it, place=str(second.end + 4))
         assert (newer.where, newer.point) == (Where.UNKNOWN, None)
         assert "newer than the newest point" in newer.reason
-        older = await only(it, lsn=Lsn(first.start - 4))
+        older = await only(it, place=str(first.start - 4))
         assert (older.where, older.after) == (Where.UNKNOWN, None)
 
     run(tmp_path, story)
@@ -111,7 +111,7 @@ def test_a_time_names_the_last_commit_by_then(tmp_path: Path) -> None:
         await it.point()
         found = await only(it, time=commit.time + timedelta(milliseconds=300))
         assert (found.where, found.point) == (Where.POINT, 1)
-        assert f"the last qualifying commit by then is {commit.xid}" in found.reason
+        assert f"the last qualifying commit by then is {commit.name}" in found.reason
         assert (await only(it, time=commit.time - timedelta(hours=1))).where is Where.UNKNOWN
 
     run(tmp_path, story)
@@ -119,10 +119,10 @@ def test_a_time_names_the_last_commit_by_then(tmp_path: Path) -> None:
 
 def test_what_the_catalog_does_not_know_is_said_to_be_unknown(tmp_path: Path) -> None:
     async def story(it: Bank) -> None:
-        assert "no sealed recovery point yet" in (await only(it, xid=1)).reason
+        assert "no sealed recovery point yet" in (await only(it, name=Name("", 1))).reason
         it.commit()
         await it.point()
-        found = await only(it, xid=1)
+        found = await only(it, name=Name("", 1))
         assert (found.where, found.point) == (Where.UNKNOWN, None)
         assert "did not qualify" in found.reason
         with pytest.raises(RestoreError, match="exactly one"):

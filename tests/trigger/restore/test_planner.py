@@ -7,16 +7,31 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import RestoreError
-from trigger.model import Bracket, Cause, CommitRecord, Extent, Outcome, RecoveryPoint, State, StopKind, Target
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.model import (
+    Bracket,
+    Cause,
+    CommitRecord,
+    Extent,
+    Mark,
+    Outcome,
+    RecoveryPoint,
+    State,
+)
+from trigger.position import History, Lineage, Name, Position
+from trigger.replay import Target
 from trigger.restore.planner import Plan, plan
 
 SEGMENT = 0x1000
-HISTORY = History("7", 1)
+HISTORY = History("postgres", "7", 1)
 LINEAGE = Lineage(HISTORY)
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 WHOLE = (Extent(HISTORY, Lsn(0x1000), Lsn(0x9000)),)
+
+
+def file_start(place: int) -> int:
+    return place - place % SEGMENT
 
 
 def at(lsn: int, history: History = HISTORY) -> Position:
@@ -29,25 +44,28 @@ def base(number: int, floor: int, ceiling: int, *, redo: int = 0x1000, history: 
         number=number,
         state=State.SEALED,
         cause=Cause.COMMIT,
-        floor=at(floor, history),
+        marks=(Mark(at(floor, history), at(ceiling, history), at(redo, history)),),
         opened_at=NOON,
-        ceiling=at(ceiling, history),
-        redo=at(redo, history),
         sealed_at=NOON + timedelta(minutes=number),
     )
 
 
+def bracketed(cut: RecoveryPoint, start: int, stop: int) -> RecoveryPoint:
+    mark = replace(cut.marks[0], bracket=Bracket(at(start), at(stop), {"label": "label"}))
+    return replace(cut, marks=(mark,))
+
+
 def commit(start: int, end: int) -> Target:
-    record = CommitRecord("bank", 77, Lsn(start), Lsn(end), 0, (), Outcome.PROTECTED)
-    return Target(HISTORY, StopKind.LSN, Lsn(start), True, "commit 77", commit=record)
+    record = CommitRecord("bank", Name("", 77), Lsn(start), Lsn(end), 0, (), Outcome.PROTECTED)
+    return Target(HISTORY, Lsn(start), True, "commit 77", commit=record)
 
 
 def before(lsn: int, history: History = HISTORY) -> Target:
-    return Target(history, StopKind.LSN, Lsn(lsn), False, "before commit 77")
+    return Target(history, Lsn(lsn), False, "before commit 77")
 
 
 def make(target: Target, *bases: RecoveryPoint, extents: tuple[Extent, ...] = WHOLE) -> Plan:
-    return plan(target, bases, extents, LINEAGE, 1000.0, segment_bytes=SEGMENT)
+    return plan(target, bases, extents, LINEAGE, 1000.0, file_start=file_start)
 
 
 def test_the_newest_base_that_ends_before_the_commit_record_is_chosen() -> None:
@@ -62,7 +80,7 @@ def test_the_newest_base_that_ends_before_the_commit_record_is_chosen() -> None:
 
 def test_a_snapshot_that_ends_exactly_at_the_commit_is_used_as_it_is() -> None:
     found = make(commit(0x3000, 0x3030), base(1, 0x2000, 0x2100), base(2, 0x3030, 0x3030), extents=())
-    assert (found.base.number, found.target.kind, found.log_bytes) == (2, StopKind.END, 0)
+    assert (found.base.number, found.as_cut, found.log_bytes) == (2, True, 0)
     assert found.target.at == 0x3000
     assert found.replay_bytes == 0x3030 - 0x1000
 
@@ -79,47 +97,47 @@ def test_a_snapshot_that_may_end_before_the_commit_is_not_taken_for_the_commit()
 
 
 def test_the_same_number_on_another_timeline_is_not_the_same_place() -> None:
-    other = base(1, 0x3030, 0x3030, history=History("7", 2))
+    other = base(1, 0x3030, 0x3030, history=History("postgres", "7", 2))
     with pytest.raises(RestoreError, match="no sealed recovery point in the lineage"):
         make(commit(0x3000, 0x3030), other)
 
 
 def test_the_state_before_a_commit_may_start_from_a_base_that_ends_where_it_begins() -> None:
     found = make(before(0x3000), base(1, 0x2F00, 0x3000))
-    assert (found.base.number, found.target.kind, found.replay_to) == (1, StopKind.LSN, 0x3000)
+    assert (found.base.number, found.as_cut, found.replay_to) == (1, False, 0x3000)
 
 
 def test_a_bracketed_copy_is_replayed_from_the_start_of_its_bracket() -> None:
-    copied = replace(base(1, 0x2000, 0x2800), bracket=Bracket(at(0x1800), at(0x2700), "label"))
+    copied = bracketed(base(1, 0x2000, 0x2800), 0x1800, 0x2700)
     found = make(commit(0x3000, 0x3030), copied)
     assert (found.replay_from, found.log_from, found.log_bytes) == (at(0x1800), at(0x1800), 0x2030)
 
 
 def test_a_bracketed_copy_is_never_taken_for_one_that_ends_at_the_target() -> None:
-    copied = replace(base(1, 0x2800, 0x2800), bracket=Bracket(at(0x1800), at(0x2700), "label"))
-    assert make(before(0x2800), copied).target.kind is StopKind.LSN
+    copied = bracketed(base(1, 0x2800, 0x2800), 0x1800, 0x2700)
+    assert not make(before(0x2800), copied).as_cut
 
 
 def test_a_bracket_that_stops_behind_the_target_does_not_serve() -> None:
-    copied = replace(base(1, 0x2000, 0x2100), bracket=Bracket(at(0x1800), at(0x3010), "label"))
+    copied = bracketed(base(1, 0x2000, 0x2100), 0x1800, 0x3010)
     with pytest.raises(RestoreError, match="early enough"):
         make(commit(0x3000, 0x3030), copied)
 
 
 def test_a_time_starts_from_a_base_sealed_strictly_before_it() -> None:
-    target = Target(HISTORY, StopKind.TIME, Lsn(0), True, "noon", NOON + timedelta(minutes=2))
+    target = Target(HISTORY, None, True, "noon", NOON + timedelta(minutes=2))
     later = replace(target, reach=Lsn(0x4000))
     found = make(later, base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000))
-    assert (found.base.number, found.target.at, found.replay_to) == (1, 0x2100, 0x4000)
+    assert (found.base.number, found.log_until, found.replay_to) == (1, 0x2100, 0x4000)
     assert make(target, base(1, 0x2000, 0x2100)).replay_to == 0x9000
 
 
-LATEST = Target(HISTORY, StopKind.LATEST, Lsn(0), False, "the latest state")
+LATEST = Target(HISTORY, None, False, "the latest state")
 
 
 def test_the_latest_state_is_the_newest_base_and_all_the_log_behind_it() -> None:
     found = make(LATEST, base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000))
-    assert (found.base.number, found.target.kind, found.target.at) == (2, StopKind.LATEST, 0x9000)
+    assert (found.base.number, found.target, found.log_until) == (2, LATEST, 0x9000)
     assert (found.replay_to, found.replay_bytes) == (0x9000, 0x9000 - 0x1000)
 
 
@@ -127,7 +145,7 @@ def test_the_latest_state_is_no_less_than_a_snapshot_where_the_log_that_is_kept_
     bases = (base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000))
     for end, at_least in ((0x1800, 0x2F00), (0x2F00, 0x2F00), (0x2F08, 0x2F08)):
         found = make(LATEST, *bases, extents=(Extent(HISTORY, Lsn(0x1000), Lsn(end)),))
-        assert (found.base.number, found.target.kind, found.target.at) == (2, StopKind.LATEST, at_least)
+        assert (found.base.number, found.target, found.log_until) == (2, LATEST, at_least)
     assert make(LATEST, base(1, 0x2000, 0x2100), extents=()).base.number == 1
 
 
@@ -141,7 +159,7 @@ def test_a_latest_state_without_a_commit_that_is_known_is_refused() -> None:
 
 def test_a_copy_that_the_log_does_not_make_consistent_yet_is_not_the_latest_state() -> None:
     behind = (Extent(HISTORY, Lsn(0x1000), Lsn(0x2800)),)
-    copied = replace(base(2, 0x2000, 0x2900), bracket=Bracket(at(0x1800), at(0x2900), "label"))
+    copied = bracketed(base(2, 0x2000, 0x2900), 0x1800, 0x2900)
     found = make(LATEST, base(1, 0x2000, 0x2100), copied, extents=behind)
     assert (found.base.number, found.replay_to) == (1, 0x2800)
 
@@ -153,8 +171,10 @@ def test_the_latest_state_is_refused_where_a_hole_lies_before_the_end_of_the_log
 
 
 def test_a_base_whose_commit_is_stamped_behind_the_time_does_not_serve_whatever_our_clock_says() -> None:
-    ahead = CommitRecord("bank", 7, Lsn(1), Lsn(2), int(NOON.timestamp() + 7200) * 10**6, (), Outcome.PROTECTED)
-    target = Target(HISTORY, StopKind.TIME, Lsn(0), True, "one", NOON + timedelta(hours=1))
+    ahead = CommitRecord(
+        "bank", Name("", 7), Lsn(1), Lsn(2), int(NOON.timestamp() + 7200) * 10**6, (), Outcome.PROTECTED
+    )
+    target = Target(HISTORY, None, True, "one", NOON + timedelta(hours=1))
     with pytest.raises(RestoreError, match="early enough"):
         make(target, replace(base(1, 0x2000, 0x2100), commit=ahead))
 
@@ -197,28 +217,28 @@ def test_the_journal_must_reach_the_end_of_the_commit_record() -> None:
 
 def test_a_target_in_another_lineage_is_refused_by_name() -> None:
     with pytest.raises(RestoreError, match="lies at 7/2@0/3000, in another lineage than 7/1"):
-        make(before(0x3000, History("7", 2)), base(1, 0x2000, 0x2100))
+        make(before(0x3000, History("postgres", "7", 2)), base(1, 0x2000, 0x2100))
 
 
 def test_a_commit_behind_the_fork_is_not_in_the_lineage_of_the_new_timeline() -> None:
-    forked = Lineage(History("7", 2), ((1, Lsn(0x3000)),))
-    with pytest.raises(RestoreError, match=r"timeline 1 until 0/3000"):
-        plan(commit(0x3000, 0x3030), [base(1, 0x2000, 0x2100)], WHOLE, forked, 1e6, segment_bytes=SEGMENT)
+    forked = Lineage(History("postgres", "7", 2), ((1, Lsn(0x3000)),))
+    with pytest.raises(RestoreError, match=r"7/1 until 0/3000"):
+        plan(commit(0x3000, 0x3030), [base(1, 0x2000, 0x2100)], WHOLE, forked, 1e6, file_start=file_start)
 
 
 def test_a_replay_across_a_fork_reads_each_timeline_where_it_owns_the_log() -> None:
-    forked = Lineage(History("7", 2), ((1, Lsn(0x3800)),))
+    forked = Lineage(History("postgres", "7", 2), ((1, Lsn(0x3800)),))
     target = replace(commit(0x5000, 0x5030), history=forked.history)
     old = Extent(HISTORY, Lsn(0x1000), Lsn(0x3800))
     new = Extent(forked.history, Lsn(0x3000), Lsn(0x6000))
     early, late = base(1, 0x2000, 0x2100), base(2, 0x4000, 0x4100)  # the late one is on the abandoned end
-    found = plan(target, [early, late], [old, new], forked, 1e6, segment_bytes=SEGMENT)
+    found = plan(target, [early, late], [old, new], forked, 1e6, file_start=file_start)
     assert found.base.number == 1
     assert "not in the past of 7/2" in found.passed_over[0].reason
     abandoned = Extent(HISTORY, Lsn(0x1000), Lsn(0x6000))
     late_start = Extent(forked.history, Lsn(0x4000), Lsn(0x6000))
     with pytest.raises(RestoreError, match="between 0/3800 and 0/4000 is missing"):
-        plan(target, [early], [abandoned, late_start], forked, 1e6, segment_bytes=SEGMENT)
+        plan(target, [early], [abandoned, late_start], forked, 1e6, file_start=file_start)
 
 
 def test_a_plan_reads_as_sentences() -> None:

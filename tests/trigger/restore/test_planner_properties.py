@@ -9,13 +9,14 @@ base is legal only if it gives the right state for every record boundary at whic
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import RestoreError
 from trigger.model import (
     EPOCH,
@@ -23,18 +24,22 @@ from trigger.model import (
     Cause,
     CommitRecord,
     Extent,
+    Mark,
     Outcome,
     RecoveryPoint,
     State,
-    StopKind,
-    Target,
     from_microseconds,
 )
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import History, Lineage, Name, Position
+from trigger.replay import Target
 from trigger.restore.planner import plan
 
 SEGMENT = 64
 SYSTEM = "7"
+
+
+def file_start(at: int) -> int:
+    return at - at % SEGMENT
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class World:
         while at in self.parents:
             at, left_at = self.parents[at]
             forks.insert(0, (at, Lsn(left_at)))
-        return Lineage(History(SYSTEM, timeline), tuple(forks))
+        return Lineage(History("postgres", SYSTEM, timeline), tuple(forks))
 
     def boundaries(self, timeline: int) -> list[int]:
         return [self.logs[timeline][0].start, *(record.end for record in self.logs[timeline])]
@@ -74,24 +79,31 @@ class FatalError(Exception):
 
 
 def recover(
-    world: World, files: set[tuple[int, int]], ends: dict[int, int], base: RecoveryPoint, ends_at: int, target: Target
+    world: World,
+    files: set[tuple[int, int]],
+    ends: dict[int, int],
+    base: RecoveryPoint,
+    ends_at: int,
+    target: Target,
+    *,
+    as_cut: bool = False,
 ) -> list[Record]:
     """Give the records that the state holds after PostgreSQL recovered `base`, whose snapshot ends at `ends_at`."""
-    own = [record for record in world.logs[base.floor.history.timeline] if record.end <= ends_at]
-    if target.kind is StopKind.END:
+    own = [record for record in world.logs[base.floor.history.branch] if record.end <= ends_at]
+    if as_cut:
         if base.bracket:
             raise FatalError("a bracketed copy has no end of its own")
         return own
-    lineage = world.lineage(target.history.timeline)
+    lineage = world.lineage(target.history.branch)
     tip = Position(base.floor.history, Lsn(ends_at))
     if not lineage.includes(tip):
         raise FatalError("requested timeline is not a child of this server's history")
-    path = world.logs[target.history.timeline]
+    path = world.logs[target.history.branch]
     begin, local, consistent = ends_of(base, ends_at)
     state = [record for record in path if record.end <= begin]
 
     def held(record: Record) -> bool:
-        return record.end <= local or readable(world, files, ends, target.history.timeline, record)
+        return record.end <= local or readable(world, files, ends, target.history.branch, record)
 
     for record in takewhile(held, path[len(state) :]):
         if record.end <= local and not base.bracket:
@@ -105,7 +117,7 @@ def recover(
         if stops_after(target, record):
             break
     else:
-        if target.kind is not StopKind.LATEST:
+        if not target.is_latest:
             raise FatalError("recovery ended before configured recovery target was reached")
     if (state[-1].end if state else local) < consistent:
         raise FatalError("requested recovery stop point is before consistent recovery point")
@@ -121,16 +133,13 @@ def ends_of(base: RecoveryPoint, ends_at: int) -> tuple[int, int, int]:
 
 
 def stops_before(target: Target, record: Record) -> bool:
-    if target.kind is StopKind.LATEST:
-        return False
-    if target.kind is StopKind.TIME:
-        assert target.time
+    if target.time is not None:
         return bool(record.time_us) and from_microseconds(record.time_us) > target.time
-    return not target.inclusive and record.start >= target.at
+    return target.at is not None and not target.inclusive and record.start >= target.at
 
 
 def stops_after(target: Target, record: Record) -> bool:
-    return target.kind is StopKind.LSN and target.inclusive and record.start >= target.at
+    return target.at is not None and target.inclusive and record.start >= target.at
 
 
 def readable(world: World, files: set[tuple[int, int]], ends: dict[int, int], timeline: int, record: Record) -> bool:
@@ -188,7 +197,7 @@ def worlds(draw: st.DrawFn) -> World:
 def bases_of(draw: st.DrawFn, world: World, number: int) -> tuple[RecoveryPoint, list[int]]:
     """Give a base, and every place at which its snapshot may end for all that is known."""
     timeline = draw(st.sampled_from(sorted(world.logs)))
-    history = History(SYSTEM, timeline)
+    history = History("postgres", SYSTEM, timeline)
     marks = [mark for mark in world.boundaries(timeline) if mark >= world.begin(timeline)]
     step = st.sampled_from([0, 0, 1, 2, 3])
     indexes = [draw(st.integers(0, len(marks) - 1)) // draw(st.integers(1, 4))]
@@ -200,17 +209,16 @@ def bases_of(draw: st.DrawFn, world: World, number: int) -> tuple[RecoveryPoint,
     sealed_at = from_microseconds(max([*stamps, 0]) + draw(st.integers(0, 2)))
     bracket = None
     if draw(st.integers(0, 3)) == 0:
-        bracket = Bracket(Position(history, Lsn(redo)), Position(history, Lsn(second)), "label")
+        bracket = Bracket(Position(history, Lsn(redo)), Position(history, Lsn(second)), {"label": "label"})
     point = RecoveryPoint(
         id=f"{number:026d}",
         number=number,
         state=State.SEALED if draw(st.integers(0, 9)) else State.EXPIRING,
         cause=Cause.COMMIT,
-        floor=Position(history, Lsn(first)),
+        marks=(
+            Mark(Position(history, Lsn(first)), Position(history, Lsn(third)), Position(history, Lsn(redo)), bracket),
+        ),
         opened_at=EPOCH,
-        ceiling=Position(history, Lsn(third)),
-        redo=Position(history, Lsn(redo)),
-        bracket=bracket,
         sealed_at=sealed_at,
     )
     return point, [mark for mark in marks if first <= mark <= third]
@@ -230,9 +238,9 @@ def journals(draw: st.DrawFn, world: World) -> tuple[set[tuple[int, int]], dict[
         files |= {(timeline, segment) for segment in kept}
         for segment in kept:
             start, end = segment * SEGMENT, min((segment + 1) * SEGMENT, ends[timeline])
-            if extents and extents[-1].end == start and extents[-1].history.timeline == timeline:
+            if extents and extents[-1].end == start and extents[-1].history.branch == timeline:
                 start = extents.pop().start
-            extents.append(Extent(History(SYSTEM, timeline), Lsn(start), Lsn(end)))
+            extents.append(Extent(History("postgres", SYSTEM, timeline), Lsn(start), Lsn(end)))
     return files, ends, extents
 
 
@@ -240,26 +248,28 @@ def journals(draw: st.DrawFn, world: World) -> tuple[set[tuple[int, int]], dict[
 def targets(draw: st.DrawFn, world: World) -> Target:
     """Give a target as the catalog would resolve it, with the end of the first record that stays out, if known."""
     timeline = draw(st.sampled_from(sorted(world.logs)))
-    history = History(SYSTEM, timeline)
+    history = History("postgres", SYSTEM, timeline)
     log = world.logs[timeline]
     own = [record for record in log if record.timeline == timeline]
     kind = draw(st.sampled_from(["commit", "before", "position", "time", "latest"]))
     if kind == "latest":
-        return Target(history, StopKind.LATEST, Lsn(0), False, "the latest state")
+        return Target(history, None, False, "the latest state")
     record = draw(st.sampled_from(own))
     following = {r.start: Lsn(r.end) for r in log}
     if kind == "commit":
-        known = CommitRecord("app", 1, Lsn(record.start), Lsn(record.end), record.time_us, (), Outcome.PROTECTED)
-        return Target(history, StopKind.LSN, Lsn(record.start), True, "a commit", commit=known)
+        known = CommitRecord(
+            "app", Name("", 1), Lsn(record.start), Lsn(record.end), record.time_us, (), Outcome.PROTECTED
+        )
+        return Target(history, Lsn(record.start), True, "a commit", commit=known)
     if kind == "before":
-        return Target(history, StopKind.LSN, Lsn(record.start), False, "before", reach=Lsn(record.end))
+        return Target(history, Lsn(record.start), False, "before", reach=Lsn(record.end))
     if kind == "position":
         at = draw(st.sampled_from([mark for mark in world.boundaries(timeline) if mark >= world.begin(timeline)]))
-        return Target(history, StopKind.LSN, Lsn(at), False, "a position", reach=following.get(at))
+        return Target(history, Lsn(at), False, "a position", reach=following.get(at))
     time_us = draw(st.sampled_from([r.time_us + step for r in own for step in (0, 1)]))
     time = from_microseconds(time_us)
     reach = next((Lsn(r.end) for r in log if r.time_us > time_us), None)
-    return Target(history, StopKind.TIME, Lsn(0), True, "a time", time, reach=reach)
+    return Target(history, None, True, "a time", time, reach=reach)
 
 
 def wanted(world: World, target: Target) -> list[Record]:
@@ -269,7 +279,7 @@ def wanted(world: World, target: Target) -> list[Record]:
     """
 
     def kept() -> Iterator[Record]:
-        for record in world.logs[target.history.timeline]:
+        for record in world.logs[target.history.branch]:
             if stops_before(target, record):
                 return
             yield record
@@ -285,12 +295,14 @@ def gives(
     base: RecoveryPoint,
     may_end: list[int],
     target: Target,
+    *,
+    as_cut: bool,
 ) -> list[list[Record] | None]:
     """Give the state for every place at which the base may end; None where the server refuses."""
     states: list[list[Record] | None] = []
     for ends_at in may_end:
         try:
-            states.append(recover(world, journal[0], journal[1], base, ends_at, target))
+            states.append(recover(world, journal[0], journal[1], base, ends_at, target, as_cut=as_cut))
         except FatalError:
             states.append(None)
     return states
@@ -306,59 +318,59 @@ def test_a_plan_gives_exactly_the_target_and_a_refusal_means_that_no_base_could(
     state = wanted(world, target)
     may_end = {base.number: marks for base, marks in based}
     bases = [base for base, _ in based]
-    lineage = world.lineage(target.history.timeline)
+    lineage = world.lineage(target.history.branch)
     refused = ""
     try:
-        found = plan(target, bases, journal[2], lineage, 1e6, segment_bytes=SEGMENT)
+        found = plan(target, bases, journal[2], lineage, 1e6, file_start=file_start)
     except RestoreError as refusal:
         refused = refusal.message
     if refused:
         event(f"refused: {' '.join(refused.split()[:4])}")
-        if target.kind is StopKind.LATEST:
+        if target.is_latest:
             return  # what there is depends on the base; the unit tests have the refusals
         for base in bases:
-            for refined in legal_uses(base, target):
-                states = gives(world, journal, base, may_end[base.number], refined)
+            for as_cut in legal_uses(base, target):
+                states = gives(world, journal, base, may_end[base.number], target, as_cut=as_cut)
                 assert any(got != state for got in states), f"point {base.number} would have done: {refused}"
         return
-    event(f"planned: {found.target.kind}")
+    event(f"planned: {'as it was cut' if found.as_cut else found.target.kind}")
+    assert found.target == target
     assert found.base.state is State.SEALED
-    if found.target.kind is StopKind.TIME and target.reach is None:
+    if target.time is not None and target.reach is None:
         return  # whether the time is reached at all is then the server's to find out
-    for got in gives(world, journal, found.base, may_end[found.base.number], found.target):
-        if target.kind is StopKind.LATEST:
+    for got in gives(world, journal, found.base, may_end[found.base.number], target, as_cut=found.as_cut):
+        if target.is_latest:
             assert got is not None
             assert got == state[: len(got)]
-            assert not any(
-                readable(world, *journal[:2], target.history.timeline, record) for record in state[len(got) :]
-            )
+            assert not any(readable(world, *journal[:2], target.history.branch, record) for record in state[len(got) :])
         else:
             assert got == state
 
 
-def legal_uses(base: RecoveryPoint, target: Target) -> Iterator[Target]:
-    """Give the ways in which a base may be used at all, before the model is asked whether it gives the state."""
+def legal_uses(base: RecoveryPoint, target: Target) -> Iterator[bool]:
+    """Give the ways in which a base may be used at all (as it was cut, or not), before the model is asked of them."""
     if base.state is not State.SEALED:
         return
     if target.time is not None:
         if base.sealed_at is not None and base.sealed_at < target.time:
-            yield target
+            yield False
         return
-    yield replace(target, kind=StopKind.END)
+    assert target.at is not None
+    yield True
     may_hold_newer_pages = base.bracket and base.ceiling is not None and base.ceiling.at > target.at
     if not may_hold_newer_pages:
-        yield target
+        yield False
 
 
 def test_the_model_refuses_a_stop_inside_the_log_of_the_snapshot() -> None:
     records = tuple(Record(1, 64 + 8 * i, 72 + 8 * i, 1000 + i) for i in range(6))
     world = World({1: records}, {})
-    history = History(SYSTEM, 1)
+    history = History("postgres", SYSTEM, 1)
     base = RecoveryPoint(
-        "0" * 26, 1, State.SEALED, Cause.COMMIT, Position(history, Lsn(80)), EPOCH,
-        ceiling=Position(history, Lsn(96)), redo=Position(history, Lsn(64)),
+        "0" * 26, 1, State.SEALED, Cause.COMMIT,
+        (Mark(Position(history, Lsn(80)), Position(history, Lsn(96)), Position(history, Lsn(64))),), EPOCH,
     )  # fmt: skip
-    target = Target(history, StopKind.LSN, Lsn(88), True, "")
+    target = Target(history, Lsn(88), True, "")
     with pytest.raises(FatalError, match="before consistent"):
         recover(world, {(1, 1)}, {1: 112}, base, 96, target)
     assert recover(world, {(1, 1)}, {1: 112}, base, 80, target) == list(records[:4])

@@ -15,9 +15,9 @@ from connectors.memory import MemoryRecovery, MemoryStorage, World
 from tests.fixtures.bank import Bank, Breaking, nothing_left, quiet, run, two_points
 from trigger.errors import JournalError, RestoreError, StorageError
 from trigger.keep.expire import expire
-from trigger.model import Cause, StopKind
+from trigger.model import Cause
 from trigger.ports import Capability
-from trigger.position import Lsn
+from trigger.position import Name
 from trigger.restore.clones import Site, drop
 from trigger.restore.restore import prepare, restore
 from trigger.restore.target import Named, resolve
@@ -35,12 +35,12 @@ def test_every_commit_of_a_history_comes_back_exactly(tmp_path: Path) -> None:
                 await it.point()
         await it.point()
         for commit in commits[1:]:
-            target = await it.resolve(Named(xid=commit.xid))
+            target = await it.resolve(Named(name=commit.name))
             report = await restore(target, it.site, progress=quiet, name="one")
             assert it.held("one") == it.at_or_before(commit)
             assert report.checks
             assert all(held for _, held, _ in report.checks)
-            before = await restore(await it.resolve(Named(before_xid=commit.xid)), it.site, progress=quiet, name="two")
+            before = await restore(await it.resolve(Named(before=commit.name)), it.site, progress=quiet, name="two")
             assert it.held("two") == it.at_or_before(commit)[:-1]
             assert set(before.seconds) == {"clone", "stage", "replay", "prove"}
             for name in ("one", "two"):
@@ -58,7 +58,7 @@ def test_a_copy_that_is_not_one_instant_comes_back_exactly_too(tmp_path: Path) -
         wanted = it.commit()
         it.commit()
         await it.point()
-        report = await restore(await it.resolve(Named(xid=wanted.xid)), it.site, progress=quiet, name="one")
+        report = await restore(await it.resolve(Named(name=wanted.name)), it.site, progress=quiet, name="one")
         assert (report.base, it.held("one")) == (copied.number, it.at_or_before(wanted))
 
     run(tmp_path, story, lambda world: MemoryStorage(world, capabilities=frozenset()))
@@ -71,7 +71,7 @@ def test_a_point_on_a_quiet_database_is_restored_without_any_replay(tmp_path: Pa
         wanted = it.commit()
         point = await it.point()
         plan = await prepare(await it.resolve(Named(point=point.number)), it.site)
-        assert (plan.base.number, plan.target.kind) == (point.number, StopKind.END)
+        assert (plan.base.number, plan.as_cut) == (point.number, True)
         await restore(plan.target, it.site, progress=quiet, name="one")
         assert it.held("one") == it.at_or_before(wanted)
 
@@ -89,12 +89,12 @@ def test_a_commit_is_restored_across_a_timeline_switch_and_on_the_abandoned_end(
         newer = it.commit()
         await it.point()
         for commit in (kept, newer):
-            await restore(await it.resolve(Named(xid=commit.xid)), it.site, progress=quiet, name="one")
+            await restore(await it.resolve(Named(name=commit.name)), it.site, progress=quiet, name="one")
             assert it.held("one") == it.at_or_before(commit)
             await drop("one", it.site)
         with pytest.raises(RestoreError, match=r"committed in 7001/1, which is not in the past of 7001/2"):
             await it.resolve(Named(marker="lost"))
-        target = await it.resolve(Named(marker="lost", timeline=1))
+        target = await it.resolve(Named(marker="lost", history="1"))
         await restore(target, it.site, progress=quiet, name="one")
         assert it.held("one") == it.at_or_before(lost)
 
@@ -109,10 +109,10 @@ def test_a_place_that_is_the_end_of_one_commit_and_the_start_of_the_next_is_refu
         await it.point()
         assert first.end == second.start
         with pytest.raises(RestoreError) as refusal:
-            await it.resolve(Named(lsn=first.end))
-        assert refusal.value.hint.endswith(f"--to-xid {first.xid} or --to-xid {second.xid}")
+            await it.resolve(Named(place=str(first.end)))
+        assert refusal.value.hint.endswith(f"--to-xid {first.name} or --to-xid {second.name}")
         for lsn, commit in ((first.start, first), (second.end, second)):
-            target = await it.resolve(Named(lsn=lsn))
+            target = await it.resolve(Named(place=str(lsn)))
             assert (target.at, target.inclusive) == (commit.start, True)
 
     run(tmp_path, story)
@@ -127,9 +127,9 @@ def test_any_other_place_means_the_state_before_the_first_record_at_or_behind_it
         second = it.commit()
         await it.point()
         for lsn in (first.end + 1, second.start - 8):
-            target = await it.resolve(Named(lsn=Lsn(lsn)))
+            target = await it.resolve(Named(place=str(lsn)))
             assert not target.inclusive
-            assert str(first.xid) in target.description
+            assert str(first.name) in target.description
             await restore(target, it.site, progress=quiet, name="one")
             assert it.held("one") == it.at_or_before(first)
             await drop("one", it.site)
@@ -145,7 +145,7 @@ def test_a_time_brings_back_everything_before_the_first_later_commit(tmp_path: P
         await it.point()
         for commit, slack in ((commits[1], 0), (commits[2], 500)):
             target = await it.resolve(Named(time=commit.time + timedelta(milliseconds=slack)))
-            assert f"{commit.xid} of bank" in target.description
+            assert f"{commit.name} of bank" in target.description
             await restore(target, it.site, progress=quiet, name="one")
             assert it.held("one") == it.at_or_before(commit)
             await drop("one", it.site)
@@ -201,17 +201,17 @@ def test_a_point_that_was_taken_for_no_commit_is_the_state_at_its_floor(tmp_path
 def test_a_name_that_nothing_or_several_things_bear_is_refused_with_what_to_say_instead(tmp_path: Path) -> None:
     async def story(it: Bank) -> None:
         with pytest.raises(RestoreError, match="no sealed recovery point to start from"):
-            await it.resolve(Named(xid=1))
+            await it.resolve(Named(name=Name("", 1)))
         first = it.commit("payday")
         await it.point()
         second = it.commit("payday")
         await it.point()
-        with pytest.raises(RestoreError, match=rf"names 2 commits.*{first.xid} of bank.*{second.xid} of bank"):
+        with pytest.raises(RestoreError, match=rf"names 2 commits.*{first.name} of bank.*{second.name} of bank"):
             await it.resolve(Named(marker="payday"))
         with pytest.raises(RestoreError, match="transaction 1 is not in the catalog"):
-            await it.resolve(Named(xid=1))
+            await it.resolve(Named(name=Name("", 1)))
         with pytest.raises(RestoreError, match="exactly one target"):
-            await it.resolve(Named(xid=1, lsn=Lsn(3)))
+            await it.resolve(Named(name=Name("", 1), place="3"))
 
     run(tmp_path, story)
 
@@ -225,7 +225,7 @@ def test_a_target_a_moment_ahead_of_the_journal_is_waited_for(tmp_path: Path) ->
         await it.point()
         whole = it.world.journal[1]
         it.world.journal[1] = [(whole[0][0], wanted.start)]
-        target = await it.resolve(Named(xid=wanted.xid))
+        target = await it.resolve(Named(name=wanted.name))
         with pytest.raises(RestoreError, match="future of the journal"):
             await prepare(target, it.site, wait_seconds=0)
         waiting = asyncio.create_task(prepare(target, it.site))
@@ -305,7 +305,7 @@ def test_a_base_that_expires_between_plan_and_clone_gives_way_to_an_older_one(tm
                     await expire(it.catalog, it.site.storage, newer)
                 return await it.site.storage.clone(point, name, progress)
 
-        target = await it.resolve(Named(xid=wanted.xid))
+        target = await it.resolve(Named(name=wanted.name))
         report = await restore(target, with_port(it.site, "storage", Thinned()), progress=quiet, name="one")
         assert (report.base, it.held("one")) == (older.number, it.at_or_before(wanted))
 
@@ -323,8 +323,9 @@ def test_a_clone_that_is_not_the_target_is_refused_and_removed(tmp_path: Path) -
             return getattr(self._real, name)
 
         async def start(self, *arguments: Any, **named: Any) -> Any:
-            target = replace(arguments[2], at=arguments[2].commit.end)
-            return await self._real.start(*arguments[:2], target, *arguments[3:], **named)
+            replay = arguments[2]
+            beyond = replace(replay, target=replace(replay.target, at=replay.target.commit.end))
+            return await self._real.start(*arguments[:2], beyond, *arguments[3:], **named)
 
     async def story(it: Bank) -> None:
         target = await two_points(it)

@@ -62,7 +62,7 @@ def test_a_point_is_verified_when_its_commit_is_there_and_every_look_held(tmp_pa
         holds = VerifyAssertion(database="bank", sql="select count(*) from account", expect="2")
         result = await verified(it, point, assertions=[holds])
         assert result.passed
-        assert f"commit {point.commit.xid} of bank" in result.target
+        assert f"commit {point.commit.name} of bank" in result.target
         assert [what for what, _, _ in result.checks][-1] == "bank: select count(*) from account"
         assert "structures" in [what for what, _, _ in result.checks]
 
@@ -200,7 +200,7 @@ def test_any_target_can_be_verified_and_then_no_point_claims_it(tmp_path: Path) 
         commit = it.commit()
         it.commit(data_bytes=0)
         await it.point()
-        result = await verify(await it.resolve(Named(xid=commit.xid)), it.site, progress=quiet)
+        result = await verify(await it.resolve(Named(name=commit.name)), it.site, progress=quiet)
         assert result.passed
         assert all(point.verification is None for point in await it.catalog.points())
 

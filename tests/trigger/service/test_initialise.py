@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from connectors.databases.postgres import places
 from trigger.config.options import parse
 from trigger.host import Mount
 from trigger.model import Layout
@@ -18,8 +19,10 @@ BTRFS = [*EXT4, Mount(Path("/srv/pg"), "btrfs")]
 
 
 def layout(data: str = "/srv/pg/data", **more: Any) -> Layout:
-    given: dict[str, Any] = {"wal_directory": Path(data) / "pg_wal", "tablespaces": (), "config_files": ()} | more
-    return Layout(150018, Path(data), owner=105, group=110, wal_segment_bytes=16 << 20, **given)
+    given: dict[str, Any] = {"wal_directory": Path(data) / "pg_wal", "tablespaces": {}} | more
+    return places.layout(
+        150018, Path(data), given["wal_directory"], given["tablespaces"], (), (105, 110), segment_bytes=16 << 20
+    )
 
 
 def proposed(found: Layout, mounts: list[Mount] | None = None, *, root: bool = True, **more: Any) -> Proposal:
@@ -68,7 +71,7 @@ def test_btrfs_without_a_place_or_right_for_snapshots_gets_copies_and_the_reason
 
 
 def test_a_part_on_another_filesystem_rules_btrfs_out() -> None:
-    found = proposed(layout(tablespaces=((16400, Path("/fast/space")),)), BTRFS)
+    found = proposed(layout(tablespaces={16400: Path("/fast/space")}), BTRFS)
     assert found.driver == "directory"
     assert dict(found.volumes) == {"data": Path("/srv/pg/data"), "tablespace-16400": Path("/fast/space")}
 
@@ -91,7 +94,7 @@ def test_the_maintenance_database_is_left_out_where_there_is_another() -> None:
 @pytest.mark.parametrize("mounts", [EXT4, BTRFS])
 @pytest.mark.parametrize("name", ['we"ird', "bänk", "a\\b", "new\nline"])
 def test_what_is_written_is_read_back_as_proposed(mounts: list[Mount], name: str) -> None:
-    found = proposed(layout(f"/srv/pg/{name}", tablespaces=((1, Path("/srv/pg/space")),)), mounts, databases=[name])
+    found = proposed(layout(f"/srv/pg/{name}", tablespaces={1: Path("/srv/pg/space")}), mounts, databases=[name])
     read = parse(text(found), "written")
     assert tuple(read.database.databases) == (name,)
     assert tuple((volume.name, volume.path) for volume in read.volumes) == found.volumes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.trigger.keep.test_expire import POINTS, Shelves, play
 from trigger.config.options import PointOptions
 from trigger.errors import JournalError
 from trigger.model import State
-from trigger.position import Lsn
+from trigger.position import Position
 from trigger.protect.agenda import Agenda
 from trigger.protect.qualify import Rules
 from trigger.protect.window import Window
@@ -28,13 +28,13 @@ class Journal(MemoryJournal):
     fails = 0
     released = 0
 
-    async def release(self, before: Lsn) -> int:
+    async def release(self, starts: Collection[Position]) -> int:
         await asyncio.sleep(self.takes_seconds)
         if self.fails:
             self.fails -= 1
             raise JournalError("the disk is read-only")
         self.released += 1
-        return await super().release(before)
+        return await super().release(starts)
 
 
 def keep_up(act: Callable[[Shelves, Upkeep, Journal], Coroutine[Any, Any, None]], *, slow: float = 0.0) -> None:

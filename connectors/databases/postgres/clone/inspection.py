@@ -18,11 +18,11 @@ from connectors.databases.postgres.clone.isolation import is_segment
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.log.waldump import LoggedCommit, Stretch, WalDump
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, last_lines, listed, run
 from trigger.errors import DatabaseError, RestoreError
-from trigger.model import StopKind, Target
 from trigger.ports import Running
-from trigger.position import Lsn
+from trigger.replay import Target
 
 Result = tuple[str, bool, str]
 
@@ -48,17 +48,17 @@ class Subject:
     @property
     def boundary(self) -> Lsn:
         """The first position at which a commit record that begins there is no part of the state."""
-        if self.target.kind is StopKind.LSN:
+        if self.target.at is not None:
             return Lsn(self.target.at + (1 if self.target.inclusive else 0))
-        return self.running.replayed
+        return Lsn(self.running.replayed)
 
 
 async def holds_target(subject: Subject, dump: WalDump) -> Result:
     """The target's own commit is there; without one, the last commit that the log has before the target."""
     wanted = subject.target.commit
     if wanted is not None:
-        status = await _status(subject, wanted.xid)
-        return "the target is committed", status == "committed", f"transaction {wanted.xid}: {status}"
+        status = await _status(subject, wanted.name.number or 0)
+        return "the target is committed", status == "committed", f"transaction {wanted.name}: {status}"
     before = await _commits_before(subject, dump)
     if not before:
         seen = f"nothing to compare with: the staged log has no commit before {subject.boundary}"
@@ -73,7 +73,7 @@ async def lacks_next(subject: Subject, dump: WalDump) -> Result:
     behind = await dump.commits(stretch, limit=1) if (stretch := _behind(subject)) else []
     if not behind:
         return what, True, f"no commit follows in the staged log behind {subject.boundary}"
-    if subject.target.kind is StopKind.LATEST:
+    if subject.target.is_latest:
         return "no commit of the log is left out", False, f"transaction {behind[0].xid} at {behind[0].start}"
     status = await _logged_status(subject, behind[0])
     return what, status != "committed", _said(behind[0], status)
@@ -172,7 +172,7 @@ class _Staged(NamedTuple):
 
     @classmethod
     def of(cls, subject: Subject) -> _Staged:
-        timeline = subject.target.history.timeline
+        timeline = subject.target.history.branch
         sizes = [entry.stat().st_size for entry in subject.log_folder.iterdir() if is_segment(entry.name)]
         if not sizes:
             return cls(timeline, 1, frozenset())

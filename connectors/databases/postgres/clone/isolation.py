@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from connectors.databases.postgres import places
 from connectors.databases.postgres.log.segments import give
 from connectors.databases.postgres.log.wal import history_timeline
+from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import PreflightError, RestoreError
-from trigger.model import Address, Bracket, Layout, StopKind, Target, Volume
+from trigger.model import Address, Bracket, Layout, Volume
 from trigger.ports import Clone
+from trigger.replay import Replay
 
 OWN_FOLDER = "trigpoint"
 _OWN_LIFE = ("postmaster.pid", "postmaster.opts", "recovery.signal", "standby.signal", "backup_label.old")
@@ -66,11 +69,12 @@ class Placement:
         Raises:
             PreflightError: the data directory or the log lies in none of the volumes.
         """
-        inside = layout.wal_directory.is_relative_to(layout.data_directory)
-        spots = ((oid, _spot(path, volumes)) for oid, path in layout.tablespaces)
+        data = places.data_directory(layout)
+        inside = layout.log.is_relative_to(data)
+        spots = ((oid, _spot(path, volumes)) for oid, path in places.tablespaces(layout).items())
         return cls(
-            data=_required(layout.data_directory, volumes, "the data directory"),
-            wal=None if inside else _required(layout.wal_directory, volumes, "pg_wal"),
+            data=_required(data, volumes, "the data directory"),
+            wal=None if inside else _required(layout.log, volumes, "pg_wal"),
             tablespaces=tuple((oid, spot) for oid, spot in spots if spot is not None),
         )
 
@@ -142,7 +146,7 @@ def isolate(clone: Clone, placement: Placement, volumes: Sequence[Volume], brack
             f"there is no PostgreSQL cluster at {data}",
             hint="the data directory moved since the snapshot, or a nested subvolume was not cut with it",
         )
-    if bracket is not None and "START WAL LOCATION" not in bracket.label:
+    if bracket is not None and "START WAL LOCATION" not in bracket.document.get("label", ""):
         raise RestoreError(
             f"the backup label of point {clone.point} is missing",
             hint="its snapshot is not one instant and would start with damaged data; use another point",
@@ -258,7 +262,7 @@ def _start_from_label(isolated: Isolated, bracket: Bracket) -> None:
     status = log / "archive_status"
     for entry in status.iterdir() if status.is_dir() else ():
         entry.unlink()
-    write(isolated.data / "backup_label", bracket.label, isolated.owner)
+    write(isolated.data / "backup_label", bracket.document["label"], isolated.owner)
 
 
 def is_segment(name: str) -> bool:
@@ -326,24 +330,26 @@ def settings(
     return found
 
 
-def recovery_settings(target: Target, bracket: Bracket | None, staged: Path) -> dict[str, str]:
-    """Give the settings that lead a replay to `target` and no further.
+def recovery_settings(replay: Replay, staged: Path) -> dict[str, str]:
+    """Give the settings that lead a replay to its target and no further.
 
     `staged` is where the log lies; the server copies from it with `cp` through a shell, as PostgreSQL does it, so
     the path was checked by `plain`. A link would not do: the server writes into the files that it was given.
     """
+    target = replay.target
     found = {
         "restore_command": f"test -f {staged}/%f && cp {staged}/%f %p",
-        "recovery_target_timeline": str(target.history.timeline),
+        "recovery_target_timeline": str(target.history.branch),
         "recovery_target_action": "promote",
         "recovery_target_inclusive": "on" if target.inclusive else "off",
     }
-    if target.kind is StopKind.LSN:
-        found["recovery_target_lsn"] = str(target.at)
-    elif target.kind is StopKind.TIME and target.time is not None:
+    if replay.as_cut:
+        if replay.bracket is not None:
+            found["recovery_target"] = "immediate"
+    elif target.at is not None:
+        found["recovery_target_lsn"] = str(Lsn(target.at))
+    elif target.time is not None:
         found["recovery_target_time"] = target.time.isoformat(sep=" ", timespec="microseconds")
-    elif target.kind is StopKind.END and bracket is not None:
-        found["recovery_target"] = "immediate"
     return found
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from connectors.databases.postgres import lsn
 from connectors.databases.postgres.clone import inspection, isolation, postmaster, tablespaces
 from connectors.databases.postgres.clone.isolation import Isolated, Placement
 from connectors.databases.postgres.clone.release import release
@@ -30,11 +31,13 @@ from connectors.databases.postgres.clone.scrub import scrub
 from connectors.databases.postgres.log.segments import give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.log.waldump import WalDump
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, last_lines, run
 from trigger.errors import DatabaseError, RestoreError
-from trigger.model import Address, Bracket, StopKind, Target, Volume
+from trigger.model import Address, Volume
 from trigger.ports import Clone, Progress, Running
-from trigger.position import History, Lineage, Lsn
+from trigger.position import Position
+from trigger.replay import Replay, Target
 
 PORT = 5432
 _SOCKET_PATH_LIMIT = 107 - len("/.s.PGSQL.65535.lock")
@@ -88,38 +91,38 @@ class PostgresRecovery:
         self,
         clone: Clone,
         volumes: Sequence[Volume],
-        target: Target,
-        bracket: Bracket | None,
+        replay: Replay,
         log_folder: Path,
         progress: Progress,
         *,
         throwaway: bool = False,
     ) -> Running:
-        """Isolate the clone, replay to `target` from `log_folder`, promote to a timeline of its own, and wait.
+        """Isolate the clone, replay to the target from `log_folder`, promote to a timeline of its own, and wait.
 
         A cancellation or an error ends the server that was started; the clone's files stay as they are then.
 
         Raises:
             RestoreError: it did not reach the target; the message holds the server's own last words.
         """
+        bracket = replay.bracket
         isolated = await asyncio.to_thread(isolation.isolate, clone, self._placement, volumes, bracket)
         programs = self._programs_for(isolated.major)
         await _require_reachable(programs, isolated, isolation.plain(log_folder, "the folder of the staged log"))
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", isolated.data))
-        _require_fit(control, target, bracket)
+        _require_fit(control, replay)
         redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
-        await tablespaces.refuse_new_ones(WalDump(programs, isolated.owner), isolated, log_folder, redo, target)
-        staged = await asyncio.to_thread(_visible_log, isolated, log_folder, target, bracket)
+        await tablespaces.refuse_new_ones(WalDump(programs, isolated.owner), isolated, log_folder, redo, replay)
+        staged = await asyncio.to_thread(_visible_log, isolated, log_folder, replay)
         sockets = self._socket_folder(isolated)
         found = isolation.settings(control, isolated, sockets, self._keep_libraries, throwaway=throwaway)
-        found |= isolation.recovery_settings(target, bracket, staged)
+        found |= isolation.recovery_settings(replay, staged)
         await asyncio.to_thread(isolation.write_configuration, isolated, found)
         isolation.write(isolated.data / "recovery.signal", "", isolated.owner)
         try:
             await self._launch(programs, isolated)
-            await self._ready(isolated, redo, target, progress)
-            running = await self._describe(clone, isolated, sockets, bracket)
-            _require_all(running, target)
+            await self._ready(isolated, redo, replay, progress)
+            running = await self._describe(clone, isolated, sockets, replay)
+            _require_all(running, replay)
             if not throwaway:
                 await self._make_durable(clone, running, isolated, found)
             return running
@@ -185,9 +188,10 @@ class PostgresRecovery:
     async def _start_again(self, programs: Programs, isolated: Isolated, state: _State) -> None:
         """Start a server that was brought up before, and wait until it takes connections."""
         replayed = Lsn.parse(state.replayed)
-        at = Target(History(state.system, state.timeline), StopKind.END, replayed, True, f"clone {state.clone}")
+        own = lsn.history(state.system, state.timeline)
+        at = Target(own, replayed, True, f"clone {state.clone}")
         await self._launch(programs, isolated)
-        await self._ready(isolated, replayed, at, lambda *_: None)
+        await self._ready(isolated, replayed, Replay(at, Position(own, replayed), replayed), lambda *_: None)
 
     async def running(self, clone: Clone) -> Running | None:
         """Give the server of a clone if it runs."""
@@ -243,9 +247,9 @@ class PostgresRecovery:
         option = f"--config-file={isolated.folder / 'postgresql.conf'}"
         await _ask(programs, isolated, "pg_ctl", "start", "-W", "-s", "-D", isolated.data, "-l", log, "-o", option)
 
-    async def _ready(self, isolated: Isolated, begin: Lsn, target: Target, progress: Progress) -> None:
+    async def _ready(self, isolated: Isolated, begin: int, replay: Replay, progress: Progress) -> None:
         """Wait until the server has replayed, promoted itself and takes connections."""
-        log, total, started = isolated.folder / "server.log", max(target.at - begin, 0), False
+        log, total, started = isolated.folder / "server.log", max(replay.until - begin, 0), False
         told = 0
         clock = asyncio.get_running_loop().time
         appear_by, deadline = clock() + _PROGRAM_SECONDS, clock() + self._start_deadline_seconds
@@ -256,7 +260,7 @@ class PostgresRecovery:
             words = await asyncio.to_thread(log.read_text, errors="replace")
             lost = server is None and (started or "FATAL" in words or "PANIC" in words or clock() > appear_by)
             if lost or clock() > deadline:
-                raise _failure(target, words, "" if lost else f"not within {self._start_deadline_seconds:g} s")
+                raise _failure(replay.target, words, "" if lost else f"not within {self._start_deadline_seconds:g} s")
             started = started or server is not None
             reports = _REPLAYING.findall(words)
             if len(reports) > told:
@@ -264,9 +268,9 @@ class PostgresRecovery:
                 progress("replay", min(Lsn.parse(reports[-1]) - begin, total), total)
             await asyncio.sleep(_POLL_SECONDS)
 
-    async def _describe(self, clone: Clone, isolated: Isolated, sockets: Path, bracket: Bracket | None) -> Running:
+    async def _describe(self, clone: Clone, isolated: Isolated, sockets: Path, replay: Replay) -> Running:
         """Make the running clone forget its ties to the world, and say what it is."""
-        if bracket is not None and not (isolated.data / "backup_label.old").exists():
+        if replay.bracket is not None and not (isolated.data / "backup_label.old").exists():
             raise RestoreError(f"the server of {clone.name} did not start from its backup label")
         conninfo = make_conninfo(host=str(sockets), port=PORT, user=self._superuser, application_name="trigpoint")
         try:
@@ -279,17 +283,18 @@ class PostgresRecovery:
             ) from error
         words = (isolated.folder / "server.log").read_text(errors="replace")
         history = (isolated.data / "pg_wal" / f"{facts.timeline:08X}.history").read_text()
-        lineage = Lineage.from_history_file(History(facts.system, facts.timeline), history)
+        lineage = lsn.lineage(lsn.history(facts.system, facts.timeline), history)
         removed = f"replication slots removed: {', '.join(isolated.slots)}"
         state = _State(
             clone=clone.name,
             conninfo=conninfo,
             system=facts.system,
             timeline=facts.timeline,
-            replayed=str(lineage.forks[-1][1]),
+            replayed=str(Lsn(lineage.forks[-1][1])),
             last_commit_at=f"{found[-1]}+00:00" if (found := _LAST_COMMIT.findall(words)) else "",
             notes=(*([removed] if isolated.slots else []), *facts.notes),
             next_xid=facts.next_xid,
+            incarnation=replay.target.history.incarnation,
         )
         isolation.write(isolated.folder / _State.FILE, state.as_json(), isolated.owner)
         server = postmaster.find(isolated.data)
@@ -348,6 +353,7 @@ class _State:
     notes: tuple[str, ...]
     next_xid: int
     """The first transaction id that the replayed log had not used."""
+    incarnation: int = 0
 
     def as_json(self) -> str:
         return json.dumps({name: getattr(self, name) for name in self.__slots__})
@@ -366,7 +372,7 @@ class _State:
             conninfo=self.conninfo,
             data_directory=data,
             pid=pid,
-            history=History(self.system, self.timeline),
+            history=lsn.history(self.system, self.timeline, self.incarnation),
             replayed=Lsn.parse(self.replayed),
             last_commit_at=datetime.fromisoformat(self.last_commit_at) if self.last_commit_at else None,
             notes=self.notes,
@@ -402,32 +408,34 @@ async def _require_reachable(programs: Programs, isolated: Isolated, staged: Pat
             ) from None
 
 
-def _require_fit(control: dict[str, str], target: Target, bracket: Bracket | None) -> None:
+def _require_fit(control: dict[str, str], replay: Replay) -> None:
+    target, bracket = replay.target, replay.bracket
     system = control["Database system identifier"]
     if system != target.history.system:
         raise RestoreError(f"the clone is of cluster {system}, the target in cluster {target.history.system}")
-    if bracket is not None and target.kind is StopKind.LSN and target.at < bracket.stop.at:
+    if bracket is not None and target.at is not None and target.at < bracket.stop.at:
         raise RestoreError(
-            f"the target {target.at} lies before {bracket.stop.at}, where the copy becomes consistent",
+            f"the target {Lsn(target.at)} lies before {bracket.stop.place}, where the copy becomes consistent",
             hint="restore from an earlier point",
         )
 
 
-def _require_all(running: Running, target: Target) -> None:
+def _require_all(running: Running, replay: Replay) -> None:
     """Refuse a latest state that lacks some of the log: a server takes damage for the end."""
-    if target.kind is StopKind.LATEST and running.replayed < target.at:
+    if replay.target.is_latest and running.replayed < replay.until:
         raise RestoreError(
-            f"the replay ended at {running.replayed}, the log that is kept goes to {target.at}: it is damaged there",
+            f"the replay ended at {Lsn(running.replayed)}, the log that is kept goes to {Lsn(replay.until)}: it is"
+            " damaged there",
             hint="name a commit before that place (--to-xid); what comes after it needs a point behind the damage",
         )
 
 
-def _visible_log(isolated: Isolated, staged: Path, target: Target, bracket: Bracket | None) -> Path:
+def _visible_log(isolated: Isolated, staged: Path, replay: Replay) -> Path:
     """Give the folder from which the server restores; for the end of a snapshot one with history files only.
 
     Those keep the clone's new timeline apart from every timeline that production ever had.
     """
-    if target.kind is not StopKind.END or bracket is not None:
+    if not replay.as_cut or replay.bracket is not None:
         return staged
     own = isolated.folder / "log"
     own.mkdir(mode=0o700, exist_ok=True)

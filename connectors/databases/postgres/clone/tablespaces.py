@@ -12,22 +12,22 @@ from connectors.databases.postgres.clone import isolation
 from connectors.databases.postgres.clone.isolation import Isolated
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
+from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import RestoreError
-from trigger.model import StopKind, Target
-from trigger.position import Lsn
+from trigger.replay import Replay
 
 
-async def refuse_new_ones(dump: WalDump, isolated: Isolated, staged: Path, redo: Lsn, target: Target) -> None:
-    """Raise `RestoreError` where a replay from `redo` to `target` would make a tablespace."""
+async def refuse_new_ones(dump: WalDump, isolated: Isolated, staged: Path, redo: int, replay: Replay) -> None:
+    """Raise `RestoreError` where a replay from `redo` on would make a tablespace."""
     segment_bytes = await asyncio.to_thread(_segment_bytes, isolated.data / "pg_wal", staged)
     if segment_bytes is None:
         return
     for folder in (isolated.data / "pg_wal", staged):
-        for stretch in await asyncio.to_thread(_stretches, folder, segment_bytes, redo, target):
+        for stretch in await asyncio.to_thread(_stretches, folder, segment_bytes, redo, replay):
             for made in await dump.tablespaces(stretch):
                 raise RestoreError(
-                    f"the log up to {target.description} makes tablespace {made.oid} at {made.location}, and a replay"
-                    " would empty that folder of production",
+                    f"the log up to {replay.target.description} makes tablespace {made.oid} at {made.location}, and"
+                    " a replay would empty that folder of production",
                     hint="run CHECKPOINT, take a point, and restore from that one or a later one",
                 )
 
@@ -40,9 +40,10 @@ def _segment_bytes(*folders: Path) -> int | None:
     return next(sizes, None)
 
 
-def _stretches(folder: Path, segment_bytes: int, redo: Lsn, target: Target) -> list[Stretch]:
-    """Give what of the log in a folder a replay from `redo` to `target` can read, one stretch a timeline."""
-    if target.kind is StopKind.END and folder.name != "pg_wal":
+def _stretches(folder: Path, segment_bytes: int, redo: int, replay: Replay) -> list[Stretch]:
+    """Give what of the log in a folder a replay from `redo` on can read, one stretch a timeline."""
+    target = replay.target
+    if replay.as_cut and folder.name != "pg_wal":
         return []
     held: dict[int, list[int]] = {}
     for name in SegmentFolder(folder, segment_bytes).names():
@@ -50,9 +51,9 @@ def _stretches(folder: Path, segment_bytes: int, redo: Lsn, target: Target) -> l
             held.setdefault(name.timeline, []).append(name.number)
     found: list[Stretch] = []
     for timeline, numbers in held.items():
-        start = max(redo, Lsn(min(numbers) * segment_bytes))
+        start = Lsn(max(redo, min(numbers) * segment_bytes))
         end = Lsn((max(numbers) + 1) * segment_bytes)  # without one pg_waldump waits for a segment that does not come
-        if target.kind is StopKind.LSN and timeline == target.history.timeline:
+        if not replay.as_cut and target.at is not None and timeline == target.history.branch:
             end = min(end, Lsn(target.at + 1))
         found.append(Stretch(folder, timeline, start, end))
     return found

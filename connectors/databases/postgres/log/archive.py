@@ -17,12 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from connectors.databases.postgres import lsn
+from connectors.databases.postgres.log.folders import is_of
 from connectors.databases.postgres.log.segments import SegmentFolder, give
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.programs import as_owner, last_lines, minimal_environment
-from trigger.errors import ConfigError, DatabaseError, JournalError
+from trigger.errors import ConfigError, DatabaseError, JournalError, SourceError
 from trigger.model import Finding, Severity
-from trigger.position import History, Position
+from trigger.position import Position
 
 _COMMAND = "restore_command"
 _NAME_LENGTH = 24
@@ -68,6 +70,10 @@ class Server(Protocol):
 
     async def archived(self) -> str:
         """Give the file that it archived last, "" for none."""
+        ...
+
+    async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
+        """Whether it has other log at the end of a segment than the folder; False where it has it no more."""
         ...
 
 
@@ -190,12 +196,15 @@ class ArchiveReader:
     async def run(self, segments: SegmentFolder) -> None:
         """Fetch what comes, segment by segment and timeline by timeline, until cancelled.
 
+        It ends where the server's log belongs into another folder: an older copy of the cluster was put back, or
+        another cluster in its place.
+
         Raises:
             JournalError: the folder is empty, and the server does not say where to begin.
         """
         following = await self._resume(segments)
-        while True:
-            if await asyncio.to_thread(self.fetch, segments, following.text(segments.segment_bytes)):
+        while not await self._has_moved(segments):
+            if await self._fetch_own(segments, following):
                 self._broken, self._late, self._finished_since = "", "", None
                 following = SegmentName(following.timeline, following.number + 1)
                 continue
@@ -207,6 +216,32 @@ class ArchiveReader:
                 await self._judge(following, segments.segment_bytes, refusal)
             await asyncio.to_thread(self._fill, segments, following)
             await asyncio.sleep(self._poll_seconds)
+
+    async def _has_moved(self, segments: SegmentFolder) -> bool:
+        """Whether the server's log belongs into another folder by now; of one that does not answer nobody knows."""
+        try:
+            history = (await self._server.durable()).history
+        except DatabaseError:
+            return False
+        return not await asyncio.to_thread(is_of, segments, history)
+
+    async def _fetch_own(self, segments: SegmentFolder, name: SegmentName) -> bool:
+        """Fetch a segment, unless the archive has the log of an earlier life of the cluster under its name."""
+        text = name.text(segments.segment_bytes)
+        if not await asyncio.to_thread(self.fetch, segments, text):
+            return False
+        if not segments.incarnation or not await self._is_foreign(segments, name):
+            return True
+        await asyncio.to_thread(segments.delete, [name])
+        why = "it has another log under that name, of before an older copy of the cluster was put back"
+        self._refusal = _Refusal(why, broken=True)
+        return False
+
+    async def _is_foreign(self, segments: SegmentFolder, name: SegmentName) -> bool:
+        try:
+            return await self._server.differs(segments, name)
+        except (DatabaseError, SourceError):
+            return True  # it is asked again
 
     async def _judge(self, following: SegmentName, segment_bytes: int, refusal: _Refusal) -> None:
         """Tell an archive that cannot be read, or that the server has left behind, from one that is up to date."""
@@ -247,7 +282,7 @@ class ArchiveReader:
             begin = await self._server.redo()
         except DatabaseError as error:
             raise JournalError(f"the server does not say where the journal has to begin: {error}") from error
-        first = SegmentName(begin.history.timeline, begin.at // segments.segment_bytes)
+        first = SegmentName(begin.history.branch, begin.at // segments.segment_bytes)
         mark = segments.file(first._replace(partial=True))
         mark.touch(mode=0o600)
         give(mark, self.owner)
@@ -258,7 +293,7 @@ class ArchiveReader:
         for timeline in itertools.count(following.timeline + 1):
             if not await asyncio.to_thread(self.fetch, segments, f"{timeline:08X}.history"):
                 return None
-            lineage = await asyncio.to_thread(segments.lineage, History("", timeline))
+            lineage = await asyncio.to_thread(segments.lineage, lsn.history("", timeline))
             left = dict(lineage.forks).get(following.timeline)
             if left is not None:
                 return SegmentName(timeline, left // segments.segment_bytes)

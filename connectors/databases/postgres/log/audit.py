@@ -10,15 +10,17 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName, page_faults, page_header
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
+from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
 from trigger.model import Finding, Severity
-from trigger.position import Lsn
 
 _STATE_FILE = "audit.json"
 _KEEP_SECONDS = 2.0
@@ -42,6 +44,11 @@ class _Timeline:
     """Where the first record begins that was not looked at yet."""
 
 
+_VERSION = 2
+"""Of the file; version 1 did not say it."""
+_KEYS = frozenset({"version", "system", "timelines", "damaged", "looked_ns"})
+
+
 @dataclass(slots=True)
 class _State:
     system: str = ""
@@ -49,12 +56,14 @@ class _State:
     damaged: dict[str, str] = field(default_factory=dict)
     looked_ns: int = 0
     """When it was last seen whether known segments changed; what was written to since is looked at again."""
+    unknown: dict[str, Any] = field(default_factory=dict)
+    """What else stands in the file, as a later version may write it."""
 
 
 class Audit:
     """Looks at the segments of one folder; what it found survives a restart, in a file beside them."""
 
-    def __init__(self, segments: SegmentFolder, dump: WalDump) -> None:
+    def __init__(self, segments: SegmentFolder, dump: Callable[[], WalDump | None]) -> None:
         self._segments = segments
         self._dump = dump
         self._state: _State | None = None
@@ -98,17 +107,17 @@ class Audit:
             self._segments.damaged = self._state.damaged
         return self._state
 
-    def forget(self, before: Lsn) -> None:
-        """Miss nothing any more that lies wholly before `before`, looked at or not: it is deleted on purpose."""
+    def forget(self, gone: Collection[SegmentName]) -> None:
+        """Miss segments no more, looked at or not, that are deleted on purpose; with them all before on a timeline."""
         state = self.load()
-        oldest = before // self._segments.segment_bytes
-        for timeline in state.timelines.values():
-            timeline.first = max(timeline.first, oldest)
-            if timeline.following < oldest:
-                timeline.following, timeline.resume = oldest, 0
+        oldest = {name.timeline: name.number + 1 for name in sorted(gone)}
+        for number, timeline in state.timelines.items():
+            timeline.first = max(timeline.first, oldest.get(number, 0))
+            if timeline.following < oldest.get(number, 0):
+                timeline.following, timeline.resume = oldest[number], 0
         for name in list(state.damaged):
             parsed = SegmentName.parse(name, self._segments.segment_bytes)
-            if parsed is not None and parsed.number < oldest:
+            if parsed is not None and parsed.number < oldest.get(parsed.timeline, 0):
                 del state.damaged[name]
         self._keep()
 
@@ -144,10 +153,11 @@ class Audit:
         before = SegmentName(name.timeline, name.number - 1)
         follows = known.following == name.number and known.resume and self._segments.file(before).parent == folder
         why = await asyncio.to_thread(self._headers, state, name)
-        if not why:
+        dump = self._dump()
+        if not why and dump is not None:
             begin = Lsn(known.resume if follows else start)
             stretch = Stretch(folder, name.timeline, begin, Lsn(start + segment_bytes))
-            why = await self._dump.fault(stretch)
+            why = await dump.fault(stretch)
         state.damaged.pop(text, None)
         if why:
             state.damaged[text] = why
@@ -169,8 +179,14 @@ class Audit:
         path = self._segments.path / _STATE_FILE
         try:
             found = json.loads(path.read_text())
+            if (version := found.get("version", 1)) > _VERSION:
+                raise JournalError(
+                    f"what the audit found, in {path}, is of version {version}, this program reads up to {_VERSION}",
+                    hint="run the newer Trigpoint that wrote it, or delete the file: the audit then looks at all again",
+                )
             timelines = {int(number): _Timeline(*fields) for number, fields in found["timelines"].items()}
-            return _State(found["system"], timelines, dict(found["damaged"]), int(found.get("looked_ns", 0)))
+            unknown = {key: value for key, value in found.items() if key not in _KEYS}
+            return _State(found["system"], timelines, dict(found["damaged"]), int(found.get("looked_ns", 0)), unknown)
         except FileNotFoundError:
             return _State()
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -182,7 +198,9 @@ class Audit:
     def _keep(self) -> None:
         state = self.load()
         text = json.dumps(
-            {
+            state.unknown
+            | {
+                "version": _VERSION,
                 "system": state.system,
                 "timelines": {
                     number: [one.first, one.following, one.resume] for number, one in state.timelines.items()

@@ -1,23 +1,27 @@
 """The journal of a PostgreSQL cluster: its write-ahead log, kept so that every commit can be replayed.
 
-One folder holds the segments and timeline history files as PostgreSQL names them. How they get there is the feed's
-business: `receiver` streams them, `archive` reads them from an archive that is there already.
+A folder for each life of the log (see `folders`) holds segments and timeline history files as PostgreSQL names them.
+How they get there is the feed's business: `receiver` streams them, `archive` reads them from an archive that is there
+already.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
 from connectors.databases.postgres.log.audit import Audit
+from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import WalDump
 from trigger.errors import JournalError
-from trigger.model import Extent, Finding, Severity, Target
+from trigger.model import Extent, Finding, Severity
 from trigger.ports import Progress
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import History, Lineage, Position
+from trigger.replay import Replay
 
 
 class Feed(Protocol):
@@ -27,7 +31,7 @@ class Feed(Protocol):
     """User and group id under which it writes into the folder; None for ours."""
 
     async def run(self, segments: SegmentFolder) -> None:
-        """Bring the log until cancelled; raises `JournalError` where that is no longer possible."""
+        """Bring the log until cancelled, or until it belongs into another folder; raises `JournalError`."""
         ...
 
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
@@ -44,86 +48,131 @@ class Feed(Protocol):
 
 
 class PostgresJournal:
-    """Port `Journal` over a folder of segments and a feed.
+    """Port `Journal` over the folders of a log's lives and a feed.
 
     Args:
-        segments: the folder.
-        feed: what fills it.
-        dump: `pg_waldump` of the cluster's version, for the audit.
+        folders: one for each life of the log.
+        feed: what fills the present one.
+        present: gives the history that the server is in, as far as is known.
+        dump_for: gives `pg_waldump` for the log of a folder, for the audit; None where that version is not here.
     """
 
-    def __init__(self, segments: SegmentFolder, feed: Feed, dump: WalDump) -> None:
-        self._segments = segments
+    replays = True
+
+    def __init__(
+        self,
+        folders: LogFolders,
+        feed: Feed,
+        present: Callable[[], Awaitable[History]],
+        dump_for: Callable[[SegmentFolder], WalDump | None],
+    ) -> None:
+        self._folders = folders
         self._feed = feed
-        self._audit = Audit(segments, dump)
+        self._present = present
+        self._dump_for = dump_for
+        self._audits: dict[Path, Audit] = {}
 
     async def check(self) -> list[Finding]:
         """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
-        return await self._feed.check(self._segments.segment_bytes)
+        return await self._feed.check(self._folders.segment_bytes)
 
     async def run(self) -> None:
-        """Keep the log until cancelled.
+        """Keep the log until cancelled; where another life of it begins, in another folder from there on.
 
         What hinders it meanwhile (no connection, no room) is told by `audit` and tried again.
 
         Raises:
-            JournalError: the folder holds the log of another cluster, or cannot be made.
+            JournalError: the folder cannot be made.
         """
-        await asyncio.to_thread(self._segments.make, self._feed.owner)
-        await self._feed.run(self._segments)
+        while True:
+            segments = await asyncio.to_thread(self._folders.of, await self._present())
+            await asyncio.to_thread(segments.make, self._feed.owner)
+            await self._feed.run(segments)
 
     async def extents(self) -> list[Extent]:
-        """Give what it holds without a hole, by timeline and position; damaged segments are not held."""
-        await asyncio.to_thread(self._audit.load)
-        return await asyncio.to_thread(self._segments.extents)
+        """Give what it holds without a hole, by history and place; damaged segments are not held."""
+        return await asyncio.to_thread(self._extents)
+
+    def _extents(self) -> list[Extent]:
+        found = []
+        for segments in self._folders.all():
+            self._audit_of(segments).load()
+            found += segments.extents()
+        return found
 
     async def lineage(self, history: History) -> Lineage:
         """Give the past of `history` by its timeline history file; raises `JournalError` where that is not held."""
-        return await asyncio.to_thread(self._segments.lineage, history)
+        return await asyncio.to_thread(lambda: self._folders.of(history).lineage(history))
+
+    def file_start(self, at: int) -> int:
+        """Give where the segment that holds a place begins."""
+        return at - at % self._folders.segment_bytes
 
     async def audit(self) -> list[Finding]:
         """Give all that is wrong with the segments by now, and what hinders the feed at present."""
-        hindered = self._feed.findings()
-        try:
-            return [*hindered, *await self._audit.run()]
-        except (OSError, JournalError) as error:
-            message = f"the segments in {self._segments.path} cannot be looked at: {error}"
-            return [*hindered, Finding("audit", Severity.WARNING, message, "mount the folder, and give it to us")]
+        found = self._feed.findings()
+        for segments in await asyncio.to_thread(self._folders.all):
+            try:
+                found += await self._audit_of(segments).run()
+            except (OSError, JournalError) as error:
+                message = f"the segments in {segments.path} cannot be looked at: {error}"
+                found.append(Finding("audit", Severity.WARNING, message, "mount the folder, and give it to us"))
+        return found
 
-    async def stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:
-        """Put into `folder` every file that a replay from `start` to `target` asks for; gives the bytes put there.
+    def _audit_of(self, segments: SegmentFolder) -> Audit:
+        if segments.path not in self._audits:
+            self._audits[segments.path] = Audit(segments, lambda: self._dump_for(segments))
+        return self._audits[segments.path]
 
-        For an LSN these are the segments through the one that holds it and the one behind, for a time or the end all
+    async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
+        """Put into `folder` every file that a replay asks for; gives the bytes put there.
+
+        For a place these are the segments through the one that holds it and the one behind, for a time or the end all
         that is held on the target's timeline; and every history file, so that a clone's own timeline gets a number
         that production never used.
 
         Raises:
             JournalError: part of the stretch is missing or damaged; the message names the first such segment.
         """
-        await asyncio.to_thread(self._audit.load)
         try:
-            return await asyncio.to_thread(self._stage, start, target, folder, progress)
+            return await asyncio.to_thread(self._stage, replay, folder, progress)
         except OSError as error:
             raise JournalError(
                 f"the log could not be staged in {folder}: {error}", hint="see that the folder can be written"
             ) from error
 
-    def _stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:
+    def _stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
+        segments = self._folders.of(replay.target.history)
+        self._audit_of(segments).load()
+
         def fetch(name: str) -> bool:
-            return self._feed.fetch(self._segments, name)
+            return segments.locate(name) is not None
 
-        return self._segments.stage(start, target, folder, progress, fetch)
+        def fetch_anew(name: str) -> bool:
+            return self._feed.fetch(segments, name)
 
-    async def release(self, before: Lsn) -> int:
-        """Delete the segments that lie wholly before `before`; gives how many. History files stay: they are tiny."""
-        async with self._audit.between_segments:
-            return await asyncio.to_thread(self._release, before)
+        # What an archive gives for a name may be the log of another life than the first.
+        first = segments is self._folders.all()[0]
+        return segments.stage(replay, folder, progress, fetch_anew if first else fetch)
 
-    def _release(self, before: Lsn) -> int:
-        going = self._segments.before(before)
-        if going:
-            with contextlib.suppress(JournalError):  # where the disk is full, what goes makes room for it
-                self._audit.forget(before)
-            self._segments.delete(going)
-            self._audit.forget(before)
-        return len(going)
+    async def release(self, starts: Collection[Position]) -> int:
+        """Delete the segments that no replay from any of `starts` can ask for; gives how many.
+
+        History files stay: they are tiny.
+        """
+        released = 0
+        for segments in await asyncio.to_thread(self._folders.all) if starts else ():
+            audit = self._audit_of(segments)
+            async with audit.between_segments:
+                released += await asyncio.to_thread(_release, segments, audit, starts)
+        return released
+
+
+def _release(segments: SegmentFolder, audit: Audit, starts: Collection[Position]) -> int:
+    going = segments.unasked(starts)
+    if going:
+        with contextlib.suppress(JournalError):  # where the disk is full, what goes makes room for it
+            audit.forget(going)
+        segments.delete(going)
+        audit.forget(going)
+    return len(going)

@@ -14,20 +14,22 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from connectors.databases.postgres import lsn
+from connectors.databases.postgres.log.folders import is_of
 from connectors.databases.postgres.log.segments import SegmentFolder, give
 from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, as_owner, last_lines, minimal_environment
-from trigger.errors import ConfigError, JournalError
+from trigger.errors import ConfigError, SourceError
 from trigger.model import Extent, Finding, Severity
-from trigger.position import History, Lineage, Lsn
+from trigger.position import History
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
@@ -54,13 +56,16 @@ _BY_HAND = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
+class _Head(NamedTuple):
     """Where the server stands."""
 
     system: str
     timeline: int
     written: Lsn
+
+
+Recognise = Callable[[], Awaitable[History]]
+"""Gives the history that the server is in."""
 
 
 class Receiver:
@@ -73,6 +78,7 @@ class Receiver:
         slot: the physical slot; made where it is missing.
         owner: user and group id to run as; ignored where we are not root.
         stall_seconds: it is started again when the server was ahead for so long and nothing arrived.
+        recognise: says which history the server is in, by what is known of it; the first of its timeline by default.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Receiver:
         *,
         owner: tuple[int, int] | None = None,
         stall_seconds: float = 30.0,
+        recognise: Recognise | None = None,
     ) -> None:
         if _SLOT_NAME.fullmatch(slot) is None:
             raise ConfigError(f"{slot!r} is no name of a slot", hint="use a to z, 0 to 9 and _")
@@ -91,6 +98,7 @@ class Receiver:
         self._slot = slot
         self.owner = owner
         self._stall_seconds = stall_seconds
+        self._recognise = recognise or self._first_of_its_timeline
         self._trouble = ""
 
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
@@ -110,16 +118,14 @@ class Receiver:
         return [Finding("pg_receivewal", Severity.WARNING, f"the log is not received: {self._trouble}", remedy)]
 
     async def run(self, segments: SegmentFolder) -> None:
-        """Receive until cancelled, which ends the program cleanly.
-
-        Raises:
-            JournalError: the server is another cluster than the one whose log the folder holds.
-        """
+        """Receive until cancelled, which ends the program cleanly, or until the log belongs into another folder."""
         pause = _FIRST_PAUSE_SECONDS
         clock = asyncio.get_running_loop().time
         while True:
             began = clock()
             words = await self._receive_once(segments)
+            if words is None:
+                return
             self._trouble = words or "pg_receivewal ended"
             pause = _FIRST_PAUSE_SECONDS if clock() - began > _GOOD_RUN_SECONDS else pause
             await asyncio.sleep(pause)
@@ -128,17 +134,18 @@ class Receiver:
                 await self._lead_on(segments, words)
                 pause = _FIRST_PAUSE_SECONDS
 
-    async def _receive_once(self, segments: SegmentFolder) -> str:
-        """Run the program until it ends or stands still; gives its last words."""
+    async def _receive_once(self, segments: SegmentFolder) -> str | None:
+        """Run the program until it ends or stands still; gives its last words, None where the log is another one."""
         try:
+            history = await self._recognise()
+            if not await asyncio.to_thread(is_of, segments, history):
+                return None
             async with self._connect() as connection:
-                head = await _head(connection)
-                await asyncio.to_thread(_require_same_cluster, segments, head)
                 await _make_slot(connection, self._slot)
             await asyncio.to_thread(_drop_half_made, segments)
             async with self._arguments() as (option, environment):
                 return await self._supervise(segments, option, environment)
-        except (TimeoutError, OSError, psycopg.Error) as error:
+        except (TimeoutError, OSError, psycopg.Error, SourceError) as error:
             return last_lines(str(error))
 
     async def _supervise(self, segments: SegmentFolder, option: list[str], environment: dict[str, str]) -> str:
@@ -211,6 +218,10 @@ class Receiver:
         except (TimeoutError, psycopg.Error, OSError) as error:
             self._trouble = last_lines(f"{words}\n{error}")
 
+    async def _first_of_its_timeline(self) -> History:
+        head = await self._head()
+        return lsn.history(head.system, head.timeline)
+
     async def _head(self) -> _Head:
         async with self._connect() as connection:
             return await _head(connection)
@@ -273,23 +284,14 @@ async def _fork(connection: psycopg.AsyncConnection[Any], head: _Head) -> tuple[
     if row is None:
         return None
     text = row[1] if isinstance(row[1], str) else bytes(row[1]).decode(errors="replace")
-    forks = Lineage.from_history_file(History(head.system, head.timeline), text).forks
-    return (head.timeline, forks[-1][1]) if forks else None
+    forks = lsn.lineage(lsn.history(head.system, head.timeline), text).forks
+    return (head.timeline, Lsn(forks[-1][1])) if forks else None
 
 
 def _dies_with_us() -> list[str]:
     """Give what, put before a program, ends it when we are killed: it would hold the slot against our successor."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig=INT", "--"] if setpriv else []
-
-
-def _require_same_cluster(segments: SegmentFolder, head: _Head) -> None:
-    system = segments.system()
-    if system and system != head.system:
-        raise JournalError(
-            f"the journal {segments.path} holds the log of cluster {system}, the server is cluster {head.system}",
-            hint="give the new cluster a journal folder of its own",
-        )
 
 
 def _drop_half_made(segments: SegmentFolder) -> None:
@@ -316,7 +318,7 @@ def _mark(segments: SegmentFolder, mark: SegmentName, owner: tuple[int, int] | N
 
 def _reaches(held: list[Extent], head: _Head) -> bool:
     """Whether the log of the server's timeline is held up to where it stands."""
-    return any(extent.history.timeline == head.timeline and extent.end >= head.written for extent in held)
+    return any(extent.history.branch == head.timeline and extent.end >= head.written for extent in held)
 
 
 async def _last_words(stream: asyncio.StreamReader) -> str:

@@ -10,15 +10,18 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectors.databases.postgres.log.wal import SegmentName, Slices, Tail, history_timeline, page_header, tail
+from connectors.databases.postgres import lsn
+from connectors.databases.postgres.log.wal import MAJORS, SegmentName, Slices, Tail, history_timeline, page_header, tail
+from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError, PositionError
-from trigger.model import Extent, StopKind, Target
+from trigger.model import Extent
 from trigger.ports import Progress
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import History, Lineage, Position
+from trigger.replay import Replay
 
 _FICLONE = 0x40049409
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP)
@@ -55,12 +58,16 @@ class SegmentFolder:
         path: the folder; made where it is missing.
         segment_bytes: the cluster's WAL segment size.
         owner: user and group id of the data, who must be able to read what is staged; ignored where we are not root.
+        incarnation: of the histories whose log it is.
     """
 
-    def __init__(self, path: Path, segment_bytes: int, owner: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, path: Path, segment_bytes: int, owner: tuple[int, int] | None = None, incarnation: int = 0
+    ) -> None:
         self.path = path
         self.aside = path / "left"
         self.segment_bytes = segment_bytes
+        self.incarnation = incarnation
         self.owner = owner
         self.damaged: dict[str, str] = {}
         """Segments in which the audit found damage, and what; they are not held."""
@@ -126,6 +133,14 @@ class SegmentFolder:
                     return header.system
         return ""
 
+    def major(self) -> int | None:
+        """Give the major version of the server that wrote the newest segment; None where nothing says it."""
+        for name in reversed(self.names()):
+            with contextlib.suppress(OSError), self.file(name).open("rb") as file:
+                if (header := page_header(file.read(64))) is not None:
+                    return MAJORS.get(header.magic)
+        return None
+
     def histories(self) -> dict[int, str]:
         """Give the text of every timeline history file by timeline."""
         found = {}
@@ -138,19 +153,19 @@ class SegmentFolder:
 
     def lineage(self, history: History) -> Lineage:
         """Give the past of a history by its history file; raises `JournalError` where that is not held, or damaged."""
-        if history.timeline == 1:
+        if history.branch == 1:
             return Lineage(history)
-        text = self.histories().get(history.timeline)
+        text = self.histories().get(history.branch)
         if text is None:
             raise JournalError(
-                f"{history.timeline:08X}.history is not in {self.path}",
+                f"{history.branch:08X}.history is not in {self.path}",
                 hint="the journal never saw that timeline, or the file was deleted; fetch it from the server's pg_wal",
             )
         try:
-            return Lineage.from_history_file(history, text)
+            return lsn.lineage(history, text)
         except PositionError as error:
             raise JournalError(
-                f"{history.timeline:08X}.history in {self.path} is damaged: {error.message}",
+                f"{history.branch:08X}.history in {self.path} is damaged: {error.message}",
                 hint="fetch it from the server's pg_wal",
             ) from error
 
@@ -161,7 +176,7 @@ class SegmentFolder:
             system, end = self._held(name)
             if end is None:
                 continue
-            history, start = History(system, name.timeline), name.start(self.segment_bytes)
+            history, start = lsn.history(system, name.timeline, self.incarnation), name.start(self.segment_bytes)
             if found and found[-1].history == history and found[-1].end == start:
                 found[-1] = Extent(history, found[-1].start, end)
             else:
@@ -204,17 +219,15 @@ class SegmentFolder:
 
     def stage(
         self,
-        start: Position,
-        target: Target,
+        replay: Replay,
         folder: Path,
         progress: Progress,
         fetch: Callable[[str], bool] = lambda _: False,
     ) -> int:
-        """Put the files that a replay from `start` to `target` asks for into `folder`; gives the bytes.
+        """Put the files that a replay asks for into `folder`; gives the bytes.
 
         Args:
-            start: where the replay begins, on the target's timeline or an ancestor of it.
-            target: for an LSN the segments through the one behind it; for a time or the end all that is held.
+            replay: to a place it wants the segments through the one behind that; to a time or the end all that is held.
             folder: made where it is missing; complete segments are linked or cloned where possible, a partial one
                 is copied under its full name.
             progress: told in bytes.
@@ -223,16 +236,17 @@ class SegmentFolder:
         Raises:
             JournalError: a segment is missing or damaged; the message names the first.
         """
-        lineage = self._lineage_with(target.history, fetch)
+        start, history = replay.log_from, replay.target.history
+        lineage = self._lineage_with(history, fetch)
         if not lineage.includes(start):
-            raise JournalError(f"{start} is not in the past of {target.history}")
+            raise JournalError(f"{start} is not in the past of {history}")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         give(folder, self.owner)
         for timeline in self.histories():
             held = self.locate(f"{timeline:08X}.history")
             if held is not None:
                 self._put(held, folder / held.name)
-        needed = self._needed(lineage, start, target, fetch)
+        needed = self._needed(lineage, replay, fetch)
         for count, segment in enumerate(needed):
             if not self._stage_one(segment, folder, fetch) and segment.until:
                 raise self._missing(segment)
@@ -240,24 +254,23 @@ class SegmentFolder:
         return sum(entry.stat().st_size for entry in folder.iterdir())
 
     def _lineage_with(self, history: History, fetch: Callable[[str], bool]) -> Lineage:
-        if history.timeline > 1:
-            wanted = f"{history.timeline:08X}.history"
+        if history.branch > 1:
+            wanted = f"{history.branch:08X}.history"
             _ = self.locate(wanted) or fetch(wanted)
         return self.lineage(history)
 
-    def _needed(self, lineage: Lineage, start: Position, target: Target, fetch: Callable[[str], bool]) -> list[Needed]:
+    def _needed(self, lineage: Lineage, replay: Replay, fetch: Callable[[str], bool]) -> list[Needed]:
         """Give the segments of a replay in order.
 
         PostgreSQL looks for a segment on the newest timeline first that had begun by then (`XLogFileReadAnyTLI`): the
         segment in which a timeline was left exists on both, and the newer file holds the older one's part too.
         """
-        first, until = start.at // self.segment_bytes, int(target.at)
-        if target.kind is StopKind.LSN:  # the record that begins there has to be read, whole if it is replayed
-            until = max(until + 1, target.commit.end if target.commit and target.inclusive else 0)
-        required = range(first, (until - 1) // self.segment_bytes + 1 if until > start.at else first)
+        start, until = replay.log_from.at, replay.until
+        first = start // self.segment_bytes
+        required = range(first, (until - 1) // self.segment_bytes + 1 if until > start else first)
         last = max(first, required.stop)
-        if target.kind is not StopKind.LSN:
-            timeline = lineage.history.timeline
+        if replay.target.at is None:
+            timeline = lineage.history.branch
             last = max([last, *(name.number for name in self.names() if name.timeline == timeline)])
             while fetch(SegmentName(timeline, last + 1).text(self.segment_bytes)):  # an archive may have more by now
                 last += 1
@@ -273,7 +286,7 @@ class SegmentFolder:
     def _owners(self, lineage: Lineage, number: int) -> tuple[int, ...]:
         """Give the timelines on which a segment of a lineage may lie, newest first."""
         owners, begin = [], 0
-        for timeline, left_at in (*lineage.forks, (lineage.history.timeline, None)):
+        for timeline, left_at in (*lineage.forks, (lineage.history.branch, None)):
             if begin <= number and (left_at is None or number <= left_at // self.segment_bytes):
                 owners.append(timeline)
             begin = left_at // self.segment_bytes if left_at is not None else 0
@@ -343,16 +356,24 @@ class SegmentFolder:
             os.chown(source, -1, self.owner[1], follow_symlinks=False)
             source.chmod(0o640)
 
-    def before(self, before: Lsn) -> list[SegmentName]:
-        """Give the complete segments that lie wholly before `before`, on every timeline.
+    def unasked(self, starts: Collection[Position]) -> list[SegmentName]:
+        """Give the complete segments that no replay from any of `starts` can ask for.
 
-        The newest segment is not one of them: who follows an archive goes on behind it.
+        A segment of a timeline is asked for from a start on that timeline, or on one that led to it, unless it lies
+        wholly before. Where the past of a timeline is not known, all of it stays. The newest segment stays in any case:
+        who follows an archive goes on behind it.
         """
-        return [
-            name
-            for name in self.names()[:-1]
-            if not name.partial and name.start(self.segment_bytes) + self.segment_bytes <= before
-        ]
+        names, going = self.names(), list[SegmentName]()
+        system = self.system()
+        for timeline in {name.timeline for name in names}:
+            try:
+                past = self.lineage(lsn.history(system, timeline, self.incarnation))
+            except JournalError:
+                continue
+            asked = [start.at for start in starts if past.includes(start)]
+            limit = min(asked) // self.segment_bytes if asked else None
+            going += [name for name in names if name.timeline == timeline and (limit is None or name.number < limit)]
+        return [name for name in going if not name.partial and name != names[-1]]
 
     def delete(self, names: Sequence[SegmentName]) -> None:
         """Delete segments; what is gone already is no error."""

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from trigger.position import Lsn
+from connectors.databases.postgres.lsn import Lsn
 
 PAGE_BYTES = 8192
 """XLOG_BLCKSZ of every packaged server; the long page header says it, and another value is a finding."""
+
+MAJORS = {0xD110: 15, 0xD113: 16, 0xD116: 17, 0xD118: 18}
+"""The major version by the number on each page (XLOG_PAGE_MAGIC in access/xlog_internal.h of each)."""
 
 _SHORT = struct.Struct("=HHIQI4x")
 _LONG = struct.Struct("=QII")
@@ -25,6 +28,12 @@ _CONTINUES = 0x0001
 _LONG_HEADER = 0x0002
 _RECORD_LIMIT = 1020 << 20  # XLogRecordMaxSize
 _RMGR_XLOG, _XLOG_SWITCH = 0, 0x40
+_RMGR_XACT, _XACT_OPCODES, _XACT_COMMIT, _XACT_COMMIT_PREPARED = 1, 0x70, 0x00, 0x30  # access/xact.h
+_XACT_HAS_INFO, _XINFO_HAS_ORIGIN = 0x80, 1 << 5
+_SHORT_DATA = 255
+_MORE_HEADERS = {253: 2, 252: 4}
+"""Headers that may stand before that of the main data, with their lengths: the origin, the top-level transaction."""
+_POSTGRES_EPOCH_US = 946_684_800_000_000
 _SEGMENT_NAME = re.compile(r"([0-9A-F]{8})([0-9A-F]{8})([0-9A-F]{8})(\.partial)?")
 _HISTORY_NAME = re.compile(r"([0-9A-F]{8})\.history")
 
@@ -222,6 +231,54 @@ def _collect(segment: Slices, position: int, count: int, limit: int) -> tuple[by
         position += length
         count -= length
     return b"".join(parts), position
+
+
+class CommitStamp(NamedTuple):
+    """What a commit record says of its transaction."""
+
+    xid: int
+    """32 bits; for COMMIT PREPARED 0, which stands elsewhere in the record."""
+    time_us: int
+    """By the database's clock, in microseconds since 1970."""
+    from_elsewhere: bool
+    """Whether it was replicated from another database, whose clock logical decoding gives instead."""
+
+    def fits(self, xid: int, time_us: int) -> bool:
+        """Whether it is the record of a transaction with this id (64 bits) and time."""
+        if self.from_elsewhere:
+            return self.xid == xid & 0xFFFFFFFF
+        return self.time_us == time_us
+
+
+def commit_stamp(pages: bytes, at: int) -> CommitStamp | None:
+    """Give what the commit record at an offset says; None where none begins there, or it is not whole.
+
+    Args:
+        pages: log from the start of a page on, which is not the first of a segment.
+        at: where the record begins.
+    """
+    head = _collect(pages, at, _RECORD.size, len(pages))
+    if head is None:
+        return None
+    total, xid, _, info, manager, _ = _RECORD.unpack(head[0])
+    if manager != _RMGR_XACT or info & _XACT_OPCODES not in (_XACT_COMMIT, _XACT_COMMIT_PREPARED):
+        return None
+    body = _collect(pages, at, total, len(pages)) if _RECORD.size <= total <= len(pages) else None
+    if body is None or not checksum_holds(body[0]):
+        return None
+    data = body[0][_main_data(body[0]) :]
+    (stamp,) = struct.unpack_from("=q", data)
+    (flags,) = struct.unpack_from("=I", data, 8) if info & _XACT_HAS_INFO else (0,)
+    return CommitStamp(xid, stamp + _POSTGRES_EPOCH_US, bool(flags & _XINFO_HAS_ORIGIN))
+
+
+def _main_data(record: bytes) -> int:
+    """Give where the main data of a commit record begins: behind the headers, which are short ones (xlogrecord.h)."""
+    at = _RECORD.size
+    while record[at] in _MORE_HEADERS:
+        at += 1 + _MORE_HEADERS[record[at]]
+    length = record[at + 1] if record[at] == _SHORT_DATA else struct.unpack_from("=I", record, at + 1)[0]
+    return len(record) - int(length)
 
 
 def _aligned(count: int) -> int:

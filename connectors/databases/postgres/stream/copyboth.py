@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import conninfo, pq
 
+from connectors.databases.postgres import lsn
+from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import SourceError
-from trigger.position import History, Lineage, Lsn
+from trigger.position import History, Lineage
 
 _STATUS = Struct("!cQQQQB")
 _POSTGRES_EPOCH_SECONDS = 946_684_800
@@ -27,6 +29,14 @@ _REFUSED_FOR_GOOD = ("28", "3D", "42501")
 
 class System(NamedTuple):
     """What a server says of itself (IDENTIFY_SYSTEM)."""
+
+    identifier: str
+    timeline: int
+    flushed: Lsn
+
+
+class Present(NamedTuple):
+    """Which history a server is in, and how far its log is flushed."""
 
     history: History
     flushed: Lsn
@@ -64,16 +74,16 @@ class CopyBoth:
             raise refused("no replication connection", error) from error
 
     async def identify(self) -> System:
-        """Give the server's history and how far its log is flushed."""
+        """Give which cluster the server is, its timeline, and how far its log is flushed."""
         row = await self._command("IDENTIFY_SYSTEM")
-        return System(History(row[0].decode(), int(row[1])), Lsn.parse(row[2].decode()))
+        return System(row[0].decode(), int(row[1]), Lsn.parse(row[2].decode()))
 
     async def lineage(self, history: History) -> Lineage:
         """Give the past of `history` by the server's own timeline history file."""
-        if history.timeline == 1:
+        if history.branch == 1:
             return Lineage(history)
-        row = await self._command(f"TIMELINE_HISTORY {history.timeline:d}")
-        return Lineage.from_history_file(history, row[1].decode(errors="replace"))
+        row = await self._command(f"TIMELINE_HISTORY {history.branch:d}")
+        return lsn.lineage(history, row[1].decode(errors="replace"))
 
     async def _command(self, command: str) -> list[bytes]:
         """Run a replication command and give the first row as the server wrote it."""
@@ -174,6 +184,18 @@ class CopyBoth:
     def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         if diagnostic.severity_nonlocalized == "WARNING":
             self.warnings = [*self.warnings[-19:], diagnostic.message_primary or ""]
+
+
+async def identify(dsn: str, deadline_seconds: float) -> System:
+    """Give what the server behind a connection string says of itself; raises `SourceError` where it does not answer."""
+    stream = await CopyBoth.connect(dsn, deadline_seconds)
+    try:
+        async with asyncio.timeout(deadline_seconds):
+            return await stream.identify()
+    except TimeoutError:
+        raise SourceError(f"the server did not say within {deadline_seconds:g} s which one it is") from None
+    finally:
+        await stream.close()
 
 
 class StreamRefusedError(SourceError):

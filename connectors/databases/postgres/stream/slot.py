@@ -9,8 +9,9 @@ from typing import Any
 
 import psycopg
 
+from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import SourceError
-from trigger.position import Lineage, Lsn, Position
+from trigger.position import Lineage, Position
 
 _NAME_LIMIT = 63
 _PLUGIN = "pgoutput"
@@ -120,14 +121,16 @@ def resume(after: Position | None, lineage: Lineage, confirmed: Lsn, flushed: Ls
             confirmed,
             f"the cluster was replaced: its system identifier was {after.history.system}, is {here.system}",
         )
-    if after.history.timeline != here.timeline:
-        moved = f"the timeline changed from {after.history.timeline} to {here.timeline}"
-        return max(confirmed, lineage.shared(after) or Lsn(0)), "; ".join(filter(None, [moved, made]))
+    if after.history.incarnation != here.incarnation:
+        return confirmed, f"the log is not the one that {after} lies in: an older copy of the cluster was put back"
+    if after.history.branch != here.branch:
+        moved = f"the timeline changed from {after.history.branch} to {here.branch}"
+        return Lsn(max(confirmed, lineage.shared(after) or 0)), "; ".join(filter(None, [moved, made]))
     if after.at > flushed:
         return (
             confirmed,
-            f"the log ends at {flushed}, before what was settled ({after.at}): the cluster is an older copy",
+            f"the log ends at {flushed}, before what was settled ({after.place}): the cluster is an older copy",
         )
     if made or confirmed > after.at:
-        return confirmed, made or f"the slot was recreated or moved ahead to {confirmed}, settled was {after.at}"
-    return after.at, ""
+        return confirmed, made or f"the slot was recreated or moved ahead to {confirmed}, settled was {after.place}"
+    return Lsn(after.at), ""

@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo
 
+from connectors.databases.postgres.lsn import Lsn, history, transaction
 from connectors.databases.postgres.stream import publication, slot
-from connectors.databases.postgres.stream.copyboth import CopyBoth, StreamRefusedError, refused
+from connectors.databases.postgres.stream.copyboth import CopyBoth, Present, StreamRefusedError, identify, refused
 from connectors.databases.postgres.stream.pace import Pace
 from connectors.databases.postgres.stream.pgoutput import Committed, Decoder, UnstreamableError
 from trigger.errors import SourceError
 from trigger.model import Commit
 from trigger.ports import Batch, Break
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import Lineage, Position
 
 _MESSAGES_A_SLICE = 2_000
 """Messages drained before other tasks get their turn: about 4 ms."""
@@ -34,11 +35,17 @@ _LOCK_SECONDS = 0.25
 """How long the upkeep of the publication waits for a table that somebody has locked."""
 _SLOT_IN_USE = "55006"
 _NO_SUCH_PUBLICATION = "42704"
+_NO_SUCH_FILE = "58P01"
 _SKIPPED_PUBLICATION = "skipped loading publication"
 """What PostgreSQL 18 warns of, and goes on without the changes, where the versions before stop with an error."""
 _WRAP = 1 << 32
 
 _T = TypeVar("_T")
+
+_ALONE_SECONDS = 10.0
+
+Recognise = Callable[[str, Position | None, Commit | None], Awaitable[Present]]
+"""Says which history a server is in, by how far its log and which commit of it were seen last."""
 
 
 class PostgresSource:
@@ -51,6 +58,7 @@ class PostgresSource:
         deadline_seconds: bound of every wait on the server, but for creating a slot.
         slot_deadline_seconds: how long creating a slot may wait for running transactions.
         silence_seconds: how long the server may owe us an answer before the connection counts as dead.
+        recognise: says which history the server is in, by what is known of it; the first of its timeline by default.
 
     Attributes:
         duplicates_suppressed: commits that the server sent again and that were not delivered again.
@@ -66,6 +74,7 @@ class PostgresSource:
         deadline_seconds: float = 10.0,
         slot_deadline_seconds: float = 60.0,
         silence_seconds: float = 60.0,
+        recognise: Recognise | None = None,
     ) -> None:
         self.name = database
         self.slot = slot.slot_name(name, database)
@@ -77,14 +86,17 @@ class PostgresSource:
         self._deadline_seconds = deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
         self._silence_seconds = silence_seconds
+        self._recognise = recognise or _first_of_its_timeline
+        self._last: Commit | None = None
         self._side: psycopg.AsyncConnection[Any] | None = None
         self._stream: CopyBoth | None = None
         self._decoder = Decoder()
-        self._lineage = Lineage(History("", 0))
+        self._lineage = Lineage(history("", 0))
         self._forked_at = 0  # where the present timeline begins
         self._failed = False
         self._streaming = "on"  # off for the one connection after a transaction that cannot be streamed
         self._publications_broken = False
+        self._log_removed = False
         self._maintains = False
         self._after = 0  # commits that end here or before were settled
         self._through = 0
@@ -113,14 +125,14 @@ class PostgresSource:
 
     async def _open(self, after: Position | None) -> Break | None:
         side = await self._connect_side()
+        through = self._lineage.at(self._through) if self._through else after
+        present = await self._recognise(self._dsn, through, self._last)
         self._stream = stream = await CopyBoth.connect(self._dsn, self._deadline_seconds)
-        system = await self._within(stream.identify())
-        self._lineage = await self._within(stream.lineage(system.history))
+        self._lineage = await self._within(stream.lineage(present.history))
         self._forked_at = self._lineage.forks[-1][1] if self._lineage.forks else 0
         publications, useless = await self._publish(side)
         confirmed, made = await self._slot(side, useless)
-        flushed = (await self._within(stream.identify())).flushed
-        behind, reason = slot.resume(after, self._lineage, confirmed, flushed, made)
+        behind, reason = slot.resume(after, self._lineage, confirmed, present.flushed, made)
         await self._start(stream, behind, publications)
         self._after = self._through = self._settled = behind
         self._says_where_it_begins = after is None
@@ -167,6 +179,8 @@ class PostgresSource:
             return publications, "the publication had been dropped"
         if self._publications_broken:
             return publications, "the publication had been dropped and made again"
+        if self._log_removed:  # without a word at the slot, as after pg_resetwal
+            return publications, "log that the slot needs was removed"
         return publications, ""
 
     async def _slot(self, side: psycopg.AsyncConnection[Any], useless: str) -> tuple[Lsn, str]:
@@ -183,7 +197,7 @@ class PostgresSource:
         async with asyncio.timeout(self._slot_deadline_seconds + self._deadline_seconds):
             confirmed = await slot.create(side, self.slot)
         await self._patience(side, self._deadline_seconds, _LOCK_SECONDS)
-        self._publications_broken = False
+        self._publications_broken = self._log_removed = False
         return confirmed, reason
 
     async def _start(self, stream: CopyBoth, behind: Lsn, publications: list[str]) -> None:
@@ -288,8 +302,9 @@ class PostgresSource:
         except SourceError as error:
             self._failed = True
             self._streaming = "off" if isinstance(error, UnstreamableError) else "on"
-            if isinstance(error, StreamRefusedError) and error.sqlstate == _NO_SUCH_PUBLICATION:
-                self._publications_broken = True
+            if isinstance(error, StreamRefusedError):
+                self._publications_broken |= error.sqlstate == _NO_SUCH_PUBLICATION
+                self._log_removed |= error.sqlstate == _NO_SUCH_FILE
             raise
         return drained
 
@@ -343,6 +358,7 @@ class PostgresSource:
         self.duplicates_suppressed += len(committed) - len(fresh)
         if not fresh and decoder.through <= self._through:
             return None
+        self._last = fresh[-1] if fresh else self._last
         self._through = max(self._through, decoder.through)
         return Batch(fresh, self._lineage.at(Lsn(self._through)))
 
@@ -353,7 +369,7 @@ class PostgresSource:
             self._lineage.history if start >= self._forked_at else self._lineage.at(start).history,
             start,
             Lsn(one.end),
-            self._xid,
+            transaction(self._xid),
             one.time_us,
             one.tables,
             one.markers,
@@ -411,6 +427,12 @@ class PostgresSource:
         except psycopg.errors.InsufficientPrivilege as error:
             self.trouble = f"the list of tables whose updates are published is not kept up to date: {error}"
         self._maintained_at = asyncio.get_running_loop().time()
+
+
+async def _first_of_its_timeline(dsn: str, through: Position | None, last: Commit | None) -> Present:  # noqa: ARG001
+    """Give the history of a server of which nothing is known."""
+    system = await identify(dsn, _ALONE_SECONDS)
+    return Present(history(system.identifier, system.timeline), system.flushed)
 
 
 def full_xid(xid: int, near: int) -> int:

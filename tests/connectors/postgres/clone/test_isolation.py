@@ -19,13 +19,15 @@ import pytest
 
 from connectors.databases.postgres.clone.isolation import Placement, Spot
 from connectors.databases.postgres.clone.recovery import PostgresRecovery
+from connectors.databases.postgres.lsn import history
 from connectors.databases.postgres.programs import Programs
 from tests.fixtures.postgres import Cluster, running_cluster
 from tests.fixtures.restores import Cut, Ground, at_commit, ground, load, silent
 from tests.fixtures.volumes import loop_volume
 from trigger.errors import RestoreError
-from trigger.model import StopKind, Target, Volume
+from trigger.model import Bracket, Volume
 from trigger.ports import Clone
+from trigger.replay import Target
 
 pytestmark = [pytest.mark.server, pytest.mark.volume]
 
@@ -41,7 +43,7 @@ def btrfs(*arguments: str | Path) -> None:
 
 
 def _the_end(cut: Cut) -> Target:
-    return Target(cut.floor.history, StopKind.END, cut.ceiling.at, True, "the snapshot")
+    return Target(cut.floor.history, None, True, "the snapshot", point="point")
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -94,7 +96,7 @@ async def _touches_nothing(here: Ground, publisher: Cluster, archive: Path) -> N
         enabled = connection.execute("SELECT subenabled, subslotname FROM pg_subscription").fetchall()
         unlogged = connection.execute("SELECT count(*) FROM scratch").fetchone()
         listening = connection.execute("SELECT current_setting('listen_addresses')").fetchone()
-    assert running.history.timeline == cut.floor.history.timeline + 1
+    assert running.history.branch == cut.floor.history.branch + 1
     assert (slots, enabled, unlogged, listening) == ((0,), [(False, None)], (0,), ("",))
     assert value is not None
     notes = "\n".join(running.notes)
@@ -150,7 +152,7 @@ def test_the_files_of_a_copied_lock_and_label_do_not_matter(folder: Path) -> Non
         data = clone.paths[0][1] / "data"
         assert (data / "postmaster.pid").exists()  # of production, which runs (R12)
         (data / "standby.signal").touch()
-        running = await here.recovery.start(clone, here.volumes, target, None, here.folder / "empty", silent)
+        running = await here.recovery.start(clone, here.volumes, cut.replay(target), here.folder / "empty", silent)
         assert running.pid != int((here.cluster.data / "postmaster.pid").read_text().split()[0])
         assert await here.recovery.query(running, "postgres", "SELECT pg_is_in_recovery()::text") == "false"
 
@@ -178,9 +180,11 @@ def test_nothing_leaves_a_clone_that_has_a_network_of_its_own(folder: Path) -> N
             from connectors.databases.postgres.clone.isolation import Placement, Spot
             from connectors.databases.postgres.programs import Programs
             from connectors.databases.postgres.clone.recovery import PostgresRecovery
-            from trigger.model import StopKind, Target, Volume
-            from trigger.ports import Clone
-            from trigger.position import History, Lsn
+            from connectors.databases.postgres.lsn import history
+            from trigger.model import Volume
+            from trigger.replay import Target
+            from trigger.ports import Clone, Replay
+            from trigger.position import Position
 
             async def main():
                 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
@@ -190,9 +194,11 @@ def test_nothing_leaves_a_clone_that_has_a_network_of_its_own(folder: Path) -> N
                     Path({str(here.cluster.sockets / "n")!r}),
                 )
                 clone = Clone("alone", "point", (("main", Path({str(clone.paths[0][1])!r})),), datetime.now(UTC))
-                target = Target(History({cut.floor.history.system!r}, 1), StopKind.END, Lsn(0), True, "the snapshot")
+                own = history({cut.floor.history.system!r}, 1)
+                target = Target(own, None, True, "the snapshot", point="point")
+                replay = Replay(target, Position(own, 0), 0, as_cut=True)
                 running = await recovery.start(
-                    clone, [Volume("main", {str(here.volume)!r})], target, None, Path({str(folder / "empty")!r}),
+                    clone, [Volume("main", {str(here.volume)!r})], replay, Path({str(folder / "empty")!r}),
                     lambda *_: None,
                 )
                 await asyncio.sleep(3)
@@ -232,7 +238,7 @@ def test_tablespaces_and_a_separate_pg_wal_are_the_clones_own(folder: Path) -> N
         clone = Clone("whole", "point", tuple(copies), datetime.now(UTC))
         here.clones.append(clone)
         (folder / "empty").mkdir()
-        running = await here.recovery.start(clone, volumes, _the_end(cut), None, folder / "empty", silent)
+        running = await here.recovery.start(clone, volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
         before = _checksums(space)
         assert await here.recovery.query(running, "postgres", "SELECT i FROM quick") == "1"
         await here.recovery.query(running, "postgres", "UPDATE quick SET i = 2; CHECKPOINT")
@@ -242,7 +248,7 @@ def test_tablespaces_and_a_separate_pg_wal_are_the_clones_own(folder: Path) -> N
 
         partly = Clone("partly", "point", tuple(copies[:1]), clone.created_at)
         with pytest.raises(RestoreError, match="the clone has no copy of"):
-            await here.recovery.start(partly, volumes, _the_end(cut), None, folder / "empty", silent)
+            await here.recovery.start(partly, volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
 
     with ground(16, folder, btrfs=True, wal=wal / "pg_wal") as here:
         asyncio.run(run(here))
@@ -273,7 +279,7 @@ def test_a_replay_that_would_empty_a_tablespace_of_production_is_refused(folder:
             mapped = Clone(late.name, late.point, copies, late.created_at)
             (folder / "empty").mkdir()
             with pytest.raises(RestoreError, match="would empty that folder of production"):
-                await here.recovery.start(mapped, volumes, _the_end(cut), None, folder / "empty", silent)
+                await here.recovery.start(mapped, volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
             assert _checksums(space) == before
 
     with ground(15, folder, btrfs=True) as here:
@@ -288,7 +294,7 @@ def test_a_copy_that_is_not_one_instant_does_not_start_without_its_label(folder:
             await here.journal_reaches(here.durable())
             assert cut.bracket is not None
             commit = (await here.commits(cut.ceiling))[1]
-            blank = Cut(cut.path, cut.floor, cut.ceiling, type(cut.bracket)(cut.bracket.start, cut.bracket.stop, ""))
+            blank = Cut(cut.path, cut.floor, cut.ceiling, Bracket(cut.bracket.start, cut.bracket.stop, {"label": ""}))
             with pytest.raises(RestoreError, match="the backup label of point point is missing"):
                 await here.restore(blank, at_commit(cut.floor.history, commit))
 
@@ -302,12 +308,12 @@ def test_a_start_that_is_cancelled_leaves_no_server(folder: Path) -> None:
         (folder / "empty").mkdir()
         clone = here.clone(cut)
         began = time.monotonic()
-        await here.recovery.start(clone, here.volumes, _the_end(cut), None, folder / "empty", silent)
+        await here.recovery.start(clone, here.volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
         whole = time.monotonic() - began
         await here.drop(clone)
         clone = here.clone(cut)
         for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):  # well before the end, however fast the machine is by then
-            start = here.recovery.start(clone, here.volumes, _the_end(cut), None, folder / "empty", silent)
+            start = here.recovery.start(clone, here.volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(start, whole * share)
             assert await here.recovery.running(clone) is None
@@ -343,10 +349,10 @@ def test_what_the_owner_of_the_data_cannot_reach_is_said_before_anything_starts(
         recovery = PostgresRecovery(here.placement, lambda major: Programs(closed / "bin", major), folder / "s")
         (folder / "empty").mkdir()
         with pytest.raises(RestoreError, match="cannot run"):
-            await recovery.start(clone, here.volumes, _the_end(cut), None, folder / "empty", silent)
+            await recovery.start(clone, here.volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
         (closed / "00000002.history").write_text("1\t0/3000000\tno reason\n")
         with pytest.raises(RestoreError, match="cannot read"):
-            await here.recovery.start(clone, here.volumes, _the_end(cut), None, closed, silent)
+            await here.recovery.start(clone, here.volumes, cut.replay(_the_end(cut)), closed, silent)
 
     with ground(15, folder, btrfs=True) as here:
         asyncio.run(run(here))
@@ -364,7 +370,7 @@ def test_a_missing_segment_ends_in_the_servers_own_words_and_no_server(folder: P
         (folder / "empty").mkdir()
         target = at_commit(cut.floor.history, commit)
         with pytest.raises(RestoreError, match="recovery ended before configured recovery target was reached"):
-            await here.recovery.start(clone, here.volumes, target, None, folder / "empty", silent)
+            await here.recovery.start(clone, here.volumes, cut.replay(target), folder / "empty", silent)
         assert not _servers_in(clone.paths[0][1])
 
     with ground(15, folder, btrfs=True) as here:
@@ -374,10 +380,10 @@ def test_a_missing_segment_ends_in_the_servers_own_words_and_no_server(folder: P
 def test_a_clone_of_another_cluster_is_refused(folder: Path) -> None:
     async def run(here: Ground) -> None:
         cut = here.cut()
-        target = Target(type(cut.floor.history)("42", 1), StopKind.END, cut.ceiling.at, True, "elsewhere")
+        target = Target(history("42", 1), None, True, "elsewhere", point="point")
         (folder / "empty").mkdir()
         with pytest.raises(RestoreError, match="the target in cluster 42"):
-            await here.recovery.start(here.clone(cut), here.volumes, target, None, folder / "empty", silent)
+            await here.recovery.start(here.clone(cut), here.volumes, cut.replay(target), folder / "empty", silent)
 
     with ground(15, folder, btrfs=True) as here:
         asyncio.run(run(here))
@@ -389,7 +395,7 @@ def test_a_path_that_a_shell_could_misread_is_refused(folder: Path) -> None:
         odd = folder / "odd; touch it"
         odd.mkdir()
         with pytest.raises(RestoreError, match="a shell could read"):
-            await here.recovery.start(here.clone(cut), here.volumes, _the_end(cut), None, odd, silent)
+            await here.recovery.start(here.clone(cut), here.volumes, cut.replay(_the_end(cut)), odd, silent)
 
     with ground(15, folder, btrfs=True) as here:
         asyncio.run(run(here))

@@ -13,11 +13,11 @@ import pytest
 
 from connectors.databases.postgres.database import Postgres
 from tests.fixtures.postgres import MAJORS
-from tests.fixtures.restores import Cut, Ground, at_commit, before_commit, ground, load
+from tests.fixtures.restores import Cut, Ground, at_commit, before_commit, ground, load, replay_from
 from tests.fixtures.volumes import loop_volume, plain_folder
 from trigger.errors import RestoreError
-from trigger.model import StopKind, Target
 from trigger.position import Position
+from trigger.replay import Target
 
 pytestmark = [pytest.mark.server]
 
@@ -84,7 +84,7 @@ def test_without_a_target_a_clone_is_the_snapshot_itself(on_btrfs: Ground) -> No
                 cut = await asyncio.to_thread(here.cut)
                 await asyncio.sleep(0.4)
             await here.journal_reaches(here.durable())
-        target = Target(begin.history, StopKind.END, cut.ceiling.at, True, "the snapshot")
+        target = Target(begin.history, None, True, "the snapshot", point="point")
         clone, running, _ = await here.restore(cut, target)
         commits = await here.commits(begin)
         held = await here.ledger(running)
@@ -93,7 +93,7 @@ def test_without_a_target_a_clone_is_the_snapshot_itself(on_btrfs: Ground) -> No
         never = {commit.xid for commit in commits if commit.start >= cut.ceiling.at}
         assert surely <= held
         assert not held & never
-        assert running.history.timeline == begin.history.timeline + 1
+        assert running.history.branch == begin.history.branch + 1
         assert cut.floor.at <= running.replayed <= cut.ceiling.at
         await here.drop(clone)
 
@@ -128,8 +128,8 @@ def test_a_copy_made_under_load_starts_from_its_label_and_is_exact(on_any: Groun
 async def _assert_latest_is_all(here: Ground, cut: Cut, end: Position) -> None:
     """The latest state from a cut holds every row that was written before `end`."""
     held_to = max(extent.end for extent in await here.journal.extents())
-    target = Target(end.history, StopKind.LATEST, held_to, False, "the latest state")
-    clone, running, staged = await here.restore(cut, target)
+    target = Target(end.history, None, False, "the latest state")
+    clone, running, staged = await here.restore(cut, target, until=held_to)
     assert await here.ledger(running) == _written(here)
     async for what, held, seen in here.recovery.inspect(running, target, staged, deep=False):
         assert held, f"{what}: {seen}"
@@ -152,7 +152,7 @@ def test_a_commit_is_found_again_on_whichever_timeline_it_was_made() -> None:
         def write(word: str) -> Position:
             before = here.inserted()
             here.cluster.sql(f"INSERT INTO words VALUES ('{word}')")
-            made.append((before.history.timeline, word, before))
+            made.append((before.history.branch, word, before))
             return before
 
         here.cluster.sql("CREATE TABLE words (word text)")
@@ -188,8 +188,8 @@ def test_a_commit_is_found_again_on_whichever_timeline_it_was_made() -> None:
                 clone, running, staged = await here.restore(cut, target := await _to(here, before))
                 text = await here.recovery.query(running, "postgres", "SELECT string_agg(word, ',') FROM words")
                 assert text == wanted[word]
-                assert before.history.timeline == timeline
-                assert running.history.timeline == 4  # behind every timeline that production ever had
+                assert before.history.branch == timeline
+                assert running.history.branch == 4  # behind every timeline that production ever had
                 async for what, held, seen in here.recovery.inspect(running, target, staged, deep=False):
                     assert held, f"{what}: {seen}"
                 await here.drop(clone)
@@ -201,8 +201,8 @@ def test_a_commit_is_found_again_on_whichever_timeline_it_was_made() -> None:
 async def _to(here: Ground, before: Position) -> Target:
     """Give the first commit behind a position as a target, read from the journal."""
     staged = here.folder / "looked-up"
-    whole = Target(before.history, StopKind.LSN, before.at, False, "to look it up")
-    await here.journal.stage(before, whole, staged, lambda *_: None)
+    whole = Target(before.history, before.at, False, "to look it up")
+    await here.journal.stage(replay_from(before, whole), staged, lambda *_: None)
     commits = await here.commits(before, staged)
     return at_commit(before.history, commits[0])
 
@@ -218,16 +218,14 @@ def test_a_restore_by_time_holds_every_commit_up_to_that_time_and_no_other() -> 
             await here.journal_reaches(end)
         rows = here.cluster.sql("SELECT xid::text::int, pg_xact_commit_timestamp(xid::xid) FROM ledger ORDER BY 1")
         for inclusive in (True, False):
-            target = Target(end.history, StopKind.TIME, cut.ceiling.at, inclusive, "that time", rows[3][1])
+            target = Target(end.history, None, inclusive, "that time", rows[3][1])
             clone, running, staged = await here.restore(cut, target)
             assert await here.ledger(running) == {row[0] for row in rows[: 3 + inclusive]}
             assert inclusive is (running.last_commit_at == rows[3][1])
             async for what, held, seen in here.recovery.inspect(running, target, staged, deep=False):
                 assert held, f"{what}: {seen}"
             await here.drop(clone)
-        later = Target(
-            end.history, StopKind.TIME, cut.ceiling.at, True, "a later time", rows[5][1] + timedelta(hours=1)
-        )
+        later = Target(end.history, None, True, "a later time", rows[5][1] + timedelta(hours=1))
         with pytest.raises(RestoreError, match="recovery ended before configured recovery target") as refusal:
             await here.restore(cut, later)
         assert "--to-latest" in refusal.value.hint

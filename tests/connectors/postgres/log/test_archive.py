@@ -11,6 +11,7 @@ import pytest
 
 from connectors.databases.postgres.log.archive import ArchiveReader
 from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.wal import SegmentName
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import DatabaseError
 from trigger.model import Severity
@@ -35,6 +36,9 @@ class Server:
         raise AssertionError
 
     async def durable(self) -> Position:
+        raise AssertionError
+
+    async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
         raise AssertionError
 
     async def archived(self) -> str:

@@ -15,17 +15,19 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres.log import audit
+from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.journal import PostgresJournal
 from connectors.databases.postgres.log.receiver import Receiver
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
+from connectors.databases.postgres.lsn import history
 from connectors.databases.postgres.programs import Programs
-from tests.fixtures.restores import SEGMENT_BYTES, Ground, damage, fill, ground, silent
+from tests.fixtures.restores import SEGMENT_BYTES, Ground, damage, fill, ground, replay_from, silent
 from tests.fixtures.volumes import flip_bit, plain_folder
 from trigger.errors import JournalError
-from trigger.model import StopKind, Target
-from trigger.position import Lsn, Position
+from trigger.position import History, Position
+from trigger.replay import Target
 
 pytestmark = [pytest.mark.server]
 
@@ -50,6 +52,10 @@ class OneByOne(WalDump):
         return await super().fault(stretch)
 
 
+async def unasked() -> History:
+    raise AssertionError("nothing is received")
+
+
 @dataclass(frozen=True)
 class Kept:
     """A journal of a handful of complete segments, audited and found sound, that a test may damage."""
@@ -61,8 +67,13 @@ class Kept:
 
     def again(self, dump: WalDump | None = None) -> PostgresJournal:
         """Give another service's journal over the same folder."""
-        segments = SegmentFolder(self.segments.path, SEGMENT_BYTES, self.segments.owner)
-        return PostgresJournal(segments, Receiver("", Programs(self.folder, 18), "none"), dump or self.dump)
+        folders = LogFolders(self.segments.path, SEGMENT_BYTES, self.segments.owner)
+        feed = Receiver("", Programs(self.folder, 18), "none")
+        return PostgresJournal(folders, feed, unasked, lambda _: dump or self.dump)
+
+    def at(self, place: int) -> Position:
+        """Give a place of the log that is kept."""
+        return Position(history(self.segments.system(), 1), place)
 
     def unaudited(self, dump: WalDump | None = None) -> PostgresJournal:
         (self.segments.path / "audit.json").unlink()
@@ -95,8 +106,9 @@ def sound() -> Iterator[Ground]:
 @pytest.fixture
 def kept(sound: Ground, folder: Path) -> Kept:
     subprocess.run(["cp", "-a", sound.segments.path, folder / "journal"], check=True)
-    segments = SegmentFolder(folder / "journal", SEGMENT_BYTES, sound.cluster.owner)
-    return Kept(PostgresJournal(segments, sound.receiver, sound.dump), segments, sound.dump, folder)
+    folders = LogFolders(folder / "journal", SEGMENT_BYTES, sound.cluster.owner)
+    journal = PostgresJournal(folders, sound.receiver, unasked, lambda _: sound.dump)
+    return Kept(journal, folders.all()[0], sound.dump, folder)
 
 
 _flip = partial(flip_bit, place=60_000)
@@ -135,9 +147,9 @@ def test_a_fault_in_the_chain_is_found_and_names_its_file(kept: Kept, fault: str
         assert held[0].end == number * SEGMENT_BYTES
         assert held[1].start == (number + 1) * SEGMENT_BYTES
         start = Position(held[0].history, held[0].start)
-        target = Target(held[0].history, StopKind.LSN, Lsn(held[1].start + 100), True, "behind")
+        target = Target(held[0].history, held[1].start + 100, True, "behind")
         with pytest.raises(JournalError, match=victim.name):
-            await journal.stage(start, target, kept.folder / "staged", silent)
+            await journal.stage(replay_from(start, target), kept.folder / "staged", silent)
 
     asyncio.run(run())
 
@@ -175,16 +187,16 @@ def test_damage_right_behind_the_target_is_no_hindrance(kept: Kept, damage: Call
     assert [finding.subject for finding in asyncio.run(kept.unaudited().audit())] in ([victim.name], [])
     journal = kept.again()
     held, *_ = asyncio.run(journal.extents())
-    last = Target(held.history, StopKind.LSN, Lsn(held.end - 100), True, "the last before it")
+    last = Target(held.history, held.end - 100, True, "the last before it")
     start = Position(held.history, held.start)
-    assert asyncio.run(journal.stage(start, last, kept.folder / "staged", silent)) >= 2 * SEGMENT_BYTES
+    assert asyncio.run(journal.stage(replay_from(start, last), kept.folder / "staged", silent)) >= 2 * SEGMENT_BYTES
     assert not (kept.folder / "staged" / victim.name).exists()
 
 
 def test_release_lets_go_of_whole_segments_before_a_position_and_is_no_fault(kept: Kept) -> None:
     names = kept.complete()
     number = int(names[2].name[-2:], 16)
-    assert asyncio.run(kept.journal.release(Lsn(number * SEGMENT_BYTES + 5))) == 2
+    assert asyncio.run(kept.journal.release([kept.at(number * SEGMENT_BYTES + 5)])) == 2
     assert kept.complete() == names[2:]
     assert asyncio.run(kept.journal.audit()) == []
 
@@ -198,7 +210,7 @@ def test_release_before_the_audit_came_there_is_no_fault(kept: Kept) -> None:
     for name in names[2:]:
         (kept.folder / name.name).rename(name)
     number = int(names[4].name[-2:], 16)
-    assert asyncio.run(journal.release(Lsn(number * SEGMENT_BYTES))) == 4
+    assert asyncio.run(journal.release([kept.at(number * SEGMENT_BYTES)])) == 4
     assert asyncio.run(journal.audit()) == []
     assert asyncio.run(kept.again().audit()) == []
 
@@ -207,7 +219,7 @@ def test_a_service_that_dies_in_a_release_leaves_nothing_that_looks_like_damage(
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = kept.complete()
-    before = Lsn(int(names[3].name[-2:], 16) * SEGMENT_BYTES)
+    before = [kept.at(int(names[3].name[-2:], 16) * SEGMENT_BYTES)]
 
     def die_after_one(folder: SegmentFolder, going: Sequence[SegmentName]) -> None:
         folder.file(going[0]).unlink()
@@ -236,7 +248,7 @@ def test_a_release_waits_for_one_segment_of_an_audit_not_for_all(kept: Kept, loo
             dump.go.release()
         while len(dump.looked_at) < looked_at:  # noqa: ASYNC110 - another program
             await asyncio.sleep(0.01)
-        release = asyncio.create_task(journal.release(Lsn(int(names[3].name[-2:], 16) * SEGMENT_BYTES)))
+        release = asyncio.create_task(journal.release([kept.at(int(names[3].name[-2:], 16) * SEGMENT_BYTES)]))
         await asyncio.sleep(0)
         dump.go.release()
         assert await release == 3
@@ -277,6 +289,8 @@ def test_what_an_audit_looked_at_is_not_looked_at_again_where_it_was_cut_short(
 
 def test_a_missing_first_segment_is_named(kept: Kept) -> None:
     (extent,) = asyncio.run(kept.journal.extents())
-    target = Target(extent.history, StopKind.LSN, Lsn(extent.end + 3 * SEGMENT_BYTES), True, "the future")
+    target = Target(extent.history, extent.end + 3 * SEGMENT_BYTES, True, "the future")
     with pytest.raises(JournalError, match=SegmentName(1, extent.end // SEGMENT_BYTES).text(SEGMENT_BYTES)):
-        asyncio.run(kept.journal.stage(Position(extent.history, extent.start), target, kept.folder / "s", silent))
+        asyncio.run(
+            kept.journal.stage(replay_from(Position(extent.history, extent.start), target), kept.folder / "s", silent)
+        )

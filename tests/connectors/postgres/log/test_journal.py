@@ -20,11 +20,10 @@ from connectors.databases.postgres.log.archive import ArchiveReader
 from connectors.databases.postgres.log.journal import PostgresJournal
 from connectors.databases.postgres.log.receiver import Receiver
 from connectors.databases.postgres.log.wal import SegmentName
-from tests.fixtures.restores import SEGMENT_BYTES, Ground, damage, fill, ground, silent
+from tests.fixtures.restores import SEGMENT_BYTES, Ground, damage, fill, ground, replay_from, silent
 from tests.fixtures.volumes import plain_folder
-from trigger.errors import JournalError
-from trigger.model import StopKind, Target
-from trigger.position import Lsn, Position
+from trigger.position import Position
+from trigger.replay import Target
 
 pytestmark = [pytest.mark.server]
 
@@ -170,15 +169,15 @@ def test_the_journal_follows_production_to_another_timeline(newest: Ground) -> N
             fill(here.cluster, 3)  # lost on the new timeline: its segments have higher numbers than the fork
             lost = here.durable()
             await here.journal_reaches(lost)
-            await here.fork(Target(fork.history, StopKind.LSN, fork.at, True, "fork"))
-            assert here.history().timeline == 2
+            await here.fork(Target(fork.history, fork.at, True, "fork"))
+            assert here.history().branch == 2
             fill(here.cluster, 1)
             await here.journal_reaches(here.durable())
-            extents = {extent.history.timeline: extent for extent in await here.journal.extents()}
+            extents = {extent.history.branch: extent for extent in await here.journal.extents()}
             assert extents[1].end >= lost.at
             assert extents[2].start <= fork.at
             lineage = await here.journal.lineage(here.history())
-            assert lineage.includes(Position(fork.history, Lsn(fork.at - 100)))
+            assert lineage.includes(Position(fork.history, fork.at - 100))
             assert not lineage.includes(lost)
             assert await damage(here.journal) == []
 
@@ -196,13 +195,13 @@ async def undone(here: Ground, segments: int, between: Callable[[], None] = lamb
     fill(here.cluster, 3)
     first = here.durable()
     await here.journal_reaches(first)
-    await here.fork(Target(fork.history, StopKind.LSN, fork.at, True, "fork"))
+    await here.fork(Target(fork.history, fork.at, True, "fork"))
     fill(here.cluster, segments)
     second = here.durable()
     await here.journal_reaches(second)
     between()
     await asyncio.to_thread(here.undo_fork)
-    assert (second.history.timeline, here.history()) == (2, fork.history)
+    assert (second.history.branch, here.history()) == (2, fork.history)
     return first, second
 
 
@@ -216,11 +215,11 @@ def test_the_journal_follows_a_restore_that_is_undone(folder: Path, major: int, 
             fill(here.cluster, 2)
             ends.append(here.durable())
             await here.journal_reaches(ends[-1])
-            assert [extent.history.timeline for extent in await here.journal.extents()] == [1, 2]
+            assert [extent.history.branch for extent in await here.journal.extents()] == [1, 2]
             assert await damage(here.journal) == []
             for end in ends:
-                target = Target(end.history, StopKind.LSN, Lsn(end.at - 1), True, "end")
-                await here.journal.stage(begin, target, folder / "staged", silent)
+                target = Target(end.history, end.at - 1, True, "end")
+                await here.journal.stage(replay_from(begin, target), folder / "staged", silent)
 
     with ground(major, folder, btrfs=False) as here:
         asyncio.run(run(here))
@@ -280,7 +279,7 @@ def test_a_password_is_in_no_argument_vector(newest: Ground) -> None:
             host="127.0.0.1", port=here.cluster.port, user="keeper", password="open:se\\same"
         )
         receiver = Receiver(conninfo, here.programs, "keeper", owner=here.cluster.owner)
-        here.journal = PostgresJournal(here.segments, receiver, here.dump)
+        here.journal = here.journal_by(receiver)
         async with here.journaling():
             (arguments,) = receivers(here.segments.path).values()
             assert "same" not in arguments
@@ -288,14 +287,21 @@ def test_a_password_is_in_no_argument_vector(newest: Ground) -> None:
     asyncio.run(run())
 
 
-def test_a_folder_with_the_log_of_another_cluster_is_refused(newest: Ground) -> None:
+def test_the_log_of_another_cluster_goes_into_a_folder_of_its_own(newest: Ground) -> None:
     async def run() -> None:
         async with newest.journaling():
             pass
+        (mine,) = await newest.journal.extents()
+        names = newest.segments.names()
         with ground(18, newest.folder / "other", btrfs=False) as other:
             feed = Receiver(other.cluster.conninfo, other.programs, "other", owner=other.cluster.owner)
-            with pytest.raises(JournalError, match="holds the log of cluster"):
-                await asyncio.wait_for(PostgresJournal(newest.segments, feed, newest.dump).run(), 20)
+            other.journal = PostgresJournal(newest.folders, feed, other.present, lambda _: newest.dump)
+            async with other.journaling():
+                pass
+            assert [extent.history for extent in await other.journal.extents()] == [mine.history, other.history()]
+            assert (await newest.journal.extents())[0] == mine
+            assert newest.segments.names() == names
+            assert await damage(other.journal) == []
 
     (newest.folder / "other").mkdir()
     asyncio.run(run())
@@ -311,7 +317,7 @@ def test_an_archive_is_followed_and_asked_for_what_a_restore_needs(folder: Path)
         with ground(15, folder, btrfs=False, archive_mode="on", archive_command=command) as here:
             begin, server = here.durable(), Postgres(here.cluster.conninfo, ["postgres"])
             reader = ArchiveReader(f"cp {archive}/%f %p", server, owner=here.cluster.owner, poll_seconds=0.1)
-            here.journal = PostgresJournal(here.segments, reader, here.dump)
+            here.journal = here.journal_by(reader)
             task = asyncio.create_task(here.journal.run())
             fill(here.cluster, 3)
             end = here.durable()
@@ -324,8 +330,8 @@ def test_an_archive_is_followed_and_asked_for_what_a_restore_needs(folder: Path)
             assert await here.journal.audit() == []
             lost = next(name for name in here.segments.names() if not name.partial)
             here.segments.file(lost).unlink()
-            target = Target(end.history, StopKind.LSN, end.at, True, "end")
-            await here.journal.stage(begin, target, folder / "staged", silent)
+            target = Target(end.history, end.at, True, "end")
+            await here.journal.stage(replay_from(begin, target), folder / "staged", silent)
             assert (folder / "staged" / lost.text(SEGMENT_BYTES)).exists()
 
     asyncio.run(run())

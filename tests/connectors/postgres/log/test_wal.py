@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from connectors.databases.postgres.log import wal
 from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, Tail, page_faults, page_header, tail
-from trigger.position import Lsn
+from connectors.databases.postgres.lsn import Lsn
 
 SEGMENT_BYTES = 1 << 20
 MAGIC = 0xD118

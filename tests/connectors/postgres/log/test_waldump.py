@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from connectors.databases.postgres.log.waldump import CreatedTablespace, LoggedCommit, parse_commit, parse_tablespace
-from trigger.position import Lsn
+from connectors.databases.postgres.lsn import Lsn
 
 _TRANSACTION = (
     "rmgr: Transaction len (rec/tot):     {length}/    {length}, tx:        {tx}, lsn: 0/01759A78, prev 0/01759A38, "

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from psycopg.errors import ObjectInUse
 
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.stream.pgoutput import Committed, Decoder
 from tests.connectors.postgres.reading import raw_messages
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
-from trigger.position import Lsn
 
 GOLDEN = Path(__file__).parent / "golden"
 BIG = "INSERT INTO t SELECT g, repeat('x', 7000) FROM generate_series({0}, {0} + 11) g"  # more than 64 kB: streamed

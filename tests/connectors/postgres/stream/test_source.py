@@ -9,13 +9,14 @@ from itertools import pairwise
 
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.stream.source import PostgresSource
 from tests.connectors.postgres.reading import commit_records, everything, fresh_database, opened, settled
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import SourceError
 from trigger.model import Changes, Commit, to_microseconds
-from trigger.position import Lsn
+from trigger.position import Name
 
 pytestmark = pytest.mark.server
 
@@ -71,9 +72,9 @@ def test_a_commit_bears_every_fact_that_the_server_knows_of_it(cluster: Cluster,
                 "SELECT system_identifier::text, timeline_id FROM pg_control_system(), pg_control_checkpoint()"
             )[0]
             assert row is not None
-            assert (commit.xid, commit.start) == (int(row[0]), record.start)
+            assert (commit.name, commit.start) == (Name("", int(row[0])), record.start)
             assert commit.start < commit.end <= cluster.flushed()
-            assert (commit.history.system, commit.history.timeline, commit.stream) == (system, timeline, database)
+            assert (commit.history.system, commit.history.branch, commit.stream) == (system, timeline, database)
             assert commit.tables == {"public.t": Changes(inserted=3, updated=1, deleted=1)}
             assert commit.markers == ("the größte",)
             assert abs(commit.time_us / 1e6 - time.time()) < 30
@@ -90,7 +91,7 @@ def test_the_commit_time_is_the_servers_own_to_the_microsecond(cluster: Cluster,
         async with opened(cluster, database) as source:
             cluster.sql("INSERT INTO t VALUES (1)", database)
             (commit,) = await everything(cluster, source)
-            ((at,),) = cluster.sql(f"SELECT pg_xact_commit_timestamp('{commit.xid}'::xid)", database)
+            ((at,),) = cluster.sql(f"SELECT pg_xact_commit_timestamp('{commit.name}'::xid)", database)
             assert commit.time_us == to_microseconds(at)
 
     asyncio.run(run())
@@ -219,7 +220,7 @@ def test_of_pgbench_and_a_mixed_load_every_commit_record_is_given_exactly_once(c
             truth = commit_records(cluster, start, cluster.flushed())
             commits = await everything(cluster, source)
             assert len(truth) > 300
-            assert [(commit.xid & 0xFFFFFFFF, commit.start) for commit in commits] == truth
+            assert [((commit.name.number or 0) & 0xFFFFFFFF, commit.start) for commit in commits] == truth
             for one, following in pairwise(commits):
                 assert one.start < one.end <= following.start
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.stream.source import PostgresSource
 from tests.connectors.postgres.reading import everything, fresh_database, opened, settled
 from tests.fixtures.postgres import MAJORS, Cluster, free_port, running_cluster
@@ -20,7 +21,7 @@ from tests.fixtures.wire import Wire
 from trigger.errors import SourceError
 from trigger.model import Commit
 from trigger.ports import Break
-from trigger.position import Lsn, Position
+from trigger.position import Position
 
 pytestmark = pytest.mark.server
 
@@ -286,7 +287,7 @@ def test_after_a_crash_of_the_server_what_was_settled_is_not_given_again(cluster
             assert await source.open(through) is None
             await insert(cluster, database)
             again = await everything(cluster, source)
-            assert [commit.xid for commit in again[:-1]] == [commit.xid for commit in unsettled]
+            assert [commit.name for commit in again[:-1]] == [commit.name for commit in unsettled]
             assert (len(first), len(again)) == (3, 3)
 
     asyncio.run(run())
@@ -301,7 +302,7 @@ def test_what_the_server_sends_twice_is_given_once_and_counted(cluster: Cluster,
             commits = await everything(cluster, source)
             await source.open(None)  # from the beginning of the slot
             source._after = commits[1].end
-            assert [commit.xid for commit in await everything(cluster, source)] == [commits[2].xid]
+            assert [commit.name for commit in await everything(cluster, source)] == [commits[2].name]
             assert source.duplicates_suppressed == 2
 
     asyncio.run(run())
@@ -372,9 +373,9 @@ def test_a_promoted_standby_is_a_break_into_its_own_timeline(cluster: Cluster, d
         finally:
             standby.destroy()
         assert "the timeline changed from 1 to 2" in found.reason
-        assert (found.until.history.system, found.until.history.timeline) == (after.history.system, 2)
+        assert (found.until.history.system, found.until.history.branch) == (after.history.system, 2)
         assert lost_until <= found.until.at <= commits[0].start
-        assert [commit.history.timeline for commit in commits] == [2]
+        assert [commit.history.branch for commit in commits] == [2]
         await PostgresSource(cluster.conninfo, database).remove()
 
     asyncio.run(run())
@@ -419,7 +420,7 @@ def test_a_server_that_stops_is_not_held_up_by_commits_that_wait_for_a_point(clu
                 await stopping
             cluster.start()
             assert await source.open(None) is None
-            assert [commit.xid for commit in await everything(cluster, source)] == [commit.xid for commit in waiting]
+            assert [commit.name for commit in await everything(cluster, source)] == [commit.name for commit in waiting]
         await source.remove()
 
     asyncio.run(run())

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.stream.slot import resume, slot_name
 from connectors.databases.postgres.stream.source import full_xid
-from trigger.position import History, Lineage, Lsn, Position
+from trigger.position import History, Lineage, Position
 
-HERE = Lineage(History("s", 3), ((1, Lsn(100)), (2, Lsn(200))))
+HERE = Lineage(History("postgres", "s", 3), ((1, Lsn(100)), (2, Lsn(200))))
 
 
 def at(lsn: int, timeline: int = 3, system: str = "s") -> Position:
-    return Position(History(system, timeline), Lsn(lsn))
+    return Position(History("postgres", system, timeline), Lsn(lsn))
 
 
 @pytest.mark.parametrize(

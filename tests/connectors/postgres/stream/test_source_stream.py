@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.preflight import BLIND_SPOTS, LIMITS, blind_spots
 from tests.connectors.postgres.reading import commit_records, everything, fresh_database, opened
 from tests.connectors.postgres.stream.streams import GOLDEN, Variant, decode, fill, record, slot_of, variants
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
-from trigger.position import Lsn
 
 pytestmark = pytest.mark.server
 HEADER_BYTES = 25
@@ -173,7 +173,7 @@ def test_a_transaction_id_keeps_its_epoch_across_the_wrap_at_two_to_the_32(major
         async def run() -> tuple[list[int], list[int]]:
             async with opened(cluster, "postgres") as source:
                 wrote = await asyncio.to_thread(write_and_tell, cluster, 80)
-                return wrote, [commit.xid for commit in await everything(cluster, source)]
+                return wrote, [commit.name.number or 0 for commit in await everything(cluster, source)]
 
         wrote, told = asyncio.run(run())
         assert told == wrote

@@ -1,0 +1,184 @@
+"""Which life of its log a cluster is in.
+
+A system identifier and a timeline do not tell logs apart: an older copy of the data directory that was put back goes on
+under both, and uses the same places for other records. So whatever connects compares what is known from before (how far
+the log went, the last record that the journal holds, the last commit that was seen) with what the server has at the
+same place. Where that is something else, or the server has not come so far, a new incarnation begins, and no log and
+no base of the one before is used across.
+
+What the server has no longer at hand cannot be compared. Nothing is mixed then either: what was removed is missing in
+the journal too, so that no replay leads over the place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+
+from connectors.databases.postgres import lsn
+from connectors.databases.postgres.log.folders import LogFolders
+from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, commit_stamp
+from connectors.databases.postgres.lsn import Lsn
+from connectors.databases.postgres.stream.copyboth import Present, System, identify
+from connectors.databases.postgres.stream.physical import read_log
+from trigger.model import Commit, CommitRecord
+from trigger.ports import Seen
+from trigger.position import History, Position
+
+_COMPARED_BYTES = 16_384
+_SMALLEST_SEGMENT_BYTES = 1 << 20
+ReadLog = Callable[[str, int, int, int, float], Awaitable[bytes | None]]
+
+
+@dataclass(slots=True)
+class Lives:
+    """Knows which incarnation of each cluster is the present one; shared by all that connect to it.
+
+    Args:
+        deadline_seconds: bound of one comparison.
+        read: gives bytes of the server's log; see `read_log`.
+    """
+
+    deadline_seconds: float = 10.0
+    read: ReadLog = read_log
+    folders: LogFolders | None = None
+    """Where the journal keeps its log, once there is one; it remembers the incarnations too."""
+    writer: tuple[int, int] | None = None
+    """Who writes into these folders."""
+    _newest: dict[str, int] = field(default_factory=dict)
+    _looked: set[str] = field(default_factory=set)
+    _ends: dict[History, int] = field(default_factory=dict)
+    _last: dict[History, Commit | CommitRecord] = field(default_factory=dict)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def recognise(self, seen: Collection[Seen]) -> None:
+        """Take note of what is known from before."""
+        for position, commit in seen:
+            history = position.history
+            self._newest[history.system] = max(self._newest.get(history.system, 0), history.incarnation)
+            self._note(position)
+            if commit is not None:
+                self._last[history] = commit
+
+    def history(self, system: str, timeline: int) -> History:
+        """Give the history of a timeline in the newest incarnation that is known; asks nobody."""
+        if system not in self._looked and self.folders is not None:
+            self._looked.add(system)
+            self._newest[system] = max(self._newest.get(system, 0), self.folders.newest(system))
+        return lsn.history(system, timeline, self._newest.get(system, 0))
+
+    def newest_known(self) -> History | None:
+        """Give the history that was seen last, as far as is known without asking; None for nothing."""
+        return max(self._ends, key=lambda history: history.age, default=None)
+
+    async def confirm(self, dsn: str, through: Position | None = None, last: Commit | None = None) -> Present:
+        """Give the history that the server behind `dsn` is in, a new one where it is not the one that was known.
+
+        It takes one connection in replication mode after the other, none of which is left open: a server has few.
+
+        Args:
+            dsn: how to connect.
+            through: how far its log was seen.
+            last: the last commit that was seen in it.
+
+        Raises:
+            SourceError: the server did not answer.
+            JournalError: a folder for the new log cannot be made.
+        """
+        async with self._turn:
+            system = await identify(dsn, self.deadline_seconds)
+            history = await asyncio.to_thread(self.history, system.identifier, system.timeline)
+            if through is not None:
+                self._note(through)
+            if last is not None:
+                self._last[last.history] = last
+            if await self._contradiction(dsn, system, history):
+                history = await asyncio.to_thread(self._begin_anew, history)
+            return Present(history, system.flushed)
+
+    def _note(self, position: Position) -> None:
+        self._ends[position.history] = max(self._ends.get(position.history, 0), position.at)
+
+    def _begin_anew(self, history: History) -> History:
+        """Begin the next incarnation of a cluster; durably, where there is a journal."""
+        again = lsn.history(history.system, history.branch, history.incarnation + 1)
+        if self.folders is not None:
+            self.folders.begin(again, self.writer)
+        self._newest[history.system] = again.incarnation
+        return again
+
+    async def _contradiction(self, dsn: str, system: System, history: History) -> str:
+        """Give what shows that the server's log is another one than that of `history`; "" for nothing."""
+        held = await asyncio.to_thread(self._last_held, history)
+        known = max(self._ends.get(history, 0), held.end if held else 0)
+        if known > system.flushed:
+            return f"the log ends at {system.flushed}, and was at {Lsn(known)} before"
+        if held is not None and await self._differs(dsn, system.timeline, held):
+            return f"the log has another record at {Lsn(held.at)} than before"
+        commit = self._last.get(history)
+        if commit is not None and await self._has_another_commit(dsn, system, commit):
+            return f"the log has something else at {Lsn(commit.start)} than commit {commit.name}"
+        return ""
+
+    def _last_held(self, history: History) -> _Held | None:
+        """Give the last record of a timeline that the journal holds and that passes its checksum."""
+        if self.folders is None:
+            return None
+        folder = self.folders.of(history)
+        names = [name for name in folder.names() if name.timeline == history.branch]
+        for name in reversed(names):
+            if (held := _tail_of(folder, name)) is not None:
+                return held
+        return None
+
+    async def differs(self, dsn: str, folder: SegmentFolder, name: SegmentName) -> bool:
+        """Whether the server has other log at the end of a segment than a folder; False where it has it no more."""
+        held = await asyncio.to_thread(_tail_of, folder, name)
+        if held is None:
+            return False
+        return await self._differs(dsn, name.timeline, held)
+
+    async def _differs(self, dsn: str, timeline: int, held: _Held) -> bool:
+        theirs = await self.read(dsn, timeline, held.at, len(held.record), self.deadline_seconds)
+        return theirs is not None and theirs != held.record
+
+    async def _has_another_commit(self, dsn: str, system: System, commit: Commit | CommitRecord) -> bool:
+        """Whether the server has something else where a commit was; False where it has that place no more.
+
+        A record that lies in two segments, or is very long, is not looked at: most are of a few hundred bytes.
+        """
+        if commit.start // _SMALLEST_SEGMENT_BYTES != (commit.end - 1) // _SMALLEST_SEGMENT_BYTES:
+            return False
+        count = min(commit.end, system.flushed) - commit.start
+        theirs = await self.read(dsn, system.timeline, commit.start, count, self.deadline_seconds)
+        if theirs is None:
+            return False
+        before = bytes(commit.start % PAGE_BYTES)
+        stamp = commit_stamp(before + theirs, len(before))
+        return stamp is None or not stamp.fits(commit.name.number or 0, commit.time_us)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A record that the journal holds: where it begins, its bytes as they lie in the pages, where it ends."""
+
+    at: int
+    record: bytes
+    end: int
+
+
+def _tail_of(folder: SegmentFolder, name: SegmentName) -> _Held | None:
+    """Give the last record in a segment; None where it has none, or is not there."""
+    try:
+        found = folder.tail(name)
+        if found.last_record is None:
+            return None
+        begin = name.start(folder.segment_bytes)
+        until = min(found.end, found.last_record + _COMPARED_BYTES)
+        with folder.slices(name) as segment:
+            record = bytes(segment[found.last_record - begin : until - begin])
+    except (OSError, ValueError):
+        return None
+    return _Held(found.last_record, record, found.end)

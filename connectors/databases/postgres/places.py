@@ -1,0 +1,82 @@
+"""What PostgreSQL's part of a layout says: version, segment size, and which folder is which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trigger.errors import ConfigError
+from trigger.model import Layout
+
+_DATA, _WAL, _TABLESPACE = "data", "wal", "tablespace-"
+
+
+def layout(
+    version: int,
+    data: Path,
+    wal: Path,
+    tablespaces: Mapping[int, Path],
+    config_files: tuple[Path, ...],
+    owner: tuple[int, int],
+    segment_bytes: int,
+) -> Layout:
+    """Give the layout of a cluster; every path real, tablespaces by oid, of those outside the data directory."""
+    found = {_DATA: data}
+    if not wal.is_relative_to(data):
+        found[_WAL] = wal
+    found |= {f"{_TABLESPACE}{oid}": path for oid, path in sorted(tablespaces.items())}
+    driver = {"version": version, "wal_segment_bytes": segment_bytes}
+    return Layout(found, wal, config_files, *owner, driver)
+
+
+def recall(document: Mapping[str, Any]) -> Layout:
+    """Give the layout that was kept as JSON, also by version 0.1.0, which called its parts by other names.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        if "data_directory" in document:
+            return layout(
+                document["version"],
+                Path(document["data_directory"]),
+                Path(document["wal_directory"]),
+                {oid: Path(path) for oid, path in document["tablespaces"]},
+                tuple(map(Path, document["config_files"])),
+                (document["owner"], document["group"]),
+                document["wal_segment_bytes"],
+            )
+        return Layout(
+            {role: Path(path) for role, path in document["places"].items()},
+            Path(document["log"]),
+            tuple(map(Path, document["config_files"])),
+            document["owner"],
+            document["group"],
+            dict(document["driver"]),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"the layout that was kept cannot be read: {error!r}", hint="start the cluster, which tells it anew"
+        ) from error
+
+
+def data_directory(of: Layout) -> Path:
+    """Give the data directory."""
+    return of.places[_DATA]
+
+
+def tablespaces(of: Layout) -> dict[int, Path]:
+    """Give by oid the tablespaces that lie outside the data directory."""
+    found = {role.removeprefix(_TABLESPACE): path for role, path in of.places.items() if role.startswith(_TABLESPACE)}
+    return {int(oid): path for oid, path in found.items()}
+
+
+def major(of: Layout) -> int:
+    """Give the major version of the server."""
+    return int(of.driver["version"]) // 10_000
+
+
+def segment_bytes(of: Layout) -> int:
+    """Give the size of a segment of the log."""
+    return int(of.driver["wal_segment_bytes"])

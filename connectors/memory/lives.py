@@ -1,0 +1,146 @@
+"""Which life of its log a cluster is in: what is remembered of it, and compared with what the server has.
+
+An older copy that was put back goes on under the same identity and uses the same places for other records. So whoever
+connects compares: how far the log was seen, the last record that is held, the last commit that was seen. Where the
+server has something else there, or has not come so far, the next incarnation begins.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from connectors.memory.book import Book, Entry, Forks
+from connectors.memory.cluster import Cluster
+from trigger.model import Commit, CommitRecord
+from trigger.ports import Seen
+from trigger.position import History, Lineage, Position
+
+
+@dataclass
+class Held:
+    """What outlives the service of one incarnation: the folder of the journal."""
+
+    pieces: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """What the journal holds of each timeline, joined, by position."""
+    entries: dict[int, list[Entry]] = field(default_factory=dict)
+    """The records in it."""
+    forks: dict[int, Forks] = field(default_factory=dict)
+    """Where each timeline left its ancestors: the history files."""
+    ceilings: dict[int, int] = field(default_factory=dict)
+    """How far snapshots may hold each timeline: a log that has not come so far is another one."""
+    number: int = 0
+    """How many lives of any log were known before it."""
+    books: list[Book] = field(default_factory=list)
+    """The true logs that were taken for this one, in the order in which they were; nothing of ours looks at them."""
+
+    def last_until(self, timeline: int, at: int) -> Entry | None:
+        """Give the last record of a timeline that ends at or before a place."""
+        log = self.entries.get(timeline, [])
+        index = bisect_right(log, at, key=lambda entry: entry.end)
+        return log[index - 1] if index else None
+
+
+class Lives:
+    """Knows which incarnation of each system is the present one; shared by all that connect to one cluster.
+
+    Args:
+        cluster: what is connected to.
+        held: what is held of each system, by incarnation; outlives this object.
+    """
+
+    def __init__(self, cluster: Cluster, held: dict[str, list[Held]]) -> None:
+        self._cluster = cluster
+        self._held = held
+        self._ends: dict[History, int] = {}
+        self._last: dict[History, Commit | CommitRecord] = {}
+
+    def recognise(self, seen: Collection[Seen]) -> None:
+        """Take note of what is known from before."""
+        for position, commit in seen:
+            history = position.history
+            if history.kind != self._cluster.manner.kind:
+                continue
+            lives = self._held.setdefault(history.system, [])
+            while len(lives) <= history.incarnation:
+                self._begin(lives)
+            self.saw(position, commit)
+
+    def saw(self, position: Position, commit: Commit | CommitRecord | None = None) -> None:
+        """Take note of how far a log has come, durably, and of its last commit."""
+        history = position.history
+        self._ends[history] = max(self._ends.get(history, 0), position.at)
+        last = self._last.get(history)
+        if commit is not None and (last is None or last.start < commit.start):
+            self._last[history] = commit
+
+    def ceiling(self, position: Position) -> None:
+        """Take note of what snapshots may hold."""
+        ceilings, branch = self.held.ceilings, position.history.branch
+        ceilings[branch] = max(ceilings.get(branch, 0), position.at)
+
+    @property
+    def held(self) -> Held:
+        """What is held of the present incarnation."""
+        lives = self._held.setdefault(self._cluster.system, [])
+        return lives[-1] if lives else self._begin(lives)
+
+    def confirm(self) -> Lineage:
+        """Give the present history and its past, a new one where the log is not the one that was known."""
+        held, book = self.held, self._cluster.book
+        if self._contradiction(held):
+            if held.books and held.books[-1] is book:  # which goes on from here as another one
+                held.books[-1] = book.copy()
+            held = self._begin(self._held[book.system])
+        if not (held.books and held.books[-1] is book):
+            held.books.append(book)
+        lineage = self.lineage()
+        held.forks |= {branch: book.forks[branch] for branch in self._branches(lineage) if branch in book.forks}
+        return lineage
+
+    def lineage(self) -> Lineage:
+        """Give the present history and its past as they were known last."""
+        incarnation = len(self._held.get(self._cluster.system, [None])) - 1
+        return self._cluster.book.lineage(self._cluster.timeline, incarnation)
+
+    def _begin(self, lives: list[Held]) -> Held:
+        lives.append(Held(number=sum(map(len, self._held.values()))))
+        return lives[-1]
+
+    @staticmethod
+    def _branches(lineage: Lineage) -> list[int]:
+        return [history.branch for history, _, _ in lineage.stretches()]
+
+    def _contradiction(self, held: Held) -> str:
+        """Give what shows that the log of the server is another one than what was known; "" for nothing."""
+        lineage, cluster = self.lineage(), self._cluster
+        present = lineage.history
+        for history, _, left_at in lineage.stretches():
+            branch = history.branch
+            forks = held.forks.get(branch)
+            if forks is not None and branch in cluster.forks and forks != cluster.forks[branch]:
+                return f"timeline {branch} has another past"
+            if reason := self._other_record(held, branch, left_at):
+                return reason
+        if self._ends.get(present, 0) > cluster.flushed_records:
+            return f"the log ends at {cluster.flushed_records}, and was at {self._ends[present]} before"
+        if held.ceilings.get(present.branch, 0) > cluster.inserted:
+            return f"the log ends at {cluster.inserted}, and snapshots may hold more"
+        return self._other_commit(present)
+
+    def _other_record(self, held: Held, branch: int, left_at: int) -> str:
+        """Give what shows that the last record that is held is not there; what was removed cannot be compared."""
+        record, book = held.last_until(branch, left_at), self._cluster.book
+        if record is None or record.start < book.first:
+            return ""
+        there = book.entry_at(branch, record.start)
+        return "" if there == record else f"the log has another record at {record.start} than before"
+
+    def _other_commit(self, present: History) -> str:
+        commit, book = self._last.get(present), self._cluster.book
+        if commit is None or commit.start < book.begin(present.branch):
+            return ""
+        there = book.entry_at(present.branch, commit.start)
+        same = there is not None and there.commit is not None and there.commit.time_us == commit.time_us
+        return "" if same else f"the log has something else at {commit.start} than commit {commit.name}"

@@ -1,0 +1,57 @@
+"""Port `Journal` of a source that only triggers: there is no log, so nothing is kept and nothing is replayed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from pathlib import Path
+
+from trigger.model import Extent, Finding, Severity
+from trigger.ports import Progress
+from trigger.position import History, Lineage, Position
+from trigger.replay import Replay
+
+
+class NoLog:
+    """Port `Journal`: keeps nothing; points are brought back as they were cut."""
+
+    replays = False
+
+    async def check(self) -> list[Finding]:
+        """Say what can be brought back."""
+        await asyncio.sleep(0)
+        return [Finding("journal", Severity.NOTE, "no log is kept: points are brought back as they were cut")]
+
+    async def run(self) -> None:
+        """Do nothing until cancelled."""
+        await asyncio.Event().wait()
+
+    async def extents(self) -> list[Extent]:
+        """Give that nothing is held."""
+        await asyncio.sleep(0)
+        return []
+
+    async def lineage(self, history: History) -> Lineage:
+        """Give the history alone: nothing is known of its past."""
+        await asyncio.sleep(0)
+        return Lineage(history)
+
+    async def audit(self) -> list[Finding]:
+        """Find nothing wrong with nothing."""
+        await asyncio.sleep(0)
+        return []
+
+    async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:  # noqa: ARG002 - the port's
+        """Put nothing into the folder."""
+        await asyncio.sleep(0)
+        progress("stage", 0, 0)
+        return 0
+
+    async def release(self, starts: Collection[Position]) -> int:  # noqa: ARG002 - the port's
+        """Let go of nothing."""
+        await asyncio.sleep(0)
+        return 0
+
+    def file_start(self, at: int) -> int:
+        """Give the place itself: there are no files."""
+        return at

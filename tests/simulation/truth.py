@@ -1,0 +1,174 @@
+"""What really happened: every commit of every life of every log, whatever the service makes of it.
+
+A commit is named by where it lies: its history, as the drivers count lives, and the start of its record. One commit may
+lie in two histories (a copy that was put back shares its beginning with what was before), so commits are told apart by
+the object that stands for them. Which true log a history means is known from what the drivers took for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from connectors.memory import Cluster, World
+from connectors.memory.book import Book
+from trigger.model import Commit, Gap
+from trigger.position import History, Lineage, Position
+
+
+class Key(NamedTuple):
+    """Where a commit lies."""
+
+    history: History
+    start: int
+
+
+class Lost(NamedTuple):
+    """A log that the cluster has left for another, with its last timeline and how far that was flushed."""
+
+    book: Book
+    timeline: int
+    flushed: int
+
+
+class Truth:
+    """The truth about a world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.lost: list[Lost] = []
+        self.opened: set[tuple[str, str, int]] = set()
+        """Which streams were open in which lives of which systems."""
+
+    def leaves(self, cluster: Cluster) -> None:
+        """Note that a cluster is about to leave its log for another."""
+        self.lost.append(Lost(cluster.book, cluster.timeline, cluster.flushed))
+
+    # ---- histories and logs
+
+    def book(self, history: History, at: int) -> Book | None:
+        """Give the true log of a history, which may have begun anew behind a place; None for one nobody took so."""
+        held = self._world.held_of(history)
+        books = [book for book in held.books if book.first <= at and history.branch in book.forks] if held else []
+        return books[-1] if books else None
+
+    def incarnation_of(self, book: Book) -> int | None:
+        """Give which life of its system a log was taken for last; None where nobody has looked, or another came."""
+        for incarnation, held in enumerate(self._world.held.get(book.system, [])):
+            if held.books and held.books[-1] is book:
+                return incarnation
+        return None
+
+    def lineage(self, history: History) -> Lineage:
+        """Give the past of a history."""
+        book = self.book(history, 1 << 62)
+        return Lineage(history, book.forks[history.branch] if book else ())
+
+    def branches(self, history: History) -> list[History]:
+        """Give every branch of the life of a log, as far as it was looked at."""
+        held = self._world.held_of(history)
+        branches = {branch for book in held.books for branch in book.forks} if held else set()
+        return [replace(history, branch=branch) for branch in sorted(branches)]
+
+    def present(self, cluster: Cluster) -> History | None:
+        """Give the present history of a cluster as the drivers count; None where they have not seen it yet."""
+        incarnation = self.incarnation_of(cluster.book)
+        return None if incarnation is None else cluster.book.history(cluster.timeline, incarnation)
+
+    def includes(self, history: History, position: Position) -> bool:
+        """Whether a position is in the past of a history."""
+        return self.lineage(history).includes(position)
+
+    # ---- commits
+
+    def commits(self) -> dict[Key, Commit]:
+        """Give every commit of every log that the drivers took for a history."""
+        found: dict[Key, Commit] = {}
+        for lives in self._world.held.values():
+            for incarnation, held in enumerate(lives):
+                for number, book in enumerate(held.books):
+                    for timeline in book.logs:
+                        later = [one.first for one in held.books[number + 1 :] if timeline in one.forks]
+                        if all(first > book.first for first in later):
+                            found |= _commits_of(book, timeline, incarnation)
+        return found
+
+    def of_present(self, cluster: Cluster) -> list[tuple[Key | None, Commit]]:
+        """Give every commit that the cluster's data hold now, oldest first, with where it lies in the present log."""
+        found: list[tuple[Key | None, Commit]] = [(None, commit) for commit in cluster.book.inherited]
+        incarnation = self.incarnation_of(cluster.book)
+        for entry in cluster.book.entries(cluster.lineage()):
+            if (commit := entry.commit) is not None:
+                history = cluster.book.history(commit.history.branch, incarnation or 0)
+                found.append((Key(history, commit.start), commit))
+        return found
+
+    def flushed_and_lost(self) -> Iterator[tuple[Key, Commit]]:
+        """Give the commits of lives that have ended which were flushed and would have been seen."""
+        for book, timeline, flushed in self.lost:
+            incarnation = self.incarnation_of(book)
+            present = any(cluster.book is book for cluster in self._world.clusters)
+            if incarnation is None or present:
+                continue
+            for entry in book.entries(book.lineage(timeline)):
+                commit = entry.commit
+                if commit is None or entry.end > flushed:
+                    continue
+                if (commit.stream, book.system, incarnation) in self.opened:
+                    history = book.history(commit.history.branch, incarnation)
+                    yield Key(history, entry.start), commit
+
+    def state(self, history: History, at: int) -> list[Commit]:
+        """Give what the data hold at a place of a history."""
+        book = self.book(history, at)
+        if book is not None:
+            return book.commits(book.lineage(history.branch), at)
+        lineage = self.lineage(history)  # the log has begun anew since: the place is known of an ancestor alone
+        branch = next(branch for branch, left_at in reversed(lineage.forks) if at <= left_at)
+        return self.state(lineage.branch(branch), at)
+
+    # ---- places
+
+    def is_past(self, history: History, end: int, place: Position) -> bool:
+        """Whether what ends there lies at or before a place, in the lineage of the place."""
+        if history == place.history:
+            return end <= place.at
+        return history.branch < place.history.branch and self.includes(place.history, Position(history, end))
+
+    def claims(self, gap: Gap, stream: str, history: History, end: int) -> bool:
+        """Whether a gap says of a commit that it may have gone unseen.
+
+        Within one life of a log these are those behind its beginning and at or before its end; otherwise those behind
+        its beginning in the one life, at or before its end in the other, and all in lives between.
+        """
+        after, until = gap.after, gap.until
+        if stream != gap.stream:
+            return False
+        if _life(after.history) == _life(until.history):
+            inside = _life(history) == _life(until.history) and self.is_past(history, end, until)
+            return inside and not self.is_past(history, end, after)
+        if _life(history) == _life(after.history):
+            return not self.is_past(history, end, after)
+        if _life(history) == _life(until.history):
+            return self.is_past(history, end, until)
+        return self._number(after.history) < self._number(history) < self._number(until.history)
+
+    def _number(self, history: History) -> int:
+        held = self._world.held_of(history)
+        return held.number if held else -1
+
+    def is_come_back(self, gap: Gap, history: History) -> bool:
+        """Whether a gap lies between two servers one of which came back: it claims what was seen at another stay too."""
+        return history.system in (gap.after.history.system, gap.until.history.system) and (
+            gap.after.history.system != gap.until.history.system
+        )
+
+
+def _commits_of(book: Book, timeline: int, incarnation: int) -> dict[Key, Commit]:
+    history = book.history(timeline, incarnation)
+    return {Key(history, entry.start): entry.commit for entry in book.logs[timeline] if entry.commit is not None}
+
+
+def _life(history: History) -> tuple[str, str, int]:
+    return history.kind, history.system, history.incarnation
