@@ -76,11 +76,13 @@ DOORS = {
 
 POSTGRES = {
     "programs": (),
-    "stream": ("programs",),
+    "encoding": (),
+    "connection": ("encoding",),
+    "stream": ("programs", "encoding", "connection"),
     "log": ("programs",),
-    "clone": ("programs", "log"),
-    "preflight": ("programs", "stream", "clone"),
-    "database": ("programs", "stream", "preflight"),
+    "clone": ("programs", "connection", "log"),
+    "preflight": ("programs", "encoding", "connection", "stream", "clone"),
+    "database": ("programs", "connection", "stream", "preflight"),
     "assembly": ("programs", "stream", "log", "clone", "database"),
 }
 """The rooms of the largest driver, and the modules at its door: which others each may import."""

@@ -13,6 +13,7 @@ import psycopg
 from psycopg import conninfo as dsn
 
 from connectors.databases.postgres import preflight
+from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.stream.copyboth import CopyBoth
 from connectors.databases.postgres.stream.source import PostgresSource
 from trigger.errors import ConfigError, DatabaseError, SourceError
@@ -306,7 +307,7 @@ class Postgres:
         target = dsn.make_conninfo(self.conninfo, dbname=str(named), application_name=self.name)
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                connection = await psycopg.AsyncConnection.connect(target, autocommit=True)
+                connection = await connect(target)
         except TimeoutError:
             raise DatabaseError(f"no connection to the database within {self._deadline_seconds:g} s") from None
         except psycopg.Error as error:

@@ -14,6 +14,8 @@ from typing import Any
 import psycopg
 
 from connectors.databases.postgres.clone.isolation import volume_of
+from connectors.databases.postgres.connection import connect, encoding_of
+from connectors.databases.postgres.encoding import readable
 from connectors.databases.postgres.programs import listed
 from connectors.databases.postgres.stream import publication, slot
 from connectors.databases.postgres.stream.copyboth import CopyBoth
@@ -174,9 +176,10 @@ async def check_database(dsn: str, source: PostgresSource, deadline_seconds: flo
     subject = f"database {source.name}"
     try:
         async with asyncio.timeout(deadline_seconds):
-            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            async with await connect(dsn) as connection:
                 await connection.execute("SELECT set_config('search_path', 'pg_catalog', false)")
-                findings = await _check_publications(connection, source)
+                findings = list(check_encoding(source.name, encoding_of(connection)))
+                findings += await _check_publications(connection, source)
                 findings += await _check_slot(connection, source)
             stream = await CopyBoth.connect(dsn, deadline_seconds)
             await stream.close()
@@ -186,6 +189,17 @@ async def check_database(dsn: str, source: PostgresSource, deadline_seconds: flo
             Finding(subject, _REFUSED, words, "look at the role's rights and pg_hba.conf (it needs `replication` too)")
         ]
     return findings or [Finding(subject, _OK, "can be captured")]
+
+
+def check_encoding(database: str, encoding: str) -> Iterator[Finding]:
+    """Judge whether names and markers of a database can be read as the characters that they mean."""
+    if not readable(encoding):
+        yield Finding(
+            f"encoding of {database}",
+            _WARNING,
+            f"names and markers in {encoding} are told byte by byte where they go beyond ASCII",
+            r"write them so in rules and questions: a byte f6 is \xf6",
+        )
 
 
 async def _check_publications(connection: psycopg.AsyncConnection[Any], source: PostgresSource) -> list[Finding]:

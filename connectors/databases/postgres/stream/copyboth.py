@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import conninfo, pq
 
+from connectors.databases.postgres.connection import connect, encoding_of
+from connectors.databases.postgres.encoding import decoding
 from trigger.errors import SourceError
 from trigger.position import History, Lineage, Lsn
 
@@ -37,6 +39,7 @@ class CopyBoth:
 
     Attributes:
         server_version: as libpq says it: 150018 is 15.18.
+        decode: gives the text of names in the stream, which come in the server's own encoding.
         warnings: what the server warned of since the connection was opened; at most the last 20.
     """
 
@@ -45,6 +48,7 @@ class CopyBoth:
         self._connection = connection
         self._pgconn = connection.pgconn
         self.server_version = connection.info.server_version
+        self.decode = decoding(encoding_of(connection))
         connection.add_notice_handler(self._notice)
 
     @classmethod
@@ -57,7 +61,7 @@ class CopyBoth:
         try:
             dsn = conninfo.make_conninfo(dsn, replication="database")
             async with asyncio.timeout(deadline_seconds):
-                return cls(await psycopg.AsyncConnection.connect(dsn, autocommit=True))
+                return cls(await connect(dsn))
         except TimeoutError:
             raise SourceError(f"no replication connection within {deadline_seconds:g} s") from None
         except psycopg.Error as error:

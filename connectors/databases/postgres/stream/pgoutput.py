@@ -21,10 +21,12 @@ from struct import Struct
 from struct import error as StructError  # noqa: N812 - the module's own name for it says nothing here
 from typing import NamedTuple
 
+from connectors.databases.postgres.encoding import Decode, decoding
 from trigger.errors import SourceError
 from trigger.model import Changes
 
 MARKER_PREFIX = "trigpoint"
+_MARKER_NAME = MARKER_PREFIX.encode() + b"\0"
 MARKERS_LIMIT = 1_000
 """Markers kept of one transaction; further ones are dropped, so that no application can fill our memory."""
 MARKER_BYTES_LIMIT = 1_024
@@ -54,9 +56,12 @@ _ROLLBACK_PREPARED = Struct("!BQQqqI")
 _TRUNCATE = Struct("!IB").unpack_from
 _MESSAGE = Struct("!BQ").unpack_from
 _ORIGIN_LSN_BYTES = 8
+_USUAL_NAME_BYTES = 256
 
 _INSERT, _UPDATE, _DELETE, _TRUNCATED = range(4)
 _ROWS = {ord("I"): _INSERT, ord("U"): _UPDATE, ord("D"): _DELETE}
+
+_UTF8 = decoding("UTF8")
 
 Counts = dict[int, int]
 """How often: by `relation id << 2 | operation`."""
@@ -102,6 +107,7 @@ class Decoder:
 
     Args:
         parallel: whether the stream was asked for with `streaming 'parallel'`, in which a Stream Abort is longer.
+        decode: gives the text of names and markers, which come in the server's own encoding.
 
     Attributes:
         commits: what was committed, in log order; the caller takes them out.
@@ -110,7 +116,8 @@ class Decoder:
         relations_seen: how many Relation messages were read; moves when a table is new or was altered.
     """
 
-    def __init__(self, *, parallel: bool = False) -> None:
+    def __init__(self, *, parallel: bool = False, decode: Decode = _UTF8) -> None:
+        self._decode = decode
         self.commits: list[Committed] = []
         self.through = 0
         self.reply_wanted = False
@@ -119,13 +126,14 @@ class Decoder:
         self._relations: dict[int, str] = {}
         self._named: dict[tuple[tuple[int, int], ...], dict[str, Changes]] = {}
         self._streams: dict[int, _Transaction] = {}
-        self._prepared: dict[str, _Transaction] = {}
+        self._prepared: dict[bytes, _Transaction] = {}
         self._open: _Transaction | None = None
         self._ends_with = ""  # the kind of message that ends what is open
         self._in_stream = False
         self._counts: Counts | None = None  # of the (sub)transaction that rows belong to now
         self._subxid = 0
         self._last_end = 0
+        self._origin_name = b"", ""
         self._handlers: dict[int, Callable[[memoryview], None]] = {
             ord("B"): self._begin,
             ord("C"): self._commit,
@@ -278,18 +286,20 @@ class Decoder:
         self._transaction()
         at = self._body_at(message)
         (relation,) = _RELATION(message, at)
-        schema, at = _text(message, at + 4)
-        table, at = _text(message, at)
+        schema, at = _name(message, at + 4)
+        table, at = _name(message, at)
         if not table or len(message) < at + 3:  # replica identity and number of columns follow
             raise _damaged(f"a description of relation {relation} that ends early")
-        self._relations[relation] = f"{schema or 'pg_catalog'}.{table}"
+        self._relations[relation] = f"{self._decode(schema or b'pg_catalog')}.{self._decode(table)}"
         self.relations_seen += 1
         self._named.clear()
 
     def _origin(self, message: memoryview) -> None:
-        name, end = _text(message, _BODY + _ORIGIN_LSN_BYTES)
+        name, end = _name(message, _BODY + _ORIGIN_LSN_BYTES)
         _ends(message, end)
-        self._transaction().origin = name
+        if name != self._origin_name[0]:  # commits of one origin share its name, which may be long
+            self._origin_name = name, self._decode(name)
+        self._transaction().origin = self._origin_name[1]
 
     def _truncate(self, message: memoryview) -> None:
         self._transaction()
@@ -303,19 +313,22 @@ class Decoder:
             counts[key] = counts.get(key, 0) + 1
 
     def _message(self, message: memoryview) -> None:
+        """Keep a marker; of a message that is not one nothing is looked at, since anybody may write any."""
         at = _BODY + 4 if self._in_stream else _BODY
         transactional, _lsn = _MESSAGE(message, at)
-        prefix, at = _text(message, at + 9)
-        (length,) = _RELATION(message, at)
-        _ends(message, at + 4 + length)
         if transactional not in {0, 1}:
             raise _damaged(f"a logical message with flags {transactional}")
         if not transactional:
             return
-        transaction = self._transaction()
-        if prefix == MARKER_PREFIX and len(transaction.markers) < MARKERS_LIMIT:
-            content = message[at + 4 : at + 4 + min(length, MARKER_BYTES_LIMIT)]
-            transaction.markers.append(bytes(content).decode(errors="replace"))
+        transaction, at = self._transaction(), at + 9
+        if message[at : at + len(_MARKER_NAME)] != _MARKER_NAME:
+            return
+        at += len(_MARKER_NAME)
+        (length,) = _RELATION(message, at)
+        _ends(message, at + 4 + length)
+        if len(transaction.markers) < MARKERS_LIMIT:
+            content = bytes(message[at + 4 : at + 4 + MARKER_BYTES_LIMIT])
+            transaction.markers.append(self._decode(content, cut=length > MARKER_BYTES_LIMIT))
 
     # ---- whole transactions
 
@@ -421,20 +434,23 @@ def _fixed(layout: Struct, message: memoryview) -> tuple[int, ...]:
     return layout.unpack_from(message, _BODY)
 
 
-def _with_gid(layout: Struct, message: memoryview) -> tuple[tuple[int, ...], str]:
+def _with_gid(layout: Struct, message: memoryview) -> tuple[tuple[int, ...], bytes]:
     """Unpack a message that consists of `layout` and the name of a prepared transaction."""
-    gid, end = _text(message, _BODY + layout.size)
+    gid, end = _name(message, _BODY + layout.size)
     _ends(message, end)
     return layout.unpack_from(message, _BODY), gid
 
 
-def _text(message: memoryview, at: int) -> tuple[str, int]:
-    """Read a text that ends with a zero byte; gives it and where the next field begins."""
-    tail = bytes(message[at : at + 1024])
+def _name(message: memoryview, at: int) -> tuple[bytes, int]:
+    """Read a name, which ends with a zero byte, however long it is; gives it and where the next field begins."""
+    tail = bytes(message[at : at + _USUAL_NAME_BYTES])
     length = tail.find(0)
     if length < 0:
+        tail = bytes(message[at:])
+        length = tail.find(0)
+    if length < 0:
         raise _damaged("a name without an end")
-    return tail[:length].decode(errors="replace"), at + length + 1
+    return tail[:length], at + length + 1
 
 
 def _ends(message: memoryview, at: int) -> None:

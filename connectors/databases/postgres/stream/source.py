@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo
 
+from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.stream import publication, slot
 from connectors.databases.postgres.stream.copyboth import CopyBoth, StreamRefusedError, refused
 from connectors.databases.postgres.stream.pace import Pace
@@ -124,14 +125,14 @@ class PostgresSource:
         await self._start(stream, behind, publications)
         self._after = self._through = self._settled = behind
         self._says_where_it_begins = after is None
-        self._decoder, self._relations_seen, self._failed = Decoder(), 0, False
+        self._decoder, self._relations_seen, self._failed = Decoder(decode=stream.decode), 0, False
         self._reported_at, self._asked_at = asyncio.get_running_loop().time(), None
         return Break(self._lineage.at(behind), reason) if reason else None
 
     async def _connect_side(self) -> psycopg.AsyncConnection[Any]:
         """Open the ordinary connection: it makes slot and publications and asks what the stream does not tell."""
         async with asyncio.timeout(self._deadline_seconds):
-            self._side = side = await psycopg.AsyncConnection.connect(self._dsn, autocommit=True)
+            self._side = side = await connect(self._dsn)
             await side.execute("SELECT set_config('search_path', 'pg_catalog', false)")
             await self._patience(side, self._deadline_seconds, _LOCK_SECONDS)
             cursor = await side.execute(

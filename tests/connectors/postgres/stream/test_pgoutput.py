@@ -115,7 +115,7 @@ def test_only_transactional_messages_with_our_prefix_are_markers() -> None:
         message(b"\xff"),
         commit(100, 140),
     )
-    assert decoder.commits[0].markers == ("grün", "�")
+    assert decoder.commits[0].markers == ("grün", "\\xff")
 
 
 def test_markers_of_one_transaction_cannot_fill_the_memory() -> None:
