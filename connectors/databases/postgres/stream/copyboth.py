@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import time
 from collections.abc import Callable
 from struct import Struct
@@ -22,6 +24,9 @@ from trigger.errors import SourceError
 from trigger.position import History, Lineage, Lsn
 
 _STATUS = Struct("!cQQQQB")
+_KERNEL_BYTES = 768
+"""What a message that the server sends by itself takes of a socket's room beside its bytes, which count double at the
+most (a Unix socket on Linux 6; over TCP it is less)."""
 _POSTGRES_EPOCH_SECONDS = 946_684_800
 _REFUSED_FOR_GOOD = ("28", "3D", "42501")
 """SQLSTATEs that waiting does not heal: authentication, no such database, no privilege."""
@@ -40,6 +45,8 @@ class CopyBoth:
     Attributes:
         server_version: as libpq says it: 150018 is 15.18.
         decode: gives the text of names in the stream, which come in the server's own encoding.
+        holds_bytes: what the socket holds until the server finds it full, as the kernel counts it.
+        taken_bytes: what was taken out of it since the stream began, counted so, at the most.
         warnings: what the server warned of since the connection was opened; at most the last 20.
     """
 
@@ -49,6 +56,11 @@ class CopyBoth:
         self._pgconn = connection.pgconn
         self.server_version = connection.info.server_version
         self.decode = decoding(encoding_of(connection))
+        self.taken_bytes = 0
+        with socket.socket(fileno=os.dup(self._pgconn.socket)) as same:
+            self.holds_bytes = min(
+                same.getsockopt(socket.SOL_SOCKET, of) for of in (socket.SO_RCVBUF, socket.SO_SNDBUF)
+            )
         connection.add_notice_handler(self._notice)
 
     @classmethod
@@ -123,7 +135,7 @@ class CopyBoth:
             SourceError: the stream ended or broke (retryable), or what `feed` raises.
         """
         get, consume = self._pgconn.get_copy_data, self._pgconn.consume_input
-        done = 0
+        done = length_sum = 0
         try:
             while done < messages_limit:
                 length, message = get(1)
@@ -134,18 +146,20 @@ class CopyBoth:
                         break
                 if length < 0:
                     raise self._ended()
+                length_sum += length
                 feed(message)
                 done += 1
         except psycopg.Error as error:
             raise refused("the replication stream broke", error) from error
+        self.taken_bytes += 2 * length_sum + _KERNEL_BYTES * done
         return done
 
     async def readable(self, timeout_seconds: float) -> bool:
         """Wait until something has arrived; False where nothing did in time."""
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
-        socket = self._pgconn.socket
-        loop.add_reader(socket, arrived.set)
+        descriptor = self._pgconn.socket
+        loop.add_reader(descriptor, arrived.set)
         try:
             async with asyncio.timeout(timeout_seconds):
                 await arrived.wait()
@@ -153,7 +167,7 @@ class CopyBoth:
         except TimeoutError:
             return False
         finally:
-            loop.remove_reader(socket)
+            loop.remove_reader(descriptor)
 
     def report(self, received: int, settled: int, *, reply: bool) -> None:
         """Tell the server what was received and what it may forget; with `reply` it has to answer at once.

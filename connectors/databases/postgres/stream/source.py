@@ -95,7 +95,7 @@ class PostgresSource:
         self._says_where_it_begins = False
         self._asked_at: float | None = None  # since when the server owes us an answer
         self._relations_seen = 0
-        self._pace = Pace()
+        self._pace, self._taken_bytes = Pace(), 0
 
     # ---- open and close
 
@@ -126,6 +126,7 @@ class PostgresSource:
         self._after = self._through = self._settled = behind
         self._says_where_it_begins = after is None
         self._decoder, self._relations_seen, self._failed = Decoder(decode=stream.decode), 0, False
+        self._pace, self._taken_bytes = Pace(stream.holds_bytes), stream.taken_bytes
         self._reported_at, self._asked_at = asyncio.get_running_loop().time(), None
         return Break(self._lineage.at(behind), reason) if reason else None
 
@@ -270,7 +271,8 @@ class PostgresSource:
             batch = self._take()
             if batch is not None:
                 now = asyncio.get_running_loop().time()
-                self._pace.gave(now, emptied=drained < _MESSAGES_A_SLICE)
+                before, self._taken_bytes = self._taken_bytes, stream.taken_bytes
+                self._pace.gave(now, taken_bytes=self._taken_bytes - before, emptied=drained < _MESSAGES_A_SLICE)
                 return batch
             if drained == _MESSAGES_A_SLICE:
                 await asyncio.sleep(0)  # amid a large transaction: the other tasks' turn
