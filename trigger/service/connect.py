@@ -127,6 +127,7 @@ def _database(options: Options) -> Any:
         chosen.bin_directory,
         chosen.password_file,
         chosen.deadline_seconds,
+        failover=chosen.failover,
     )
 
 

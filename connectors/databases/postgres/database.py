@@ -93,6 +93,7 @@ class Postgres:
         deadline_seconds: bound of every short question.
         slow_deadline_seconds: bound of a checkpoint and of opening and closing the backup bracket.
         slot_deadline_seconds: how long making a slot may wait for running transactions.
+        failover: whether the streams' slots are kept on standbys too, from version 17 on.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Postgres:
         *,
         slow_deadline_seconds: float = 600.0,
         slot_deadline_seconds: float = 60.0,
+        failover: bool = False,
     ) -> None:
         if not databases:
             raise ConfigError("no database is named whose commits are to be captured", hint="set database.databases")
@@ -117,6 +119,7 @@ class Postgres:
         self._deadline_seconds = deadline_seconds
         self._slow_deadline_seconds = slow_deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
+        self._failover = failover
         self.journal_slot = f"{name}_journal"
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._system = ""
@@ -133,6 +136,7 @@ class Postgres:
                 self.name,
                 deadline_seconds=self._deadline_seconds,
                 slot_deadline_seconds=self._slot_deadline_seconds,
+                failover=self._failover,
             )
             for database in self.databases
         ]

@@ -74,8 +74,9 @@ async def check_cluster(connection: psycopg.AsyncConnection[Any], databases: Seq
                 "failover",
                 _NOTE,
                 f"after a failover to {', '.join(standbys)} the stream goes on only if the slot was synchronised",
-                "version 17 or later: hot_standby_feedback, sync_replication_slots and a dbname in primary_conninfo on "
-                "the standby, synchronized_standby_slots here; otherwise a gap is recorded and a point taken",
+                "version 17 or later: database.failover = true, hot_standby_feedback, sync_replication_slots and a"
+                " dbname in primary_conninfo on the standby, synchronized_standby_slots here;"
+                " otherwise a gap is recorded and a point taken",
             )
         )
     return findings
@@ -181,6 +182,7 @@ async def check_database(dsn: str, source: PostgresSource, deadline_seconds: flo
                 findings = list(check_encoding(source.name, encoding_of(connection)))
                 findings += await _check_publications(connection, source)
                 findings += await _check_slot(connection, source)
+                findings += await _check_standbys(connection, source)
             stream = await CopyBoth.connect(dsn, deadline_seconds)
             await stream.close()
     except (psycopg.Error, SourceError, TimeoutError) as error:
@@ -278,6 +280,17 @@ async def _check_slot(connection: psycopg.AsyncConnection[Any], source: Postgres
     if found is not None and found.active_pid is not None:
         return [Finding(f"slot {source.slot}", _NOTE, f"it is in use by process {found.active_pid}")]
     return []
+
+
+async def _check_standbys(connection: psycopg.AsyncConnection[Any], source: PostgresSource) -> list[Finding]:
+    """Judge whether what was asked for as to standbys can be had, and lets commits through at present."""
+    if not source.failover:
+        return []
+    if connection.info.server_version < slot.FAILOVER_VERSION:
+        message = "slots are kept on standbys from version 17 on: after a failover there is a gap"
+        return [Finding(f"failover of {source.name}", _NOTE, message, "set database.failover to false")]
+    why = await slot.awaited(connection)
+    return [Finding(f"failover of {source.name}", _WARNING, *why.split("; ", 1))] if why else []
 
 
 # ---- paths and volumes

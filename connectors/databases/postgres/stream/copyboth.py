@@ -102,6 +102,18 @@ class CopyBoth:
         except psycopg.Error as error:
             raise refused(command, error) from error
 
+    async def keep_on_standbys(self, slot: str, *, failover: bool) -> None:
+        """Set whether a slot that nobody reads is kept on standbys too, from version 17 on.
+
+        Raises:
+            SourceError: refused; where somebody reads it a `StreamRefusedError` with that SQLSTATE.
+        """
+        try:
+            words = f"ALTER_REPLICATION_SLOT {slot} (FAILOVER {'true' if failover else 'false'})"
+            await self._connection.execute(words.encode())
+        except psycopg.Error as error:
+            raise refused("ALTER_REPLICATION_SLOT", error) from error
+
     async def start(self, command: str, deadline_seconds: float) -> None:
         """Begin to stream by a START_REPLICATION command.
 

@@ -51,11 +51,13 @@ class PostgresSource:
         name: prefix of the slot, and name of the publications.
         deadline_seconds: bound of every wait on the server, but for creating a slot.
         slot_deadline_seconds: how long creating a slot may wait for running transactions.
+        failover: whether the slot is kept on standbys too, from version 17 on.
         silence_seconds: how long the server may owe us an answer before the connection counts as dead.
 
     Attributes:
         duplicates_suppressed: commits that the server sent again and that were not delivered again.
-        trouble: why the list of tables whose updates are published could not be refreshed last time, or "".
+        trouble: why the list of tables whose updates are published could not be refreshed last time, or what holds
+            commits back, or "".
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class PostgresSource:
         *,
         deadline_seconds: float = 10.0,
         slot_deadline_seconds: float = 60.0,
+        failover: bool = False,
         silence_seconds: float = 60.0,
     ) -> None:
         self.name = database
@@ -77,6 +80,7 @@ class PostgresSource:
         self._dsn = conninfo.make_conninfo(dsn, dbname=database, application_name=self.slot)
         self._deadline_seconds = deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
+        self.failover = failover
         self._silence_seconds = silence_seconds
         self._side: psycopg.AsyncConnection[Any] | None = None
         self._stream: CopyBoth | None = None
@@ -90,6 +94,7 @@ class PostgresSource:
         self._after = 0  # commits that end here or before were settled
         self._through = 0
         self._settled = 0
+        self._reported = 0
         self._xid = 0  # a full transaction id near those in the stream
         self._reported_at = self._maintained_at = 0.0
         self._says_where_it_begins = False
@@ -119,13 +124,14 @@ class PostgresSource:
         self._lineage = await self._within(stream.lineage(system.history))
         self._forked_at = self._lineage.forks[-1][1] if self._lineage.forks else 0
         publications, useless = await self._publish(side)
-        confirmed, made = await self._slot(side, useless)
+        confirmed, made = await self._slot(side, stream, useless)
         flushed = (await self._within(stream.identify())).flushed
         behind, reason = slot.resume(after, self._lineage, confirmed, flushed, made)
         await self._start(stream, behind, publications)
         self._after = self._through = self._settled = behind
         self._says_where_it_begins = after is None
         self._decoder, self._relations_seen, self._failed = Decoder(decode=stream.decode), 0, False
+        self._reported = 0
         self._pace, self._taken_bytes = Pace(stream.holds_bytes), stream.taken_bytes
         self._reported_at, self._asked_at = asyncio.get_running_loop().time(), None
         return Break(self._lineage.at(behind), reason) if reason else None
@@ -171,11 +177,15 @@ class PostgresSource:
             return publications, "the publication had been dropped and made again"
         return publications, ""
 
-    async def _slot(self, side: psycopg.AsyncConnection[Any], useless: str) -> tuple[Lsn, str]:
+    async def _slot(self, side: psycopg.AsyncConnection[Any], stream: CopyBoth, useless: str) -> tuple[Lsn, str]:
         """Find or make the slot; gives where it begins, and why the one that was there before is not used ("")."""
         async with asyncio.timeout(self._deadline_seconds):
             found = await slot.look(side, self.slot, self.name)
         if found is not None and not found.lost and not useless:
+            if found.failover != self.failover and stream.server_version >= slot.FAILOVER_VERSION:
+                await self._unless_in_use(
+                    lambda: self._within(stream.keep_on_standbys(self.slot, failover=self.failover))
+                )
             return found.confirmed, ""
         reason = "the slot had been dropped"
         if found is not None:
@@ -183,7 +193,7 @@ class PostgresSource:
             await self._unless_in_use(lambda: slot.drop(side, self.slot))
         await self._patience(side, self._slot_deadline_seconds, self._slot_deadline_seconds)
         async with asyncio.timeout(self._slot_deadline_seconds + self._deadline_seconds):
-            confirmed = await slot.create(side, self.slot)
+            confirmed = await slot.create(side, self.slot, failover=self.failover)
         await self._patience(side, self._deadline_seconds, _LOCK_SECONDS)
         self._publications_broken = False
         return confirmed, reason
@@ -278,6 +288,7 @@ class PostgresSource:
                 await asyncio.sleep(0)  # amid a large transaction: the other tasks' turn
             elif not await stream.readable(self._quiet_seconds()):
                 self._report(stream, reply=True)
+                await self._maintain_if_due()
 
     def _connected(self) -> CopyBoth:
         if self._stream is None or self._failed:  # a decoder that has lost its place must not go on
@@ -310,8 +321,9 @@ class PostgresSource:
             raise SourceError(f"the server of database {self.name} has been silent for {self._silence_seconds:g} s")
         if self._decoder.reply_wanted:
             self._let_server_stop()
-        if self._decoder.reply_wanted or now - self._reported_at >= self.heartbeat_seconds:
-            self._report(stream)
+        due = now - self._reported_at >= self.heartbeat_seconds
+        if self._decoder.reply_wanted or due:  # where nothing has moved, the server is asked how far it is
+            self._report(stream, reply=due and self._decoder.through <= self._reported)
 
     def _let_server_stop(self) -> None:
         """Raise where the server has ended our ordinary connection, as one does that shuts down.
@@ -333,6 +345,7 @@ class PostgresSource:
 
     def _report(self, stream: CopyBoth, *, reply: bool = False) -> None:
         stream.report(self._decoder.through, self._settled, reply=reply)
+        self._reported = self._decoder.through
         self._decoder.reply_wanted = False
         self._reported_at = asyncio.get_running_loop().time()
         if reply and self._asked_at is None:
@@ -405,6 +418,8 @@ class PostgresSource:
                     await side.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
                 ).fetchone()
                 self._xid = max(self._xid, row[0] if row else 0)
+                if self.failover and side.info.server_version >= slot.FAILOVER_VERSION:
+                    self.trouble = self.trouble or await slot.awaited(side)
         except (psycopg.Error, TimeoutError, SourceError) as error:
             self.trouble = f"not looked after: {' '.join(str(error).split()) or type(error).__name__}"
 
