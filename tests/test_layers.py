@@ -88,12 +88,14 @@ POSTGRES = {
     "lsn": (),
     "places": (),
     "programs": (),
-    "stream": ("lsn", "programs"),
+    "encoding": (),
+    "connection": ("encoding",),
+    "stream": ("lsn", "programs", "encoding", "connection"),
     "log": ("lsn", "programs"),
-    "clone": ("lsn", "places", "programs", "log"),
+    "clone": ("lsn", "places", "programs", "connection", "log"),
     "lives": ("lsn", "stream", "log"),
-    "preflight": ("lsn", "places", "programs", "stream", "clone"),
-    "database": ("lsn", "places", "programs", "stream", "log", "lives", "preflight"),
+    "preflight": ("lsn", "places", "programs", "encoding", "connection", "stream", "clone"),
+    "database": ("lsn", "places", "programs", "connection", "stream", "log", "lives", "preflight"),
     "assembly": ("lsn", "places", "programs", "stream", "log", "clone", "database"),
 }
 """The rooms of the largest driver, and the modules at its door: which others each may import."""

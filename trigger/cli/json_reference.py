@@ -30,10 +30,11 @@ from trigger.service.initialise import Proposal
 
 STATUS = {
     "name": "what the cluster is called",
-    "ready": "whether there is a point and every stream is connected",
+    "ready": "whether there is a point, and every stream is connected and none stands still",
     "started_at": "when the service began",
     "now": "its time of day",
     "streams": "by database whether its stream is connected",
+    "behind_bytes": "by database how far the server's log is ahead of what its stream has given, or null",
     "log_end": "position up to which commits were seen, or null",
     "log_ends": "the same for each database of a service, where it has several",
     "pending_commits": "qualifying commits that wait for a point",

@@ -132,6 +132,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
         [
             ("service", f"{answer['name']}, up {_ago(answer['started_at'], now)}"),
             ("streams", streams),
+            ("behind", ", ".join(f"{name} {_behind(much)}" for name, much in answer["behind_bytes"].items()) or None),
             ("log end", answer["log_end"]),
             ("last point", f"{answer['last_point']}, sealed {_ago(answer['last_sealed_at'], now)} ago")
             if answer["last_point"]
@@ -150,6 +151,10 @@ def status(config: Config = None, as_json: Json = False) -> None:
             *(("TROUBLE", trouble) for trouble in answer["troubles"]),
         ]
     )
+
+
+def _behind(much: int | None) -> str:
+    return show.size(much) or "unknown"
 
 
 def _kept(totals: dict[str, Any]) -> list[tuple[str, object]]:

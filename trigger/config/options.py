@@ -67,6 +67,9 @@ class DatabaseOptions(_Section):
     """Slots and publications are called `<prefix>_<database>`, the journal's slot `<prefix>_journal`."""
     deadline_seconds: Seconds = 10
     """How long a question to the server may take."""
+    failover: bool = False
+    """Version 17 and later: have the streams' slots kept on standbys too; commits then wait for those that
+    `synchronized_standby_slots` names, and none is seen while one of them is down."""
 
     @field_validator("conninfo")
     @classmethod

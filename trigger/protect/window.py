@@ -227,6 +227,10 @@ class Window:
         """Give by stream whether it is connected."""
         return {name: stream.connected for name, stream in self._streams.items()}
 
+    def delivered(self) -> Mapping[str, Position | None]:
+        """Give by stream up to where it was delivered; None for one that has said nothing yet."""
+        return {name: stream.through for name, stream in self._streams.items()}
+
     def troubles(self) -> Mapping[str, str]:
         """Give by stream why it is not connected, or what its source says is not in order."""
         found = {name: stream.trouble or stream.source.trouble for name, stream in self._streams.items()}

@@ -74,6 +74,8 @@ class Service:
 
     async def status(self) -> dict[str, Any]:
         """Give what an operator wants to know first, as JSON values; what cannot be read is null, and said why."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.upkeep.watch_streams(), ASKING_SECONDS)
         troubles = list(self.troubles())
         totals = await _or_trouble(self.parts.catalog.totals(), troubles)
         space = await _or_trouble(self.parts.storage.space(), troubles)
@@ -85,12 +87,13 @@ class Service:
         now = asyncio.get_running_loop().time()
         return {
             "name": self.parts.options.name,
-            "ready": base is not None and all(self.window.connected().values()),
+            "ready": base is not None and all(self.window.connected().values()) and not self.upkeep.behind.still,
             "started_at": data(self.started_at),
             "now": data(self.cluster.clock.now()),
             "streams": dict(self.window.connected()),
             "log_end": data(log_ends[0] if log_ends else None),
             "log_ends": data(log_ends),
+            "behind_bytes": dict(self.upkeep.behind.bytes),
             "pending_commits": len(self.window),
             "oldest_pending_seconds": now - oldest.arrived if oldest else 0.0,
             "commits_by_rule": dict(self.window.tally.as_dict()),

@@ -20,6 +20,7 @@ from trigger.keep.retention import longest_replay
 from trigger.keep.room import Room
 from trigger.model import Finding, Layout, Severity, Volume
 from trigger.protect.agenda import Agenda
+from trigger.protect.behind import Behind
 from trigger.protect.window import Window
 from trigger.service.connect import Parts
 
@@ -48,6 +49,7 @@ class Upkeep:
     troubles: dict[str, str] = field(default_factory=dict)
     """What is not done at present, or not in order, and why."""
     last_audit: Sequence[Finding] = ()
+    behind: Behind = field(default_factory=Behind)
     log_may_go: bool = True
     """Whether points went since log was last let go of; before a first time nobody knows."""
 
@@ -57,6 +59,7 @@ class Upkeep:
         yield "room", self._every(ROOM_SECONDS, self.keep_room, "no room is made for snapshots", ROOM_SHARE)
         yield "old log", self._every(WATCH_SECONDS, self.release_log, "old log is not let go of")
         yield "audit", self._every(AUDIT_SECONDS, self.audit_journal, "the journal is not audited")
+        yield "streams", self._every(WATCH_SECONDS, self.watch_streams, "it is not known how far the streams are")
         yield "places", self._every(PLACES_SECONDS, self.watch_places, "it is not known where the cluster lies")
 
     async def _every(
@@ -160,6 +163,15 @@ class Upkeep:
             log.warning("no checkpoint was made, so the next point's replay begins at the last one: %s", error)
         self.agenda.ask(note)
         self.window.wake()
+
+    async def watch_streams(self) -> None:
+        """Note how far the streams are behind the server, and show the ones that stand still."""
+        server = None
+        with suppress(DatabaseError):  # of a server that does not answer the streams say so
+            server = await self.parts.database.durable()
+        now, window = asyncio.get_running_loop().time(), self.window
+        for name, why in self.behind.look(now, server, window.reached(), window.connected()):
+            self.show(f"stream {name} stands still", why)
 
     async def watch_places(self) -> None:
         """Show a part of the cluster that lies on no volume by now, as a new tablespace may: no point holds it."""

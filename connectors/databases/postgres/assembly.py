@@ -34,6 +34,7 @@ def database(section: Any, suffix: str = "") -> Postgres:
         section.bin_directory,
         section.password_file,
         section.deadline_seconds,
+        failover=section.failover,
     )
 
 

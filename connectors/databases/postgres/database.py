@@ -13,6 +13,7 @@ import psycopg
 from psycopg import conninfo as dsn
 
 from connectors.databases.postgres import places, preflight
+from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.lives import Lives
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
@@ -100,6 +101,7 @@ class Postgres:
         deadline_seconds: bound of every short question.
         slow_deadline_seconds: bound of a checkpoint and of opening and closing the backup bracket.
         slot_deadline_seconds: how long making a slot may wait for running transactions.
+        failover: whether the streams' slots are kept on standbys too, from version 17 on.
     """
 
     kind = KIND
@@ -115,6 +117,7 @@ class Postgres:
         *,
         slow_deadline_seconds: float = 600.0,
         slot_deadline_seconds: float = 60.0,
+        failover: bool = False,
     ) -> None:
         if not databases:
             raise ConfigError("no database is named whose commits are to be captured", hint="set database.databases")
@@ -126,6 +129,7 @@ class Postgres:
         self._deadline_seconds = deadline_seconds
         self._slow_deadline_seconds = slow_deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
+        self._failover = failover
         self.journal_slot = f"{name}_journal"
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._system = ""
@@ -144,6 +148,7 @@ class Postgres:
                 deadline_seconds=self._deadline_seconds,
                 slot_deadline_seconds=self._slot_deadline_seconds,
                 recognise=self.lives.confirm,
+                failover=self._failover,
             )
             for database in self.databases
         ]
@@ -351,7 +356,7 @@ class Postgres:
         target = dsn.make_conninfo(self.conninfo, dbname=str(named), application_name=self.name)
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                connection = await psycopg.AsyncConnection.connect(target, autocommit=True)
+                connection = await connect(target)
         except TimeoutError:
             raise DatabaseError(f"no connection to the database within {self._deadline_seconds:g} s") from None
         except psycopg.Error as error:

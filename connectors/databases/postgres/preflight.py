@@ -15,6 +15,8 @@ import psycopg
 
 from connectors.databases.postgres import places
 from connectors.databases.postgres.clone.isolation import volume_of
+from connectors.databases.postgres.connection import connect, encoding_of
+from connectors.databases.postgres.encoding import readable
 from connectors.databases.postgres.programs import listed
 from connectors.databases.postgres.stream import publication, slot
 from connectors.databases.postgres.stream.copyboth import CopyBoth
@@ -73,8 +75,9 @@ async def check_cluster(connection: psycopg.AsyncConnection[Any], databases: Seq
                 "failover",
                 _NOTE,
                 f"after a failover to {', '.join(standbys)} the stream goes on only if the slot was synchronised",
-                "version 17 or later: hot_standby_feedback, sync_replication_slots and a dbname in primary_conninfo on "
-                "the standby, synchronized_standby_slots here; otherwise a gap is recorded and a point taken",
+                "version 17 or later: database.failover = true, hot_standby_feedback, sync_replication_slots and a"
+                " dbname in primary_conninfo on the standby, synchronized_standby_slots here;"
+                " otherwise a gap is recorded and a point taken",
             )
         )
     return findings
@@ -175,10 +178,12 @@ async def check_database(dsn: str, source: PostgresSource, deadline_seconds: flo
     subject = f"database {source.name}"
     try:
         async with asyncio.timeout(deadline_seconds):
-            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            async with await connect(dsn) as connection:
                 await connection.execute("SELECT set_config('search_path', 'pg_catalog', false)")
-                findings = await _check_publications(connection, source)
+                findings = list(check_encoding(source.name, encoding_of(connection)))
+                findings += await _check_publications(connection, source)
                 findings += await _check_slot(connection, source)
+                findings += await _check_standbys(connection, source)
             stream = await CopyBoth.connect(dsn, deadline_seconds)
             await stream.close()
     except (psycopg.Error, SourceError, TimeoutError) as error:
@@ -187,6 +192,17 @@ async def check_database(dsn: str, source: PostgresSource, deadline_seconds: flo
             Finding(subject, _REFUSED, words, "look at the role's rights and pg_hba.conf (it needs `replication` too)")
         ]
     return findings or [Finding(subject, _OK, "can be captured")]
+
+
+def check_encoding(database: str, encoding: str) -> Iterator[Finding]:
+    """Judge whether names and markers of a database can be read as the characters that they mean."""
+    if not readable(encoding):
+        yield Finding(
+            f"encoding of {database}",
+            _WARNING,
+            f"names and markers in {encoding} are told byte by byte where they go beyond ASCII",
+            r"write them so in rules and questions: a byte f6 is \xf6",
+        )
 
 
 async def _check_publications(connection: psycopg.AsyncConnection[Any], source: PostgresSource) -> list[Finding]:
@@ -265,6 +281,17 @@ async def _check_slot(connection: psycopg.AsyncConnection[Any], source: Postgres
     if found is not None and found.active_pid is not None:
         return [Finding(f"slot {source.slot}", _NOTE, f"it is in use by process {found.active_pid}")]
     return []
+
+
+async def _check_standbys(connection: psycopg.AsyncConnection[Any], source: PostgresSource) -> list[Finding]:
+    """Judge whether what was asked for as to standbys can be had, and lets commits through at present."""
+    if not source.failover:
+        return []
+    if connection.info.server_version < slot.FAILOVER_VERSION:
+        message = "slots are kept on standbys from version 17 on: after a failover there is a gap"
+        return [Finding(f"failover of {source.name}", _NOTE, message, "set database.failover to false")]
+    why = await slot.awaited(connection)
+    return [Finding(f"failover of {source.name}", _WARNING, *why.split("; ", 1))] if why else []
 
 
 # ---- paths and volumes

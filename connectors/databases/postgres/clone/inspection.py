@@ -15,6 +15,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from connectors.databases.postgres.clone.isolation import is_segment
+from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.log.waldump import LoggedCommit, Stretch, WalDump
@@ -202,7 +203,7 @@ async def _status(subject: Subject, xid: int) -> str:
 async def _ask(conninfo: str, text: str, argument: str) -> str:
     try:
         own = make_conninfo(conninfo, dbname="template1", connect_timeout=10)
-        async with await psycopg.AsyncConnection.connect(own, autocommit=True) as connection:
+        async with await connect(own) as connection:
             row = await (await connection.execute(text.encode(), [argument])).fetchone()
     except psycopg.Error as error:
         raise RestoreError(f"the clone did not answer: {error}") from error

@@ -148,7 +148,7 @@ class PostgresRecovery:
         """Give the first column of the first row of `sql` as text ("" for NULL or no row); raises `RestoreError`."""
         try:
             async with await psycopg.AsyncConnection.connect(
-                make_conninfo(running.conninfo, dbname=database), autocommit=True
+                make_conninfo(running.conninfo, dbname=database, client_encoding="UTF8"), autocommit=True
             ) as connection:
                 cursor = await connection.execute(sql.encode())
                 found = cursor.pgresult  # the server's own text: `t` for true, every digit of a number

@@ -9,6 +9,7 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.programs import listed
 
 _REACHING_OUT = ("dblink", "postgres_fdw", "file_fdw", "mysql_fdw", "pg_cron", "pg_net", "http", "pg_partman")
@@ -45,7 +46,7 @@ async def scrub(conninfo: str, major: int) -> Facts:
     """
     options = "-c event_triggers=off" if major >= 17 else ""  # a login trigger of the application would run
     own = make_conninfo(conninfo, options=options, connect_timeout=10)
-    async with await psycopg.AsyncConnection.connect(make_conninfo(own, dbname="template1"), autocommit=True) as first:
+    async with await connect(make_conninfo(own, dbname="template1")) as first:
         system, timeline, next_xid = (await _rows(first, _FACTS))[0]
         databases = await _column(first, "SELECT datname FROM pg_database WHERE datallowconn ORDER BY 1")
         in_doubt = await _column(first, "SELECT gid FROM pg_prepared_xacts ORDER BY prepared")
@@ -55,7 +56,7 @@ async def scrub(conninfo: str, major: int) -> Facts:
             f"in-doubt transactions, which hold their locks until COMMIT or ROLLBACK PREPARED: {listed(in_doubt)}"
         )
     for database in databases:
-        async with await psycopg.AsyncConnection.connect(make_conninfo(own, dbname=database), autocommit=True) as one:
+        async with await connect(make_conninfo(own, dbname=database)) as one:
             notes += [f"database {database}: {note}" for note in await _scrub_database(one)]
     epoch, _, low = next_xid.partition(":")
     return Facts(system, timeline, int(epoch) << 32 | int(low), tuple(notes))

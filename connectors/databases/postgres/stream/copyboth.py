@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import time
 from collections.abc import Callable
 from struct import Struct
@@ -17,11 +19,16 @@ import psycopg
 from psycopg import conninfo, pq
 
 from connectors.databases.postgres import lsn
+from connectors.databases.postgres.connection import connect, encoding_of
+from connectors.databases.postgres.encoding import decoding
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import SourceError
 from trigger.position import History, Lineage
 
 _STATUS = Struct("!cQQQQB")
+_KERNEL_BYTES = 768
+"""What a message that the server sends by itself takes of a socket's room beside its bytes, which count double at the
+most (a Unix socket on Linux 6; over TCP it is less)."""
 _POSTGRES_EPOCH_SECONDS = 946_684_800
 _REFUSED_FOR_GOOD = ("28", "3D", "42501")
 """SQLSTATEs that waiting does not heal: authentication, no such database, no privilege."""
@@ -47,6 +54,9 @@ class CopyBoth:
 
     Attributes:
         server_version: as libpq says it: 150018 is 15.18.
+        decode: gives the text of names in the stream, which come in the server's own encoding.
+        holds_bytes: what the socket holds until the server finds it full, as the kernel counts it.
+        taken_bytes: what was taken out of it since the stream began, counted so, at the most.
         warnings: what the server warned of since the connection was opened; at most the last 20.
     """
 
@@ -55,6 +65,12 @@ class CopyBoth:
         self._connection = connection
         self._pgconn = connection.pgconn
         self.server_version = connection.info.server_version
+        self.decode = decoding(encoding_of(connection))
+        self.taken_bytes = 0
+        with socket.socket(fileno=os.dup(self._pgconn.socket)) as same:
+            self.holds_bytes = min(
+                same.getsockopt(socket.SOL_SOCKET, of) for of in (socket.SO_RCVBUF, socket.SO_SNDBUF)
+            )
         connection.add_notice_handler(self._notice)
 
     @classmethod
@@ -67,7 +83,7 @@ class CopyBoth:
         try:
             dsn = conninfo.make_conninfo(dsn, replication="database")
             async with asyncio.timeout(deadline_seconds):
-                return cls(await psycopg.AsyncConnection.connect(dsn, autocommit=True))
+                return cls(await connect(dsn))
         except TimeoutError:
             raise SourceError(f"no replication connection within {deadline_seconds:g} s") from None
         except psycopg.Error as error:
@@ -95,6 +111,18 @@ class CopyBoth:
             return [result.get_value(0, column) or b"" for column in range(result.nfields)]
         except psycopg.Error as error:
             raise refused(command, error) from error
+
+    async def keep_on_standbys(self, slot: str, *, failover: bool) -> None:
+        """Set whether a slot that nobody reads is kept on standbys too, from version 17 on.
+
+        Raises:
+            SourceError: refused; where somebody reads it a `StreamRefusedError` with that SQLSTATE.
+        """
+        try:
+            words = f"ALTER_REPLICATION_SLOT {slot} (FAILOVER {'true' if failover else 'false'})"
+            await self._connection.execute(words.encode())
+        except psycopg.Error as error:
+            raise refused("ALTER_REPLICATION_SLOT", error) from error
 
     async def start(self, command: str, deadline_seconds: float) -> None:
         """Begin to stream by a START_REPLICATION command.
@@ -129,7 +157,7 @@ class CopyBoth:
             SourceError: the stream ended or broke (retryable), or what `feed` raises.
         """
         get, consume = self._pgconn.get_copy_data, self._pgconn.consume_input
-        done = 0
+        done = length_sum = 0
         try:
             while done < messages_limit:
                 length, message = get(1)
@@ -140,18 +168,20 @@ class CopyBoth:
                         break
                 if length < 0:
                     raise self._ended()
+                length_sum += length
                 feed(message)
                 done += 1
         except psycopg.Error as error:
             raise refused("the replication stream broke", error) from error
+        self.taken_bytes += 2 * length_sum + _KERNEL_BYTES * done
         return done
 
     async def readable(self, timeout_seconds: float) -> bool:
         """Wait until something has arrived; False where nothing did in time."""
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
-        socket = self._pgconn.socket
-        loop.add_reader(socket, arrived.set)
+        descriptor = self._pgconn.socket
+        loop.add_reader(descriptor, arrived.set)
         try:
             async with asyncio.timeout(timeout_seconds):
                 await arrived.wait()
@@ -159,7 +189,7 @@ class CopyBoth:
         except TimeoutError:
             return False
         finally:
-            loop.remove_reader(socket)
+            loop.remove_reader(descriptor)
 
     def report(self, received: int, settled: int, *, reply: bool) -> None:
         """Tell the server what was received and what it may forget; with `reply` it has to answer at once.

@@ -15,24 +15,29 @@ was read off PostgreSQL 15, 16 and 18 and is held by tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from struct import Struct
 from struct import error as StructError  # noqa: N812 - the module's own name for it says nothing here
 from typing import NamedTuple
 
+from connectors.databases.postgres.encoding import Decode, decoding
+from connectors.databases.postgres.stream.transactions import Counts, Transaction
 from trigger.errors import SourceError
 from trigger.model import Changes
 
 MARKER_PREFIX = "trigpoint"
+_MARKER_NAME = MARKER_PREFIX.encode() + b"\0"
 MARKERS_LIMIT = 1_000
 """Markers kept of one transaction; further ones are dropped, so that no application can fill our memory."""
 MARKER_BYTES_LIMIT = 1_024
 """Bytes kept of one marker."""
-SUBTRANSACTIONS_LIMIT = 100_000
-"""Subtransactions of streamed transactions that are counted apart (each may still be aborted)."""
+HELD_BYTES_LIMIT = 64 << 20
+"""What is kept of all transactions that are being streamed; with more they are read again, one after the other."""
 
-_NAMED_LIMIT = 1_024
+_NAMED_TABLES_LIMIT = 20_000
+"""Tables in all the changes that are kept named, because the next commit often changes the same."""
+_CHANGES_LIMIT = 1_024
 _POSTGRES_EPOCH_US = 946_684_800_000_000
 _XLOG_DATA, _KEEPALIVE = ord("w"), ord("k")
 _HEADER = 25  # of XLogData: kind, start, end, clock of the server
@@ -54,12 +59,12 @@ _ROLLBACK_PREPARED = Struct("!BQQqqI")
 _TRUNCATE = Struct("!IB").unpack_from
 _MESSAGE = Struct("!BQ").unpack_from
 _ORIGIN_LSN_BYTES = 8
+_USUAL_NAME_BYTES = 256
 
 _INSERT, _UPDATE, _DELETE, _TRUNCATED = range(4)
 _ROWS = {ord("I"): _INSERT, ord("U"): _UPDATE, ord("D"): _DELETE}
 
-Counts = dict[int, int]
-"""How often: by `relation id << 2 | operation`."""
+_UTF8 = decoding("UTF8")
 
 
 class Committed(NamedTuple):
@@ -78,21 +83,6 @@ class Committed(NamedTuple):
     origin: str
 
 
-class _Transaction:
-    """What is known of a transaction that has not been committed yet."""
-
-    __slots__ = ("counts", "markers", "origin", "start", "time", "xid")
-
-    def __init__(self, xid: int, start: int = 0, time: int = 0) -> None:
-        self.xid = xid
-        self.start = start
-        self.time = time
-        self.counts: dict[int, Counts] = {xid: {}}
-        """By (sub)transaction, since each of them may still be aborted."""
-        self.markers: list[str] = []
-        self.origin = ""
-
-
 class UnstreamableError(SourceError):
     """A transaction cannot be told exactly while it is streamed; read again without streaming, it can."""
 
@@ -102,6 +92,8 @@ class Decoder:
 
     Args:
         parallel: whether the stream was asked for with `streaming 'parallel'`, in which a Stream Abort is longer.
+        decode: gives the text of names and markers, which come in the server's own encoding.
+        held_bytes_limit: what may be kept of all transactions that are being streamed.
 
     Attributes:
         commits: what was committed, in log order; the caller takes them out.
@@ -110,7 +102,11 @@ class Decoder:
         relations_seen: how many Relation messages were read; moves when a table is new or was altered.
     """
 
-    def __init__(self, *, parallel: bool = False) -> None:
+    def __init__(
+        self, *, parallel: bool = False, decode: Decode = _UTF8, held_bytes_limit: int = HELD_BYTES_LIMIT
+    ) -> None:
+        self._decode = decode
+        self._held_bytes_limit = held_bytes_limit
         self.commits: list[Committed] = []
         self.through = 0
         self.reply_wanted = False
@@ -118,14 +114,16 @@ class Decoder:
         self._abort = _STREAM_ABORT_PARALLEL if parallel else _STREAM_ABORT
         self._relations: dict[int, str] = {}
         self._named: dict[tuple[tuple[int, int], ...], dict[str, Changes]] = {}
-        self._streams: dict[int, _Transaction] = {}
-        self._prepared: dict[str, _Transaction] = {}
-        self._open: _Transaction | None = None
+        self._named_tables = 0
+        self._streams: dict[int, Transaction] = {}
+        self._prepared: dict[bytes, Transaction] = {}
+        self._open: Transaction | None = None
         self._ends_with = ""  # the kind of message that ends what is open
         self._in_stream = False
-        self._counts: Counts | None = None  # of the (sub)transaction that rows belong to now
+        self._counts: Counts | None = None  # of the (sub)transaction that rows belong to now, since they do
         self._subxid = 0
         self._last_end = 0
+        self._origin_name = b"", ""
         self._handlers: dict[int, Callable[[memoryview], None]] = {
             ord("B"): self._begin,
             ord("C"): self._commit,
@@ -188,7 +186,7 @@ class Decoder:
         """For messages that say nothing we need, but may only stand inside a transaction."""
         self._transaction()
 
-    def _transaction(self) -> _Transaction:
+    def _transaction(self) -> Transaction:
         if self._open is None:
             raise _damaged("a message that belongs into a transaction stands outside")
         return self._open
@@ -197,26 +195,40 @@ class Decoder:
         if self._open is not None:
             raise _damaged(f"transaction {self._open.xid} was not ended")
 
-    def _enter(self, transaction: _Transaction, ends_with: str) -> None:
+    def _enter(self, transaction: Transaction, ends_with: str) -> None:
         self._open, self._ends_with, self._in_stream = transaction, ends_with, ends_with == "E"
-        self._subxid = transaction.xid
-        self._counts = transaction.counts.setdefault(transaction.xid, {})
+        self._subxid, self._counts = transaction.xid, transaction.counts
 
-    def _leave(self, kind: str) -> _Transaction:
+    def _leave(self, kind: str) -> Transaction:
         transaction = self._transaction()
         if kind != self._ends_with:
             raise _damaged(f"transaction {transaction.xid} ends with {kind} instead of {self._ends_with}")
+        self._put_down(transaction)
         self._open, self._ends_with, self._in_stream, self._counts, self._subxid = None, "", False, None, 0
         return transaction
 
     def _switch(self, xid: int) -> Counts:
-        """Count for another subtransaction of the streamed transaction from now on."""
-        counts = self._transaction().counts
-        if xid not in counts and len(counts) >= SUBTRANSACTIONS_LIMIT:
-            raise UnstreamableError(f"a streamed transaction has more than {SUBTRANSACTIONS_LIMIT} subtransactions")
+        """Count for another (sub)transaction of the streamed transaction from now on."""
+        transaction = self._transaction()
+        self._put_down(transaction)
         self._subxid = xid
-        self._counts = counts.setdefault(xid, {})
-        return self._counts
+        self._counts = counts = transaction.counts if xid == transaction.xid else {}
+        return counts
+
+    def _put_down(self, transaction: Transaction) -> None:
+        """Add what was counted for a subtransaction to the whole."""
+        if self._subxid != transaction.xid and self._counts:
+            transaction.add(self._subxid, self._counts)
+
+    def _bear(self) -> None:
+        """Raise where more is held of streamed transactions than our memory is to bear."""
+        streams = self._streams.values()
+        if sum(one.held_bytes for one in streams) <= self._held_bytes_limit:
+            return
+        for one in streams:
+            one.subtransactions.shrink()
+        if (held := sum(one.held_bytes for one in streams)) > self._held_bytes_limit:
+            raise UnstreamableError(f"{len(self._streams)} streamed transactions would take {held} bytes of memory")
 
     def _body_at(self, message: memoryview) -> int:
         """Where the content of a message begins that carries a transaction id if it is streamed."""
@@ -227,7 +239,7 @@ class Decoder:
             self._switch(xid)
         return _BODY + 4
 
-    def _give(self, transaction: _Transaction, message: memoryview, start: int, end: int, time: int) -> None:
+    def _give(self, transaction: Transaction, message: memoryview, start: int, end: int, time: int) -> None:
         """Put a transaction into `commits`, now that its commit record was read."""
         framed, _ = _FRAME(message, 1)
         if not (start < end == framed and end > self._last_end and start >= self._last_end):
@@ -246,30 +258,31 @@ class Decoder:
             )
         )
 
-    def _name(self, by_subtransaction: dict[int, Counts]) -> dict[str, Changes]:
+    def _name(self, counts: Counts) -> dict[str, Changes]:
         """Give the changes by the tables' names; commits that changed the same share one (nobody changes it)."""
-        if len(by_subtransaction) > 1:
-            return self._sum(by_subtransaction.values())
-        (counts,) = by_subtransaction.values() or ({},)
         alike = tuple(counts.items())
         named = self._named.get(alike)
         if named is None:
-            if len(self._named) >= _NAMED_LIMIT:
-                self._named.clear()
-            named = self._named[alike] = self._sum([counts])
+            if self._named_tables + len(alike) > _NAMED_TABLES_LIMIT:
+                self._forget_named()
+            named = self._named[alike] = self._sum(counts)
+            self._named_tables += len(alike)
         return named
 
-    def _sum(self, all_counts: Iterable[Counts]) -> dict[str, Changes]:
+    def _forget_named(self) -> None:
+        self._named.clear()
+        self._named_tables = 0
+
+    def _sum(self, counts: Counts) -> dict[str, Changes]:
         sums: dict[str, list[int]] = {}
         relations = self._relations
-        for counts in all_counts:
-            for key, count in counts.items():
-                name = relations.get(key >> 2)
-                if name is None:
-                    raise _damaged(f"changes of relation {key >> 2}, which was never described")
-                if name not in sums:
-                    sums[name] = [0, 0, 0, 0]
-                sums[name][key & 3] += count
+        for key, count in counts.items():
+            name = relations.get(key >> 2)
+            if name is None:
+                raise _damaged(f"changes of relation {key >> 2}, which was never described")
+            if name not in sums:
+                sums[name] = [0, 0, 0, 0]
+            sums[name][key & 3] += count
         return {name: _changes(*four) for name, four in sums.items()}
 
     # ---- messages inside a transaction
@@ -278,18 +291,20 @@ class Decoder:
         self._transaction()
         at = self._body_at(message)
         (relation,) = _RELATION(message, at)
-        schema, at = _text(message, at + 4)
-        table, at = _text(message, at)
+        schema, at = _name(message, at + 4)
+        table, at = _name(message, at)
         if not table or len(message) < at + 3:  # replica identity and number of columns follow
             raise _damaged(f"a description of relation {relation} that ends early")
-        self._relations[relation] = f"{schema or 'pg_catalog'}.{table}"
+        self._relations[relation] = f"{self._decode(schema or b'pg_catalog')}.{self._decode(table)}"
         self.relations_seen += 1
-        self._named.clear()
+        self._forget_named()
 
     def _origin(self, message: memoryview) -> None:
-        name, end = _text(message, _BODY + _ORIGIN_LSN_BYTES)
+        name, end = _name(message, _BODY + _ORIGIN_LSN_BYTES)
         _ends(message, end)
-        self._transaction().origin = name
+        if name != self._origin_name[0]:  # commits of one origin share its name, which may be long
+            self._origin_name = name, self._decode(name)
+        self._transaction().origin = self._origin_name[1]
 
     def _truncate(self, message: memoryview) -> None:
         self._transaction()
@@ -303,26 +318,29 @@ class Decoder:
             counts[key] = counts.get(key, 0) + 1
 
     def _message(self, message: memoryview) -> None:
+        """Keep a marker; of a message that is not one nothing is looked at, since anybody may write any."""
         at = _BODY + 4 if self._in_stream else _BODY
         transactional, _lsn = _MESSAGE(message, at)
-        prefix, at = _text(message, at + 9)
-        (length,) = _RELATION(message, at)
-        _ends(message, at + 4 + length)
         if transactional not in {0, 1}:
             raise _damaged(f"a logical message with flags {transactional}")
         if not transactional:
             return
-        transaction = self._transaction()
-        if prefix == MARKER_PREFIX and len(transaction.markers) < MARKERS_LIMIT:
-            content = message[at + 4 : at + 4 + min(length, MARKER_BYTES_LIMIT)]
-            transaction.markers.append(bytes(content).decode(errors="replace"))
+        transaction, at = self._transaction(), at + 9
+        if message[at : at + len(_MARKER_NAME)] != _MARKER_NAME:
+            return
+        at += len(_MARKER_NAME)
+        (length,) = _RELATION(message, at)
+        _ends(message, at + 4 + length)
+        if len(transaction.markers) < MARKERS_LIMIT:
+            content = bytes(message[at + 4 : at + 4 + MARKER_BYTES_LIMIT])
+            transaction.mark(self._decode(content, cut=length > MARKER_BYTES_LIMIT))
 
     # ---- whole transactions
 
     def _begin(self, message: memoryview) -> None:
         self._idle()
         start, time, xid = _fixed(_BEGIN, message)
-        self._enter(_Transaction(xid, start, time), "C")
+        self._enter(Transaction(xid, start, time), "C")
 
     def _commit(self, message: memoryview) -> None:
         flags, start, end, time = _fixed(_COMMIT, message)
@@ -338,12 +356,13 @@ class Decoder:
         xid, first = _fixed(_STREAM_START, message)
         if first not in {0, 1} or bool(first) == (xid in self._streams):
             raise _damaged(f"a part of streamed transaction {xid} out of order")
-        transaction = self._streams.setdefault(xid, _Transaction(xid))
+        transaction = self._streams.setdefault(xid, Transaction(xid))
         self._enter(transaction, "E")
 
     def _stream_stop(self, message: memoryview) -> None:
         _ends(message, _BODY)
         self._leave("E")
+        self._bear()
 
     def _stream_commit(self, message: memoryview) -> None:
         self._idle()
@@ -359,7 +378,7 @@ class Decoder:
         if subxid == xid:
             del self._streams[xid]
             return
-        transaction.counts.pop(subxid, None)
+        transaction.abort(subxid)
         if transaction.markers:  # a streamed message names the whole transaction, never its subtransaction
             raise UnstreamableError(f"a savepoint of streamed transaction {xid}, which has markers, was rolled back")
 
@@ -368,7 +387,7 @@ class Decoder:
     def _begin_prepare(self, message: memoryview) -> None:
         self._idle()
         (start, _end, time, xid), _gid = _with_gid(_BEGIN_PREPARE, message)
-        self._enter(_Transaction(xid, start, time), "P")
+        self._enter(Transaction(xid, start, time), "P")
 
     def _prepare(self, message: memoryview) -> None:
         (flags, start, _end, time, xid), gid = _with_gid(_PREPARE, message)
@@ -382,13 +401,14 @@ class Decoder:
         (flags, _start, _end, _time, xid), gid = _with_gid(_PREPARE, message)
         if flags:
             raise _damaged(f"a stream prepare with flags {flags}")
-        self._prepared[gid] = self._streams.pop(xid)
+        self._prepared[gid] = transaction = self._streams.pop(xid)
+        transaction.finish()
 
     def _commit_prepared(self, message: memoryview) -> None:
         """Its rows came with the prepare; where that was before this connection, they are not known."""
         self._idle()
         (flags, start, end, time, xid), gid = _with_gid(_PREPARE, message)
-        transaction = self._prepared.pop(gid, None) or _Transaction(xid)
+        transaction = self._prepared.pop(gid, None) or Transaction(xid)
         if flags or transaction.xid != xid:
             raise _damaged(f"commit prepared of {gid!r} names transaction {xid}, not {transaction.xid}")
         self._give(transaction, message, start, end, time)
@@ -401,7 +421,7 @@ class Decoder:
         self._prepared.pop(gid, None)
 
 
-@lru_cache(_NAMED_LIMIT)
+@lru_cache(_CHANGES_LIMIT)
 def _changes(inserted: int, updated: int, deleted: int, truncated: int) -> Changes:
     """Give these counts; equal ones are one object as long as they are usual, since many commits may have to wait."""
     return Changes(inserted, updated, deleted, truncated)
@@ -421,20 +441,23 @@ def _fixed(layout: Struct, message: memoryview) -> tuple[int, ...]:
     return layout.unpack_from(message, _BODY)
 
 
-def _with_gid(layout: Struct, message: memoryview) -> tuple[tuple[int, ...], str]:
+def _with_gid(layout: Struct, message: memoryview) -> tuple[tuple[int, ...], bytes]:
     """Unpack a message that consists of `layout` and the name of a prepared transaction."""
-    gid, end = _text(message, _BODY + layout.size)
+    gid, end = _name(message, _BODY + layout.size)
     _ends(message, end)
     return layout.unpack_from(message, _BODY), gid
 
 
-def _text(message: memoryview, at: int) -> tuple[str, int]:
-    """Read a text that ends with a zero byte; gives it and where the next field begins."""
-    tail = bytes(message[at : at + 1024])
+def _name(message: memoryview, at: int) -> tuple[bytes, int]:
+    """Read a name, which ends with a zero byte, however long it is; gives it and where the next field begins."""
+    tail = bytes(message[at : at + _USUAL_NAME_BYTES])
     length = tail.find(0)
     if length < 0:
+        tail = bytes(message[at:])
+        length = tail.find(0)
+    if length < 0:
         raise _damaged("a name without an end")
-    return tail[:length].decode(errors="replace"), at + length + 1
+    return tail[:length], at + length + 1
 
 
 def _ends(message: memoryview, at: int) -> None:

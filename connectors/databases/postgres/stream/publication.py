@@ -44,7 +44,8 @@ WITH identity AS (
      WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND c.oid >= 16384
        AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast')
 )
-SELECT i.oid, i.nspname, i.relname, i.keyed AND (i.relkind = 'r' OR NOT EXISTS (
+SELECT i.oid, i.nspname, i.relname, textsend(format('%%I.%%I', i.nspname, i.relname)) AS quoted,
+       i.keyed AND (i.relkind = 'r' OR NOT EXISTS (
            SELECT FROM pg_partition_tree(i.oid) t JOIN identity l ON l.oid = t.relid WHERE NOT l.keyed)) AS keyed,
        EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
                 WHERE r.prrelid = i.oid AND p.pubname = %s) AS published,
@@ -62,6 +63,8 @@ class Table(NamedTuple):
     oid: int
     schema: str
     name: str
+    quoted: bytes
+    """Both as the server wants them in a statement, byte for byte, whatever they hold."""
     keyed: bool
     """Whether its updates and deletes can be published without making them fail."""
     published: bool
@@ -127,10 +130,10 @@ def _missing(present: list[Table]) -> list[Table]:
 
 async def _alter(connection: psycopg.AsyncConnection[Any], keyed: sql.Identifier, verb: str, group: list[Table]) -> int:
     """Add or drop tables all at once, or else one by one, so that one locked table does not hold up the others."""
-    statement = sql.SQL("ALTER PUBLICATION {} {} TABLE {}")
-    names = sql.SQL(", ").join(sql.SQL("ONLY {}").format(sql.Identifier(table.schema, table.name)) for table in group)
+    names = b", ".join(b"ONLY " + table.quoted for table in group)
+    statement = b"ALTER PUBLICATION %s %s TABLE %s" % (keyed.as_bytes(connection), verb.encode(), names)
     try:
-        await connection.execute(statement.format(keyed, sql.SQL(verb), names))
+        await connection.execute(statement)
         return len(group)
     except (psycopg.errors.LockNotAvailable, psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject):
         if len(group) == 1:

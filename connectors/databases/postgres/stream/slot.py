@@ -15,11 +15,21 @@ from trigger.position import Lineage, Position
 
 _NAME_LIMIT = 63
 _PLUGIN = "pgoutput"
+FAILOVER_VERSION = 170000
+"""From here on a slot can be kept on standbys too."""
 _LOOK = """
-SELECT plugin, database, confirmed_flush_lsn::text, wal_status, active_pid, to_jsonb(s) ->> 'invalidation_reason'
+SELECT plugin, database, confirmed_flush_lsn::text, wal_status, active_pid, to_jsonb(s) ->> 'invalidation_reason',
+       to_jsonb(s) ->> 'failover'
   FROM pg_replication_slots s WHERE slot_name = %s
 """
 _CREATE = "SELECT lsn::text FROM pg_create_logical_replication_slot(%s, 'pgoutput', false, false{failover})"
+_AWAITED = """
+SELECT w.name, coalesce(CASE WHEN NOT s.active THEN 'nobody reads it' END, 'there is no such slot')
+  FROM unnest(string_to_array(current_setting('synchronized_standby_slots'), ',')) AS listed(name),
+       LATERAL (SELECT trim(BOTH ' "' FROM listed.name)) AS w(name)
+  LEFT JOIN pg_replication_slots s ON s.slot_name = w.name
+ WHERE w.name <> '' AND (s.slot_name IS NULL OR NOT s.active)
+"""
 _OLDEST = """
 SELECT what FROM (
     SELECT format('process %s (%s)', pid, coalesce(usename, backend_type)), xact_start
@@ -38,6 +48,8 @@ class Slot:
     lost: str
     """Why nothing can be read from it any more; "" while it is whole."""
     active_pid: int | None
+    failover: bool = False
+    """Whether it is kept on standbys too; from version 17 on."""
 
 
 def slot_name(name: str, database: str) -> str:
@@ -58,7 +70,7 @@ async def look(connection: psycopg.AsyncConnection[Any], name: str, database: st
     row = await (await connection.execute(_LOOK, [name])).fetchone()
     if row is None:
         return None
-    plugin, in_database, confirmed, wal_status, active_pid, invalidation = row
+    plugin, in_database, confirmed, wal_status, active_pid, invalidation, failover = row
     if (plugin, in_database) != (_PLUGIN, database):
         raise SourceError(
             f"replication slot {name} is there, but for {plugin or 'a standby'} in database {in_database}",
@@ -66,23 +78,23 @@ async def look(connection: psycopg.AsyncConnection[Any], name: str, database: st
             retryable=False,
         )
     lost = f"invalidated by the server: {invalidation or 'its log was removed'}" if wal_status == "lost" else ""
-    return Slot(Lsn.parse(confirmed or "0/0"), lost, active_pid)
+    return Slot(Lsn.parse(confirmed or "0/0"), lost, active_pid, failover == "true")
 
 
-async def create(connection: psycopg.AsyncConnection[Any], name: str) -> Lsn:
+async def create(connection: psycopg.AsyncConnection[Any], name: str, *, failover: bool) -> Lsn:
     """Make the slot and give its consistent point: every commit whose record begins at or after it is seen.
 
     The server first waits for the transactions that run or stand prepared now; how long, `statement_timeout` and
     `lock_timeout` of the connection say.
     Two-phase decoding stays off: COMMIT PREPARED then arrives as a commit with its rows, whatever was acknowledged
-    between the two phases. From version 17 on the slot may be carried over to standbys (failover).
+    between the two phases. With `failover` (from version 17 on) the slot is carried over to standbys.
 
     Raises:
         SourceError: a transaction did not end in time; other errors of psycopg pass through.
     """
-    failover = ", failover => true" if connection.info.server_version >= 170000 else ""
+    carried = ", failover => true" if failover and connection.info.server_version >= FAILOVER_VERSION else ""
     try:
-        row = await (await connection.execute(_CREATE.format(failover=failover).encode(), [name])).fetchone()
+        row = await (await connection.execute(_CREATE.format(failover=carried).encode(), [name])).fetchone()
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:
         oldest = await (await connection.execute(_OLDEST)).fetchone()
         who = oldest[0] if oldest else "it has just ended"
@@ -92,6 +104,18 @@ async def create(connection: psycopg.AsyncConnection[Any], name: str) -> Lsn:
         ) from error
     assert row is not None
     return Lsn.parse(row[0])
+
+
+async def awaited(connection: psycopg.AsyncConnection[Any]) -> str:
+    """Give which standbys hold back the commits of a slot that is kept on standbys, and how to go on; "" for none."""
+    rows = await (await connection.execute(_AWAITED.encode())).fetchall()
+    if not rows:
+        return ""
+    slots = ", ".join(f"{name} ({why})" for name, why in rows)
+    return (
+        f"the server holds commits back until standbys have them, by synchronized_standby_slots: {slots}; start those"
+        " standbys, take them out of the setting (and SELECT pg_reload_conf()), or set database.failover to false"
+    )
 
 
 async def drop(connection: psycopg.AsyncConnection[Any], name: str) -> bool:

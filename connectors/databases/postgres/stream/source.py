@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo
 
+from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.lsn import Lsn, history, transaction
 from connectors.databases.postgres.stream import publication, slot
 from connectors.databases.postgres.stream.copyboth import CopyBoth, Present, StreamRefusedError, identify, refused
@@ -57,12 +58,14 @@ class PostgresSource:
         name: prefix of the slot, and name of the publications.
         deadline_seconds: bound of every wait on the server, but for creating a slot.
         slot_deadline_seconds: how long creating a slot may wait for running transactions.
+        failover: whether the slot is kept on standbys too, from version 17 on.
         silence_seconds: how long the server may owe us an answer before the connection counts as dead.
         recognise: says which history the server is in, by what is known of it; the first of its timeline by default.
 
     Attributes:
         duplicates_suppressed: commits that the server sent again and that were not delivered again.
-        trouble: why the list of tables whose updates are published could not be refreshed last time, or "".
+        trouble: why the list of tables whose updates are published could not be refreshed last time, or what holds
+            commits back, or "".
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class PostgresSource:
         *,
         deadline_seconds: float = 10.0,
         slot_deadline_seconds: float = 60.0,
+        failover: bool = False,
         silence_seconds: float = 60.0,
         recognise: Recognise | None = None,
     ) -> None:
@@ -85,6 +89,7 @@ class PostgresSource:
         self._dsn = conninfo.make_conninfo(dsn, dbname=database, application_name=self.slot)
         self._deadline_seconds = deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
+        self.failover = failover
         self._silence_seconds = silence_seconds
         self._recognise = recognise or _first_of_its_timeline
         self._last: Commit | None = None
@@ -101,12 +106,13 @@ class PostgresSource:
         self._after = 0  # commits that end here or before were settled
         self._through = 0
         self._settled = 0
+        self._reported = 0
         self._xid = 0  # a full transaction id near those in the stream
         self._reported_at = self._maintained_at = 0.0
         self._says_where_it_begins = False
         self._asked_at: float | None = None  # since when the server owes us an answer
         self._relations_seen = 0
-        self._pace = Pace()
+        self._pace, self._taken_bytes = Pace(), 0
 
     # ---- open and close
 
@@ -131,19 +137,21 @@ class PostgresSource:
         self._lineage = await self._within(stream.lineage(present.history))
         self._forked_at = self._lineage.forks[-1][1] if self._lineage.forks else 0
         publications, useless = await self._publish(side)
-        confirmed, made = await self._slot(side, useless)
+        confirmed, made = await self._slot(side, stream, useless)
         behind, reason = slot.resume(after, self._lineage, confirmed, present.flushed, made)
         await self._start(stream, behind, publications)
         self._after = self._through = self._settled = behind
         self._says_where_it_begins = after is None
-        self._decoder, self._relations_seen, self._failed = Decoder(), 0, False
+        self._decoder, self._relations_seen, self._failed = Decoder(decode=stream.decode), 0, False
+        self._reported = 0
+        self._pace, self._taken_bytes = Pace(stream.holds_bytes), stream.taken_bytes
         self._reported_at, self._asked_at = asyncio.get_running_loop().time(), None
         return Break(self._lineage.at(behind), reason) if reason else None
 
     async def _connect_side(self) -> psycopg.AsyncConnection[Any]:
         """Open the ordinary connection: it makes slot and publications and asks what the stream does not tell."""
         async with asyncio.timeout(self._deadline_seconds):
-            self._side = side = await psycopg.AsyncConnection.connect(self._dsn, autocommit=True)
+            self._side = side = await connect(self._dsn)
             await side.execute("SELECT set_config('search_path', 'pg_catalog', false)")
             await self._patience(side, self._deadline_seconds, _LOCK_SECONDS)
             cursor = await side.execute(
@@ -183,11 +191,15 @@ class PostgresSource:
             return publications, "log that the slot needs was removed"
         return publications, ""
 
-    async def _slot(self, side: psycopg.AsyncConnection[Any], useless: str) -> tuple[Lsn, str]:
+    async def _slot(self, side: psycopg.AsyncConnection[Any], stream: CopyBoth, useless: str) -> tuple[Lsn, str]:
         """Find or make the slot; gives where it begins, and why the one that was there before is not used ("")."""
         async with asyncio.timeout(self._deadline_seconds):
             found = await slot.look(side, self.slot, self.name)
         if found is not None and not found.lost and not useless:
+            if found.failover != self.failover and stream.server_version >= slot.FAILOVER_VERSION:
+                await self._unless_in_use(
+                    lambda: self._within(stream.keep_on_standbys(self.slot, failover=self.failover))
+                )
             return found.confirmed, ""
         reason = "the slot had been dropped"
         if found is not None:
@@ -195,7 +207,7 @@ class PostgresSource:
             await self._unless_in_use(lambda: slot.drop(side, self.slot))
         await self._patience(side, self._slot_deadline_seconds, self._slot_deadline_seconds)
         async with asyncio.timeout(self._slot_deadline_seconds + self._deadline_seconds):
-            confirmed = await slot.create(side, self.slot)
+            confirmed = await slot.create(side, self.slot, failover=self.failover)
         await self._patience(side, self._deadline_seconds, _LOCK_SECONDS)
         self._publications_broken = self._log_removed = False
         return confirmed, reason
@@ -283,12 +295,14 @@ class PostgresSource:
             batch = self._take()
             if batch is not None:
                 now = asyncio.get_running_loop().time()
-                self._pace.gave(now, emptied=drained < _MESSAGES_A_SLICE)
+                before, self._taken_bytes = self._taken_bytes, stream.taken_bytes
+                self._pace.gave(now, taken_bytes=self._taken_bytes - before, emptied=drained < _MESSAGES_A_SLICE)
                 return batch
             if drained == _MESSAGES_A_SLICE:
                 await asyncio.sleep(0)  # amid a large transaction: the other tasks' turn
             elif not await stream.readable(self._quiet_seconds()):
                 self._report(stream, reply=True)
+                await self._maintain_if_due()
 
     def _connected(self) -> CopyBoth:
         if self._stream is None or self._failed:  # a decoder that has lost its place must not go on
@@ -322,8 +336,9 @@ class PostgresSource:
             raise SourceError(f"the server of database {self.name} has been silent for {self._silence_seconds:g} s")
         if self._decoder.reply_wanted:
             self._let_server_stop()
-        if self._decoder.reply_wanted or now - self._reported_at >= self.heartbeat_seconds:
-            self._report(stream)
+        due = now - self._reported_at >= self.heartbeat_seconds
+        if self._decoder.reply_wanted or due:  # where nothing has moved, the server is asked how far it is
+            self._report(stream, reply=due and self._decoder.through <= self._reported)
 
     def _let_server_stop(self) -> None:
         """Raise where the server has ended our ordinary connection, as one does that shuts down.
@@ -345,6 +360,7 @@ class PostgresSource:
 
     def _report(self, stream: CopyBoth, *, reply: bool = False) -> None:
         stream.report(self._decoder.through, self._settled, reply=reply)
+        self._reported = self._decoder.through
         self._decoder.reply_wanted = False
         self._reported_at = asyncio.get_running_loop().time()
         if reply and self._asked_at is None:
@@ -418,6 +434,8 @@ class PostgresSource:
                     await side.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
                 ).fetchone()
                 self._xid = max(self._xid, row[0] if row else 0)
+                if self.failover and side.info.server_version >= slot.FAILOVER_VERSION:
+                    self.trouble = self.trouble or await slot.awaited(side)
         except (psycopg.Error, TimeoutError, SourceError) as error:
             self.trouble = f"not looked after: {' '.join(str(error).split()) or type(error).__name__}"
 

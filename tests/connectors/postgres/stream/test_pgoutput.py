@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import tracemalloc
+from collections import Counter
 from struct import pack
 
 import pytest
@@ -9,7 +13,6 @@ import pytest
 from connectors.databases.postgres.stream.pgoutput import (
     MARKER_BYTES_LIMIT,
     MARKERS_LIMIT,
-    SUBTRANSACTIONS_LIMIT,
     Committed,
     Decoder,
     UnstreamableError,
@@ -115,7 +118,7 @@ def test_only_transactional_messages_with_our_prefix_are_markers() -> None:
         message(b"\xff"),
         commit(100, 140),
     )
-    assert decoder.commits[0].markers == ("grün", "�")
+    assert decoder.commits[0].markers == ("grün", "\\xff")
 
 
 def test_markers_of_one_transaction_cannot_fill_the_memory() -> None:
@@ -168,12 +171,101 @@ def test_a_marker_that_may_have_been_rolled_back_is_not_guessed_at() -> None:
 
 
 def test_a_streamed_transaction_with_countless_subtransactions_is_not_held_in_memory() -> None:
-    decoder = fed(stream_start(7))
-    for xid in range(8, SUBTRANSACTIONS_LIMIT + 7):
+    decoder = fed(stream_start(7), decoder=Decoder(held_bytes_limit=100_000))
+    for xid in range(8, 10_008):
         decoder.feed(row("I", 1, xid))
     with pytest.raises(UnstreamableError) as caught:
-        decoder.feed(row("I", 1, SUBTRANSACTIONS_LIMIT + 8))
+        decoder.feed(STREAM_STOP)
     assert caught.value.retryable
+
+
+def test_many_streamed_transactions_at_once_are_not_held_in_memory() -> None:
+    decoder = Decoder(held_bytes_limit=100_000)
+    begun = [(stream_start(xid), message(b"m" * 500, xid=xid), row("I", 1, xid), STREAM_STOP) for xid in range(1_000)]
+    with pytest.raises(UnstreamableError):
+        fed(*itertools.chain.from_iterable(begun), decoder=decoder)
+
+
+def test_a_hundred_thousand_subtransactions_are_told_exactly_in_little_memory() -> None:
+    number, kept_each = 100_000, 10
+    decoder = fed(stream_start(7), relation(1, "public.t", 7), relation(2, "public.u", 7), row("U", 2, 7))
+    tracemalloc.start()
+    for xid in range(8, number + 8):
+        decoder.feed(row("I", 1, xid))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 20 * number
+    fed(STREAM_STOP, decoder=decoder)
+    for xid in range(8, number + 8):
+        if xid % kept_each:
+            decoder.feed(stream_abort(7, xid))
+    fed(stream_commit(7, 100, 140), decoder=decoder)
+    assert decoder.commits[0].tables == {"public.u": Changes(0, 1), "public.t": Changes(number // kept_each)}
+
+
+def test_aborted_subtransactions_make_room_for_others() -> None:
+    decoder = fed(stream_start(7), relation(1, "public.t", 7), STREAM_STOP, decoder=Decoder(held_bytes_limit=30_000))
+    rounds, each = 20, 1_000
+    for number in range(rounds):
+        fed(stream_start(7, first=False), decoder=decoder)
+        xids = range(8 + number * each, 8 + (number + 1) * each)
+        for xid in xids:
+            decoder.feed(row("I", 1, xid))
+        fed(STREAM_STOP, decoder=decoder)
+        for xid in xids[:-1]:
+            decoder.feed(stream_abort(7, xid))
+    fed(stream_commit(7, 100, 140), decoder=decoder)
+    assert decoder.commits[0].tables == {"public.t": Changes(rounds)}
+
+
+def test_commits_over_very_many_tables_are_not_remembered_one_by_one() -> None:
+    tables, commits = 2_000, 60
+    decoder = fed(begin(1, 1), *(relation(number, f"public.partition_{number}") for number in range(tables)))
+    fed(commit(1, 2), decoder=decoder)
+    decoder.commits.clear()
+    tracemalloc.start()
+    for one in range(1, commits + 1):
+        touched = (*range(tables), *[7] * one)
+        fed(begin(one, one * 10), *(row("I", number) for number in touched), decoder=decoder)
+        fed(commit(one * 10, one * 10 + 5), decoder=decoder)
+        assert decoder.commits.pop().tables["public.partition_7"] == Changes(one + 1)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 10_000_000
+
+
+def subtransactions_at_random(chance: random.Random) -> tuple[list[memoryview], dict[str, Changes]]:
+    """Give a streamed transaction in which subtransactions go on, and are aborted, in any order, and what is left."""
+    alive: dict[int, Counter[tuple[int, str]]] = {7: Counter()}
+    messages = [stream_start(7), *(relation(number, f"public.t{number}", 7) for number in range(5)), STREAM_STOP]
+    following = 8
+    for _ in range(chance.randrange(2, 12)):
+        messages.append(stream_start(7, first=False))
+        for _ in range(chance.randrange(20)):
+            if chance.random() < 0.5:
+                alive[following] = Counter()
+                following += 1
+            xid, kind, table = chance.choice(list(alive)), chance.choice("IUD"), chance.randrange(5)
+            alive[xid][table, kind] += 1
+            messages.append(row(kind, table, xid))
+        messages.append(STREAM_STOP)
+        for xid in chance.sample(list(alive)[1:], len(alive) // 3):
+            del alive[xid]
+            messages.append(stream_abort(7, xid))
+    total = sum(alive.values(), Counter())
+    left = {
+        f"public.t{table}": Changes(*(total[table, kind] for kind in "IUD"))
+        for table in range(5)
+        if any(total[table, kind] for kind in "IUD")
+    }
+    return messages, left
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_what_is_left_of_subtransactions_is_told_in_whatever_order_they_go_on_and_are_aborted(seed: int) -> None:
+    messages, left = subtransactions_at_random(random.Random(seed))
+    decoder = fed(*messages, stream_commit(7, 100, 140))
+    assert decoder.commits[0].tables == left
 
 
 def test_a_streamed_transaction_that_is_aborted_leaves_nothing() -> None:

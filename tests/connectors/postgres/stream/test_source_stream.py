@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -188,3 +189,29 @@ def write_and_tell(cluster: Cluster, number: int) -> list[int]:
             assert row is not None
             told.append(int(row[0]))
     return told
+
+
+def test_amid_one_large_transaction_the_server_is_asked_how_far_it_is(cluster: Cluster) -> None:
+    """It says so by itself only when it has caught up, or half of `wal_sender_timeout` is over."""
+
+    async def run() -> None:
+        reports: list[tuple[int, bool]] = []
+        with fresh_database(cluster) as database, cluster.connect(database) as writer:
+            writer.execute("CREATE TABLE t (v int)")
+            async with opened(cluster, database) as source:
+                writer.execute("BEGIN; INSERT INTO t SELECT generate_series(1, 300000)")
+                await source.open(None)
+                stream, source.heartbeat_seconds = source._connected(), 0.01
+                report = stream.report
+
+                def noted(received: int, settled: int, *, reply: bool) -> None:
+                    reports.append((received, reply))
+                    report(received, settled, reply=reply)
+
+                stream.report = noted  # type: ignore[method-assign]  # what leaves is looked at, and leaves
+                assert not await everything(cluster, source)
+                writer.execute("ROLLBACK")
+        assert len(reports) > 10
+        assert all(reply for (before, _), (received, reply) in itertools.pairwise(reports) if received == before)
+
+    asyncio.run(run())
