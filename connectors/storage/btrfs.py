@@ -29,7 +29,6 @@ from connectors.storage.shelf import (
     Sidecar,
     as_storage_error,
     is_inside,
-    make_folder,
     nearest_existing,
     remove_tree,
     require_names,
@@ -127,13 +126,12 @@ class BtrfsStorage:
 
     def _snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         require_names(volumes)
-        folder = self._shelf.point_folder(point)
-        if folder.exists():
+        if self._shelf.present(point) is not None:
             return self._shelf.made_before(volumes, point, _look)
         with self._shelf.making():
             for volume in volumes:
                 _require_whole_subvolume(Path(volume.path))
-            make_folder(folder)
+            folder = self._shelf.make_point(point)
             try:
                 now = datetime.now(UTC)
                 planned = [Snapshot(each.name, self.name, str(folder / each.name), now, now) for each in volumes]
@@ -160,8 +158,7 @@ class BtrfsStorage:
             await self._threads.run(partial(self._delete, point), alone=point)
 
     def _delete(self, point: str) -> None:
-        folder = self._shelf.point_folder(point)
-        if folder.exists():
+        if (folder := self._shelf.present(point)) is not None:
             self._shelf.forget(point)
             _remove(folder)
             self._deleted_at = time.monotonic()
@@ -197,7 +194,7 @@ class BtrfsStorage:
     async def drop_clone(self, name: str) -> None:
         """Remove a clone."""
         with as_storage_error(f"removal of the clone {name}", denied=_DELETION_DENIED):
-            await self._threads.run(lambda: _remove(self._shelf.clone_folder(name)))
+            await self._threads.run(lambda: _remove(self._shelf.present_clone(name)))
 
     async def space(self) -> Space:
         """Give the room that is left."""

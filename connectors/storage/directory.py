@@ -30,7 +30,6 @@ from connectors.storage.shelf import (
     Sidecar,
     as_storage_error,
     is_inside,
-    make_folder,
     nearest_existing,
     remove_tree,
     require_names,
@@ -113,8 +112,7 @@ class DirectoryStorage:
 
     def _snapshot(self, volumes: Sequence[Volume], point: str, tag: str, stop: threading.Event) -> tuple[Snapshot, ...]:
         require_names(volumes)
-        folder = self._shelf.point_folder(point)
-        if folder.exists():
+        if self._shelf.present(point) is not None:
             return self._shelf.made_before(volumes, point, _look)
         for volume in volumes:
             if is_inside(self._shelf.folder, Path(volume.path)) and not self._leaves_out_itself(volume):
@@ -122,7 +120,7 @@ class DirectoryStorage:
                 raise StorageError(message, hint="choose a folder outside every volume", retryable=False)
         with self._shelf.making():
             earlier = self._newest_whole()
-            make_folder(folder)
+            folder = self._shelf.make_point(point)
             try:
                 with _flushed(folder):
                     made = tuple(self._copy(volume, folder, earlier, stop) for volume in volumes)
@@ -174,8 +172,7 @@ class DirectoryStorage:
             await self._threads.run(partial(self._delete, point), alone=point)
 
     def _delete(self, point: str) -> None:
-        folder = self._shelf.point_folder(point)
-        if folder.exists():
+        if (folder := self._shelf.present(point)) is not None:
             self._shelf.forget(point)
             remove_tree(folder)
 
@@ -218,7 +215,7 @@ class DirectoryStorage:
     async def drop_clone(self, name: str) -> None:
         """Remove a clone."""
         with as_storage_error(f"removal of the clone {name}"):
-            await self._threads.run(lambda: remove_tree(self._shelf.clone_folder(name)), alone=f"clone {name}")
+            await self._threads.run(lambda: remove_tree(self._shelf.present_clone(name)), alone=f"clone {name}")
 
     async def space(self) -> Space:
         """Give the room that is left."""

@@ -8,6 +8,9 @@
 
 A sidecar is replaced by a rename of a flushed file, so it is the old one or the new one and never neither; one
 that is damaged counts as missing.
+
+Nobody else may write the folder, or one above it: whoever may could put a link in the place of anything here, and
+have us write where it leads. Points are closed to others, since what they hold belongs to the owner of the data.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from trigger.errors import StorageError
 from trigger.lock import lock
 from trigger.model import Finding, Severity, Snapshot, Space, Volume, is_point_id, tag_name
 from trigger.ports import Clone, Tagged
+from trigger.trusted import NotOursError, open_file, require_no_link, why_not_ours
 
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -38,6 +42,7 @@ _OUTER_POINTS = 2
 """The oldest and the newest one, which thinning leaves."""
 _NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
 _FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
+_POINT_MODE = 0o700  # what is in it belongs to the owner of the data, who could change it, or put links there
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ class Shelf:
                     retryable=False,
                 )
             self._keep(held)
+            self._close_points()
 
     def _keep(self, held: int) -> None:
         """Take what holds the folder for the claim, or let go of it where none is wanted any more."""
@@ -103,6 +109,24 @@ class Shelf:
                 self._claim = held
                 return
         os.close(held)
+
+    def _close_points(self) -> None:
+        """Close the points of earlier versions to others."""
+        for point in self.points():
+            with contextlib.suppress(OSError):  # a link, or a filesystem that cannot be written
+                descriptor = os.open(self.point_folder(point), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    os.fchmod(descriptor, _POINT_MODE)
+                finally:
+                    os.close(descriptor)
+
+    def require_ours(self, *inside: Path) -> None:
+        """Raise `NotOursError` where somebody else decides what the folder is, or the ones `inside`."""
+        for place in inside:
+            require_no_link(place)
+        for place in (self.folder, *inside):
+            if (found := why_not_ours(place)) is not None:
+                raise found
 
     def _ever_used(self) -> bool:
         if not self.folder.exists():
@@ -114,11 +138,12 @@ class Shelf:
             raise StorageError(refused.message, hint=refused.remedy, retryable=False)
 
     def refused(self) -> Finding | None:
-        """Give what keeps the folder from being one, a file or a broken link there or above it; None if nothing."""
+        """Give what keeps the folder from being one of ours: a file or a broken link there or above it, or others."""
         places = (self.folder, *self.folder.parents)
         found = next(place for place in places if os.path.lexists(place))
         if found.is_dir():
-            return None
+            alien = why_not_ours(self.folder)
+            return Finding(str(self.folder), Severity.REFUSED, alien.message, alien.remedy) if alien else None
         return Finding(str(self.folder), Severity.REFUSED, f"{found} is not a directory", _NOT_A_FOLDER_REMEDY)
 
     def close(self) -> None:
@@ -134,6 +159,19 @@ class Shelf:
         if not is_point_id(point):
             raise StorageError(f"not a point id: {point!r}", retryable=False)
         return self.folder / tag_name(point)
+
+    def present(self, point: str) -> Path | None:
+        """Give where a point lies if there is anything, for a change; raises `NotOursError` where that is not ours."""
+        folder = self.point_folder(point)
+        self.require_ours(folder)
+        return folder if folder.exists() else None
+
+    def make_point(self, point: str) -> Path:
+        """Make the folder of a new point."""
+        make_folder(self.folder)
+        folder = self.point_folder(point)
+        folder.mkdir(_POINT_MODE)
+        return folder
 
     def clone_folder(self, name: str) -> Path:
         """Give where a clone lies; raises `StorageError` for what is no clone's name."""
@@ -171,6 +209,7 @@ class Shelf:
 
     def write(self, point: str, sidecar: Sidecar) -> None:
         """Write or replace a point's sidecar durably."""
+        self.require_ours(self.point_folder(point))
         _write(self.point_folder(point) / "point.json", _sidecar_out(sidecar))
 
     def write_ahead(self, point: str, sidecar: Sidecar) -> None:
@@ -180,6 +219,7 @@ class Shelf:
     def forget(self, point: str) -> None:
         """Remove a point's sidecar durably: from here on the point is unfinished."""
         folder = self.point_folder(point)
+        self.require_ours(folder)
         (folder / "point.json").unlink(missing_ok=True)
         _flush_folder(folder)
 
@@ -211,15 +251,22 @@ class Shelf:
     def begin_clone(self, name: str, point: str, volumes: Sequence[str]) -> Clone:
         """Make the folder of a clone and note where it comes from; raises `StorageError` if the name is taken."""
         folder = self.clone_folder(name)
+        self.require_ours(folder.parent)
         make_folder(folder.parent)
         try:
-            folder.mkdir(_FOLDER_MODE)
+            _make_one(folder)
         except FileExistsError:
             hint = "drop it first, or choose another name"
             raise StorageError(f"the clone {name} exists already", hint=hint, retryable=False) from None
         content = {"point": point, "volumes": list(volumes), "created_at": datetime.now(UTC).isoformat()}
         _write(folder / "clone.json", content)
         return self._clone(folder)
+
+    def present_clone(self, name: str) -> Path:
+        """Give where a clone lies, for a change; raises `NotOursError` where that is not ours."""
+        folder = self.clone_folder(name)
+        self.require_ours(folder.parent, folder)
+        return folder
 
     def clones(self) -> list[Clone]:
         """Give all clones, the unfinished too."""
@@ -290,8 +337,8 @@ class Shelf:
         if kept >= self._budget:
             message = f"{self.folder}: {kept} points are kept, the budget is {self._budget}"
             raise StorageError(message, hint="delete points, or raise storage.budget")
+        self._require_folder_possible()
         if self._claim_wanted and self._claim is None:
-            self._require_folder_possible()
             make_folder(self.folder)
             self._take_claim()
 
@@ -318,7 +365,12 @@ def make_folder(folder: Path) -> None:
     if not folder.exists():
         make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(_FOLDER_MODE)
+            _make_one(folder)
+
+
+def _make_one(folder: Path) -> None:
+    folder.mkdir(_FOLDER_MODE)
+    folder.chmod(_FOLDER_MODE)  # whatever our umask is
 
 
 def nearest_existing(path: Path) -> Path:
@@ -339,6 +391,8 @@ def as_storage_error(doing: str, *, denied: str = "run as root, or as the owner 
     """
     try:
         yield
+    except NotOursError as error:
+        raise StorageError(f"{doing}: {error.message}", hint=error.remedy, retryable=False) from error
     except FileNotFoundError as error:
         raise StorageError(f"{doing}: {_words(error)}", retryable=False) from error
     except PermissionError as error:
@@ -368,13 +422,14 @@ def _flush_folder(folder: Path) -> None:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     fresh = path.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
     _write_flushed(fresh, content)
     fresh.replace(path)
     _flush_folder(path.parent)
 
 
 def _write_flushed(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w") as file:
+    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
         file.write(json.dumps({"content": content, "sha256": _digest(content)}) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -382,10 +437,11 @@ def _write_flushed(path: Path, content: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(path.read_text())
+        with os.fdopen(open_file(path), "rb") as file:
+            document = json.loads(file.read())
         content: dict[str, Any] = document["content"]
         return content if document["sha256"] == _digest(content) else None
-    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, NotOursError, KeyError, TypeError, ValueError):
         return None
 
 

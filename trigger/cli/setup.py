@@ -13,6 +13,7 @@ from trigger.cli import show
 from trigger.cli.arguments import LOCAL_CONFIG, SYSTEM_CONFIG, Config, Json, options
 from trigger.errors import ConfigError, PreflightError
 from trigger.model import Finding, Severity
+from trigger.trusted import why_not_ours
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
@@ -100,6 +101,7 @@ async def look(conninfo: str, databases: list[str], state_folder: Path) -> Propo
         mounts=read_mounts(),
         subvolume_of=subvolume_of,
         root=os.geteuid() == 0,
+        ours=lambda folder: why_not_ours(folder) is None,
     )
 
 

@@ -101,7 +101,7 @@ class StorageOptions(_Section):
 
     driver: Literal["directory", "btrfs"] = "directory"
     """`btrfs` cuts atomically and at once; `directory` copies what changed, on any filesystem."""
-    folder: WholePath = Field(examples=["/var/lib/postgresql/trigpoint-snapshots"])
+    folder: WholePath = Field(examples=["/var/lib/trigpoint/snapshots"])
     """The folder for snapshots and clones; for btrfs on the filesystem of the volumes."""
     budget: Annotated[int, Field(ge=2, le=100_000)] = 200
     """How many snapshots may exist; from nine tenths of it on older ones are thinned, which loses no commit."""

@@ -24,6 +24,7 @@ from trigger.ports import Agent, Database, Journal, Recovery, Source, Storage
 from trigger.restore.clones import Site
 from trigger.service import surroundings
 from trigger.shape import data
+from trigger.trusted import replace_file, why_not_ours
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,13 @@ async def connect(options: Options) -> Parts:
     The layout of the cluster is asked for and kept in the state folder, so that restores need no running cluster.
 
     Raises:
-        ConfigError: a driver's library is missing, or the cluster does not answer and was never seen before.
+        ConfigError: a driver's library is missing, the state folder is somebody else's to change, or the cluster does
+            not answer and was never seen before.
         CatalogError: the catalog cannot be opened.
     """
     host.make_passage(options.state_folder)
+    if (alien := why_not_ours(options.state_folder)) is not None:
+        raise ConfigError(f"state_folder: {alien.message}", hint=alien.remedy)
     volumes = options.volume_list
     database = _database(options)
     layout = await known_layout(database, options.state_folder)
@@ -162,9 +166,7 @@ async def known_layout(database: Database, state_folder: Path) -> Layout:
             raise
         log.info("the layout is the one last seen, since the cluster does not answer: %s", error.message)
         return _read_layout(kept.read_text())
-    fresh = kept.with_suffix(".new")
-    fresh.write_text(json.dumps(data(layout), indent=2))
-    fresh.replace(kept)
+    replace_file(kept, json.dumps(data(layout), indent=2))
     return layout
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from trigger.errors import ConfigError, TrigpointError
 from trigger.host import make_passage
 from trigger.lock import lock
+from trigger.trusted import NotOursError
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,15 @@ def socket_path(state_folder: Path) -> Path:
 
 @contextlib.contextmanager
 def only_one(state_folder: Path) -> Iterator[None]:
-    """Hold the state folder for one process; raises `ConfigError` where another holds it.
+    """Hold the state folder for one process; raises `ConfigError` where another holds it, or could change it.
 
     The lock is the kernel's own and ends with the process, however it ends.
     """
     make_passage(state_folder)
-    held = lock(state_folder / "lock")
+    try:
+        held = lock(state_folder / "lock")
+    except NotOursError as error:
+        raise ConfigError(f"state_folder: {error.message}", hint=error.remedy) from error
     if held is None:
         raise ConfigError(
             f"another trigpoint works in {state_folder}",

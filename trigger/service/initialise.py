@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from trigger.config.reference import sections, toml
@@ -38,6 +38,7 @@ def propose(
     mounts: Sequence[Mount],
     subvolume_of: Callable[[Path], Path],
     root: bool,
+    ours: Callable[[Path], bool] = lambda _: True,
 ) -> Proposal:
     """Give the configuration for a cluster.
 
@@ -49,45 +50,71 @@ def propose(
         mounts: the mounts of this host.
         subvolume_of: gives the root of the btrfs subvolume around a path on btrfs.
         root: whether we are root; an ordinary user may not delete btrfs snapshots everywhere.
+        ours: whether nobody else can change what lies in a folder, or what leads there.
     """
     parts = [("data", layout.data_directory)]
     if not layout.wal_directory.is_relative_to(layout.data_directory):
         parts.append(("wal", layout.wal_directory))
     parts += [(f"tablespace-{oid}", path) for oid, path in layout.tablespaces]
-    driver, volumes, folder, why = _storage(parts, mounts, subvolume_of, root=root)
+    host = _Host(mounts, subvolume_of, ours, root=root)
+    driver, volumes, folder, why = _storage(parts, host, state_folder)
     wanted = tuple(name for name in databases if name != "postgres") or tuple(databases)
     return Proposal("main", state_folder, conninfo, wanted, tuple(volumes), driver, folder, tuple(why))
 
 
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What is known of this host."""
+
+    mounts: Sequence[Mount]
+    subvolume_of: Callable[[Path], Path]
+    ours: Callable[[Path], bool]
+    _: KW_ONLY
+    root: bool
+
+    def beside(self, path: Path) -> Path | None:
+        """Give the nearest folder above `path`, on its filesystem, that nobody else can change; None where none is."""
+        mount = mount_of(path, self.mounts)
+        above = (folder for folder in path.parents if mount_of(folder, self.mounts) == mount)
+        return next((folder for folder in above if self.ours(folder)), None)
+
+
 def _storage(
-    parts: Sequence[tuple[str, Path]],
-    mounts: Sequence[Mount],
-    subvolume_of: Callable[[Path], Path],
-    *,
-    root: bool,
+    parts: Sequence[tuple[str, Path]], host: _Host, state_folder: Path
 ) -> tuple[str, list[tuple[str, Path]], Path, list[str]]:
     """Give driver, volumes, folder and the reasons: btrfs where all parts lie on it and a snapshot has a place."""
-    data = parts[0][1]
-    beside = data.parent / "trigpoint-snapshots"
-    kinds = {name: mount_of(path, mounts) for name, path in parts}
+    copies, where = _for_copies(parts[0][1], host, state_folder)
+    kinds = {name: mount_of(path, host.mounts) for name, path in parts}
     on = ", ".join(f"{name} on {mount.filesystem}" for name, mount in kinds.items())
     if any(mount.filesystem != "btrfs" for mount in kinds.values()):
-        return "directory", list(parts), beside, [f"{on}: files are copied (shared where the filesystem can)."]
-    if not root:
-        return "directory", list(parts), beside, [f"{on}, but only root can use its snapshots fully: files are shared."]
-    roots = _distinct([(name, subvolume_of(path)) for name, path in parts])
-    above = roots[0][1].parent
-    if any(path == Path("/") for _, path in roots) or mount_of(above, mounts) != kinds["data"]:
-        return (
-            "directory",
-            list(parts),
-            beside,
-            [
-                f"{on}, but there is no place for snapshots beside the subvolume of the data: files are shared.",
-                "For snapshots in an instant mount the top of the btrfs and put the data into a subvolume below it.",
-            ],
-        )
+        why = [f"{on}: files are copied (shared where the filesystem can).", *where]
+        return "directory", list(parts), copies, why
+    if not host.root:
+        why = [f"{on}, but only root can use its snapshots fully: files are shared.", *where]
+        return "directory", list(parts), copies, why
+    roots = _distinct([(name, host.subvolume_of(path)) for name, path in parts])
+    above = None if any(path == Path("/") for _, path in roots) else host.beside(roots[0][1])
+    if above is None:
+        why = [
+            f"{on}, but there is no place of root's for snapshots beside the subvolume of the data: files are shared.",
+            "For snapshots in an instant mount the top of the btrfs, let root own it, and put the data into a subvolume"
+            " below it.",
+            *where,
+        ]
+        return "directory", list(parts), copies, why
     return "btrfs", roots, above / "trigpoint", [f"{on}, in subvolumes: snapshots are atomic and at once."]
+
+
+def _for_copies(data: Path, host: _Host, state_folder: Path) -> tuple[Path, list[str]]:
+    """Give where copies belong, and what has to be said of it: beside the data where that is ours, else near by."""
+    if host.ours(data.parent):
+        return data.parent / "trigpoint-snapshots", []
+    whose = f"{data.parent} can be changed by others than us, so the snapshots lie elsewhere"
+    if mount_of(data, host.mounts) == mount_of(state_folder, host.mounts):
+        return state_folder / "snapshots", [f"{whose}, on the same filesystem."]
+    if (above := host.beside(data)) is not None:
+        return above / "trigpoint-snapshots", [f"{whose}, on the same filesystem."]
+    return state_folder / "snapshots", [f"{whose}, on another filesystem, where files share nothing with the data."]
 
 
 def _distinct(volumes: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:

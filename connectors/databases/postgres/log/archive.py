@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from connectors.databases.postgres.log.segments import SegmentFolder, give
+from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.programs import as_owner, last_lines, minimal_environment
 from trigger.errors import ConfigError, DatabaseError, JournalError
@@ -248,9 +248,7 @@ class ArchiveReader:
         except DatabaseError as error:
             raise JournalError(f"the server does not say where the journal has to begin: {error}") from error
         first = SegmentName(begin.history.timeline, begin.at // segments.segment_bytes)
-        mark = segments.file(first._replace(partial=True))
-        mark.touch(mode=0o600)
-        give(mark, self.owner)
+        segments.mark(first._replace(partial=True), self.owner)
         return first
 
     async def _next_timeline(self, segments: SegmentFolder, following: SegmentName) -> SegmentName | None:

@@ -310,8 +310,7 @@ def _mark(segments: SegmentFolder, mark: SegmentName, owner: tuple[int, int] | N
         if name.number >= mark.number and name.timeline != mark.timeline:
             segments.set_aside(name)
     if mark not in segments.in_sight() and mark._replace(partial=False) not in segments.in_sight():
-        segments.file(mark).touch(mode=0o600)
-        give(segments.file(mark), owner)
+        segments.mark(mark, owner)
 
 
 def _reaches(held: list[Extent], head: _Head) -> bool:
