@@ -73,7 +73,8 @@ def init(
     for why in found.why:
         show.say(why)
     option = "" if target in (SYSTEM_CONFIG, LOCAL_CONFIG) else f" -c {target}"
-    show.say(f"\nnext:  trigpoint check{option}      what stands in the way, with remedies")
+    show.say()
+    show.say(f"next:  trigpoint check{option}      what stands in the way, with remedies")
     show.say(f"       trigpoint explain{option}    what is protected, and what cannot be seen")
     show.say(f"       trigpoint run{option}        protect it")
 
@@ -145,7 +146,8 @@ def check(config: Config = None, as_json: Json = False) -> None:
     refused = sum(finding.severity is Severity.REFUSED for finding in findings)
     if refused:
         if not as_json:
-            show.say(f"\n{refused} of {len(findings)} refused: the service would not start")
+            show.say()
+            show.say(f"{refused} of {len(findings)} refused: the service would not start")
         raise typer.Exit(PreflightError.exit_code)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from trigger.config.reference import sections, toml
 from trigger.host import Mount, mount_of
 from trigger.model import Layout
+from trigger.shape import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def text(proposal: Proposal) -> str:
     ]
     for name, path in proposal.volumes:
         lines += ["", "[[volumes]]", *_line("volumes[].name", name), *_line("volumes[].path", path)]
-    lines += ["", "[storage]", *(f"# {why}" for why in proposal.why)]
+    lines += ["", "[storage]", *(f"# {plain(why)}" for why in proposal.why)]
     lines += [f"driver = {toml(proposal.driver)}", *_line("storage.folder", proposal.storage_folder)]
     lines += [*_line("storage.keep_free", "1GiB"), *_line("storage.budget", 200)]
     lines += ["", "[points]", *_line("points.min_interval_seconds", 1.0), *_line("points.per_minute", 60)]

@@ -125,9 +125,14 @@ def test_the_maintenance_database_is_left_out_where_there_is_another() -> None:
 
 
 @pytest.mark.parametrize("mounts", [EXT4, BTRFS])
-@pytest.mark.parametrize("name", ['we"ird', "bänk", "a\\b", "new\nline"])
+@pytest.mark.parametrize(
+    "name", ['we"ird', "bänk", "a\\b", "new\nline", "esc\x1b[2J", "del\x7f", "c1\x9b", "tag\U000e0001"]
+)
 def test_what_is_written_is_read_back_as_proposed(mounts: list[Mount], name: str) -> None:
-    found = proposed(layout(f"/srv/pg/{name}", tablespaces=((1, Path("/srv/pg/space")),)), mounts, databases=[name])
+    theirs = not_below("/srv/pg/theirs")
+    place = layout(f"/srv/pg/theirs/{name}/data", tablespaces=((1, Path("/srv/pg/space")),))
+    found = proposed(place, mounts, databases=[name], ours=theirs)
+    assert all(line.isprintable() for line in text(found).splitlines())
     read = parse(text(found), "written")
     assert tuple(read.database.databases) == (name,)
     assert tuple((volume.name, volume.path) for volume in read.volumes) == found.volumes
