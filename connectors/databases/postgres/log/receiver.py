@@ -14,7 +14,7 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ _COMMAND_SECONDS = 30.0
 _END_SECONDS = 10.0
 _WORDS_BYTES = 8192
 _SLOT_NAME = re.compile(r"[a-z0-9_]{1,63}")
+_SECRETS = frozenset({"password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret"})
+"""What of a connection string everybody on the host could read in `ps` (the keywords of libpq 18)."""
+_SERVICE = "trigpoint"
 _CANNOT_SERVE = re.compile(
     r"has already been removed|can no longer access replication slot|has been invalidated"
     r"|cannot read from replication slot"
@@ -67,8 +70,8 @@ class Receiver:
     """Runs `pg_receivewal` until cancelled, starts it again when it ends or stands still, and leads it over holes.
 
     Args:
-        conninfo: how to connect; needs a role with REPLICATION. A password in it goes to a file of mode 0600, never
-            into an argument vector.
+        conninfo: how to connect; needs a role with REPLICATION. Secrets in it go to files of mode 0600, never into an
+            argument vector.
         programs: of the server's version or a later one.
         slot: the physical slot; made where it is missing.
         owner: user and group id to run as; ignored where we are not root.
@@ -225,27 +228,57 @@ class Receiver:
 
     @contextlib.asynccontextmanager
     async def _arguments(self) -> AsyncIterator[tuple[list[str], dict[str, str]]]:
-        """Give the options and the environment with which the program connects; a password goes into a file."""
+        """Give the options and the environment with which the program connects; secrets go into files."""
         found = conninfo_to_dict(self._conninfo)
-        password = found.pop("password", None)
+        secrets = {name: str(found.pop(name)) for name in sorted(_SECRETS) if name in found}
         for name in ("dbname", "replication"):
             found.pop(name, None)
+        if set(secrets) - {"password"}:
+            if "service" in found:
+                raise psycopg.ProgrammingError(
+                    f"{', '.join(secrets)} belongs into the file of the service that is named"
+                )
+            found["service"] = _SERVICE
         option = [f"--dbname={make_conninfo('', **found)}", "--no-password"]
-        if password is None:
-            yield option, {}
+        environment = {name: os.environ[name] for name in ("PGSERVICEFILE",) if name in os.environ}
+        if not secrets:
+            yield option, environment
             return
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="trigpoint-"))
-        file = folder / "pgpass"
         try:
-            escaped = str(password).replace("\\", "\\\\").replace(":", "\\:")
-            file.touch(mode=0o600)
-            file.write_text(f"*:*:*:*:{escaped}\n")
-            for path in (file, folder):
-                give(path, self.owner)
-            yield option, {"PGPASSFILE": str(file)}
+            for variable, content in _secret_files(secrets).items():
+                file = folder / variable.lower()
+                file.touch(mode=0o600)
+                file.write_text(content)
+                give(file, self.owner)
+                environment[variable] = str(file)
+            give(folder, self.owner)
+            yield option, environment
         finally:
-            file.unlink(missing_ok=True)
-            folder.rmdir()
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _secret_files(secrets: Mapping[str, str]) -> dict[str, str]:
+    """Give the content of the files that libpq reads secrets from, by the variable that names each.
+
+    Raises:
+        psycopg.ProgrammingError: a secret cannot stand in such a file.
+    """
+    files = {}
+    others = dict(secrets)
+    if (password := others.pop("password", None)) is not None:
+        escaped = password.replace("\\", "\\\\").replace(":", "\\:")
+        files["PGPASSFILE"] = f"*:*:*:*:{escaped}\n"
+    for name, value in others.items():
+        if value != value.strip() or not value.isprintable():
+            raise psycopg.ProgrammingError(
+                f"{name} with a blank at an end, or an end of line, cannot be kept in a file"
+            )
+    if others:
+        files["PGSERVICEFILE"] = "\n".join(
+            [f"[{_SERVICE}]", *(f"{name}={value}" for name, value in others.items()), ""]
+        )
+    return files
 
 
 async def _head(connection: psycopg.AsyncConnection[Any]) -> _Head:
