@@ -25,14 +25,15 @@ from pathlib import Path
 
 from connectors.storage import libbtrfsutil
 from connectors.storage.shelf import (
+    MENDING,
     Shelf,
-    Sidecar,
     as_storage_error,
     is_inside,
     nearest_existing,
     remove_tree,
     require_names,
 )
+from connectors.storage.sidecar import Sidecar
 from connectors.threads import Threads
 from trigger.errors import StorageError
 from trigger.model import Finding, Severity, Snapshot, Space, Volume
@@ -67,7 +68,9 @@ class BtrfsStorage:
         if len(volumes) == 1:
             capabilities.add(Capability.ATOMIC_GROUP)
         self.capabilities = frozenset(capabilities)
-        self._shelf = Shelf(folder, budget=budget, wanted_free_bytes=wanted_free_bytes)
+        self._shelf = Shelf(
+            folder, budget=budget, wanted_free_bytes=wanted_free_bytes, driver=self.name, is_whole=_is_whole
+        )
         self._threads = Threads("btrfs")
         self._deleted_at = -math.inf
 
@@ -174,7 +177,7 @@ class BtrfsStorage:
         self._shelf.clone_folder(name)
         found = self._shelf.tagged(point, _look)
         if not found.complete:
-            raise StorageError(f"no whole snapshot of {point}", retryable=False)
+            raise StorageError(f"no whole snapshot of {point}", hint=MENDING, retryable=False)
         self._shelf.require_free()
         clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots])
         try:
@@ -243,6 +246,14 @@ def _look(kept: Snapshot) -> Snapshot | None:
     except FileNotFoundError:
         return None
     return replace(kept, ended_at=max(kept.began_at, made.created_at)) if made.read_only else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a snapshot is there; it is cut in one step."""
+    try:
+        return not path.is_symlink() and libbtrfsutil.is_subvolume(path) and libbtrfsutil.subvolume(path).read_only
+    except OSError:
+        return False
 
 
 def _remove(folder: Path) -> None:

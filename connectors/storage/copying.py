@@ -63,7 +63,7 @@ class Manifest:
             first, *lines = path.read_text().splitlines()
             rows = map(json.loads, lines)
             return cls(datetime.fromisoformat(json.loads(first)), {name: Seen(*row) for name, *row in rows})
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def holds_unchanged(self, name: str, seen: Seen) -> bool:

@@ -26,14 +26,15 @@ from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, can_reflink
 from connectors.storage.shelf import (
+    MENDING,
     Shelf,
-    Sidecar,
     as_storage_error,
     is_inside,
     nearest_existing,
     remove_tree,
     require_names,
 )
+from connectors.storage.sidecar import Sidecar
 from connectors.syncfs import flush, open_folder, syncfs
 from connectors.threads import Threads
 from trigger.errors import StorageError
@@ -66,7 +67,9 @@ class DirectoryStorage:
     ) -> None:
         reflinks = can_reflink(nearest_existing(folder))
         self.capabilities = frozenset({Capability.INSTANT_CLONE} if reflinks else ())
-        self._shelf = Shelf(folder, budget=budget, wanted_free_bytes=wanted_free_bytes)
+        self._shelf = Shelf(
+            folder, budget=budget, wanted_free_bytes=wanted_free_bytes, driver=self.name, is_whole=_is_whole
+        )
         self._paranoid = paranoid
         self._exclude = exclude or {}
         self._threads = Threads("directory")
@@ -191,7 +194,7 @@ class DirectoryStorage:
         folder = self._shelf.clone_folder(name)
         found = self._shelf.tagged(point, _look)
         if not found.complete:
-            raise StorageError(f"no whole snapshot of {point}", retryable=False)
+            raise StorageError(f"no whole snapshot of {point}", hint=MENDING, retryable=False)
         sizes = [Manifest.read(Path(f"{kept.location}.manifest")) for kept in found.snapshots]
         total = sum(sum(seen.size for seen in manifest.files.values()) for manifest in sizes if manifest)
         shares = Capability.INSTANT_CLONE in self.capabilities
@@ -230,6 +233,14 @@ class DirectoryStorage:
 def _look(kept: Snapshot) -> Snapshot | None:
     """Give a snapshot if it is there; the sidecar is written last, so what it names was whole."""
     return kept if Path(kept.location).is_dir() else None
+
+
+def _is_whole(copy: Path) -> bool:
+    """Whether a copy has every file that the list beside it names; it is written when the copy is done."""
+    manifest = Manifest.read(copy.with_name(f"{copy.name}.manifest"))
+    if manifest is None or not copy.is_dir() or copy.is_symlink():
+        return False
+    return all(os.path.lexists(copy / name) for name in manifest.files)
 
 
 @contextlib.contextmanager

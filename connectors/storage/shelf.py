@@ -7,7 +7,8 @@
                            <volume>             the writable copy
 
 A sidecar is replaced by a rename of a flushed file, so it is the old one or the new one and never neither; one
-that is damaged counts as missing.
+that is damaged, or cannot be read, counts as missing. The snapshots beside it are shown all the same, as far as they
+are whole by themselves, and with a new tag it is written anew.
 
 Nobody else may write the folder, or one above it: whoever may could put a link in the place of anything here, and
 have us write where it leads. Points are closed to others, since what they hold belongs to the owner of the data.
@@ -24,11 +25,11 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
 from trigger.errors import StorageError
 from trigger.lock import lock
 from trigger.model import Finding, Severity, Snapshot, Space, Volume, is_point_id, tag_name
@@ -40,24 +41,27 @@ _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _PREFIX = tag_name("")
 _OUTER_POINTS = 2
 """The oldest and the newest one, which thinning leaves."""
+MENDING = "where only its tag is damaged, `trigpoint reconcile` writes that anew"
 _NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
 _FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
 _POINT_MODE = 0o700  # what is in it belongs to the owner of the data, who could change it, or put links there
 
 
-@dataclass(frozen=True, slots=True)
-class Sidecar:
-    """What stands beside the snapshots of a point."""
-
-    tag: str
-    snapshots: tuple[Snapshot, ...]
-
-
 class Shelf:
     """The folder of one storage: its names, sidecars and room. Everything here blocks; call it in a thread."""
 
-    def __init__(self, folder: Path, *, budget: int, wanted_free_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        budget: int,
+        wanted_free_bytes: int,
+        driver: str = "",
+        is_whole: Callable[[Path], bool] = lambda _: False,
+    ) -> None:
         self.folder = folder
+        self._driver = driver
+        self._is_whole = is_whole  # whether a snapshot is, by itself, without what the sidecar says
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
         self._needed_bytes = 0
@@ -203,18 +207,18 @@ class Shelf:
         if content is None:
             return None
         try:
-            return Sidecar(content["tag"], tuple(_snapshot_in(folder, kept) for kept in content["snapshots"]))
+            return Sidecar(content["tag"], tuple(snapshot_in(folder, kept) for kept in content["snapshots"]))
         except (KeyError, TypeError, ValueError):
             return None
 
     def write(self, point: str, sidecar: Sidecar) -> None:
         """Write or replace a point's sidecar durably."""
         self.require_ours(self.point_folder(point))
-        _write(self.point_folder(point) / "point.json", _sidecar_out(sidecar))
+        _write(self.point_folder(point) / "point.json", sidecar_out(sidecar))
 
     def write_ahead(self, point: str, sidecar: Sidecar) -> None:
         """Write a point's first sidecar; its content is durable, its name with the filesystem's next commit."""
-        _write_flushed(self.point_folder(point) / "point.json", _sidecar_out(sidecar))
+        _write_flushed(self.point_folder(point) / "point.json", sidecar_out(sidecar))
 
     def forget(self, point: str) -> None:
         """Remove a point's sidecar durably: from here on the point is unfinished."""
@@ -234,17 +238,29 @@ class Shelf:
         return found.snapshots
 
     def retag(self, point: str, tag: str) -> None:
-        """Replace the tag of a point; raises `StorageError` where there is none."""
+        """Replace the tag of a point, or write it anew; raises `StorageError` where there is no snapshot."""
         sidecar = self.read(point)
-        if sidecar is None:
+        snapshots = sidecar.snapshots if sidecar else self._untagged(point)
+        if not snapshots:
             raise StorageError(f"no snapshot of {point} to tag", retryable=False)
-        self.write(point, Sidecar(tag, sidecar.snapshots))
+        self.write(point, Sidecar(tag, snapshots))
+
+    def _untagged(self, point: str) -> tuple[Snapshot, ...]:
+        """Give the snapshots of a point without a sidecar that are whole by themselves; their times are a guess."""
+        folder = self.point_folder(point)
+        try:
+            made = datetime.fromtimestamp(folder.lstat().st_mtime, UTC)
+            names = sorted(found.name for found in folder.iterdir() if _VOLUME_NAME.fullmatch(found.name))
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+        whole = (name for name in names if self._is_whole(folder / name))
+        return tuple(Snapshot(name, self._driver, str(folder / name), made, made) for name in whole)
 
     def tagged(self, point: str, look: Callable[[Snapshot], Snapshot | None]) -> Tagged:
         """Give what there is of one point; `look` gives a snapshot as it is, None if it is not there whole."""
         sidecar = self.read(point)
         if sidecar is None:
-            return Tagged(point, None, (), complete=False)
+            return Tagged(point, None, self._untagged(point), complete=False)
         found = tuple(seen for kept in sidecar.snapshots if (seen := look(kept)) is not None)
         return Tagged(point, sidecar.tag, found, complete=len(found) == len(sidecar.snapshots))
 
@@ -441,35 +457,9 @@ def _read(path: Path) -> dict[str, Any] | None:
             document = json.loads(file.read())
         content: dict[str, Any] = document["content"]
         return content if document["sha256"] == _digest(content) else None
-    except (FileNotFoundError, NotADirectoryError, NotOursError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):  # of what cannot be read nothing else is known
         return None
 
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _sidecar_out(sidecar: Sidecar) -> dict[str, Any]:
-    return {"tag": sidecar.tag, "snapshots": [_snapshot_out(kept) for kept in sidecar.snapshots]}
-
-
-def _snapshot_out(snapshot: Snapshot) -> dict[str, Any]:
-    return {
-        "volume": snapshot.volume,
-        "driver": snapshot.driver,
-        "began_at": snapshot.began_at.isoformat(),
-        "ended_at": snapshot.ended_at.isoformat(),
-        "bytes_copied": snapshot.bytes_copied,
-    }
-
-
-def _snapshot_in(folder: Path, value: dict[str, Any]) -> Snapshot:
-    """Read one snapshot; its place follows from its name, so that a storage may be mounted somewhere else."""
-    return Snapshot(
-        value["volume"],
-        value["driver"],
-        str(folder / value["volume"]),
-        datetime.fromisoformat(value["began_at"]),
-        datetime.fromisoformat(value["ended_at"]),
-        value["bytes_copied"],
-    )
