@@ -201,13 +201,10 @@ class Copier:
         self.require_room(size)
         place = 0
         while place < size:
-            try:
-                place = os.lseek(source, place, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:  # it says that the rest is a hole
-                    raise
+            data = _sought(source, place, os.SEEK_DATA)
+            if data is None:
                 break
-            end = min(os.lseek(source, place, os.SEEK_HOLE), size)
+            place, end = data, min(_sought(source, data, os.SEEK_HOLE) or 0, size)
             os.lseek(copy, min(place, size), os.SEEK_SET)
             while place < end:
                 self._require_going_on()
@@ -223,6 +220,16 @@ class Copier:
     def _require_going_on(self) -> None:
         if self.stop.is_set():
             raise InterruptedError(errno.EINTR, "the copy was called off")
+
+
+def _sought(source: int, place: int, what: int) -> int | None:
+    """Give where the next data or hole of a file begins; None where the file has none, or ends before by now."""
+    try:
+        return os.lseek(source, place, what)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
 
 
 _CANNOT_REFLINK = frozenset(
