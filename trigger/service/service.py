@@ -30,6 +30,7 @@ from trigger.protect.qualify import Rules
 from trigger.protect.window import Collected, Window
 from trigger.service.connect import Parts, SystemClock, check, connect
 from trigger.service.control import only_one, serve
+from trigger.service.detached import Detached
 from trigger.service.upkeep import Upkeep
 from trigger.shape import data
 
@@ -176,6 +177,7 @@ async def run(options: Options, *, force: bool = False, ready: Callable[[Service
     Raises:
         TrigpointError: what no waiting can help, of whatever part it came.
     """
+    asyncio.get_running_loop().set_default_executor(Detached())
     async with alone(options) as parts:
         await preflight(parts, force=force)
         service = await begin(parts)

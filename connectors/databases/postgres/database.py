@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -15,6 +16,7 @@ from psycopg import conninfo as dsn
 from connectors.databases.postgres import preflight
 from connectors.databases.postgres.stream.copyboth import CopyBoth
 from connectors.databases.postgres.stream.source import PostgresSource
+from connectors.threads import Threads
 from trigger.errors import ConfigError, DatabaseError, SourceError
 from trigger.model import Bracket, Finding, Layout, Retained, Volume
 from trigger.position import History, Lineage, Lsn, Position
@@ -113,6 +115,7 @@ class Postgres:
         self.name = name
         self.bin_directory = bin_directory
         self.password_file = password_file
+        self._threads = Threads("data")
         self._deadline_seconds = deadline_seconds
         self._slow_deadline_seconds = slow_deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
@@ -256,7 +259,7 @@ class Postgres:
             DatabaseError: no answer, the role may not read the settings, or the files are not on this host.
         """
         version, data, segment_bytes, spaces, files = await self._ask(_LAYOUT)
-        return await asyncio.to_thread(_look_at_files, version, data, segment_bytes, spaces, files)
+        return await self._threads.run(partial(_look_at_files, version, data, segment_bytes, spaces, files))
 
     async def archived(self) -> str:
         """Give the file of the log that the server archived last, "" for none; raises `DatabaseError`."""
@@ -283,7 +286,7 @@ class Postgres:
             layout = await self.layout()
         except DatabaseError as error:
             return [*findings, preflight.unreachable(error)]
-        return findings + await asyncio.to_thread(preflight.check_paths, layout, volumes)
+        return findings + await self._threads.run(partial(preflight.check_paths, layout, volumes))
 
     async def explain(self) -> list[Finding]:
         """Give what a source of this cluster's version cannot see, and what is done about it."""

@@ -14,12 +14,14 @@ import re
 import signal
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.programs import as_owner, last_lines, minimal_environment
+from connectors.threads import Threads
 from trigger.errors import ConfigError, DatabaseError, JournalError
 from trigger.model import Finding, Severity
 from trigger.position import History, Position
@@ -106,6 +108,7 @@ class ArchiveReader:
         self._fetch_seconds = fetch_seconds
         self._late_seconds = late_seconds
         self._refusal: _Refusal | None = None
+        self._threads = Threads("restore_command")
         self._broken = ""
         self._late = ""
         self._finished_since: float | None = None
@@ -121,7 +124,7 @@ class ArchiveReader:
             return [Finding(_COMMAND, Severity.WARNING, "not tried, since the server has archived no segment", _FEED)]
         with tempfile.TemporaryDirectory(prefix="trigpoint-") as folder:
             path = Path(folder) / name
-            refusal = await asyncio.to_thread(self._ask, segment_bytes, name, path, _TRY_SECONDS)
+            refusal = await self._threads.run(partial(self._ask, segment_bytes, name, path, _TRY_SECONDS))
         if refusal is None:
             return [Finding(_COMMAND, Severity.OK, f"brings {name}, which the server archived last")]
         message = f"does not bring {name}, which the server archived last: {refusal.why}"
@@ -195,7 +198,7 @@ class ArchiveReader:
         """
         following = await self._resume(segments)
         while True:
-            if await asyncio.to_thread(self.fetch, segments, following.text(segments.segment_bytes)):
+            if await segments.threads.run(partial(self.fetch, segments, following.text(segments.segment_bytes))):
                 self._broken, self._late, self._finished_since = "", "", None
                 following = SegmentName(following.timeline, following.number + 1)
                 continue
@@ -205,7 +208,7 @@ class ArchiveReader:
                 continue
             if refusal is not None:
                 await self._judge(following, segments.segment_bytes, refusal)
-            await asyncio.to_thread(self._fill, segments, following)
+            await segments.threads.run(partial(self._fill, segments, following))
             await asyncio.sleep(self._poll_seconds)
 
     async def _judge(self, following: SegmentName, segment_bytes: int, refusal: _Refusal) -> None:
@@ -237,7 +240,7 @@ class ArchiveReader:
 
     async def _resume(self, segments: SegmentFolder) -> SegmentName:
         """Give behind what is held; where nothing is, the beginning, which an empty partial segment keeps in mind."""
-        names = await asyncio.to_thread(segments.names)
+        names = await segments.threads.run(segments.names)
         if held := [name for name in names if not name.partial]:
             newest = max(held)
             return SegmentName(newest.timeline, newest.number + 1)
@@ -254,9 +257,9 @@ class ArchiveReader:
     async def _next_timeline(self, segments: SegmentFolder, following: SegmentName) -> SegmentName | None:
         """Give where a timeline that left this one goes on; None while the archive knows of none."""
         for timeline in itertools.count(following.timeline + 1):
-            if not await asyncio.to_thread(self.fetch, segments, f"{timeline:08X}.history"):
+            if not await segments.threads.run(partial(self.fetch, segments, f"{timeline:08X}.history")):
                 return None
-            lineage = await asyncio.to_thread(segments.lineage, History("", timeline))
+            lineage = await segments.threads.run(partial(segments.lineage, History("", timeline)))
             left = dict(lineage.forks).get(following.timeline)
             if left is not None:
                 return SegmentName(timeline, left // segments.segment_bytes)

@@ -6,8 +6,8 @@ business: `receiver` streams them, `archive` reads them from an archive that is 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -69,17 +69,17 @@ class PostgresJournal:
         Raises:
             JournalError: the folder holds the log of another cluster, or cannot be made.
         """
-        await asyncio.to_thread(self._segments.make, self._feed.owner)
+        await self._segments.threads.run(partial(self._segments.make, self._feed.owner))
         await self._feed.run(self._segments)
 
     async def extents(self) -> list[Extent]:
         """Give what it holds without a hole, by timeline and position; damaged segments are not held."""
-        await asyncio.to_thread(self._audit.load)
-        return await asyncio.to_thread(self._segments.extents)
+        await self._segments.threads.run(self._audit.load)
+        return await self._segments.threads.run(self._segments.extents)
 
     async def lineage(self, history: History) -> Lineage:
         """Give the past of `history` by its timeline history file; raises `JournalError` where that is not held."""
-        return await asyncio.to_thread(self._segments.lineage, history)
+        return await self._segments.threads.run(partial(self._segments.lineage, history))
 
     async def audit(self) -> list[Finding]:
         """Give all that is wrong with the segments by now, and what hinders the feed at present."""
@@ -100,9 +100,9 @@ class PostgresJournal:
         Raises:
             JournalError: part of the stretch is missing or damaged; the message names the first such segment.
         """
-        await asyncio.to_thread(self._audit.load)
+        await self._segments.threads.run(self._audit.load)
         try:
-            return await asyncio.to_thread(self._stage, start, target, folder, progress)
+            return await self._segments.threads.run(partial(self._stage, start, target, folder, progress))
         except OSError as error:
             raise JournalError(
                 f"the log could not be staged in {folder}: {error}", hint="see that the folder can be written"
@@ -117,7 +117,7 @@ class PostgresJournal:
     async def release(self, before: Lsn) -> int:
         """Delete the segments that lie wholly before `before`; gives how many. History files stay: they are tiny."""
         async with self._audit.between_segments:
-            return await asyncio.to_thread(self._release, before)
+            return await self._segments.threads.run(partial(self._release, before))
 
     def _release(self, before: Lsn) -> int:
         going = self._segments.before(before)

@@ -16,6 +16,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from connectors.databases.postgres.log.segments import SegmentFolder, give
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.programs import Programs, as_owner, last_lines, minimal_environment
+from connectors.threads import Threads
 from trigger.errors import ConfigError, JournalError
 from trigger.model import Extent, Finding, Severity
 from trigger.position import History, Lineage, Lsn
@@ -95,6 +97,7 @@ class Receiver:
         self.owner = owner
         self._stall_seconds = stall_seconds
         self._trouble = ""
+        self._threads = Threads("pg_receivewal")
 
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
         """Whether a file is in the folder; a stream cannot be asked for one."""
@@ -136,9 +139,9 @@ class Receiver:
         try:
             async with self._connect() as connection:
                 head = await _head(connection)
-                await asyncio.to_thread(_require_same_cluster, segments, head)
+                await segments.threads.run(partial(_require_same_cluster, segments, head))
                 await _make_slot(connection, self._slot)
-            await asyncio.to_thread(_drop_half_made, segments)
+            await segments.threads.run(partial(_drop_half_made, segments))
             async with self._arguments() as (option, environment):
                 return await self._supervise(segments, option, environment)
         except (TimeoutError, OSError, psycopg.Error) as error:
@@ -180,7 +183,7 @@ class Receiver:
             await asyncio.sleep(pause)
             pause = min(self._stall_seconds / 4, 5.0)
             try:
-                held = await asyncio.to_thread(segments.extents)
+                held = await segments.threads.run(segments.extents)
                 head = await self._head()
             except (TimeoutError, OSError, psycopg.Error):
                 continue  # the program notices for itself that the server, or its folder, is gone
@@ -210,7 +213,9 @@ class Receiver:
                     await connection.execute(f"DROP_REPLICATION_SLOT {self._slot} WAIT".encode())
                     begin = await _make_slot(connection, self._slot) or (head.timeline, head.written)
             timeline, number = begin[0], begin[1] // segments.segment_bytes
-            await asyncio.to_thread(_mark, segments, SegmentName(timeline, number, partial=True), self.owner)
+            await segments.threads.run(
+                partial(_mark, segments, SegmentName(timeline, number, partial=True), self.owner)
+            )
         except (TimeoutError, psycopg.Error, OSError) as error:
             self._trouble = last_lines(f"{words}\n{error}")
 
@@ -244,7 +249,7 @@ class Receiver:
         if not secrets:
             yield option, environment
             return
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="trigpoint-"))
+        folder = Path(await self._threads.run(partial(tempfile.mkdtemp, prefix="trigpoint-")))
         try:
             for variable, content in _secret_files(secrets).items():
                 file = folder / variable.lower()
@@ -255,7 +260,7 @@ class Receiver:
             give(folder, self.owner)
             yield option, environment
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await self._threads.run(partial(shutil.rmtree, folder, ignore_errors=True))
 
 
 def _secret_files(secrets: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """A folder of write-ahead log segments and timeline history files: what it holds, staging from it, thinning it.
 
-All calls block on small file operations; the journals run them in threads.
+All calls block on small file operations; the journals run them in `threads`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectors.databases.postgres.log.wal import SegmentName, Slices, Tail, history_timeline, page_header, tail
+from connectors.threads import Threads
 from trigger.errors import JournalError, PositionError
 from trigger.model import Extent, StopKind, Target
 from trigger.ports import Progress
@@ -65,6 +66,8 @@ class SegmentFolder:
         self.aside = path / "left"
         self.segment_bytes = segment_bytes
         self.owner = owner
+        self.threads = Threads("journal", limit=24)
+        """Where calls of it run: a disk that hangs holds up the journal, and nothing else of the process."""
         self.damaged: dict[str, str] = {}
         """Segments in which the audit found damage, and what; they are not held."""
 
