@@ -207,7 +207,7 @@ class RuleOptions(_Section):
     markers: Annotated[list[Glob], Field(min_length=1)] | None = Field(default=None, examples=[["payroll-*"]])
     """Globs over markers; at least one of the commit's markers must match one."""
     expression: str | None = Field(default=None, examples=["rows > 1000 || markers.exists(m, m == 'close-of-day')"])
-    """A CEL expression over the facts of the commit that must be true."""
+    """A CEL expression over the facts of the commit that must be true; so is one that would take too long."""
 
 
 class VerifyAssertion(_Section):
