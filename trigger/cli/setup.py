@@ -70,7 +70,7 @@ def init(
             ("storage", f"{found.driver} in {found.storage_folder}"),
         ]
     )
-    for why in found.why:
+    for why in (*found.why, *found.points_why):
         show.say(why)
     option = "" if target in (SYSTEM_CONFIG, LOCAL_CONFIG) else f" -c {target}"
     show.say()
@@ -81,7 +81,7 @@ def init(
 
 async def look(conninfo: str, databases: list[str], state_folder: Path) -> Proposal:
     """Give the proposal for the cluster behind `conninfo`; raises `DatabaseError` where it does not answer."""
-    from trigger.host import read_mounts, subvolume_of
+    from trigger.host import free_bytes, read_mounts, subvolume_of
     from trigger.service.connect import driver
     from trigger.service.initialise import propose
 
@@ -103,6 +103,7 @@ async def look(conninfo: str, databases: list[str], state_folder: Path) -> Propo
         subvolume_of=subvolume_of,
         root=os.geteuid() == 0,
         ours=lambda folder: why_not_ours(folder) is None,
+        free_bytes=free_bytes,
     )
 
 

@@ -20,9 +20,9 @@ from trigger.catalog.catalog import Catalog
 from trigger.config.options import Options
 from trigger.errors import AgentError, ConfigError, DatabaseError
 from trigger.model import Finding, Layout, Severity, Volume
-from trigger.ports import Agent, Database, Journal, Recovery, Source, Storage
+from trigger.ports import Agent, Capability, Database, Journal, Recovery, Source, Storage
 from trigger.restore.clones import Site
-from trigger.service import surroundings
+from trigger.service import costs, surroundings
 from trigger.shape import data
 from trigger.trusted import replace_file, why_not_ours
 
@@ -195,6 +195,7 @@ async def check(parts: Parts) -> list[Finding]:
     findings = await parts.database.check(parts.volumes)
     findings += await parts.storage.check(parts.volumes)
     findings += await parts.journal.check()
+    findings.append(await asyncio.to_thread(_cost, parts))
     findings += await asyncio.to_thread(surroundings.check, parts.options, parts.volumes)
     for agent in parts.agents:
         try:
@@ -203,3 +204,11 @@ async def check(parts: Parts) -> list[Finding]:
         except AgentError as error:
             findings.append(Finding(f"agent {agent.name}", Severity.REFUSED, error.message, error.hint))
     return findings
+
+
+def _cost(parts: Parts) -> Finding:
+    """Give what a day of points costs, by the room where the journal lies or will lie."""
+    folder = parts.options.journal_folder
+    free_bytes = host.free_bytes(folder)
+    bracketed = Capability.ATOMIC_GROUP not in parts.storage.capabilities
+    return costs.look(parts.options.points, parts.layout.wal_segment_bytes, free_bytes, bracketed=bracketed)

@@ -12,6 +12,7 @@ from pathlib import Path
 from trigger.config.reference import sections, toml
 from trigger.host import Mount, mount_of
 from trigger.model import Layout
+from trigger.service import costs
 from trigger.shape import plain
 
 
@@ -28,6 +29,10 @@ class Proposal:
     storage_folder: Path
     why: tuple[str, ...]
     """Why this storage, for people; one sentence each."""
+    interval_seconds: float = 1.0
+    """How far apart points are to be: rare, where each of them costs log."""
+    points_why: tuple[str, ...] = ()
+    """Why so far apart; nothing where a point costs next to nothing."""
 
 
 def propose(
@@ -40,6 +45,7 @@ def propose(
     subvolume_of: Callable[[Path], Path],
     root: bool,
     ours: Callable[[Path], bool] = lambda _: True,
+    free_bytes: Callable[[Path], int] = lambda _: 1 << 50,
 ) -> Proposal:
     """Give the configuration for a cluster.
 
@@ -51,6 +57,7 @@ def propose(
         mounts: the mounts of this host.
         subvolume_of: gives the root of the btrfs subvolume around a path on btrfs.
         root: whether we are root; an ordinary user may not delete btrfs snapshots everywhere.
+        free_bytes: gives how much is free where a path lies.
         ours: whether nobody else can change what lies in a folder, or what leads there.
     """
     parts = [("data", layout.data_directory)]
@@ -60,7 +67,23 @@ def propose(
     host = _Host(mounts, subvolume_of, ours, root=root)
     driver, volumes, folder, why = _storage(parts, host, state_folder)
     wanted = tuple(name for name in databases if name != "postgres") or tuple(databases)
-    return Proposal("main", state_folder, conninfo, wanted, tuple(volumes), driver, folder, tuple(why))
+    interval, points_why = 1.0, tuple[str, ...]()
+    if driver != "btrfs" or len(volumes) > 1:
+        interval, points_why = _rare(layout.wal_segment_bytes, free_bytes(state_folder))
+    found = tuple(volumes)
+    return Proposal("main", state_folder, conninfo, wanted, found, driver, folder, tuple(why), interval, points_why)
+
+
+def _rare(segment_bytes: int, free_bytes: int) -> tuple[float, tuple[str, ...]]:
+    """Give how far apart points inside the backup bracket are to be, and why."""
+    seconds = costs.proposed_interval_seconds(segment_bytes, free_bytes)
+    each = costs.SEGMENTS_A_POINT * segment_bytes >> 20
+    a_day = costs.SEGMENTS_A_POINT * segment_bytes * costs.DAY_SECONDS // seconds >> 20
+    return float(seconds), (
+        f"Each point makes a checkpoint and ends {costs.SEGMENTS_A_POINT} segments of log, {each} MiB in the journal:"
+        f" at most {a_day} MiB a day like this, with {free_bytes >> 20} MiB free.",
+        "Every commit between two is restored exactly too, from the journal; `trigpoint point` takes a point at once.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +166,12 @@ def text(proposal: Proposal) -> str:
     lines += ["", "[storage]", *(f"# {plain(why)}" for why in proposal.why)]
     lines += [f"driver = {toml(proposal.driver)}", *_line("storage.folder", proposal.storage_folder)]
     lines += [*_line("storage.keep_free", "1GiB"), *_line("storage.budget", 200)]
-    lines += ["", "[points]", *_line("points.min_interval_seconds", 1.0), *_line("points.per_minute", 60)]
-    lines += [*_line("points.restore_objective_seconds", 30.0), *_line("points.catch_all_seconds", 300.0), *_RULES]
+    interval = proposal.interval_seconds
+    lines += ["", "[points]", *(f"# {plain(why)}" for why in proposal.points_why)]
+    lines += [*_line("points.min_interval_seconds", interval), *_line("points.per_minute", 60)]
+    lines += _line("points.max_delay_seconds", max(60.0, interval))
+    lines += _line("points.restore_objective_seconds", 30.0)
+    lines += [*_line("points.catch_all_seconds", max(300.0, interval)), *_RULES]
     return "\n".join(lines) + "\n"
 
 
