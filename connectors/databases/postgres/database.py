@@ -14,7 +14,7 @@ import psycopg
 from psycopg import conninfo as dsn
 
 from connectors.databases.postgres import preflight
-from connectors.databases.postgres.stream.copyboth import CopyBoth
+from connectors.databases.postgres.stream.copyboth import CopyBoth, way_in
 from connectors.databases.postgres.stream.source import PostgresSource
 from connectors.threads import Threads
 from trigger.errors import ConfigError, DatabaseError, SourceError
@@ -375,7 +375,7 @@ def _with_password_file(conninfo: str, password_file: Path | None) -> str:
 def _failed(what: str, error: psycopg.Error) -> DatabaseError:
     words = " ".join(str(error).split())
     for_good = (error.sqlstate or "").startswith(_FOR_GOOD)
-    hint = "look at the role's rights, the name of the database and pg_hba.conf" if for_good else ""
+    hint = way_in(words, for_good=for_good)
     return DatabaseError(f"{what}: {words}", hint=hint, retryable=not for_good)
 
 
