@@ -156,7 +156,7 @@ async def _check(chosen: Options) -> list[Finding]:
     from trigger.service.connect import check as check_parts
     from trigger.service.service import opened
 
-    async with opened(chosen) as parts:
+    async with opened(chosen, only_look=True) as parts:
         return await check_parts(parts)
 
 

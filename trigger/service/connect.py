@@ -79,9 +79,10 @@ class SystemClock:
         return datetime.now(UTC)
 
 
-async def connect(options: Options) -> Parts:
+async def connect(options: Options, *, only_look: bool = False) -> Parts:
     """Give the parts that `options` name; nothing is changed in the world but the state folder.
 
+    With `only_look` a state folder that somebody else could change is no error: the pre-flight check says it.
     The layout of the cluster is asked for and kept in the state folder, so that restores need no running cluster.
 
     Raises:
@@ -90,7 +91,7 @@ async def connect(options: Options) -> Parts:
         CatalogError: the catalog cannot be opened.
     """
     host.make_passage(options.state_folder)
-    if (alien := why_not_ours(options.state_folder)) is not None:
+    if not only_look and (alien := why_not_ours(options.state_folder)) is not None:
         raise ConfigError(f"state_folder: {alien.message}", hint=alien.remedy)
     volumes = options.volume_list
     database = _database(options)

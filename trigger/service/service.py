@@ -196,9 +196,9 @@ async def leave_nothing_undone(parts: Parts) -> None:
 
 
 @contextlib.asynccontextmanager
-async def opened(options: Options) -> AsyncIterator[Parts]:
-    """Hold the parts of a service, connected; they are let go of at the end."""
-    parts = await connect(options)
+async def opened(options: Options, *, only_look: bool = False) -> AsyncIterator[Parts]:
+    """Hold the parts of a service, connected (see `connect`); they are let go of at the end."""
+    parts = await connect(options, only_look=only_look)
     try:
         yield parts
     finally:

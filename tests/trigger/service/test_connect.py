@@ -56,9 +56,12 @@ def test_a_state_folder_of_another_is_refused_before_anything_is_written_there()
     with deployment(15, "directory") as deployed:
         deployed.state.mkdir()
         os.chown(deployed.state, *deployed.cluster.owner)
-        for command in ("check", "point", "run"):
+        for command in ("point", "run", "verify"):
             done = deployed.trigpoint(command, check=False)
             assert done.returncode == 2
             assert f"state_folder: {deployed.state} belongs to user {deployed.cluster.owner[0]}" in done.stderr
             assert "hint:" in done.stderr
         assert list(deployed.state.iterdir()) == []
+        done = deployed.trigpoint("check", check=False)
+        assert done.returncode == 3
+        assert f"refused  state folder: {deployed.state} belongs to user" in done.stdout
