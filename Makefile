@@ -3,6 +3,7 @@
 #   REQUIRE=all   a test that this machine cannot run is a failure; else it is left out, and named at the end
 #   ARGS="..."    more arguments for pytest or for the demo
 #   PYTHON=...    the Python to make .venv with
+#   PREFIX=...    where `make install` puts the program; UNITS=... where it puts the unit
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,12 +13,14 @@ SHELL := /bin/bash
 PYTHON ?=
 REQUIRE ?=
 ARGS ?=
+PREFIX ?= /opt/trigpoint
+UNITS ?= /etc/systemd/system
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest $(if $(filter all,$(REQUIRE)),,--leave-out-missing)
 
 BENCHMARKS := $(filter-out record __init__,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 
-.PHONY: help demo test quick lint campaign bench wheel clean packages
+.PHONY: help demo test quick lint campaign bench install wheel clean packages
 
 help: ## list what there is to do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +48,13 @@ bench: packages .venv/.dev ## the benchmarks; figures into benchmarks/results, b
 	    echo "== $$name"; \
 	    $(BIN)/python -m benchmarks.$$name --json "benchmarks/results/$$(date -u +%F)-$$name.json" $(ARGS); \
 	done
+
+install: ## as root: the program into PREFIX, the unit for systemd beside the others; starts nothing
+	@python3 -m venv $(PREFIX)
+	@$(PREFIX)/bin/pip install --quiet '.[postgres]'
+	@install -d $(UNITS)
+	@sed 's|/opt/trigpoint/bin/|$(PREFIX)/bin/|' configs/systemd/trigpoint@.service > $(UNITS)/trigpoint@.service
+	@echo "next: $(PREFIX)/bin/trigpoint init; then check; then systemctl enable --now trigpoint@trigpoint"
 
 wheel: .venv/.dev ## build the wheel into dist
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

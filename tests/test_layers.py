@@ -75,7 +75,7 @@ DRIVER_LIBRARIES = {
 }
 """Library -> the one package of `connectors` that may import it."""
 
-CONNECTORS_MAY_USE = frozenset({"position", "errors", "model", "replay", "ports", "failpoint", "lock"})
+CONNECTORS_MAY_USE = frozenset({"position", "errors", "model", "replay", "ports", "failpoint", "lock", "trusted"})
 """What a driver knows of the service; with more it could not be written by a stranger, or tested alone."""
 
 DOORS = {

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trigger.errors import TrigpointError
+from trigger.trusted import NotOursError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +54,8 @@ def _words(error: Exception) -> tuple[str, str, int]:
     """Give message, hint and exit code."""
     if isinstance(error, TrigpointError):
         return error.message, error.hint, error.exit_code
+    if isinstance(error, NotOursError):
+        return error.message, error.remedy, 1
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         hint = "run it as the user that may, or as root" if isinstance(error, PermissionError) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ def subvolume_of(path: Path) -> Path:
 def read_mounts() -> list[Mount]:
     """Give the mounts that this process sees."""
     return mounts(Path("/proc/self/mountinfo").read_text(errors="replace"))
+
+
+def free_bytes(path: Path) -> int:
+    """Give how much is free on the filesystem that `path` lies on, or will lie on."""
+    room = os.statvfs(next(place for place in (path, *path.parents) if place.exists()))
+    return room.f_bavail * room.f_frsize
 
 
 def make_passage(folder: Path) -> None:

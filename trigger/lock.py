@@ -6,6 +6,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from trigger.trusted import open_file, open_ours
+
 
 def lock(path: Path) -> int | None:
     """Give a descriptor that holds `path` until it is closed; None where another one holds it. Never waits.
@@ -13,9 +15,14 @@ def lock(path: Path) -> int | None:
     The file is made where it is not there, readable by nobody else, and stays.
 
     Raises:
+        NotOursError: it is a link, or somebody else may write the folder that it lies in, or one above.
         OSError: it cannot be opened or made.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    folder = open_ours(path.parent)
+    try:
+        descriptor = open_file(Path(path.name), os.O_RDWR | os.O_CREAT, folder=folder)
+    finally:
+        os.close(folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

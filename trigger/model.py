@@ -418,6 +418,8 @@ class Layout:
     owner: int
     """The user id that owns the data, under which the servers of clones run."""
     group: int
+    log_file_bytes: int = 0
+    """The size of one file of the log, of which a bracket fills some; 0 where there are none."""
     driver: Mapping[str, Any] = field(default_factory=dict)
     """What only the driver reads, as JSON has it."""
 

@@ -271,6 +271,7 @@ class Tagged:
     tag: str | None
     """The text of the tag; None where it is missing or cannot be read."""
     snapshots: tuple[Snapshot, ...]
+    """Those that are there, whole; without a tag those that are it by themselves, as far as the storage can tell."""
     complete: bool
     """Whether every volume that the tag names is there, whole."""
 
@@ -323,7 +324,14 @@ class Storage(Protocol):
         ...
 
     async def retag(self, point: str, tag: str) -> None:
-        """Replace the tag of a point durably and at once (the old one or the new one, never neither)."""
+        """Replace the tag of a point durably and at once (the old one or the new one, never neither).
+
+        Where it is missing or cannot be read, and the snapshots are whole, it is written anew, for those that `tagged`
+        shows.
+
+        Raises:
+            StorageError: there is no snapshot, or it cannot be written.
+        """
         ...
 
     async def tagged(self) -> list[Tagged]:

@@ -1,15 +1,51 @@
-"""The one shape of our values as JSON: what `--json`, the control socket and records of clones have in common."""
+"""The one shape of our values: as JSON, for `--json`, control socket and records of clones; and as one line of text.
+
+Names, markers and notes are what others wrote: they may hold anything, sequences that command a terminal and ends of
+lines too. `plain` is what stands between them and whoever reads.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from trigger.position import History, Name, Place, Position
+
+_FOR_PEOPLE = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def plain(text: str) -> str:
+    """Give `text` in one line that commands no terminal: what cannot be printed is an escape, as Python has it.
+
+    That is every control character, ends of lines too, what turns the direction of writing or is not seen at all, and
+    halves of characters. Blanks of every width, and letters of every script, are left.
+    """
+    return "".join(each if _is_seen(each) else _FOR_PEOPLE.get(each) or _escaped(each) for each in text)
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Give `value` as JSON that commands no terminal either, and means the same."""
+    written = json.dumps(data(value), indent=indent, ensure_ascii=False)
+    return "".join(each if each == "\n" or _is_seen(each) else _as_json_escapes(each) for each in written)
+
+
+def _is_seen(character: str) -> bool:
+    return character.isprintable() or category(character) == "Zs"
+
+
+def _as_json_escapes(character: str) -> str:
+    return json.dumps(character)[1:-1].replace("\x7f", "\\u007f")
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 1 << 8 else f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}"
 
 
 def data(value: Any) -> Any:

@@ -21,9 +21,11 @@ import stat
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from connectors.threads import Threads
 from trigger.errors import AgentError
 
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -34,6 +36,7 @@ _LAST_LINES = 6
 _LINE_CHARACTERS = 300
 _REAP_SECONDS = 2.0
 _FILE_BYTES = 1 << 20
+_THREADS = Threads("hooks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ async def run_hook(hook: Hook, point: str) -> None:
             cancellation kills it too.
     """
     program = Path(hook.command[0]).resolve()
-    await asyncio.to_thread(require_trusted, program)
+    await _THREADS.run(partial(require_trusted, program))
     with _captured() as (pipe, output):
         process = await _started(hook, program, point, pipe)
         ended = await _ended(process, hook.deadline_seconds)

@@ -104,7 +104,7 @@ class MemoryStorage:
         """Replace the tag of a point."""
         await asyncio.sleep(0)
         kept = self._world.kept.get(point)
-        if kept is None or not kept.complete:
+        if kept is None or any(volume not in kept.cuts for volume in kept.wanted):
             raise StorageError(f"no whole snapshot of {point} to tag", retryable=False)
         kept.tag = tag
 

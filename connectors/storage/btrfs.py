@@ -25,15 +25,15 @@ from pathlib import Path
 
 from connectors.storage import libbtrfsutil
 from connectors.storage.shelf import (
+    MENDING,
     Shelf,
-    Sidecar,
     as_storage_error,
     is_inside,
-    make_folder,
     nearest_existing,
     remove_tree,
     require_names,
 )
+from connectors.storage.sidecar import Sidecar
 from connectors.threads import Threads
 from trigger.errors import StorageError
 from trigger.model import Finding, Severity, Snapshot, Space, Volume
@@ -68,7 +68,9 @@ class BtrfsStorage:
         if len(volumes) == 1:
             capabilities.add(Capability.ATOMIC_GROUP)
         self.capabilities = frozenset(capabilities)
-        self._shelf = Shelf(folder, budget=budget, wanted_free_bytes=wanted_free_bytes)
+        self._shelf = Shelf(
+            folder, budget=budget, wanted_free_bytes=wanted_free_bytes, driver=self.name, is_whole=_is_whole
+        )
         self._threads = Threads("btrfs")
         self._deleted_at = -math.inf
 
@@ -127,13 +129,12 @@ class BtrfsStorage:
 
     def _snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         require_names(volumes)
-        folder = self._shelf.point_folder(point)
-        if folder.exists():
+        if self._shelf.present(point) is not None:
             return self._shelf.made_before(volumes, point, _look)
         with self._shelf.making():
             for volume in volumes:
                 _require_whole_subvolume(Path(volume.path))
-            make_folder(folder)
+            folder = self._shelf.make_point(point)
             try:
                 now = datetime.now(UTC)
                 planned = [Snapshot(each.name, self.name, str(folder / each.name), now, now) for each in volumes]
@@ -160,8 +161,7 @@ class BtrfsStorage:
             await self._threads.run(partial(self._delete, point), alone=point)
 
     def _delete(self, point: str) -> None:
-        folder = self._shelf.point_folder(point)
-        if folder.exists():
+        if (folder := self._shelf.present(point)) is not None:
             self._shelf.forget(point)
             _remove(folder)
             self._deleted_at = time.monotonic()
@@ -177,7 +177,7 @@ class BtrfsStorage:
         self._shelf.clone_folder(name)
         found = self._shelf.tagged(point, _look)
         if not found.complete:
-            raise StorageError(f"no whole snapshot of {point}", retryable=False)
+            raise StorageError(f"no whole snapshot of {point}", hint=MENDING, retryable=False)
         self._shelf.require_free()
         clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots])
         try:
@@ -197,7 +197,7 @@ class BtrfsStorage:
     async def drop_clone(self, name: str) -> None:
         """Remove a clone."""
         with as_storage_error(f"removal of the clone {name}", denied=_DELETION_DENIED):
-            await self._threads.run(lambda: _remove(self._shelf.clone_folder(name)))
+            await self._threads.run(lambda: _remove(self._shelf.present_clone(name)))
 
     async def space(self) -> Space:
         """Give the room that is left."""
@@ -246,6 +246,14 @@ def _look(kept: Snapshot) -> Snapshot | None:
     except FileNotFoundError:
         return None
     return replace(kept, ended_at=max(kept.began_at, made.created_at)) if made.read_only else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a snapshot is there; it is cut in one step."""
+    try:
+        return not path.is_symlink() and libbtrfsutil.is_subvolume(path) and libbtrfsutil.subvolume(path).read_only
+    except OSError:
+        return False
 
 
 def _remove(folder: Path) -> None:

@@ -2,6 +2,10 @@
 
 Everything here blocks; call it in a thread. Files that vanish, shrink or grow meanwhile are normal: the tree is
 that of a running database, and its log repairs what the copy caught halfway.
+
+The owner of the tree may put a link in the place of any folder at any moment, also in an earlier copy of it. So each
+step goes from an open folder to the next one by its name, and no link is followed: nothing is read, written or
+shared outside.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trigger.model import to_microseconds
+from trigger.trusted import open_file
 
 _FICLONE = 0x40049409  # linux/fs.h
 _BLOCK_BYTES = 8 << 20
@@ -47,7 +52,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write it to `path`; not flushed."""
-        with path.open("w") as file:
+        with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
             file.write(json.dumps(self.began_at.isoformat()) + "\n")
             file.writelines(json.dumps([name, *seen]) + "\n" for name, seen in self.files.items())
 
@@ -58,7 +63,7 @@ class Manifest:
             first, *lines = path.read_text().splitlines()
             rows = map(json.loads, lines)
             return cls(datetime.fromisoformat(json.loads(first)), {name: Seen(*row) for name, *row in rows})
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def holds_unchanged(self, name: str, seen: Seen) -> bool:
@@ -100,48 +105,60 @@ class Copier:
         Raises:
             OSError: something cannot be read or written; `InterruptedError` where `stop` was set.
         """
-        try:
-            self._folder(source, target, "")
-        except _Vanished:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source)) from None
-
-    def _folder(self, source: Path, target: Path, inside: str) -> None:
-        with _may_vanish():
-            before, entries = source.stat(), os.scandir(source)
         target.mkdir(0o700)
-        with entries:
+        with contextlib.ExitStack() as open_folders:
+            place = _Place(
+                _opened(source, open_folders),
+                _opened(target, open_folders),
+                _opened(self.earlier, open_folders) if self.earlier and self.earlier.is_dir() else None,
+                "",
+            )
+            self._folder(place)
+
+    def _folder(self, place: _Place) -> None:
+        before = os.fstat(place.source)
+        with os.scandir(place.source) as entries:
             for entry in entries:
                 self._require_going_on()
-                name = f"{inside}{entry.name}"
+                name = f"{place.inside}{entry.name}"
                 if not self.leaves_out(name):
-                    with contextlib.suppress(_Vanished):
-                        self._entry(entry, target / entry.name, name)
-        _keep_attributes(target, before)
+                    with contextlib.suppress(_Vanished), _whole_name(name):
+                        self._entry(entry, place, name)
+        _keep_attributes(place.target, before)
 
-    def _entry(self, entry: os.DirEntry[str], target: Path, name: str) -> None:
+    def _entry(self, entry: os.DirEntry[str], place: _Place, name: str) -> None:
         if entry.is_symlink():
             with _may_vanish():
-                link, before = Path(entry.path).readlink(), entry.stat(follow_symlinks=False)
-            target.symlink_to(link)
+                link = os.readlink(entry.name, dir_fd=place.source)
+                before = entry.stat(follow_symlinks=False)
+            os.symlink(link, entry.name, dir_fd=place.target)
             if os.geteuid() == 0:
-                os.lchown(target, before.st_uid, before.st_gid)
-        elif entry.is_dir():
-            self._folder(Path(entry.path), target, f"{name}/")
-        elif entry.is_file():
+                os.chown(entry.name, before.st_uid, before.st_gid, dir_fd=place.target, follow_symlinks=False)
+        elif entry.is_dir(follow_symlinks=False):
+            with contextlib.ExitStack() as open_folders:
+                with _may_vanish():
+                    source = _opened(entry.name, open_folders, place.source)
+                os.mkdir(entry.name, 0o700, dir_fd=place.target)
+                target = _opened(entry.name, open_folders, place.target)
+                earlier = _opened_if_there(entry.name, open_folders, place.earlier)
+                self._folder(_Place(source, target, earlier, f"{name}/"))
+        elif entry.is_file(follow_symlinks=False):
             with _may_vanish():
-                source = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                source = os.open(entry.name, _READ | os.O_NONBLOCK, dir_fd=place.source)
             try:
-                self._file(source, target, name)
+                if stat.S_ISREG(os.fstat(source).st_mode):  # it was a file when it was looked at
+                    self._file(source, place, entry.name)
             finally:
                 os.close(source)
 
-    def _file(self, source: int, target: Path, name: str) -> None:
+    def _file(self, source: int, place: _Place, last: str) -> None:
+        name = f"{place.inside}{last}"
         before = os.fstat(source)
         seen = Seen(before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, before.st_dev)
         self.seen[name] = seen
-        if not self._share(source, target, name, seen):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            copy = os.open(target, flags, 0o600)
+        if not self._share(source, place, name, seen):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            copy = os.open(last, flags, 0o600, dir_fd=place.target)
             try:
                 if not self._reflink(source, copy):
                     self._bytes(source, copy, before.st_size)
@@ -151,15 +168,18 @@ class Copier:
         self.bytes_done += before.st_size
         self.told(self.bytes_done)
 
-    def _share(self, source: int, target: Path, name: str, seen: Seen) -> bool:
+    def _share(self, source: int, place: _Place, name: str, seen: Seen) -> bool:
         """Link the earlier copy of an unchanged file; gives whether that was right and possible."""
-        if self.known is None or self.earlier is None or not self.known.holds_unchanged(name, seen):
+        if self.known is None or place.earlier is None or not self.known.holds_unchanged(name, seen):
             return False
-        earlier = self.earlier / name
+        last = name.rpartition("/")[2]
         try:
-            if earlier.stat().st_size != seen.size or (self.compare and not _same_content(source, earlier)):
+            found = os.stat(last, dir_fd=place.earlier, follow_symlinks=False)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != seen.size:
                 return False
-            target.hardlink_to(earlier)
+            if self.compare and not _same_content(source, place.earlier, last):
+                return False
+            os.link(last, last, src_dir_fd=place.earlier, dst_dir_fd=place.target, follow_symlinks=False)
         except OSError:  # the earlier copy is being deleted, or has as many links as it may have
             return False
         return True
@@ -181,13 +201,10 @@ class Copier:
         self.require_room(size)
         place = 0
         while place < size:
-            try:
-                place = os.lseek(source, place, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:  # it says that the rest is a hole
-                    raise
+            data = _sought(source, place, os.SEEK_DATA)
+            if data is None:
                 break
-            end = min(os.lseek(source, place, os.SEEK_HOLE), size)
+            place, end = data, min(_sought(source, data, os.SEEK_HOLE) or 0, size)
             os.lseek(copy, min(place, size), os.SEEK_SET)
             while place < end:
                 self._require_going_on()
@@ -205,9 +222,57 @@ class Copier:
             raise InterruptedError(errno.EINTR, "the copy was called off")
 
 
+def _sought(source: int, place: int, what: int) -> int | None:
+    """Give where the next data or hole of a file begins; None where the file has none, or ends before by now."""
+    try:
+        return os.lseek(source, place, what)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
+
+
 _CANNOT_REFLINK = frozenset(
     {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EBADF}
 )
+
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _Place(NamedTuple):
+    """A folder of the tree, of the copy and of an earlier copy, all open; and the path inside the tree so far."""
+
+    source: int
+    target: int
+    earlier: int | None
+    inside: str
+
+
+def _opened(name: str | Path, stack: contextlib.ExitStack, folder: int | None = None) -> int:
+    """Open a folder, in another open one or by its path, until the stack ends."""
+    follow = os.O_DIRECTORY if folder is None else os.O_DIRECTORY | os.O_NOFOLLOW
+    descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | follow, dir_fd=folder)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _opened_if_there(name: str, stack: contextlib.ExitStack, folder: int | None) -> int | None:
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            return _opened(name, stack, folder)
+    return None
+
+
+@contextlib.contextmanager
+def _whole_name(name: str) -> Iterator[None]:
+    """Let an error name the file by its path inside the tree."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and not str(error.filename).startswith(("/", name)):
+            error.filename = name
+        raise
 
 
 class _Vanished(Exception):  # noqa: N818 - not an error: the database removed a file while it was looked at
@@ -219,21 +284,21 @@ def _may_vanish() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ESTALE):
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ESTALE):
             raise _Vanished from error
         raise
 
 
-def _keep_attributes(target: Path | int, before: os.stat_result) -> None:
+def _keep_attributes(target: int, before: os.stat_result) -> None:
     if os.geteuid() == 0:
-        os.chown(target, before.st_uid, before.st_gid)
-    os.chmod(target, stat.S_IMODE(before.st_mode))  # noqa: PTH101 - a path or a descriptor
+        os.fchown(target, before.st_uid, before.st_gid)
+    os.fchmod(target, stat.S_IMODE(before.st_mode))
     os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def _same_content(source: int, earlier: Path) -> bool:
+def _same_content(source: int, folder: int, name: str) -> bool:
     place = 0
-    with earlier.open("rb") as file:
+    with os.fdopen(os.open(name, _READ | os.O_NONBLOCK, dir_fd=folder), "rb") as file:
         while True:
             ours, theirs = os.pread(source, 1 << 20, place), file.read(1 << 20)
             if ours != theirs:

@@ -26,15 +26,15 @@ from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, can_reflink
 from connectors.storage.shelf import (
+    MENDING,
     Shelf,
-    Sidecar,
     as_storage_error,
     is_inside,
-    make_folder,
     nearest_existing,
     remove_tree,
     require_names,
 )
+from connectors.storage.sidecar import Sidecar
 from connectors.syncfs import flush, open_folder, syncfs
 from connectors.threads import Threads
 from trigger.errors import StorageError
@@ -67,7 +67,9 @@ class DirectoryStorage:
     ) -> None:
         reflinks = can_reflink(nearest_existing(folder))
         self.capabilities = frozenset({Capability.INSTANT_CLONE} if reflinks else ())
-        self._shelf = Shelf(folder, budget=budget, wanted_free_bytes=wanted_free_bytes)
+        self._shelf = Shelf(
+            folder, budget=budget, wanted_free_bytes=wanted_free_bytes, driver=self.name, is_whole=_is_whole
+        )
         self._paranoid = paranoid
         self._exclude = exclude or {}
         self._threads = Threads("directory")
@@ -113,8 +115,7 @@ class DirectoryStorage:
 
     def _snapshot(self, volumes: Sequence[Volume], point: str, tag: str, stop: threading.Event) -> tuple[Snapshot, ...]:
         require_names(volumes)
-        folder = self._shelf.point_folder(point)
-        if folder.exists():
+        if self._shelf.present(point) is not None:
             return self._shelf.made_before(volumes, point, _look)
         for volume in volumes:
             if is_inside(self._shelf.folder, Path(volume.path)) and not self._leaves_out_itself(volume):
@@ -122,7 +123,7 @@ class DirectoryStorage:
                 raise StorageError(message, hint="choose a folder outside every volume", retryable=False)
         with self._shelf.making():
             earlier = self._newest_whole()
-            make_folder(folder)
+            folder = self._shelf.make_point(point)
             try:
                 with _flushed(folder):
                     made = tuple(self._copy(volume, folder, earlier, stop) for volume in volumes)
@@ -174,8 +175,7 @@ class DirectoryStorage:
             await self._threads.run(partial(self._delete, point), alone=point)
 
     def _delete(self, point: str) -> None:
-        folder = self._shelf.point_folder(point)
-        if folder.exists():
+        if (folder := self._shelf.present(point)) is not None:
             self._shelf.forget(point)
             remove_tree(folder)
 
@@ -194,7 +194,7 @@ class DirectoryStorage:
         folder = self._shelf.clone_folder(name)
         found = self._shelf.tagged(point, _look)
         if not found.complete:
-            raise StorageError(f"no whole snapshot of {point}", retryable=False)
+            raise StorageError(f"no whole snapshot of {point}", hint=MENDING, retryable=False)
         sizes = [Manifest.read(Path(f"{kept.location}.manifest")) for kept in found.snapshots]
         total = sum(sum(seen.size for seen in manifest.files.values()) for manifest in sizes if manifest)
         shares = Capability.INSTANT_CLONE in self.capabilities
@@ -218,7 +218,7 @@ class DirectoryStorage:
     async def drop_clone(self, name: str) -> None:
         """Remove a clone."""
         with as_storage_error(f"removal of the clone {name}"):
-            await self._threads.run(lambda: remove_tree(self._shelf.clone_folder(name)), alone=f"clone {name}")
+            await self._threads.run(lambda: remove_tree(self._shelf.present_clone(name)), alone=f"clone {name}")
 
     async def space(self) -> Space:
         """Give the room that is left."""
@@ -233,6 +233,14 @@ class DirectoryStorage:
 def _look(kept: Snapshot) -> Snapshot | None:
     """Give a snapshot if it is there; the sidecar is written last, so what it names was whole."""
     return kept if Path(kept.location).is_dir() else None
+
+
+def _is_whole(copy: Path) -> bool:
+    """Whether a copy has every file that the list beside it names; it is written when the copy is done."""
+    manifest = Manifest.read(copy.with_name(f"{copy.name}.manifest"))
+    if manifest is None or not copy.is_dir() or copy.is_symlink():
+        return False
+    return all(os.path.lexists(copy / name) for name in manifest.files)
 
 
 @contextlib.contextmanager

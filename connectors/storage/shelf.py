@@ -7,7 +7,11 @@
                            <volume>             the writable copy
 
 A sidecar is replaced by a rename of a flushed file, so it is the old one or the new one and never neither; one
-that is damaged counts as missing.
+that is damaged, or cannot be read, counts as missing. The snapshots beside it are shown all the same, as far as they
+are whole by themselves, and with a new tag it is written anew.
+
+Nobody else may write the folder, or one above it: whoever may could put a link in the place of anything here, and
+have us write where it leads. Points are closed to others, since what they hold belongs to the owner of the data.
 """
 
 from __future__ import annotations
@@ -21,38 +25,43 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
 from trigger.errors import StorageError
 from trigger.lock import lock
 from trigger.model import Finding, Severity, Snapshot, Space, Volume, is_point_id, tag_name
 from trigger.ports import Clone, Tagged
+from trigger.trusted import NotOursError, open_file, require_no_link, why_not_ours
 
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _PREFIX = tag_name("")
 _OUTER_POINTS = 2
 """The oldest and the newest one, which thinning leaves."""
+MENDING = "where only its tag is damaged, `trigpoint reconcile` writes that anew"
 _NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
 _FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
-
-
-@dataclass(frozen=True, slots=True)
-class Sidecar:
-    """What stands beside the snapshots of a point."""
-
-    tag: str
-    snapshots: tuple[Snapshot, ...]
+_POINT_MODE = 0o700  # what is in it belongs to the owner of the data, who could change it, or put links there
 
 
 class Shelf:
     """The folder of one storage: its names, sidecars and room. Everything here blocks; call it in a thread."""
 
-    def __init__(self, folder: Path, *, budget: int, wanted_free_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        budget: int,
+        wanted_free_bytes: int,
+        driver: str = "",
+        is_whole: Callable[[Path], bool] = lambda _: False,
+    ) -> None:
         self.folder = folder
+        self._driver = driver
+        self._is_whole = is_whole  # whether a snapshot is, by itself, without what the sidecar says
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
         self._needed_bytes = 0
@@ -95,6 +104,7 @@ class Shelf:
                     retryable=False,
                 )
             self._keep(held)
+            self._close_points()
 
     def _keep(self, held: int) -> None:
         """Take what holds the folder for the claim, or let go of it where none is wanted any more."""
@@ -103,6 +113,24 @@ class Shelf:
                 self._claim = held
                 return
         os.close(held)
+
+    def _close_points(self) -> None:
+        """Close the points of earlier versions to others."""
+        for point in self.points():
+            with contextlib.suppress(OSError):  # a link, or a filesystem that cannot be written
+                descriptor = os.open(self.point_folder(point), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    os.fchmod(descriptor, _POINT_MODE)
+                finally:
+                    os.close(descriptor)
+
+    def require_ours(self, *inside: Path) -> None:
+        """Raise `NotOursError` where somebody else decides what the folder is, or the ones `inside`."""
+        for place in inside:
+            require_no_link(place)
+        for place in (self.folder, *inside):
+            if (found := why_not_ours(place)) is not None:
+                raise found
 
     def _ever_used(self) -> bool:
         if not self.folder.exists():
@@ -114,11 +142,12 @@ class Shelf:
             raise StorageError(refused.message, hint=refused.remedy, retryable=False)
 
     def refused(self) -> Finding | None:
-        """Give what keeps the folder from being one, a file or a broken link there or above it; None if nothing."""
+        """Give what keeps the folder from being one of ours: a file or a broken link there or above it, or others."""
         places = (self.folder, *self.folder.parents)
         found = next(place for place in places if os.path.lexists(place))
         if found.is_dir():
-            return None
+            alien = why_not_ours(self.folder)
+            return Finding(str(self.folder), Severity.REFUSED, alien.message, alien.remedy) if alien else None
         return Finding(str(self.folder), Severity.REFUSED, f"{found} is not a directory", _NOT_A_FOLDER_REMEDY)
 
     def close(self) -> None:
@@ -134,6 +163,19 @@ class Shelf:
         if not is_point_id(point):
             raise StorageError(f"not a point id: {point!r}", retryable=False)
         return self.folder / tag_name(point)
+
+    def present(self, point: str) -> Path | None:
+        """Give where a point lies if there is anything, for a change; raises `NotOursError` where that is not ours."""
+        folder = self.point_folder(point)
+        self.require_ours(folder)
+        return folder if folder.exists() else None
+
+    def make_point(self, point: str) -> Path:
+        """Make the folder of a new point."""
+        make_folder(self.folder)
+        folder = self.point_folder(point)
+        folder.mkdir(_POINT_MODE)
+        return folder
 
     def clone_folder(self, name: str) -> Path:
         """Give where a clone lies; raises `StorageError` for what is no clone's name."""
@@ -165,21 +207,23 @@ class Shelf:
         if content is None:
             return None
         try:
-            return Sidecar(content["tag"], tuple(_snapshot_in(folder, kept) for kept in content["snapshots"]))
+            return Sidecar(content["tag"], tuple(snapshot_in(folder, kept) for kept in content["snapshots"]))
         except (KeyError, TypeError, ValueError):
             return None
 
     def write(self, point: str, sidecar: Sidecar) -> None:
         """Write or replace a point's sidecar durably."""
-        _write(self.point_folder(point) / "point.json", _sidecar_out(sidecar))
+        self.require_ours(self.point_folder(point))
+        _write(self.point_folder(point) / "point.json", sidecar_out(sidecar))
 
     def write_ahead(self, point: str, sidecar: Sidecar) -> None:
         """Write a point's first sidecar; its content is durable, its name with the filesystem's next commit."""
-        _write_flushed(self.point_folder(point) / "point.json", _sidecar_out(sidecar))
+        _write_flushed(self.point_folder(point) / "point.json", sidecar_out(sidecar))
 
     def forget(self, point: str) -> None:
         """Remove a point's sidecar durably: from here on the point is unfinished."""
         folder = self.point_folder(point)
+        self.require_ours(folder)
         (folder / "point.json").unlink(missing_ok=True)
         _flush_folder(folder)
 
@@ -194,32 +238,51 @@ class Shelf:
         return found.snapshots
 
     def retag(self, point: str, tag: str) -> None:
-        """Replace the tag of a point; raises `StorageError` where there is none."""
+        """Replace the tag of a point, or write it anew; raises `StorageError` where there is no snapshot."""
         sidecar = self.read(point)
-        if sidecar is None:
+        snapshots = sidecar.snapshots if sidecar else self._untagged(point)
+        if not snapshots:
             raise StorageError(f"no snapshot of {point} to tag", retryable=False)
-        self.write(point, Sidecar(tag, sidecar.snapshots))
+        self.write(point, Sidecar(tag, snapshots))
+
+    def _untagged(self, point: str) -> tuple[Snapshot, ...]:
+        """Give the snapshots of a point without a sidecar that are whole by themselves; their times are a guess."""
+        folder = self.point_folder(point)
+        try:
+            made = datetime.fromtimestamp(folder.lstat().st_mtime, UTC)
+            names = sorted(found.name for found in folder.iterdir() if _VOLUME_NAME.fullmatch(found.name))
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+        whole = (name for name in names if self._is_whole(folder / name))
+        return tuple(Snapshot(name, self._driver, str(folder / name), made, made) for name in whole)
 
     def tagged(self, point: str, look: Callable[[Snapshot], Snapshot | None]) -> Tagged:
         """Give what there is of one point; `look` gives a snapshot as it is, None if it is not there whole."""
         sidecar = self.read(point)
         if sidecar is None:
-            return Tagged(point, None, (), complete=False)
+            return Tagged(point, None, self._untagged(point), complete=False)
         found = tuple(seen for kept in sidecar.snapshots if (seen := look(kept)) is not None)
         return Tagged(point, sidecar.tag, found, complete=len(found) == len(sidecar.snapshots))
 
     def begin_clone(self, name: str, point: str, volumes: Sequence[str]) -> Clone:
         """Make the folder of a clone and note where it comes from; raises `StorageError` if the name is taken."""
         folder = self.clone_folder(name)
+        self.require_ours(folder.parent)
         make_folder(folder.parent)
         try:
-            folder.mkdir(_FOLDER_MODE)
+            _make_one(folder)
         except FileExistsError:
             hint = "drop it first, or choose another name"
             raise StorageError(f"the clone {name} exists already", hint=hint, retryable=False) from None
         content = {"point": point, "volumes": list(volumes), "created_at": datetime.now(UTC).isoformat()}
         _write(folder / "clone.json", content)
         return self._clone(folder)
+
+    def present_clone(self, name: str) -> Path:
+        """Give where a clone lies, for a change; raises `NotOursError` where that is not ours."""
+        folder = self.clone_folder(name)
+        self.require_ours(folder.parent, folder)
+        return folder
 
     def clones(self) -> list[Clone]:
         """Give all clones, the unfinished too."""
@@ -290,8 +353,8 @@ class Shelf:
         if kept >= self._budget:
             message = f"{self.folder}: {kept} points are kept, the budget is {self._budget}"
             raise StorageError(message, hint="delete points, or raise storage.budget")
+        self._require_folder_possible()
         if self._claim_wanted and self._claim is None:
-            self._require_folder_possible()
             make_folder(self.folder)
             self._take_claim()
 
@@ -318,7 +381,12 @@ def make_folder(folder: Path) -> None:
     if not folder.exists():
         make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(_FOLDER_MODE)
+            _make_one(folder)
+
+
+def _make_one(folder: Path) -> None:
+    folder.mkdir(_FOLDER_MODE)
+    folder.chmod(_FOLDER_MODE)  # whatever our umask is
 
 
 def nearest_existing(path: Path) -> Path:
@@ -339,6 +407,8 @@ def as_storage_error(doing: str, *, denied: str = "run as root, or as the owner 
     """
     try:
         yield
+    except NotOursError as error:
+        raise StorageError(f"{doing}: {error.message}", hint=error.remedy, retryable=False) from error
     except FileNotFoundError as error:
         raise StorageError(f"{doing}: {_words(error)}", retryable=False) from error
     except PermissionError as error:
@@ -368,13 +438,14 @@ def _flush_folder(folder: Path) -> None:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     fresh = path.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
     _write_flushed(fresh, content)
     fresh.replace(path)
     _flush_folder(path.parent)
 
 
 def _write_flushed(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w") as file:
+    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
         file.write(json.dumps({"content": content, "sha256": _digest(content)}) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -382,38 +453,13 @@ def _write_flushed(path: Path, content: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(path.read_text())
+        with os.fdopen(open_file(path), "rb") as file:
+            document = json.loads(file.read())
         content: dict[str, Any] = document["content"]
         return content if document["sha256"] == _digest(content) else None
-    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):  # of what cannot be read nothing else is known
         return None
 
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _sidecar_out(sidecar: Sidecar) -> dict[str, Any]:
-    return {"tag": sidecar.tag, "snapshots": [_snapshot_out(kept) for kept in sidecar.snapshots]}
-
-
-def _snapshot_out(snapshot: Snapshot) -> dict[str, Any]:
-    return {
-        "volume": snapshot.volume,
-        "driver": snapshot.driver,
-        "began_at": snapshot.began_at.isoformat(),
-        "ended_at": snapshot.ended_at.isoformat(),
-        "bytes_copied": snapshot.bytes_copied,
-    }
-
-
-def _snapshot_in(folder: Path, value: dict[str, Any]) -> Snapshot:
-    """Read one snapshot; its place follows from its name, so that a storage may be mounted somewhere else."""
-    return Snapshot(
-        value["volume"],
-        value["driver"],
-        str(folder / value["volume"]),
-        datetime.fromisoformat(value["began_at"]),
-        datetime.fromisoformat(value["ended_at"]),
-        value["bytes_copied"],
-    )

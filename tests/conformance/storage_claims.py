@@ -154,6 +154,32 @@ async def a_damaged_tag_is_none_and_harms_no_other_point(rig: Rig) -> None:
 
 
 @every
+async def a_damaged_tag_is_written_anew_where_the_snapshots_are_whole(rig: Rig) -> None:
+    storage = rig.driver()
+    rig.write(rig.volumes[0], "row", "one")
+    made = await storage.snapshot(rig.volumes, A, TAG)
+    rig.damage_tag(A)
+    (damaged,) = await rig.driver().tagged()
+    assert [kept.volume for kept in damaged.snapshots] == names(rig.volumes), "whole, and not shown"
+    await rig.driver().retag(A, "anew")
+    (mended,) = await rig.driver().tagged()
+    assert (mended.tag, mended.complete) == ("anew", True)
+    assert [(kept.volume, kept.driver, kept.location) for kept in mended.snapshots] == [
+        (kept.volume, kept.driver, kept.location) for kept in made
+    ]
+    assert await content(rig, storage, A) == {"row": "one"}
+
+
+@every
+async def no_tag_is_written_for_what_a_crash_left(rig: Rig) -> None:
+    rig.leave_unfinished(B)
+    with pytest.raises(StorageError):
+        await rig.driver().retag(B, "sealed")
+    (unfinished,) = await rig.driver().tagged()
+    assert (unfinished.tag, unfinished.complete) == (None, False)
+
+
+@every
 async def a_claim_is_held_by_one_until_it_lets_go(rig: Rig) -> None:
     first, second = rig.driver(), rig.driver()
     await first.snapshot(rig.volumes, A, TAG)

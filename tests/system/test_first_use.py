@@ -35,6 +35,7 @@ def test_what_init_writes_protects_the_cluster_and_brings_a_commit_back(unknown:
     unknown.start()
     for number in range(COMMITS):
         unknown.cluster.sql(f"INSERT INTO sold (n) VALUES ({number})", "shop")
+    unknown.trigpoint("point")  # where each costs log, init lets points be rare
     unknown.settle()
     xid = unknown.cluster.sql("SELECT xid::text FROM sold WHERE n = 2", "shop")[0][0]
     (found,) = unknown.ask("find", "--xid", xid)
@@ -65,6 +66,7 @@ def test_the_rules_that_init_shows_take_what_they_say_once_they_are_switched_on(
         "SELECT pg_logical_emit_message(true, 'trigpoint', 'another')",
     ):
         unknown.cluster.sql(statement, "shop")
+    unknown.trigpoint("point")
     unknown.settle()
     assert unknown.ask("rules", "test")["by_rule"] == {"large-or-marked": 2, "payments": 1}
     taken = unknown.status()["commits_by_rule"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
@@ -33,6 +33,10 @@ class Reconciliation:
     """Open in the catalog, not sealed in the storage: now failed, and removed."""
     removed: list[str] = field(default_factory=list)
     """In the storage, half made, of a point that failed or never was: removed."""
+    mended: list[str] = field(default_factory=list)
+    """Sealed, whole in the storage, and only their tag was damaged there: written anew from the catalog."""
+    unreadable: list[str] = field(default_factory=list)
+    """Likewise, but the tag could not be written either: they stay, and it is tried again with the next pass."""
     phantoms: list[str] = field(default_factory=list)
     """Sealed in the catalog, gone from the storage: now failed, loudly."""
     expired: list[str] = field(default_factory=list)
@@ -43,7 +47,7 @@ class Reconciliation:
     """Should have gone, but the storage would not let go of them: tried again with the next point, or the next pass."""
 
     def __bool__(self) -> bool:
-        return any((self.adopted, self.failed, self.removed, self.phantoms, self.expired, self.strange, self.stuck))
+        return any(getattr(self, each.name) for each in fields(self))
 
 
 async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = False) -> Reconciliation:
@@ -102,14 +106,33 @@ async def _settle_point(
                 await catalog.fail(point, INTERRUPTED)
                 done.failed.append(point.id)
         case State.SEALED if found is None or not found.complete:
-            await catalog.fail(point, GONE)
-            done.phantoms.append(point.id)
+            if found is not None and found.tag is None and _shows_all(found, point):
+                await _mend(catalog, storage, point, done)
+            else:
+                await catalog.fail(point, GONE)
+                done.phantoms.append(point.id)
         case State.EXPIRING if await _remove(storage, point.id, done):
             await catalog.change(point, State.EXPIRED)
             done.expired.append(point.id)
         case State.FAILED | State.EXPIRED if found is not None and point.failure != GONE:
             if await _remove(storage, point.id, done):
                 done.removed.append(point.id)
+
+
+def _shows_all(found: Tagged, point: RecoveryPoint) -> bool:
+    """Whether the storage shows every snapshot of a point, whole."""
+    return {kept.volume for kept in point.snapshots} <= {kept.volume for kept in found.snapshots}
+
+
+async def _mend(catalog: Catalog, storage: Storage, point: RecoveryPoint, done: Reconciliation) -> None:
+    """Write the damaged tag of a sealed point anew: the catalog holds all that it said."""
+    try:
+        await storage.retag(point.id, tag.encode(point, await catalog.commits_of(point.number)))
+    except StorageError as error:
+        log.error("point %d: its tag in the storage is damaged, and not mended for now: %s", point.number, error)
+        done.unreadable.append(point.id)
+    else:
+        done.mended.append(point.id)
 
 
 async def _settle_stray(

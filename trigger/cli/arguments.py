@@ -17,6 +17,7 @@ import typer
 from trigger.errors import ConfigError
 from trigger.model import Address
 from trigger.position import History, Name
+from trigger.shape import plain
 
 if TYPE_CHECKING:  # pydantic and CEL take a while to load, and help and completion do without
     from trigger.config.options import Options
@@ -127,4 +128,4 @@ def confirm(what: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise ConfigError(f"this will {what}", hint="give --yes to do it without being asked")
-    typer.confirm(f"This will {what}. Go on?", abort=True, err=True)
+    typer.confirm(plain(f"This will {what}. Go on?"), abort=True, err=True)

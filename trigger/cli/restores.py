@@ -387,7 +387,8 @@ def verify_point(
             ("check", "result", "seen"),
             [(what, "passed" if held else "failed", seen) for what, held, seen in result.checks],
         )
-        show.say(f"\n{result.target}: {'verified' if result.passed else 'NOT VERIFIED'}")
+        show.say()
+        show.say(f"{result.target}: {'verified' if result.passed else 'NOT VERIFIED'}")
     if not result.passed:
         raise typer.Exit(VerifyError.exit_code)
 

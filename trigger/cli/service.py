@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import socket
@@ -20,7 +19,7 @@ from trigger.cli import show
 from trigger.cli.arguments import Config, Json, Yes, confirm, options, point_reference
 from trigger.errors import ConfigError, TrigpointError
 from trigger.service.control import NotRunningError, ask
-from trigger.shape import data
+from trigger.shape import data, json_text, plain
 
 if TYPE_CHECKING:
     from trigger.config.options import Options
@@ -221,7 +220,10 @@ def release(
     if as_json:
         show.print_json({"dropped": dropped})
     else:
-        show.say("\n".join(f"dropped {name}" for name in dropped) or "there was nothing of ours in the cluster")
+        for name in dropped:
+            show.say(f"dropped {name}")
+        if not dropped:
+            show.say("there was nothing of ours in the cluster")
 
 
 async def _release(chosen: Options) -> list[str]:
@@ -268,10 +270,17 @@ def configure_logging(*, verbose: bool, as_json: bool) -> None:
     elif "JOURNAL_STREAM" in os.environ:
         handler.setFormatter(_ForJournald("%(message)s"))
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        handler.setFormatter(_ForPeople("%(asctime)s %(levelname)-7s %(message)s"))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     for library in ("asyncio", "sqlalchemy"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+class _ForPeople(logging.Formatter):
+    """Lets what others wrote command no terminal, nor look like a line of ours: further lines are set in."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n    ".join(plain(line) for line in super().format(record).split("\n"))
 
 
 class _JsonLines(logging.Formatter):
@@ -284,10 +293,10 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json_text(line)
 
 
-class _ForJournald(logging.Formatter):
+class _ForJournald(_ForPeople):
     """Puts the priority in front as sd-daemon(3) says; the journal has time and unit itself."""
 
     def format(self, record: logging.LogRecord) -> str:

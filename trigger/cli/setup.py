@@ -13,6 +13,7 @@ from trigger.cli import show
 from trigger.cli.arguments import LOCAL_CONFIG, SYSTEM_CONFIG, Config, Json, options
 from trigger.errors import ConfigError, PreflightError
 from trigger.model import Finding, Severity
+from trigger.trusted import why_not_ours
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
@@ -69,10 +70,11 @@ def init(
             ("storage", f"{found.driver} in {found.storage_folder}"),
         ]
     )
-    for why in found.why:
+    for why in (*found.why, *found.points_why):
         show.say(why)
     option = "" if target in (SYSTEM_CONFIG, LOCAL_CONFIG) else f" -c {target}"
-    show.say(f"\nnext:  trigpoint check{option}      what stands in the way, with remedies")
+    show.say()
+    show.say(f"next:  trigpoint check{option}      what stands in the way, with remedies")
     show.say(f"       trigpoint explain{option}    what is protected, and what cannot be seen")
     show.say(f"       trigpoint run{option}        protect it")
 
@@ -80,7 +82,7 @@ def init(
 async def look(conninfo: str, databases: list[str], state_folder: Path) -> Proposal:
     """Give the proposal for the cluster behind `conninfo`; raises `DatabaseError` where it does not answer."""
     from trigger.config.options import DatabaseOptions
-    from trigger.host import read_mounts, subvolume_of
+    from trigger.host import free_bytes, read_mounts, subvolume_of
     from trigger.service.drivers import driver
     from trigger.service.initialise import propose
 
@@ -101,6 +103,8 @@ async def look(conninfo: str, databases: list[str], state_folder: Path) -> Propo
         mounts=read_mounts(),
         subvolume_of=subvolume_of,
         root=os.geteuid() == 0,
+        ours=lambda folder: why_not_ours(folder) is None,
+        free_bytes=free_bytes,
     )
 
 
@@ -144,7 +148,8 @@ def check(config: Config = None, as_json: Json = False) -> None:
     refused = sum(finding.severity is Severity.REFUSED for finding in findings)
     if refused:
         if not as_json:
-            show.say(f"\n{refused} of {len(findings)} refused: the service would not start")
+            show.say()
+            show.say(f"{refused} of {len(findings)} refused: the service would not start")
         raise typer.Exit(PreflightError.exit_code)
 
 
@@ -152,7 +157,7 @@ async def _check(chosen: Options) -> list[Finding]:
     from trigger.service.connect import check as check_parts
     from trigger.service.service import opened
 
-    async with opened(chosen) as parts:
+    async with opened(chosen, only_look=True) as parts:
         return await check_parts(parts)
 
 

@@ -1,8 +1,10 @@
-"""How results are shown: tables for people, aligned lines for pipes, JSON for programs; one place for each shape."""
+"""How results are shown: tables for people, aligned lines for pipes, JSON for programs; one place for each shape.
+
+All that is printed goes through `plain`: what others wrote commands no terminal, and makes no line of its own.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trigger.model import Finding
-from trigger.shape import data
+from trigger.shape import data, json_text, plain
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _COLOURS = {
@@ -35,12 +37,12 @@ _COLOURS = {
 
 def print_json(value: Any) -> None:
     """Print `value` as one JSON document."""
-    print(json.dumps(data(value), indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))
+    print(json_text(value, indent=2 if sys.stdout.isatty() else None))
 
 
 def say(text: str = "") -> None:
     """Print one line for people."""
-    Console(highlight=False, soft_wrap=True).print(Text(text))
+    Console(highlight=False, soft_wrap=True).print(Text(plain(text)))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str = "") -> None:
@@ -68,7 +70,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: st
 
 
 def _cell(cell: object) -> str:
-    return "-" if cell is None or cell == "" else " ".join(str(data(cell)).split())
+    return "-" if cell is None or cell == "" else plain(" ".join(str(data(cell)).split()))
 
 
 def _print_lines(names: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
@@ -90,13 +92,13 @@ def finding(found: Finding) -> None:
     """Print one finding: how bad, about what, what was seen; the remedy below."""
     severity = (f"{found.severity:<8}", _COLOURS[found.severity])
     console = Console(highlight=False, soft_wrap=True)
-    console.print(Text.assemble(severity, f" {found.subject}: {found.message}"))
+    console.print(Text.assemble(severity, plain(f" {found.subject}: {found.message}")))
     if found.remedy:
-        console.print(Text(f"{'':8} -> {found.remedy}"))
+        console.print(Text(plain(f"{'':8} -> {found.remedy}")))
 
 
 def raw(text: str) -> None:
-    """Print `text` as it is."""
+    """Print a text of ours, of several lines, as it is."""
     sys.stdout.write(text)
 
 
@@ -145,16 +147,16 @@ def more(count: int, what: str) -> None:
 
 def note(text: str) -> None:
     """Print one line about what goes on to standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(plain(text)))
 
 
 def error(message: str, hint: str = "") -> None:
     """Print an error to standard error: each line of `message` behind `error:`, then the hint."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for line in message.splitlines() or [""]:
-        console.print(Text.assemble(("error:", "bold red"), f" {line}"))
+        console.print(Text.assemble(("error:", "bold red"), plain(f" {line}")))
     if hint:
-        console.print(Text.assemble(("hint:", "bold cyan"), f" {hint}"))
+        console.print(Text.assemble(("hint:", "bold cyan"), plain(f" {hint}")))
 
 
 class Steps:
@@ -176,9 +178,9 @@ class Steps:
     def __call__(self, step: str, done: int, total: int) -> None:
         """Say that `done` of `total` bytes (0 where unknown) of `step` are done; may be called from any thread."""
         if step not in self._tasks:
-            self._tasks[step] = self._bars.add_task(step, total=total or None, amount="")
+            self._tasks[step] = self._bars.add_task(plain(step), total=total or None, amount="")
             if self._bars.disable:
-                print(step, file=sys.stderr, flush=True)
+                print(plain(step), file=sys.stderr, flush=True)
         amount = f"{size(done)} of {size(total)}" if total else (size(done) or "")
         self._bars.update(self._tasks[step], completed=done, total=total or None, amount=amount)
 

@@ -43,7 +43,15 @@ WholePath = Annotated[Path, AfterValidator(_whole)]
 Glob = Annotated[str, Field(min_length=1)]
 DatabaseName = Annotated[str, Field(min_length=1, max_length=63)]
 
-_PASSWORD = re.compile(r"(?i)(?:^|[\s?&])password\s*=|^postgres(?:ql)?://[^/@]*:[^/@]*@")
+_SECRET = re.compile(
+    r"(?i)(?:^|[\s?&])(password|sslpassword|scram_client_key|scram_server_key|oauth_client_secret)\s*="
+)
+_URI = re.compile(r"(?i)postgres(?:ql)?://")
+_URI_WITH_PASSWORD = re.compile(r"(?i)postgres(?:ql)?://[^/@]*:[^/@]*@")
+
+
+def _decoded(uri: str) -> str:
+    return re.sub("%([0-9a-fA-F]{2})", lambda code: chr(int(code[1], 16)), uri)
 
 
 class _Section(BaseModel):
@@ -56,7 +64,7 @@ class DatabaseOptions(_Section):
     driver: Literal["postgres"] = "postgres"
     """What kind of database it is."""
     conninfo: str = Field(examples=["host=/var/run/postgresql user=postgres"])
-    """How to reach it, as libpq says it, without a password: `host=/var/run/postgresql user=trigpoint`."""
+    """How to reach it, as libpq says it, without secrets: `host=/var/run/postgresql user=trigpoint`."""
     databases: list[DatabaseName] = Field(min_length=1, examples=[["bank"]])
     """The databases whose commits are watched, one stream each."""
     password_file: WholePath | None = Field(default=None, examples=["/etc/trigpoint/pgpass"])
@@ -74,8 +82,12 @@ class DatabaseOptions(_Section):
     @field_validator("conninfo")
     @classmethod
     def _conninfo_bears_no_password(cls, value: str) -> str:
-        if _PASSWORD.search(value):
+        named = _SECRET.search(_decoded(value) if _URI.match(value) else value)  # a URI may encode keywords, too
+        if _URI_WITH_PASSWORD.match(value) or (named and named[1].lower() == "password"):
             raise ValueError("must not hold a password; put it into a file and name that in password_file")
+        if named:
+            where = "a file of libpq's connection services (service=…, PGSERVICEFILE) that only its user can read"
+            raise ValueError(f"must not hold {named[1].lower()}, which is a secret; put it into {where}")
         return value
 
 
@@ -104,7 +116,7 @@ class StorageOptions(_Section):
 
     driver: Literal["directory", "btrfs"] = "directory"
     """`btrfs` cuts atomically and at once; `directory` copies what changed, on any filesystem."""
-    folder: WholePath = Field(examples=["/var/lib/postgresql/trigpoint-snapshots"])
+    folder: WholePath = Field(examples=["/var/lib/trigpoint/snapshots"])
     """The folder for snapshots and clones; for btrfs on the filesystem of the volumes."""
     budget: Annotated[int, Field(ge=2, le=100_000)] = 200
     """How many snapshots may exist; from nine tenths of it on older ones are thinned, which loses no commit."""
@@ -198,7 +210,7 @@ class RuleOptions(_Section):
     markers: Annotated[list[Glob], Field(min_length=1)] | None = Field(default=None, examples=[["payroll-*"]])
     """Globs over markers; at least one of the commit's markers must match one."""
     expression: str | None = Field(default=None, examples=["rows > 1000 || markers.exists(m, m == 'close-of-day')"])
-    """A CEL expression over the facts of the commit that must be true."""
+    """A CEL expression over the facts of the commit that must be true; so is one that would take too long."""
 
 
 class VerifyAssertion(_Section):

@@ -151,8 +151,15 @@ def toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(toml(item) for item in value)}]"
     if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False)  # TOML's basic strings have JSON's escapes
+        return "".join(map(_toml_character, json.dumps(str(value), ensure_ascii=False)))
     return json.dumps(value)
+
+
+def _toml_character(character: str) -> str:
+    """Give a character of a JSON string as TOML has it, which has JSON's escapes and one more for large numbers."""
+    if character.isprintable():
+        return character
+    return f"\\u{ord(character):04x}" if ord(character) < 1 << 16 else f"\\U{ord(character):08x}"
 
 
 def toml_text() -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from trigger.demo.figures import steps
 from trigger.model import CommitRecord, RecoveryPoint, State
+from trigger.shape import plain
 
 _ROWS = 12
 _COLUMNS = ("point", "commit", "holds", "marked", "wait", "flush", "snapshot", "tag", "total")
@@ -41,17 +42,17 @@ class Screen:
     def chapter(self, title: str, detail: str = "") -> None:
         """Begin a part of the story; with the time since the demo began."""
         seconds = time.monotonic() - self._began
-        words = Text.assemble((f"{seconds:5.1f} s  ", "dim"), (title, "bold"))
-        self._console.print(words.append(f"  {detail}", style="dim") if detail else words)
+        words = Text.assemble((f"{seconds:5.1f} s  ", "dim"), (plain(title), "bold"))
+        self._console.print(words.append(plain(f"  {detail}"), style="dim") if detail else words)
 
     def line(self, text: str = "", style: str = "") -> None:
         """Print one line below a chapter."""
-        self._console.print(Text(f"         {text}" if text else "", style=style))
+        self._console.print(Text(plain(f"         {text}") if text else "", style=style))
 
     def check(self, claim: str, seen: str, *, held: bool) -> None:
         """Print whether something holds that must."""
         mark = ("✔ ", "green") if held else ("✘ ", "bold red")
-        self._console.print(Text.assemble("         ", mark, (claim, "" if held else "bold red")))
+        self._console.print(Text.assemble("         ", mark, (plain(claim), "" if held else "bold red")))
         self.line(f"  {seen}", "dim")
 
     @contextlib.contextmanager
@@ -108,4 +109,4 @@ def _cells(point: RecoveryPoint, markers: Sequence[str]) -> tuple[str, ...]:
     if point.state is State.FAILED or taken is None:
         return number, commit, "failed" if point.state is State.FAILED else holds, "", "", "", "", "", ""
     times = (taken.wait, taken.flush, taken.snapshot, taken.tag, taken.total)
-    return number, commit, holds, ", ".join(markers), *(f"{milliseconds:.1f}" for milliseconds in times)
+    return number, commit, holds, plain(", ".join(markers)), *(f"{milliseconds:.1f}" for milliseconds in times)

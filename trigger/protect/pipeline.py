@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 ABANDON_SECONDS = 60.0
 """How long the removal of what a failed round left may last; reconcile goes on with it."""
+ATTEMPT_SECONDS = 600.0
+"""How often a copy is tried although the last one found no room and no more is free since."""
 SETTLE_SECONDS = 10.0
 """While nothing qualifies, how often the servers are told that they may forget what was seen."""
 
@@ -49,6 +51,8 @@ class Protected:
     options: PointOptions
     flush_deadline_seconds: float
     random: random.Random = field(default_factory=random.SystemRandom)
+    attempts: dict[str, float] = field(default_factory=dict)
+    """By the storage's name when a copy was last tried that may find no room, by the loop's clock."""
     leftovers: list[str] = field(default_factory=list)
     """Points of which the storage would not let go; tried again once it takes a snapshot."""
 
@@ -113,6 +117,7 @@ async def take(cluster: Protected, cause: Cause, collected: Collected, note: str
             flushes = await flush(cluster.agents, point, cluster.flush_deadline_seconds)
             reached("after-flush")
             covered = await logs.cover(point.marks)  # on disk, and still the same history
+            await require_room(cluster)
             reached("after-cover")
             async with bracketed(logs, storage, point) as finish:
                 snapshots = await storage.snapshot(cluster.volumes, point.id, tag.encode(point))
@@ -160,6 +165,29 @@ async def flush(agents: Sequence[Agent], point: RecoveryPoint, deadline_seconds:
     """Instruct every host to flush and wait for all of them, with one deadline; gives one proof a volume."""
     proofs = await asyncio.gather(*(agent.flush(point.id, deadline_seconds) for agent in agents))
     return tuple(proof for of_agent in proofs for proof in of_agent)
+
+
+async def require_room(cluster: Protected) -> None:
+    """Raise `StorageError` where a copy would find no room: its bracket costs a checkpoint and a segment of log.
+
+    What a copy needs is known only from the last one that failed, and may be less by now: so it is tried now and then.
+    """
+    storage, now = cluster.storage, asyncio.get_running_loop().time()
+    if Capability.ATOMIC_GROUP in storage.capabilities:
+        return  # it costs nothing to try
+    space = await storage.space()
+    if space.snapshots >= space.budget:
+        raise StorageError(f"{space.snapshots} points are kept, the budget is {space.budget}", hint=_MAKE_ROOM)
+    if not space.short:
+        return
+    wanted = space.wanted_free_bytes + space.needed_bytes
+    tried = cluster.attempts.get(storage.name)
+    if space.free_bytes < space.wanted_free_bytes or (tried is not None and now < tried + ATTEMPT_SECONDS):
+        raise StorageError(f"{space.free_bytes} bytes are free, {wanted} are wanted", hint=_MAKE_ROOM)
+    cluster.attempts[storage.name] = now
+
+
+_MAKE_ROOM = "delete points, make the storage larger, or lower what it is to keep free"
 
 
 @contextlib.asynccontextmanager

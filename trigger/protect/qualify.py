@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from trigger.config.expressions import FACTS, FUNCTIONS
+from trigger.config.expressions import FACTS, FUNCTIONS, LONGEST_CHARACTERS, TooMuchWorkError, Work
 from trigger.config.options import PointOptions, RuleOptions
 from trigger.errors import ConfigError
 from trigger.model import Cause, Changes, Commit
@@ -29,6 +29,7 @@ NO_RULES = "every-commit"
 class _Rule:
     options: RuleOptions
     program: cel.Program | None
+    work: Work
 
     def takes(self, commit: Commit) -> bool:
         """Whether the rule takes `commit`; whatever its expression raises is raised."""
@@ -39,7 +40,12 @@ class _Rule:
             return False
         if options.markers is not None and not _any_matches(commit.markers, options.markers):
             return False
-        return self.program is None or _is_true(self.program.execute(facts(commit)))
+        if self.program is None:
+            return True
+        asked = self.program.variables()  # what is not asked for need not be handed over, which takes the longest
+        seen = {name: value for name, value in facts(commit).items() if name in asked}
+        self.work.require_little(seen)
+        return _is_true(self.program.execute(seen))
 
     def _enough_changes(self, commit: Commit) -> bool:
         """Whether the rule's tables and operations changed enough; a rule that names none asks for nothing."""
@@ -70,12 +76,17 @@ class Rules:
     """
 
     def __init__(self, options: Sequence[RuleOptions]) -> None:
-        self._rules = [_Rule(rule, _compile(index, rule)) for index, rule in enumerate(options)]
+        self._rules = [
+            _Rule(rule, _compile(index, rule), Work.of(rule.expression or "")) for index, rule in enumerate(options)
+        ]
         self.errors = 0
         """How often a rule threw; each time it protected."""
 
     def judge(self, commit: Commit) -> str | None:
-        """Give the name of the first rule that takes `commit`, or None; a rule that throws takes it (`<name>!`)."""
+        """Give the name of the first rule that takes `commit`, or None; a rule that throws takes it (`<name>!`).
+
+        So does one whose expression could take too long with it: the streams are not read meanwhile.
+        """
         if not self._rules:
             return NO_RULES
         for rule in self._rules:
@@ -127,6 +138,11 @@ def _compile(index: int, rule: RuleOptions) -> cel.Program | None:
     if rule.expression is None:
         return None
     place = f"rules.{index}.expression (rule {rule.name})"
+    if len(rule.expression) > LONGEST_CHARACTERS:
+        raise ConfigError(
+            f"{place}: it has {len(rule.expression)} characters, {LONGEST_CHARACTERS} are allowed",
+            hint="make several rules of it: a commit qualifies if one takes it",
+        )
     try:
         import cel  # a third of a second that only rules with expressions should cost
 
@@ -144,12 +160,16 @@ def _compile(index: int, rule: RuleOptions) -> cel.Program | None:
             f"{place}: no such function: {', '.join(sorted(strange))}",
             hint=f"the functions are {', '.join(sorted(FUNCTIONS))}",
         )
-    _try_once(place, program)
+    _try_once(place, program, Work.of(rule.expression))
     return program
 
 
-def _try_once(place: str, program: cel.Program) -> None:
+def _try_once(place: str, program: cel.Program, work: Work) -> None:
     """Refuse an expression that cannot give true or false; what only some commits make it do is no reason."""
+    try:
+        work.require_little(facts(_EXAMPLE))
+    except TooMuchWorkError as error:
+        raise ConfigError(f"{place}: {error}", hint="put fewer lists into each other") from None
     try:
         answer = program.execute(facts(_EXAMPLE))
     except Exception as error:  # noqa: BLE001 - most are a table or marker that the example lacks; another commit may not

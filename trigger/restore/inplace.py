@@ -311,7 +311,8 @@ def _mount(path: Path) -> str:
 
 def _write(folder: Path, swap: Swap) -> None:
     draft = folder / f".{swap.name}.swap"
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    draft.unlink(missing_ok=True)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.write(descriptor, json.dumps(asdict(swap), indent=1).encode())
         os.fsync(descriptor)

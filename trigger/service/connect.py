@@ -16,14 +16,15 @@ from typing import Any
 from trigger import host
 from trigger.catalog.catalog import Catalog
 from trigger.config.options import Options
-from trigger.errors import AgentError, DatabaseError
+from trigger.errors import AgentError, ConfigError, DatabaseError
 from trigger.model import Finding, Layout, Severity, Volume
-from trigger.ports import Agent, Database, Journal, Recovery, Source, Storage
+from trigger.ports import Agent, Capability, Database, Journal, Recovery, Source, Storage
 from trigger.protect.logs import Logs
 from trigger.restore.clones import Site
-from trigger.service import surroundings
+from trigger.service import costs, surroundings
 from trigger.service.drivers import driver, know_places
 from trigger.shape import data
+from trigger.trusted import replace_file, why_not_ours
 
 log = logging.getLogger(__name__)
 
@@ -82,17 +83,21 @@ class SystemClock:
         return datetime.now(UTC)
 
 
-async def connect(options: Options) -> Parts:
+async def connect(options: Options, *, only_look: bool = False) -> Parts:
     """Give the parts that `options` name; nothing is changed in the world but the state folder.
 
+    With `only_look` a state folder that somebody else could change is no error: the pre-flight check says it.
     The layout of the cluster is asked for and kept in the state folder, so that restores need no running cluster.
 
     Raises:
-        ConfigError: a driver's library is missing, or the cluster does not answer and was never seen before.
+        ConfigError: a driver's library is missing, the state folder is somebody else's to change, or the cluster does
+            not answer and was never seen before.
         CatalogError: the catalog cannot be opened.
     """
     know_places()
     host.make_passage(options.state_folder)
+    if not only_look and (alien := why_not_ours(options.state_folder)) is not None:
+        raise ConfigError(f"state_folder: {alien.message}", hint=alien.remedy)
     volumes = options.volume_list
     database = driver("database", options.database.driver)(options.database)
     layout = await known_layout(database, options.state_folder)
@@ -146,9 +151,7 @@ async def known_layout(database: Database, state_folder: Path) -> Layout:
             raise
         log.info("the layout is the one last seen, since the cluster does not answer: %s", error.message)
         return database.recall(json.loads(kept.read_text()))
-    fresh = kept.with_suffix(".new")
-    fresh.write_text(json.dumps(data(layout), indent=2))
-    fresh.replace(kept)
+    replace_file(kept, json.dumps(data(layout), indent=2))
     return layout
 
 
@@ -157,6 +160,7 @@ async def check(parts: Parts) -> list[Finding]:
     findings = await parts.database.check(parts.volumes)
     findings += await parts.storage.check(parts.volumes)
     findings += await parts.journal.check()
+    findings.append(await asyncio.to_thread(_cost, parts))
     findings += await asyncio.to_thread(surroundings.check, parts.options, parts.volumes)
     for agent in parts.agents:
         try:
@@ -165,3 +169,11 @@ async def check(parts: Parts) -> list[Finding]:
         except AgentError as error:
             findings.append(Finding(f"agent {agent.name}", Severity.REFUSED, error.message, error.hint))
     return findings
+
+
+def _cost(parts: Parts) -> Finding:
+    """Give what a day of points costs, by the room where the journal lies or will lie."""
+    folder = parts.options.journal_folder
+    free_bytes = host.free_bytes(folder)
+    bracketed = Capability.ATOMIC_GROUP not in parts.storage.capabilities
+    return costs.look(parts.options.points, parts.layout.log_file_bytes, free_bytes, bracketed=bracketed)

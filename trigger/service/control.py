@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from trigger.errors import ConfigError, TrigpointError
 from trigger.host import make_passage
 from trigger.lock import lock
+from trigger.trusted import NotOursError
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +42,15 @@ def socket_path(state_folder: Path) -> Path:
 
 @contextlib.contextmanager
 def only_one(state_folder: Path) -> Iterator[None]:
-    """Hold the state folder for one process; raises `ConfigError` where another holds it.
+    """Hold the state folder for one process; raises `ConfigError` where another holds it, or could change it.
 
     The lock is the kernel's own and ends with the process, however it ends.
     """
     make_passage(state_folder)
-    held = lock(state_folder / "lock")
+    try:
+        held = lock(state_folder / "lock")
+    except NotOursError as error:
+        raise ConfigError(f"state_folder: {error.message}", hint=error.remedy) from error
     if held is None:
         raise ConfigError(
             f"another trigpoint works in {state_folder}",
@@ -71,16 +76,27 @@ async def serve(state_folder: Path, answer: Answer) -> None:
         finally:
             writer.close()
 
-    before = os.umask(0o177)
     try:
-        server = await asyncio.start_unix_server(talk, path, limit=_LINE_LIMIT)
-    finally:
-        os.umask(before)
-    try:
-        async with server:
+        async with await asyncio.start_unix_server(talk, sock=_ours_alone(path), limit=_LINE_LIMIT) as server:
             await server.serve_forever()
     finally:
         path.unlink(missing_ok=True)
+
+
+def _ours_alone(path: Path) -> socket.socket:
+    """Give a socket that is bound at `path` and that nobody else may open, from its first moment on.
+
+    The umask is the whole process's, and other tasks make files meanwhile; the mode that a socket has before it is
+    bound is the one that its file gets (`unix_bind_bsd` in the kernel's net/unix/af_unix.c).
+    """
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(made.fileno(), 0o600)
+        made.bind(str(path))
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 async def _reply(reader: asyncio.StreamReader, answer: Answer) -> dict[str, Any]:

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from trigger.config.reference import sections, toml
 from trigger.host import Mount, mount_of
 from trigger.model import Layout
+from trigger.service import costs
+from trigger.shape import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,10 @@ class Proposal:
     storage_folder: Path
     why: tuple[str, ...]
     """Why this storage, for people; one sentence each."""
+    interval_seconds: float = 1.0
+    """How far apart points are to be: rare, where each of them costs log."""
+    points_why: tuple[str, ...] = ()
+    """Why so far apart; nothing where a point costs next to nothing."""
 
 
 def propose(
@@ -38,6 +44,8 @@ def propose(
     mounts: Sequence[Mount],
     subvolume_of: Callable[[Path], Path],
     root: bool,
+    ours: Callable[[Path], bool] = lambda _: True,
+    free_bytes: Callable[[Path], int] = lambda _: 1 << 50,
 ) -> Proposal:
     """Give the configuration for a cluster.
 
@@ -49,42 +57,85 @@ def propose(
         mounts: the mounts of this host.
         subvolume_of: gives the root of the btrfs subvolume around a path on btrfs.
         root: whether we are root; an ordinary user may not delete btrfs snapshots everywhere.
+        free_bytes: gives how much is free where a path lies.
+        ours: whether nobody else can change what lies in a folder, or what leads there.
     """
     parts = list(layout.places.items())
-    driver, volumes, folder, why = _storage(parts, mounts, subvolume_of, root=root)
+    host = _Host(mounts, subvolume_of, ours, root=root)
+    driver, volumes, folder, why = _storage(parts, host, state_folder)
     wanted = tuple(name for name in databases if name != "postgres") or tuple(databases)
-    return Proposal("main", state_folder, conninfo, wanted, tuple(volumes), driver, folder, tuple(why))
+    interval, points_why = 1.0, tuple[str, ...]()
+    if driver != "btrfs" or len(volumes) > 1:
+        interval, points_why = _rare(layout.log_file_bytes, free_bytes(state_folder))
+    found = tuple(volumes)
+    return Proposal("main", state_folder, conninfo, wanted, found, driver, folder, tuple(why), interval, points_why)
+
+
+def _rare(segment_bytes: int, free_bytes: int) -> tuple[float, tuple[str, ...]]:
+    """Give how far apart points inside the backup bracket are to be, and why."""
+    seconds = costs.proposed_interval_seconds(segment_bytes, free_bytes)
+    each = costs.SEGMENTS_A_POINT * segment_bytes >> 20
+    a_day = costs.SEGMENTS_A_POINT * segment_bytes * costs.DAY_SECONDS // seconds >> 20
+    return float(seconds), (
+        f"Each point makes a checkpoint and ends {costs.SEGMENTS_A_POINT} segments of log, {each} MiB in the journal:"
+        f" at most {a_day} MiB a day like this, with {free_bytes >> 20} MiB free.",
+        "Every commit between two is restored exactly too, from the journal; `trigpoint point` takes a point at once.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What is known of this host."""
+
+    mounts: Sequence[Mount]
+    subvolume_of: Callable[[Path], Path]
+    ours: Callable[[Path], bool]
+    _: KW_ONLY
+    root: bool
+
+    def beside(self, path: Path) -> Path | None:
+        """Give the nearest folder above `path`, on its filesystem, that nobody else can change; None where none is."""
+        mount = mount_of(path, self.mounts)
+        above = (folder for folder in path.parents if mount_of(folder, self.mounts) == mount)
+        return next((folder for folder in above if self.ours(folder)), None)
 
 
 def _storage(
-    parts: Sequence[tuple[str, Path]],
-    mounts: Sequence[Mount],
-    subvolume_of: Callable[[Path], Path],
-    *,
-    root: bool,
+    parts: Sequence[tuple[str, Path]], host: _Host, state_folder: Path
 ) -> tuple[str, list[tuple[str, Path]], Path, list[str]]:
     """Give driver, volumes, folder and the reasons: btrfs where all parts lie on it and a snapshot has a place."""
-    data = parts[0][1]
-    beside = data.parent / "trigpoint-snapshots"
-    kinds = {name: mount_of(path, mounts) for name, path in parts}
+    copies, where = _for_copies(parts[0][1], host, state_folder)
+    kinds = {name: mount_of(path, host.mounts) for name, path in parts}
     on = ", ".join(f"{name} on {mount.filesystem}" for name, mount in kinds.items())
     if any(mount.filesystem != "btrfs" for mount in kinds.values()):
-        return "directory", list(parts), beside, [f"{on}: files are copied (shared where the filesystem can)."]
-    if not root:
-        return "directory", list(parts), beside, [f"{on}, but only root can use its snapshots fully: files are shared."]
-    roots = _distinct([(name, subvolume_of(path)) for name, path in parts])
-    above = roots[0][1].parent
-    if any(path == Path("/") for _, path in roots) or mount_of(above, mounts) != kinds["data"]:
-        return (
-            "directory",
-            list(parts),
-            beside,
-            [
-                f"{on}, but there is no place for snapshots beside the subvolume of the data: files are shared.",
-                "For snapshots in an instant mount the top of the btrfs and put the data into a subvolume below it.",
-            ],
-        )
+        why = [f"{on}: files are copied (shared where the filesystem can).", *where]
+        return "directory", list(parts), copies, why
+    if not host.root:
+        why = [f"{on}, but only root can use its snapshots fully: files are shared.", *where]
+        return "directory", list(parts), copies, why
+    roots = _distinct([(name, host.subvolume_of(path)) for name, path in parts])
+    above = None if any(path == Path("/") for _, path in roots) else host.beside(roots[0][1])
+    if above is None:
+        why = [
+            f"{on}, but there is no place of root's for snapshots beside the subvolume of the data: files are shared.",
+            "For snapshots in an instant mount the top of the btrfs, let root own it, and put the data into a subvolume"
+            " below it.",
+            *where,
+        ]
+        return "directory", list(parts), copies, why
     return "btrfs", roots, above / "trigpoint", [f"{on}, in subvolumes: snapshots are atomic and at once."]
+
+
+def _for_copies(data: Path, host: _Host, state_folder: Path) -> tuple[Path, list[str]]:
+    """Give where copies belong, and what has to be said of it: beside the data where that is ours, else near by."""
+    if host.ours(data.parent):
+        return data.parent / "trigpoint-snapshots", []
+    whose = f"{data.parent} can be changed by others than us, so the snapshots lie elsewhere"
+    if mount_of(data, host.mounts) == mount_of(state_folder, host.mounts):
+        return state_folder / "snapshots", [f"{whose}, on the same filesystem."]
+    if (above := host.beside(data)) is not None:
+        return above / "trigpoint-snapshots", [f"{whose}, on the same filesystem."]
+    return state_folder / "snapshots", [f"{whose}, on another filesystem, where files share nothing with the data."]
 
 
 def _distinct(volumes: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
@@ -109,11 +160,15 @@ def text(proposal: Proposal) -> str:
     ]
     for name, path in proposal.volumes:
         lines += ["", "[[volumes]]", *_line("volumes[].name", name), *_line("volumes[].path", path)]
-    lines += ["", "[storage]", *(f"# {why}" for why in proposal.why)]
+    lines += ["", "[storage]", *(f"# {plain(why)}" for why in proposal.why)]
     lines += [f"driver = {toml(proposal.driver)}", *_line("storage.folder", proposal.storage_folder)]
     lines += [*_line("storage.keep_free", "1GiB"), *_line("storage.budget", 200)]
-    lines += ["", "[points]", *_line("points.min_interval_seconds", 1.0), *_line("points.per_minute", 60)]
-    lines += [*_line("points.restore_objective_seconds", 30.0), *_line("points.catch_all_seconds", 300.0), *_RULES]
+    interval = proposal.interval_seconds
+    lines += ["", "[points]", *(f"# {plain(why)}" for why in proposal.points_why)]
+    lines += [*_line("points.min_interval_seconds", interval), *_line("points.per_minute", 60)]
+    lines += _line("points.max_delay_seconds", max(60.0, interval))
+    lines += _line("points.restore_objective_seconds", 30.0)
+    lines += [*_line("points.catch_all_seconds", max(300.0, interval)), *_RULES]
     return "\n".join(lines) + "\n"
 
 

@@ -29,6 +29,7 @@ from trigger.protect.qualify import Rules
 from trigger.protect.window import Collected, Window
 from trigger.service.connect import Parts, SystemClock, check, connect
 from trigger.service.control import only_one, serve
+from trigger.service.detached import Detached
 from trigger.service.upkeep import Upkeep
 from trigger.shape import data
 
@@ -179,6 +180,7 @@ async def run(options: Options, *, force: bool = False, ready: Callable[[Service
     Raises:
         TrigpointError: what no waiting can help, of whatever part it came.
     """
+    asyncio.get_running_loop().set_default_executor(Detached())
     async with alone(options) as parts:
         await preflight(parts, force=force)
         service = await begin(parts)
@@ -197,9 +199,9 @@ async def leave_nothing_undone(parts: Parts) -> None:
 
 
 @contextlib.asynccontextmanager
-async def opened(options: Options) -> AsyncIterator[Parts]:
-    """Hold the parts of a service, connected; they are let go of at the end."""
-    parts = await connect(options)
+async def opened(options: Options, *, only_look: bool = False) -> AsyncIterator[Parts]:
+    """Hold the parts of a service, connected (see `connect`); they are let go of at the end."""
+    parts = await connect(options, only_look=only_look)
     try:
         yield parts
     finally:

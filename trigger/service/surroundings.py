@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trigger.config.options import Options
 from trigger.model import Finding, Severity, Volume
+from trigger.trusted import why_not_ours
 
 _TIME_ERROR = 5
 """What adjtimex(2) gives while the clock is not synchronised."""
@@ -25,6 +26,7 @@ def check(options: Options, volumes: Sequence[Volume]) -> list[Finding]:
     }
     return [
         *check_places(places, volumes),
+        *check_ours({what: path for what, path in places.items() if what != "storage folder"}),
         *check_secrets([path for path in (options.database.password_file, options.agent.hooks) if path]),
         *check_state_folder(options.state_folder),
         check_clock(clock_is_synchronised()),
@@ -61,6 +63,15 @@ def _with_parents(path: Path) -> Iterator[Path]:
     yield from (real, *real.parents)
 
 
+def check_ours(places: dict[str, Path]) -> Iterator[Finding]:
+    """Refuse what we write where somebody else decides what lies there; of its own folder a storage says so itself."""
+    told = set()
+    for what, path in places.items():
+        if (alien := why_not_ours(path)) is not None and alien.message not in told:
+            told.add(alien.message)
+            yield Finding(what, Severity.REFUSED, alien.message, alien.remedy)
+
+
 def check_secrets(paths: Sequence[Path]) -> Iterator[Finding]:
     """Judge files that hold secrets, or that say what is run: nobody else may read or write them."""
     for path in paths:
@@ -72,6 +83,8 @@ def check_secrets(paths: Sequence[Path]) -> Iterator[Finding]:
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
             owner = f"owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}"
             yield Finding(str(path), Severity.REFUSED, f"others may write it ({owner})", f"chown and chmod 0600 {path}")
+        elif (alien := why_not_ours(path.parent)) is not None:
+            yield Finding(str(path), Severity.REFUSED, f"others may replace it: {alien.message}", alien.remedy)
         else:
             yield Finding(str(path), Severity.OK, "nobody else may write it")
 

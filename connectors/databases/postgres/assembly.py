@@ -53,7 +53,7 @@ def archived_journal(database: Postgres, layout: Layout, section: Any, folder: P
 
 def _journal(database: Postgres, layout: Layout, folder: Path, feed: Feed) -> PostgresJournal:
     owner = (layout.owner, layout.group)
-    folders = LogFolders(folder, places.segment_bytes(layout), owner)
+    folders = LogFolders(folder, layout.log_file_bytes, owner)
     database.lives.folders, database.lives.writer = folders, feed.owner
 
     def dump_for(segments: SegmentFolder) -> WalDump | None:

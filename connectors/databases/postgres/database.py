@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -18,8 +19,9 @@ from connectors.databases.postgres.lives import Lives
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import KIND, Lsn, history
-from connectors.databases.postgres.stream.copyboth import CopyBoth
+from connectors.databases.postgres.stream.copyboth import CopyBoth, way_in
 from connectors.databases.postgres.stream.source import PostgresSource
+from connectors.threads import Threads
 from trigger.errors import ConfigError, DatabaseError, JournalError, SourceError
 from trigger.model import Bracket, Finding, Layout, Retained, Volume
 from trigger.ports import Seen
@@ -126,6 +128,7 @@ class Postgres:
         self.name = name
         self.bin_directory = bin_directory
         self.password_file = password_file
+        self._threads = Threads("data")
         self._deadline_seconds = deadline_seconds
         self._slow_deadline_seconds = slow_deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
@@ -302,7 +305,7 @@ class Postgres:
             DatabaseError: no answer, the role may not read the settings, or the files are not on this host.
         """
         version, data, segment_bytes, spaces, files = await self._ask(_LAYOUT)
-        return await asyncio.to_thread(_look_at_files, version, data, segment_bytes, spaces, files)
+        return await self._threads.run(partial(_look_at_files, version, data, segment_bytes, spaces, files))
 
     async def archived(self) -> str:
         """Give the file of the log that the server archived last, "" for none; raises `DatabaseError`."""
@@ -333,7 +336,7 @@ class Postgres:
             layout = await self.layout()
         except DatabaseError as error:
             return [*findings, preflight.unreachable(error)]
-        return findings + await asyncio.to_thread(preflight.check_paths, layout, volumes)
+        return findings + await self._threads.run(partial(preflight.check_paths, layout, volumes))
 
     async def explain(self) -> list[Finding]:
         """Give what a source of this cluster's version cannot see, and what is done about it."""
@@ -422,7 +425,7 @@ def _with_password_file(conninfo: str, password_file: Path | None) -> str:
 def _failed(what: str, error: psycopg.Error) -> DatabaseError:
     words = " ".join(str(error).split())
     for_good = (error.sqlstate or "").startswith(_FOR_GOOD)
-    hint = "look at the role's rights, the name of the database and pg_hba.conf" if for_good else ""
+    hint = way_in(words, for_good=for_good)
     return DatabaseError(f"{what}: {words}", hint=hint, retryable=not for_good)
 
 

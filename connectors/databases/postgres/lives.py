@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.log.folders import LogFolders
@@ -29,6 +31,7 @@ from trigger.position import History, Position
 
 _COMPARED_BYTES = 16_384
 _SMALLEST_SEGMENT_BYTES = 1 << 20
+T = TypeVar("T")
 ReadLog = Callable[[str, int, int, int, float], Awaitable[bytes | None]]
 
 
@@ -89,14 +92,18 @@ class Lives:
         """
         async with self._turn:
             system = await identify(dsn, self.deadline_seconds)
-            history = await asyncio.to_thread(self.history, system.identifier, system.timeline)
+            history = await self._in_thread(partial(self.history, system.identifier, system.timeline))
             if through is not None:
                 self._note(through)
             if last is not None:
                 self._last[last.history] = last
             if await self._contradiction(dsn, system, history):
-                history = await asyncio.to_thread(self._begin_anew, history)
+                history = await self._in_thread(partial(self._begin_anew, history))
             return Present(history, system.flushed)
+
+    async def _in_thread(self, look: Callable[[], T]) -> T:
+        """Look into the journal's folders, whose disk may hang; there is nothing to look at without them."""
+        return await self.folders.threads.run(look) if self.folders else look()
 
     def _note(self, position: Position) -> None:
         self._ends[position.history] = max(self._ends.get(position.history, 0), position.at)
@@ -111,7 +118,7 @@ class Lives:
 
     async def _contradiction(self, dsn: str, system: System, history: History) -> str:
         """Give what shows that the server's log is another one than that of `history`; "" for nothing."""
-        held = await asyncio.to_thread(self._last_held, history)
+        held = await self._in_thread(partial(self._last_held, history))
         known = max(self._ends.get(history, 0), held.end if held else 0)
         if known > system.flushed:
             return f"the log ends at {system.flushed}, and was at {Lsn(known)} before"
@@ -135,7 +142,7 @@ class Lives:
 
     async def differs(self, dsn: str, folder: SegmentFolder, name: SegmentName) -> bool:
         """Whether the server has other log at the end of a segment than a folder; False where it has it no more."""
-        held = await asyncio.to_thread(_tail_of, folder, name)
+        held = await folder.threads.run(partial(_tail_of, folder, name))
         if held is None:
             return False
         return await self._differs(dsn, name.timeline, held)

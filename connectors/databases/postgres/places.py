@@ -26,8 +26,7 @@ def layout(
     if not wal.is_relative_to(data):
         found[_WAL] = wal
     found |= {f"{_TABLESPACE}{oid}": path for oid, path in sorted(tablespaces.items())}
-    driver = {"version": version, "wal_segment_bytes": segment_bytes}
-    return Layout(found, wal, config_files, *owner, driver)
+    return Layout(found, wal, config_files, *owner, segment_bytes, {"version": version})
 
 
 def recall(document: Mapping[str, Any]) -> Layout:
@@ -53,6 +52,7 @@ def recall(document: Mapping[str, Any]) -> Layout:
             tuple(map(Path, document["config_files"])),
             document["owner"],
             document["group"],
+            document["log_file_bytes"],
             dict(document["driver"]),
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -75,8 +75,3 @@ def tablespaces(of: Layout) -> dict[int, Path]:
 def major(of: Layout) -> int:
     """Give the major version of the server."""
     return int(of.driver["version"]) // 10_000
-
-
-def segment_bytes(of: Layout) -> int:
-    """Give the size of a segment of the log."""
-    return int(of.driver["wal_segment_bytes"])

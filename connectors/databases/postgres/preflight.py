@@ -19,7 +19,7 @@ from connectors.databases.postgres.connection import connect, encoding_of
 from connectors.databases.postgres.encoding import readable
 from connectors.databases.postgres.programs import listed
 from connectors.databases.postgres.stream import publication, slot
-from connectors.databases.postgres.stream.copyboth import CopyBoth
+from connectors.databases.postgres.stream.copyboth import CopyBoth, way_in
 from connectors.databases.postgres.stream.source import PostgresSource
 from trigger.errors import DatabaseError, SourceError
 from trigger.model import Finding, Layout, Severity, Volume
@@ -187,10 +187,12 @@ async def check_database(dsn: str, source: PostgresSource, deadline_seconds: flo
             stream = await CopyBoth.connect(dsn, deadline_seconds)
             await stream.close()
     except (psycopg.Error, SourceError, TimeoutError) as error:
-        words = " ".join(str(error).split()) or f"no answer within {deadline_seconds:g} s"
-        return [
-            Finding(subject, _REFUSED, words, "look at the role's rights and pg_hba.conf (it needs `replication` too)")
-        ]
+        said = error.message if isinstance(error, SourceError) else str(error)
+        words = " ".join(said.split()) or f"no answer within {deadline_seconds:g} s"
+        remedy = (
+            way_in(words, for_good=False) or "look at the role's rights and pg_hba.conf (it needs `replication` too)"
+        )
+        return [Finding(subject, _REFUSED, words, remedy)]
     return findings or [Finding(subject, _OK, "can be captured")]
 
 

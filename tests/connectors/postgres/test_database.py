@@ -286,7 +286,7 @@ def test_the_layout_names_every_place_where_the_cluster_lies(cluster: Cluster, m
         assert places.major(layout) == major
         assert (places.data_directory(layout), layout.log) == (cluster.data, cluster.data / "pg_wal")
         assert (places.tablespaces(layout), layout.config_files) == ({}, ())
-        assert (layout.owner, layout.group, places.segment_bytes(layout)) == (*cluster.owner, 16 << 20)
+        assert (layout.owner, layout.group, layout.log_file_bytes) == (*cluster.owner, 16 << 20)
 
     with_database(cluster, act)
 

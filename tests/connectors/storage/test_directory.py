@@ -209,6 +209,44 @@ def test_files_that_vanish_shrink_and_grow_meanwhile_are_normal(tmp_path: Path) 
         assert house.kept(number, "still").read_text() == "still"
 
 
+@pytest.mark.parametrize("left", [0, 4096, 150_000])
+@pytest.mark.parametrize("before", ["SEEK_DATA", "SEEK_HOLE", "sendfile"])
+def test_a_file_that_is_cut_at_any_moment_of_its_copy_fails_no_snapshot(
+    before: str, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House(tmp_path)
+    content = os.urandom(200_000)
+    (house.source / "cut").write_bytes(content)
+    (house.source / "other").write_bytes(content)
+    seek, send = os.lseek, os.sendfile
+    cuts: list[str] = []
+
+    def cut(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == house.source / "cut" and not cuts:
+            cuts.append(before)
+            os.truncate(house.source / "cut", left)
+
+    def seeking(descriptor: int, place: int, how: int) -> int:
+        if before != "sendfile" and how == getattr(os, before):
+            cut(descriptor)
+        return seek(descriptor, place, how)
+
+    def sending(copy: int, source: int, *more: Any) -> int:
+        if before == "sendfile":
+            cut(source)
+        return send(copy, source, *more)
+
+    monkeypatch.setattr(Copier, "_reflink", lambda *_: False)
+    monkeypatch.setattr(os, "lseek", seeking)
+    monkeypatch.setattr(os, "sendfile", sending)
+    house.cut(0)
+    assert cuts == [before]
+    copied = house.kept(0, "cut").read_bytes()
+    assert len(copied) <= 200_000
+    assert copied[:left] == content[:left]
+    assert house.kept(0, "other").read_bytes() == content
+
+
 def test_a_cancelled_snapshot_stops_soon_and_leaves_nothing(tmp_path: Path) -> None:
     house = House(tmp_path)
     for number in range(300):

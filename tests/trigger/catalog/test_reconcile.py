@@ -282,3 +282,53 @@ def test_a_storage_that_does_not_let_go_keeps_no_pass_from_ending_and_the_next_o
         assert set(stage.world.kept) == {whole.id}
 
     play(act)
+
+
+class Unwritable(MemoryStorage):
+    """A storage in which no tag can be written while it is broken."""
+
+    broken = True
+
+    async def retag(self, point: str, tag: str) -> None:
+        if self.broken:
+            raise StorageError(f"{point}: Input/output error")
+        await super().retag(point, tag)
+
+
+def test_a_damaged_tag_of_a_sealed_point_is_written_anew_from_the_catalog() -> None:
+    async def act(stage: Stage) -> None:
+        points = [await stage.sealed(number) for number in (1, 2)]
+        before = stage.world.kept[points[0].id].tag
+        stage.world.kept[points[0].id].tag = None
+        done = await stage.reconcile()
+        assert (done.mended, done.phantoms) == ([points[0].id], [])
+        assert await stage.state(points[0]) is State.SEALED
+        assert stage.world.kept[points[0].id].tag == before, "the commits in it, too"
+
+    play(act)
+
+
+def test_a_point_whose_tag_can_be_neither_read_nor_written_stays_and_is_mended_later() -> None:
+    async def act(stage: Stage) -> None:
+        point = await stage.sealed(1)
+        stage.world.kept[point.id].tag = None
+        storage = Unwritable(stage.world)
+        for _ in range(2):
+            done = await reconcile.reconcile(stage.catalog, storage)
+            assert (done.unreadable, done.mended, done.phantoms) == ([point.id], [], [])
+            assert await stage.state(point) is State.SEALED
+        storage.broken = False
+        assert (await reconcile.reconcile(stage.catalog, storage)).mended == [point.id]
+        assert not await reconcile.reconcile(stage.catalog, storage)
+
+    play(act)
+
+
+def test_a_point_without_its_tag_and_without_a_snapshot_is_a_phantom() -> None:
+    async def act(stage: Stage) -> None:
+        point = await stage.sealed(1)
+        stage.world.kept[point.id] = Kept(("data",))
+        assert (await reconcile.reconcile(stage.catalog, stage.storage)).phantoms == [point.id]
+        assert await stage.state(point) is State.FAILED
+
+    play(act)

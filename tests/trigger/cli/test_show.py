@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -12,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from connectors.databases.postgres.lsn import Lsn
-from trigger.cli import show
+from trigger.cli import service, show
 from trigger.model import Bracket, Cause, Commit, CommitRecord, Finding, Mark, Outcome, RecoveryPoint, Severity, State
 from trigger.position import History, Name, Position
-from trigger.shape import data
+from trigger.shape import data, json_text, plain
 
 
 def test_positions_are_text_times_utc_and_bytes_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,3 +161,105 @@ def test_a_terminal_gets_a_table_with_the_same_cells(
     out = capsys.readouterr().out
     assert "a[b]" in out
     assert "sealed" in out
+
+
+HOSTILE = "a\x1b[2Jb\x9b31mc\x07\x00d\r\ne\x7ff\u202eg\u2028h\ufeffi\ud800j\U000e0001k"
+"""What a table may be called: commands to terminals in both forms, ends of lines, turned writing, what is not seen."""
+
+
+def printed_by(what: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Print `HOSTILE` in one way; gives what came out."""
+    match what:
+        case "say":
+            show.say(HOSTILE)
+        case "note":
+            show.note(HOSTILE)
+        case "facts":
+            show.facts([("name", HOSTILE)])
+        case "table":
+            show.table(("name",), [(HOSTILE,)])
+        case "empty table":
+            show.table(("name",), [], empty=HOSTILE)
+        case "finding":
+            show.finding(Finding(HOSTILE, Severity.WARNING, HOSTILE, HOSTILE))
+        case "error":
+            show.error(HOSTILE, HOSTILE)
+        case "json":
+            show.print_json({HOSTILE: [HOSTILE]})
+        case "steps":
+            with show.steps() as progress:
+                progress(HOSTILE, 1, 2)
+    out, err = capsys.readouterr()
+    return out + err
+
+
+WAYS = ("say", "note", "facts", "table", "empty table", "finding", "error", "json", "steps")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("what", WAYS)
+def test_what_others_wrote_commands_no_terminal_however_it_is_printed(
+    what: str, terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if terminal:
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    printed = printed_by(what, capsys)
+    assert printed
+    for line in printed.splitlines():
+        assert re.sub(r"\x1b\[[0-9;]*m", "", line).isprintable(), line  # our own colours apart
+
+
+def test_a_name_with_an_end_of_line_makes_no_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    name = 'public.t" is seen\nok       every table: nothing stands in the way'
+    show.finding(Finding("bank", Severity.REFUSED, f"{name} has no replica identity", f"ALTER TABLE {name}"))
+    show.say(f"{name}: NOT VERIFIED")
+    show.note(name)
+    out, err = capsys.readouterr()
+    lines = out.splitlines() + err.splitlines()
+    assert len(lines) == 4
+    assert not any(line.startswith("ok ") for line in lines)
+    assert lines[0].startswith(r'refused  bank: public.t" is seen\nok       every')
+
+
+@given(st.text())
+def test_json_that_commands_no_terminal_means_what_it_meant(text: str) -> None:
+    written = json_text({"name": text})
+    assert json.loads(written) == {"name": text}
+    assert all(each.isprintable() or each.isspace() for each in written)
+
+
+@given(st.text())
+def test_text_for_people_is_one_line_and_what_can_be_printed_is_left_as_it_is(text: str) -> None:
+    shown = plain(text)
+    assert len(shown.splitlines()) <= 1
+    assert plain(shown) == shown
+    assert shown == text or not text.isprintable()
+
+
+@pytest.mark.parametrize("name", ["größe", "表\u3000名", "a b", "naïve 🐘", "\\x1b"])
+def test_names_of_every_script_are_shown_as_they_are(name: str) -> None:
+    assert plain(name) == name
+
+
+@pytest.mark.parametrize("how", ["people", "journald", "json"])
+def test_a_line_of_the_log_is_not_forged_by_what_is_logged(
+    how: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    if how == "journald":
+        monkeypatch.setenv("JOURNAL_STREAM", "8:1")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        service.configure_logging(verbose=False, as_json=how == "json")
+        logging.getLogger("trigger").error(
+            "point 3 failed: %s", f"{HOSTILE}\n2026-01-01 00:00:00,000 INFO    all is well"
+        )
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert not any(line.startswith("2026-01-01") for line in lines)
+    if how == "journald":
+        assert all(line.startswith("<3>") for line in lines)

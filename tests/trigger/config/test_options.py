@@ -68,6 +68,26 @@ def test_a_password_is_refused_without_being_shown() -> None:
         assert "canary" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "conninfo",
+    [
+        "host=db sslpassword=canary",
+        "sslkey=/k SSLPASSWORD = 'canary'",
+        "postgresql://me@db/bank?sslmode=require&sslpassword=canary",
+        "postgresql://me@db/bank?sslp%61ssword=canary",
+        "postgresql://me@db/bank?p%61ssword=canary",
+        "host=db scram_client_key=canary",
+        "host=db scram_server_key=canary",
+        "host=db oauth_client_secret=canary",
+    ],
+)
+def test_every_secret_of_a_connection_is_refused_without_being_shown(conninfo: str) -> None:
+    with pytest.raises(ConfigError, match="must not hold") as refused:
+        parse(SMALLEST.replace("host=/var/run/postgresql", conninfo), "x")
+    assert "file" in refused.value.message
+    assert "canary" not in str(refused.value)
+
+
 def test_a_password_file_in_the_conninfo_is_no_password() -> None:
     parse(SMALLEST.replace("host=/var/run/postgresql", "host=db passfile=/etc/pgpass"), "x")
     parse(SMALLEST.replace("host=/var/run/postgresql", "postgresql://me@db:5432/bank"), "x")

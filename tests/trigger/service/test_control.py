@@ -121,6 +121,16 @@ def test_only_our_own_user_may_open_the_socket(tmp_path: Path) -> None:
         os.umask(before)
 
 
+def test_the_umask_of_the_process_is_left_alone_since_others_make_files_meanwhile(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path):
+            pass
+
+    with patch.object(os, "umask") as changed:
+        asyncio.run(main())
+    assert not changed.called
+
+
 def test_where_no_service_runs_the_answer_says_so(tmp_path: Path) -> None:
     with pytest.raises(NotRunningError):
         asyncio.run(ask(tmp_path, {}, 5))

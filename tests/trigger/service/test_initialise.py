@@ -35,6 +35,7 @@ def proposed(found: Layout, mounts: list[Mount] | None = None, *, root: bool = T
         mounts=mounts or EXT4,
         subvolume_of=given["subvolume_of"],
         root=root,
+        **({"ours": given["ours"]} if "ours" in given else {}),
     )
 
 
@@ -43,6 +44,41 @@ def test_any_filesystem_gets_copies_beside_the_data() -> None:
     assert found.driver == "directory"
     assert found.volumes == (("data", Path("/var/lib/postgresql/15/main")),)
     assert found.storage_folder == Path("/var/lib/postgresql/15/trigpoint-snapshots")
+
+
+DEBIAN = "/var/lib/postgresql/15/main"
+
+
+def not_below(*theirs: str) -> Any:
+    """Give what says whether a folder is ours, where these and all below them are another's."""
+    return lambda folder: not any(folder.is_relative_to(each) for each in theirs)
+
+
+@pytest.mark.parametrize(
+    ("mounts", "theirs", "place", "shares"),
+    [
+        (["/"], "/var/lib/postgresql", "/var/lib/trigpoint/snapshots", True),
+        (["/", "/var/lib/postgresql"], "/var/lib/postgresql/15", "/var/lib/postgresql/trigpoint-snapshots", True),
+        (["/", "/var/lib/postgresql"], "/var/lib/postgresql", "/var/lib/trigpoint/snapshots", False),
+        (["/"], "/var/lib/postgresql/15/main", "/var/lib/postgresql/15/trigpoint-snapshots", None),
+    ],
+)
+def test_snapshots_lie_where_the_owner_of_the_data_cannot_change_them_on_its_filesystem_if_there_is_a_place(
+    mounts: list[str], theirs: str, place: str, shares: bool | None
+) -> None:
+    found = proposed(layout(DEBIAN), [Mount(Path(each), "xfs") for each in mounts], ours=not_below(theirs))
+    assert found.storage_folder == Path(place)
+    said = "".join(why for why in found.why if "changed by others" in why)
+    assert ("same filesystem" in said, "another filesystem" in said) == (shares is True, shares is False)
+
+
+def test_snapshots_of_a_subvolume_lie_in_the_nearest_folder_that_nobody_else_can_change() -> None:
+    deep: dict[str, Any] = {"subvolume_of": lambda _path: Path("/srv/pg/15/main")}
+    found = proposed(layout("/srv/pg/15/main"), BTRFS, ours=not_below("/srv/pg/15"), **deep)
+    assert (found.driver, found.storage_folder) == ("btrfs", Path("/srv/pg/trigpoint"))
+    found = proposed(layout("/srv/pg/15/main"), BTRFS, ours=not_below("/srv/pg"), **deep)
+    assert (found.driver, found.storage_folder) == ("directory", Path("/var/lib/trigpoint/snapshots"))
+    assert any("let root own it" in why for why in found.why)
 
 
 def test_data_in_a_btrfs_subvolume_gets_atomic_snapshots() -> None:
@@ -92,9 +128,14 @@ def test_the_maintenance_database_is_left_out_where_there_is_another() -> None:
 
 
 @pytest.mark.parametrize("mounts", [EXT4, BTRFS])
-@pytest.mark.parametrize("name", ['we"ird', "bänk", "a\\b", "new\nline"])
+@pytest.mark.parametrize(
+    "name", ['we"ird', "bänk", "a\\b", "new\nline", "esc\x1b[2J", "del\x7f", "c1\x9b", "tag\U000e0001"]
+)
 def test_what_is_written_is_read_back_as_proposed(mounts: list[Mount], name: str) -> None:
-    found = proposed(layout(f"/srv/pg/{name}", tablespaces={1: Path("/srv/pg/space")}), mounts, databases=[name])
+    theirs = not_below("/srv/pg/theirs")
+    place = layout(f"/srv/pg/theirs/{name}/data", tablespaces={1: Path("/srv/pg/space")})
+    found = proposed(place, mounts, databases=[name], ours=theirs)
+    assert all(line.isprintable() for line in text(found).splitlines())
     read = parse(text(found), "written")
     assert tuple(read.database.databases) == (name,)
     assert tuple((volume.name, volume.path) for volume in read.volumes) == found.volumes

@@ -14,14 +14,16 @@ import re
 import signal
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.log.folders import is_of
-from connectors.databases.postgres.log.segments import SegmentFolder, give
+from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.programs import as_owner, last_lines, minimal_environment
+from connectors.threads import Threads
 from trigger.errors import ConfigError, DatabaseError, JournalError, SourceError
 from trigger.model import Finding, Severity
 from trigger.position import Position
@@ -112,6 +114,7 @@ class ArchiveReader:
         self._fetch_seconds = fetch_seconds
         self._late_seconds = late_seconds
         self._refusal: _Refusal | None = None
+        self._threads = Threads("restore_command")
         self._broken = ""
         self._late = ""
         self._finished_since: float | None = None
@@ -127,7 +130,7 @@ class ArchiveReader:
             return [Finding(_COMMAND, Severity.WARNING, "not tried, since the server has archived no segment", _FEED)]
         with tempfile.TemporaryDirectory(prefix="trigpoint-") as folder:
             path = Path(folder) / name
-            refusal = await asyncio.to_thread(self._ask, segment_bytes, name, path, _TRY_SECONDS)
+            refusal = await self._threads.run(partial(self._ask, segment_bytes, name, path, _TRY_SECONDS))
         if refusal is None:
             return [Finding(_COMMAND, Severity.OK, f"brings {name}, which the server archived last")]
         message = f"does not bring {name}, which the server archived last: {refusal.why}"
@@ -214,7 +217,7 @@ class ArchiveReader:
                 continue
             if refusal is not None:
                 await self._judge(following, segments.segment_bytes, refusal)
-            await asyncio.to_thread(self._fill, segments, following)
+            await segments.threads.run(partial(self._fill, segments, following))
             await asyncio.sleep(self._poll_seconds)
 
     async def _has_moved(self, segments: SegmentFolder) -> bool:
@@ -223,16 +226,16 @@ class ArchiveReader:
             history = (await self._server.durable()).history
         except DatabaseError:
             return False
-        return not await asyncio.to_thread(is_of, segments, history)
+        return not await segments.threads.run(partial(is_of, segments, history))
 
     async def _fetch_own(self, segments: SegmentFolder, name: SegmentName) -> bool:
         """Fetch a segment, unless the archive has the log of an earlier life of the cluster under its name."""
         text = name.text(segments.segment_bytes)
-        if not await asyncio.to_thread(self.fetch, segments, text):
+        if not await segments.threads.run(partial(self.fetch, segments, text)):
             return False
         if not segments.incarnation or not await self._is_foreign(segments, name):
             return True
-        await asyncio.to_thread(segments.delete, [name])
+        await segments.threads.run(partial(segments.delete, [name]))
         why = "it has another log under that name, of before an older copy of the cluster was put back"
         self._refusal = _Refusal(why, broken=True)
         return False
@@ -272,7 +275,7 @@ class ArchiveReader:
 
     async def _resume(self, segments: SegmentFolder) -> SegmentName:
         """Give behind what is held; where nothing is, the beginning, which an empty partial segment keeps in mind."""
-        names = await asyncio.to_thread(segments.names)
+        names = await segments.threads.run(segments.names)
         if held := [name for name in names if not name.partial]:
             newest = max(held)
             return SegmentName(newest.timeline, newest.number + 1)
@@ -283,17 +286,15 @@ class ArchiveReader:
         except DatabaseError as error:
             raise JournalError(f"the server does not say where the journal has to begin: {error}") from error
         first = SegmentName(begin.history.branch, begin.at // segments.segment_bytes)
-        mark = segments.file(first._replace(partial=True))
-        mark.touch(mode=0o600)
-        give(mark, self.owner)
+        segments.mark(first._replace(partial=True), self.owner)
         return first
 
     async def _next_timeline(self, segments: SegmentFolder, following: SegmentName) -> SegmentName | None:
         """Give where a timeline that left this one goes on; None while the archive knows of none."""
         for timeline in itertools.count(following.timeline + 1):
-            if not await asyncio.to_thread(self.fetch, segments, f"{timeline:08X}.history"):
+            if not await segments.threads.run(partial(self.fetch, segments, f"{timeline:08X}.history")):
                 return None
-            lineage = await asyncio.to_thread(segments.lineage, lsn.history("", timeline))
+            lineage = await segments.threads.run(partial(segments.lineage, lsn.history("", timeline)))
             left = dict(lineage.forks).get(following.timeline)
             if left is not None:
                 return SegmentName(timeline, left // segments.segment_bytes)

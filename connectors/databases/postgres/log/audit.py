@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +78,19 @@ class Audit:
         """
         began_ns = time.time_ns()
         async with self.between_segments:
-            state = await asyncio.to_thread(self.load)
-            names = [name for name in await asyncio.to_thread(self._segments.names) if not name.partial]
-            await asyncio.to_thread(self._look_at_known, state, names)
+            state = await self._segments.threads.run(self.load)
+            names = [name for name in await self._segments.threads.run(self._segments.names) if not name.partial]
+            await self._segments.threads.run(partial(self._look_at_known, state, names))
             state.looked_ns = began_ns
         kept_at = time.monotonic()
         for name in names:
             async with self.between_segments:
                 await self._look_at_new(state, name)
                 if time.monotonic() - kept_at > _KEEP_SECONDS:
-                    await asyncio.to_thread(self._kept)
+                    await self._segments.threads.run(self._kept)
                     kept_at = time.monotonic()
         async with self.between_segments:
-            kept = await asyncio.to_thread(self._kept)
+            kept = await self._segments.threads.run(self._kept)
         return [*kept, *(_damage(*one) for one in sorted(state.damaged.items()))]
 
     def _kept(self) -> list[Finding]:
@@ -152,7 +153,7 @@ class Audit:
         folder = self._segments.file(name).parent
         before = SegmentName(name.timeline, name.number - 1)
         follows = known.following == name.number and known.resume and self._segments.file(before).parent == folder
-        why = await asyncio.to_thread(self._headers, state, name)
+        why = await self._segments.threads.run(partial(self._headers, state, name))
         dump = self._dump()
         if not why and dump is not None:
             begin = Lsn(known.resume if follows else start)
@@ -162,7 +163,7 @@ class Audit:
         if why:
             state.damaged[text] = why
         known.following = name.number + 1
-        known.resume = 0 if why else (await asyncio.to_thread(self._segments.tail, name)).end
+        known.resume = 0 if why else (await self._segments.threads.run(partial(self._segments.tail, name))).end
 
     def _headers(self, state: _State, name: SegmentName) -> str:
         """Give what the size and the page headers of a segment say against it; "" for nothing."""

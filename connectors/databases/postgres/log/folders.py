@@ -13,6 +13,7 @@ from pathlib import Path
 
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.lsn import KIND
+from connectors.threads import Threads
 from trigger.position import History
 
 _NAME = re.compile(r"([0-9]{1,20})\+([0-9]{1,9})")
@@ -29,6 +30,7 @@ class LogFolders:
 
     def __init__(self, path: Path, segment_bytes: int, owner: tuple[int, int] | None = None) -> None:
         self.segment_bytes = segment_bytes
+        self.threads = Threads("journal")
         self._owner = owner
         self._first = SegmentFolder(path, segment_bytes, owner)
         self._first_system = ""

@@ -7,9 +7,9 @@ already.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -85,13 +85,13 @@ class PostgresJournal:
             JournalError: the folder cannot be made.
         """
         while True:
-            segments = await asyncio.to_thread(self._folders.of, await self._present())
-            await asyncio.to_thread(segments.make, self._feed.owner)
+            segments = await self._folders.threads.run(partial(self._folders.of, await self._present()))
+            await self._folders.threads.run(partial(segments.make, self._feed.owner))
             await self._feed.run(segments)
 
     async def extents(self) -> list[Extent]:
         """Give what it holds without a hole, by history and place; damaged segments are not held."""
-        return await asyncio.to_thread(self._extents)
+        return await self._folders.threads.run(self._extents)
 
     def _extents(self) -> list[Extent]:
         found = []
@@ -102,7 +102,7 @@ class PostgresJournal:
 
     async def lineage(self, history: History) -> Lineage:
         """Give the past of `history` by its timeline history file; raises `JournalError` where that is not held."""
-        return await asyncio.to_thread(lambda: self._folders.of(history).lineage(history))
+        return await self._folders.threads.run(lambda: self._folders.of(history).lineage(history))
 
     def file_start(self, at: int) -> int:
         """Give where the segment that holds a place begins."""
@@ -111,7 +111,7 @@ class PostgresJournal:
     async def audit(self) -> list[Finding]:
         """Give all that is wrong with the segments by now, and what hinders the feed at present."""
         found = self._feed.findings()
-        for segments in await asyncio.to_thread(self._folders.all):
+        for segments in await self._folders.threads.run(self._folders.all):
             try:
                 found += await self._audit_of(segments).run()
             except (OSError, JournalError) as error:
@@ -135,7 +135,7 @@ class PostgresJournal:
             JournalError: part of the stretch is missing or damaged; the message names the first such segment.
         """
         try:
-            return await asyncio.to_thread(self._stage, replay, folder, progress)
+            return await self._folders.threads.run(partial(self._stage, replay, folder, progress))
         except OSError as error:
             raise JournalError(
                 f"the log could not be staged in {folder}: {error}", hint="see that the folder can be written"
@@ -161,10 +161,10 @@ class PostgresJournal:
         History files stay: they are tiny.
         """
         released = 0
-        for segments in await asyncio.to_thread(self._folders.all) if starts else ():
+        for segments in await self._folders.threads.run(self._folders.all) if starts else ():
             audit = self._audit_of(segments)
             async with audit.between_segments:
-                released += await asyncio.to_thread(_release, segments, audit, starts)
+                released += await self._folders.threads.run(partial(_release, segments, audit, starts))
         return released
 
 

@@ -14,7 +14,8 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from connectors.databases.postgres.log.segments import SegmentFolder, give
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, as_owner, last_lines, minimal_environment
+from connectors.threads import Threads
 from trigger.errors import ConfigError, SourceError
 from trigger.model import Extent, Finding, Severity
 from trigger.position import History
@@ -39,6 +41,9 @@ _COMMAND_SECONDS = 30.0
 _END_SECONDS = 10.0
 _WORDS_BYTES = 8192
 _SLOT_NAME = re.compile(r"[a-z0-9_]{1,63}")
+_SECRETS = frozenset({"password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret"})
+"""What of a connection string everybody on the host could read in `ps` (the keywords of libpq 18)."""
+_SERVICE = "trigpoint"
 _CANNOT_SERVE = re.compile(
     r"has already been removed|can no longer access replication slot|has been invalidated"
     r"|cannot read from replication slot"
@@ -72,8 +77,8 @@ class Receiver:
     """Runs `pg_receivewal` until cancelled, starts it again when it ends or stands still, and leads it over holes.
 
     Args:
-        conninfo: how to connect; needs a role with REPLICATION. A password in it goes to a file of mode 0600, never
-            into an argument vector.
+        conninfo: how to connect; needs a role with REPLICATION. Secrets in it go to files of mode 0600, never into an
+            argument vector.
         programs: of the server's version or a later one.
         slot: the physical slot; made where it is missing.
         owner: user and group id to run as; ignored where we are not root.
@@ -100,6 +105,7 @@ class Receiver:
         self._stall_seconds = stall_seconds
         self._recognise = recognise or self._first_of_its_timeline
         self._trouble = ""
+        self._threads = Threads("pg_receivewal")
 
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
         """Whether a file is in the folder; a stream cannot be asked for one."""
@@ -138,11 +144,11 @@ class Receiver:
         """Run the program until it ends or stands still; gives its last words, None where the log is another one."""
         try:
             history = await self._recognise()
-            if not await asyncio.to_thread(is_of, segments, history):
+            if not await segments.threads.run(partial(is_of, segments, history)):
                 return None
             async with self._connect() as connection:
                 await _make_slot(connection, self._slot)
-            await asyncio.to_thread(_drop_half_made, segments)
+            await segments.threads.run(partial(_drop_half_made, segments))
             async with self._arguments() as (option, environment):
                 return await self._supervise(segments, option, environment)
         except (TimeoutError, OSError, psycopg.Error, SourceError) as error:
@@ -184,7 +190,7 @@ class Receiver:
             await asyncio.sleep(pause)
             pause = min(self._stall_seconds / 4, 5.0)
             try:
-                held = await asyncio.to_thread(segments.extents)
+                held = await segments.threads.run(segments.extents)
                 head = await self._head()
             except (TimeoutError, OSError, psycopg.Error):
                 continue  # the program notices for itself that the server, or its folder, is gone
@@ -214,7 +220,9 @@ class Receiver:
                     await connection.execute(f"DROP_REPLICATION_SLOT {self._slot} WAIT".encode())
                     begin = await _make_slot(connection, self._slot) or (head.timeline, head.written)
             timeline, number = begin[0], begin[1] // segments.segment_bytes
-            await asyncio.to_thread(_mark, segments, SegmentName(timeline, number, partial=True), self.owner)
+            await segments.threads.run(
+                partial(_mark, segments, SegmentName(timeline, number, partial=True), self.owner)
+            )
         except (TimeoutError, psycopg.Error, OSError) as error:
             self._trouble = last_lines(f"{words}\n{error}")
 
@@ -236,27 +244,57 @@ class Receiver:
 
     @contextlib.asynccontextmanager
     async def _arguments(self) -> AsyncIterator[tuple[list[str], dict[str, str]]]:
-        """Give the options and the environment with which the program connects; a password goes into a file."""
+        """Give the options and the environment with which the program connects; secrets go into files."""
         found = conninfo_to_dict(self._conninfo)
-        password = found.pop("password", None)
+        secrets = {name: str(found.pop(name)) for name in sorted(_SECRETS) if name in found}
         for name in ("dbname", "replication"):
             found.pop(name, None)
+        if set(secrets) - {"password"}:
+            if "service" in found:
+                raise psycopg.ProgrammingError(
+                    f"{', '.join(secrets)} belongs into the file of the service that is named"
+                )
+            found["service"] = _SERVICE
         option = [f"--dbname={make_conninfo('', **found)}", "--no-password"]
-        if password is None:
-            yield option, {}
+        environment = {name: os.environ[name] for name in ("PGSERVICEFILE",) if name in os.environ}
+        if not secrets:
+            yield option, environment
             return
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="trigpoint-"))
-        file = folder / "pgpass"
+        folder = Path(await self._threads.run(partial(tempfile.mkdtemp, prefix="trigpoint-")))
         try:
-            escaped = str(password).replace("\\", "\\\\").replace(":", "\\:")
-            file.touch(mode=0o600)
-            file.write_text(f"*:*:*:*:{escaped}\n")
-            for path in (file, folder):
-                give(path, self.owner)
-            yield option, {"PGPASSFILE": str(file)}
+            for variable, content in _secret_files(secrets).items():
+                file = folder / variable.lower()
+                file.touch(mode=0o600)
+                file.write_text(content)
+                give(file, self.owner)
+                environment[variable] = str(file)
+            give(folder, self.owner)
+            yield option, environment
         finally:
-            file.unlink(missing_ok=True)
-            folder.rmdir()
+            await self._threads.run(partial(shutil.rmtree, folder, ignore_errors=True))
+
+
+def _secret_files(secrets: Mapping[str, str]) -> dict[str, str]:
+    """Give the content of the files that libpq reads secrets from, by the variable that names each.
+
+    Raises:
+        psycopg.ProgrammingError: a secret cannot stand in such a file.
+    """
+    files = {}
+    others = dict(secrets)
+    if (password := others.pop("password", None)) is not None:
+        escaped = password.replace("\\", "\\\\").replace(":", "\\:")
+        files["PGPASSFILE"] = f"*:*:*:*:{escaped}\n"
+    for name, value in others.items():
+        if value != value.strip() or not value.isprintable():
+            raise psycopg.ProgrammingError(
+                f"{name} with a blank at an end, or an end of line, cannot be kept in a file"
+            )
+    if others:
+        files["PGSERVICEFILE"] = "\n".join(
+            [f"[{_SERVICE}]", *(f"{name}={value}" for name, value in others.items()), ""]
+        )
+    return files
 
 
 async def _head(connection: psycopg.AsyncConnection[Any]) -> _Head:
@@ -312,8 +350,7 @@ def _mark(segments: SegmentFolder, mark: SegmentName, owner: tuple[int, int] | N
         if name.number >= mark.number and name.timeline != mark.timeline:
             segments.set_aside(name)
     if mark not in segments.in_sight() and mark._replace(partial=False) not in segments.in_sight():
-        segments.file(mark).touch(mode=0o600)
-        give(segments.file(mark), owner)
+        segments.mark(mark, owner)
 
 
 def _reaches(held: list[Extent], head: _Head) -> bool:

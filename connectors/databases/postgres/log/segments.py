@@ -1,6 +1,6 @@
 """A folder of write-ahead log segments and timeline history files: what it holds, staging from it, thinning it.
 
-All calls block on small file operations; the journals run them in threads.
+All calls block on small file operations; the journals run them in `threads`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,13 +18,16 @@ from pathlib import Path
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.log.wal import MAJORS, SegmentName, Slices, Tail, history_timeline, page_header, tail
 from connectors.databases.postgres.lsn import Lsn
+from connectors.threads import Threads
 from trigger.errors import JournalError, PositionError
 from trigger.model import Extent
 from trigger.ports import Progress
 from trigger.position import History, Lineage, Position
 from trigger.replay import Replay
+from trigger.trusted import NotOursError, open_file, why_not_ours
 
 _FICLONE = 0x40049409
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP)
 
 
@@ -69,14 +73,21 @@ class SegmentFolder:
         self.segment_bytes = segment_bytes
         self.incarnation = incarnation
         self.owner = owner
+        self.threads = Threads("journal", limit=24)
+        """Where calls of it run: a disk that hangs holds up the journal, and nothing else of the process."""
         self.damaged: dict[str, str] = {}
         """Segments in which the audit found damage, and what; they are not held."""
 
     def make(self, writer: tuple[int, int] | None) -> None:
         """Make the folder, for (user, group) who write into it, or for us; closed to everybody else."""
         try:
+            for above in (self.path.parent, self.path.resolve().parent):  # a link of ours may lead to another disk
+                if (alien := why_not_ours(above)) is not None:
+                    raise alien
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             give(self.path, writer)
+        except NotOursError as error:
+            raise JournalError(f"no journal is kept in {self.path}: {error.message}", hint=error.remedy) from error
         except OSError as error:
             raise JournalError(f"the journal folder {self.path} cannot be made: {error.strerror}") from error
 
@@ -105,8 +116,13 @@ class SegmentFolder:
         """Move a segment out of the sight of a program that resumes behind the newest file; it is still held."""
         self.aside.mkdir(mode=0o700, exist_ok=True)
         status = self.path.stat()
-        give(self.aside, (status.st_uid, status.st_gid))
-        self.file(name).rename(self.aside / self.file(name).name)
+        aside = os.open(self.aside, _FOLDER)
+        try:
+            if os.geteuid() == 0:
+                os.fchown(aside, status.st_uid, status.st_gid)
+            os.rename(self.file(name), self.file(name).name, dst_dir_fd=aside)
+        finally:
+            os.close(aside)
 
     def bring_back(self, timeline: int) -> None:
         """Move what was set aside of a timeline into that program's sight again, where it sees no such file."""
@@ -127,7 +143,7 @@ class SegmentFolder:
     def system(self) -> str:
         """Give the system identifier of the cluster whose log this is; "" where nothing says it yet."""
         for name in reversed(self.names()):
-            with contextlib.suppress(OSError), self.file(name).open("rb") as file:
+            with contextlib.suppress(OSError), reading(self.file(name)) as file:
                 header = page_header(file.read(64))
                 if header is not None and header.system:
                     return header.system
@@ -147,8 +163,8 @@ class SegmentFolder:
         for entry in self._entries():
             timeline = history_timeline(entry)
             if timeline is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    found[timeline] = (self.locate(entry) or self.path / entry).read_text(errors="replace")
+                with contextlib.suppress(FileNotFoundError), reading(self.locate(entry) or self.path / entry) as file:
+                    found[timeline] = file.read().decode(errors="replace")
         return found
 
     def lineage(self, history: History) -> Lineage:
@@ -191,7 +207,7 @@ class SegmentFolder:
     @contextlib.contextmanager
     def slices(self, name: SegmentName) -> Iterator[Slices]:
         """Give the bytes of a segment, read where they are looked at; a mapping would count as memory of ours."""
-        with self.file(name).open("rb", buffering=0) as file:
+        with reading(self.file(name)) as file:
             yield _Read(file.fileno())
 
     def _held(self, name: SegmentName) -> tuple[str, Lsn | None]:
@@ -200,13 +216,13 @@ class SegmentFolder:
             return "", None
         start = name.start(self.segment_bytes)
         try:
-            with self.file(name).open("rb") as file:
+            with reading(self.file(name)) as file:
                 whole = os.fstat(file.fileno()).st_size == self.segment_bytes
                 header = page_header(file.read(64)) if whole else None
             if header is None or header.address != start:
                 return "", None
             end = self.tail(name).end if name.partial else Lsn(start + self.segment_bytes)
-        except (FileNotFoundError, ValueError):  # released, completed or re-made in this moment
+        except (FileNotFoundError, NotOursError, ValueError):  # released, completed or re-made in this moment; a link
             return "", None
         return header.system, end if end > start else None
 
@@ -241,16 +257,21 @@ class SegmentFolder:
         if not lineage.includes(start):
             raise JournalError(f"{start} is not in the past of {history}")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        give(folder, self.owner)
-        for timeline in self.histories():
-            held = self.locate(f"{timeline:08X}.history")
-            if held is not None:
-                self._put(held, folder / held.name)
-        needed = self._needed(lineage, replay, fetch)
-        for count, segment in enumerate(needed):
-            if not self._stage_one(segment, folder, fetch) and segment.until:
-                raise self._missing(segment)
-            progress("stage the log", (count + 1) * self.segment_bytes, len(needed) * self.segment_bytes)
+        stage = os.open(folder, _FOLDER)
+        try:
+            if self.owner is not None and os.geteuid() == 0:
+                os.fchown(stage, *self.owner)
+            for timeline in self.histories():
+                held = self.locate(f"{timeline:08X}.history")
+                if held is not None:
+                    self._put(held, stage, held.name)
+            needed = self._needed(lineage, replay, fetch)
+            for count, segment in enumerate(needed):
+                if not self._stage_one(segment, stage, fetch) and segment.until:
+                    raise self._missing(segment)
+                progress("stage the log", (count + 1) * self.segment_bytes, len(needed) * self.segment_bytes)
+        finally:
+            os.close(stage)
         return sum(entry.stat().st_size for entry in folder.iterdir())
 
     def _lineage_with(self, history: History, fetch: Callable[[str], bool]) -> Lineage:
@@ -292,8 +313,8 @@ class SegmentFolder:
             begin = left_at // self.segment_bytes if left_at is not None else 0
         return tuple(reversed(owners))
 
-    def _stage_one(self, needed: Needed, folder: Path, fetch: Callable[[str], bool]) -> bool:
-        """Put every file of a segment that is held into `folder`; whether the newest one was."""
+    def _stage_one(self, needed: Needed, stage: int, fetch: Callable[[str], bool]) -> bool:
+        """Put every file of a segment that is held into the open folder `stage`; whether the newest one was."""
         newest = False
         for index, timeline in enumerate(needed.timelines):
             for partial in (False, True):
@@ -307,7 +328,7 @@ class SegmentFolder:
                         hint="restore from a point after it, or put a sound copy in its place and audit again",
                     )
                 if (source.exists() or fetch(source.name)) and source.stat().st_size == self.segment_bytes:
-                    self._put(source, folder / name.text(self.segment_bytes), copy=partial)
+                    self._put(source, stage, name.text(self.segment_bytes), copy=partial)
                     if index == 0:
                         self._require_reaches(name, needed.until)
                         newest = True
@@ -330,31 +351,43 @@ class SegmentFolder:
             hint="the log has a hole there; restore to a commit before it, or to a point after it",
         )
 
-    def _put(self, source: Path, destination: Path, *, copy: bool = False) -> None:
-        """Link, clone or copy one file, so that the owner of the data can read it."""
-        destination.unlink(missing_ok=True)
-        if not copy:
-            self._let_owner_read(source)
-            try:
-                os.link(source, destination)
-                return
-            except OSError as error:
-                if error.errno not in _NO_LINK:
-                    raise
-        with source.open("rb") as reading, destination.open("xb") as writing:
-            try:
-                fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
-            except OSError:
-                shutil.copyfileobj(reading, writing, 1 << 20)
-        destination.chmod(0o600)
-        give(destination, self.owner)
+    def _put(self, source: Path, stage: int, name: str, *, copy: bool = False) -> None:
+        """Link, clone or copy one file into an open folder, so that the owner of the data, whose it is, can read it."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=stage)
+        with reading(source) as file:
+            if not copy:
+                self._let_owner_read(file.fileno())
+                try:
+                    os.link(f"/proc/self/fd/{file.fileno()}", name, dst_dir_fd=stage)  # that very file, by any name
+                    return
+                except OSError as error:
+                    if error.errno not in _NO_LINK:
+                        raise
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with os.fdopen(open_file(Path(name), flags, folder=stage), "wb") as writing:
+                try:
+                    fcntl.ioctl(writing.fileno(), _FICLONE, file.fileno())
+                except OSError:
+                    shutil.copyfileobj(file, writing, 1 << 20)
+                if self.owner is not None and os.geteuid() == 0:
+                    os.fchown(writing.fileno(), *self.owner)
 
-    def _let_owner_read(self, source: Path) -> None:
+    def _let_owner_read(self, source: int) -> None:
         """Let the owner of the data read, by group, a segment that somebody else wrote; never write it."""
-        status = source.stat()
-        if self.owner is not None and os.geteuid() == 0 and self.owner[0] not in (0, status.st_uid):
-            os.chown(source, -1, self.owner[1], follow_symlinks=False)
-            source.chmod(0o640)
+        writer = os.fstat(source).st_uid
+        if self.owner is not None and os.geteuid() == 0 and self.owner[0] not in (0, writer):
+            os.fchown(source, -1, self.owner[1])
+            os.fchmod(source, 0o640)
+
+    def mark(self, name: SegmentName, owner: tuple[int, int] | None) -> None:
+        """Leave an empty file in the place of a segment, for whoever begins there."""
+        file = open_file(self.file(name), os.O_WRONLY | os.O_CREAT)
+        try:
+            if owner is not None and os.geteuid() == 0:
+                os.fchown(file, *owner)
+        finally:
+            os.close(file)
 
     def unasked(self, starts: Collection[Position]) -> list[SegmentName]:
         """Give the complete segments that no replay from any of `starts` can ask for.
@@ -380,6 +413,13 @@ class SegmentFolder:
         for name in names:
             self.file(name).unlink(missing_ok=True)
             self.damaged.pop(self.file(name).name, None)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[io.FileIO]:
+    """Give an ordinary file to read, without a buffer; raises `NotOursError` for a link, a pipe or a device."""
+    with io.FileIO(open_file(path)) as file:
+        yield file
 
 
 def give(path: Path, owner: tuple[int, int] | None) -> None:

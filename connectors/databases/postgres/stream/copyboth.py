@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pwd
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -253,5 +255,33 @@ def _explained(what: str, result: pq.abc.PGresult | None) -> StreamRefusedError:
 
 def _refused(what: str, sqlstate: str, words: str) -> StreamRefusedError:
     for_good = sqlstate.startswith(_REFUSED_FOR_GOOD)
-    hint = "look at the role's rights, the name of the database and pg_hba.conf" if for_good else ""
+    hint = way_in(words, for_good=for_good)
     return StreamRefusedError(f"{what}: {' '.join(words.split())}", sqlstate, hint=hint, retryable=not for_good)
+
+
+def way_in(words: str, *, for_good: bool) -> str:
+    """Give what to do where the server does not let us in, by its words; "" where waiting may help.
+
+    PostgreSQL gives no code for what fails before a connection stands, so the words are looked at; the name of the
+    method is the same in every language.
+    """
+    if _PEER.search(words):
+        return _LET_IN.format(user=_system_user())
+    return "look at the role's rights, the name of the database and pg_hba.conf" if for_good else ""
+
+
+def _system_user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+_PEER = re.compile(r"(?i)\bpeer\b")
+_LET_IN = (
+    "the server lets in only the system user of the same name (peer), and this runs as {user}: run all of Trigpoint as"
+    " that user (runuser -u postgres -- trigpoint …, and User=postgres in the unit); or let {user} in, by the lines"
+    " `local all postgres peer map=trigpoint` and `local replication postgres peer map=trigpoint` before the others in"
+    " pg_hba.conf, the lines `trigpoint postgres postgres` and `trigpoint {user} postgres` in pg_ident.conf, and"
+    " SELECT pg_reload_conf()"
+)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -285,6 +286,58 @@ def test_a_password_is_in_no_argument_vector(newest: Ground) -> None:
             assert "same" not in arguments
 
     asyncio.run(run())
+
+
+def _encrypted_identity(folder: Path, owner: tuple[int, int]) -> None:
+    """Make a certificate that signs itself, with its key once as it is and once under the password `open sesame`."""
+    folder.mkdir()
+    whole = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=postgres"]
+    for arguments in (
+        [*whole, "-keyout", str(folder / "server.key"), "-out", str(folder / "server.crt")],
+        ["openssl", "rsa", "-aes256", "-passout", "pass:open sesame", "-in", "server.key", "-out", "client.key"],
+    ):
+        subprocess.run(arguments, cwd=folder, check=True, capture_output=True, timeout=30)
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+        os.chown(path, *owner)
+
+
+def test_a_password_of_a_key_is_in_no_argument_vector_and_opens_it(folder: Path) -> None:
+    async def run() -> None:
+        with ground(15, folder, btrfs=False) as here:
+            keys = folder / "keys"
+            _encrypted_identity(keys, here.cluster.owner)
+            for name in ("ssl_cert_file", "ssl_ca_file", "ssl_key_file"):
+                file = keys / ("server.key" if name == "ssl_key_file" else "server.crt")
+                here.cluster.sql(f"ALTER SYSTEM SET {name} = '{file}'")
+            here.cluster.sql("ALTER SYSTEM SET ssl = on")
+            hba = here.cluster.data / "pg_hba.conf"
+            hba.write_text(f"hostssl replication {'postgres'} 127.0.0.1/32 cert\n" + hba.read_text())
+            here.cluster.sql("SELECT pg_reload_conf()")
+            conninfo = psycopg.conninfo.make_conninfo(
+                host="127.0.0.1",
+                port=here.cluster.port,
+                user="postgres",
+                sslmode="require",
+                sslcert=str(keys / "server.crt"),
+                sslkey=str(keys / "client.key"),
+                sslpassword="open sesame",
+            )
+            receiver = Receiver(conninfo, here.programs, "keeper", owner=here.cluster.owner)
+            here.journal = here.journal_by(receiver)
+            async with here.journaling():
+                (arguments,) = receivers(here.segments.path).values()
+                assert "sesame" not in arguments
+                await here.journal_reaches(here.durable())
+
+    asyncio.run(run())
+
+
+def test_secrets_that_no_file_can_hold_are_refused_and_not_shown() -> None:
+    for value in ("blank at the end ", "line\nend"):
+        with pytest.raises(psycopg.ProgrammingError, match="sslpassword") as raised:
+            receiver._secret_files({"sslpassword": value})
+        assert value not in str(raised.value)
 
 
 def test_the_log_of_another_cluster_goes_into_a_folder_of_its_own(newest: Ground) -> None:

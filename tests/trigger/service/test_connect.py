@@ -1,0 +1,72 @@
+"""What is kept of the cluster in the state folder, so that restores need no running cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from connectors.databases.postgres import places
+from tests.fixtures.service import deployment
+from trigger.errors import DatabaseError
+from trigger.model import Layout
+from trigger.service.connect import known_layout
+
+DATA = Path("/srv/data")
+SEEN = places.layout(150018, DATA, DATA / "pg_wal", {16400: Path("/fast")}, (), (105, 110), 16 << 20)
+
+
+class Cluster:
+    """A database that says where it lies, or does not answer."""
+
+    def __init__(self, layout: Layout | None) -> None:
+        self._layout = layout
+
+    async def layout(self) -> Layout:
+        if self._layout is None:
+            raise DatabaseError("no answer")
+        return self._layout
+
+    def recall(self, document: dict[str, Any]) -> Layout:
+        return places.recall(document)
+
+
+def known(layout: Layout | None, folder: Path) -> Layout:
+    return asyncio.run(known_layout(cast("Any", Cluster(layout)), folder))
+
+
+def test_the_layout_is_kept_for_our_eyes_only_and_read_back_where_the_cluster_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "layout.json").write_text("{}")
+    (tmp_path / "layout.json").chmod(0o644)
+    assert known(SEEN, tmp_path) == SEEN
+    assert (tmp_path / "layout.json").stat().st_mode & 0o777 == 0o600
+    assert known(None, tmp_path) == SEEN
+    assert [path.name for path in tmp_path.iterdir()] == ["layout.json"]
+
+
+@pytest.mark.parametrize("name", ["layout.json", "layout.new", f".layout.json.{os.getpid()}"])
+def test_no_link_is_followed_when_the_layout_is_kept(name: str, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / name).symlink_to("victim")
+    assert known(SEEN, tmp_path) == SEEN
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.root
+@pytest.mark.server
+def test_a_state_folder_of_another_is_refused_before_anything_is_written_there() -> None:
+    with deployment(15, "directory") as deployed:
+        deployed.state.mkdir()
+        os.chown(deployed.state, *deployed.cluster.owner)
+        for command in ("point", "run", "verify"):
+            done = deployed.trigpoint(command, check=False)
+            assert done.returncode == 2
+            assert f"state_folder: {deployed.state} belongs to user {deployed.cluster.owner[0]}" in done.stderr
+            assert "hint:" in done.stderr
+        assert list(deployed.state.iterdir()) == []
+        done = deployed.trigpoint("check", check=False)
+        assert done.returncode == 3
+        assert f"refused  state folder: {deployed.state} belongs to user" in done.stdout
