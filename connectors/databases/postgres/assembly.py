@@ -62,6 +62,7 @@ def recovery(
         lambda major: find_programs(major, database.bin_directory),
         sockets_folder(name),
         superuser=superuser,
+        databases=database.databases,
         keep_libraries=keep_libraries,
         start_deadline_seconds=deadline_seconds,
     )

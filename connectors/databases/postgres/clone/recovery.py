@@ -24,8 +24,11 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from connectors.databases.postgres.clone import inspection, isolation, postmaster, tablespaces
+from connectors.databases.postgres.clone.access import Access, find_home
+from connectors.databases.postgres.clone.files import Relation
 from connectors.databases.postgres.clone.isolation import Isolated, Placement
 from connectors.databases.postgres.clone.release import release
+from connectors.databases.postgres.clone.sandbox import relations
 from connectors.databases.postgres.clone.scrub import scrub
 from connectors.databases.postgres.log.segments import give
 from connectors.databases.postgres.log.wal import history_timeline
@@ -63,6 +66,7 @@ class PostgresRecovery:
         sockets: folder for the clones' socket folders; short, since a socket's path has to fit in 107 bytes, and
             reachable by the owner of the data.
         superuser: the role with which clones are prepared and asked; for most clusters `postgres`.
+        databases: names of databases that should be there, by which a clone is entered where the usual two are gone.
         keep_libraries: `shared_preload_libraries` that a clone loads too, where reading its data needs them.
         start_deadline_seconds: for everything from the start of a server to its promotion.
     """
@@ -74,6 +78,7 @@ class PostgresRecovery:
         sockets: Path,
         *,
         superuser: str = "postgres",
+        databases: Sequence[str] = (),
         keep_libraries: Sequence[str] = (),
         start_deadline_seconds: float = 3600.0,
     ) -> None:
@@ -81,6 +86,7 @@ class PostgresRecovery:
         self._programs_for = programs_for
         self._sockets = sockets
         self._superuser = superuser
+        self._databases = ("template1", "postgres", *databases)
         self._keep_libraries = tuple(keep_libraries)
         self._start_deadline_seconds = start_deadline_seconds
 
@@ -134,19 +140,27 @@ class PostgresRecovery:
         state = _State.read(running.data_directory)
         programs = self._programs_for(isolation.major_of(running.data_directory))
         dump = WalDump(programs, _owner_of(running.data_directory))
-        subject = inspection.Subject(running, target, log_folder, state.next_xid, self._admin_conninfo(running))
-        for check in (inspection.holds_target, inspection.lacks_next, inspection.holds_those_before):
-            yield await check(subject, dump)
+        subject = inspection.Subject(running, target, log_folder, state.next_xid, self._access(running, state))
+        for check in inspection.QUICK:
+            if (seen := await check(subject, dump)) is not None:
+                yield seen
         if deep:
-            yield await inspection.structures(subject, programs, _owner_of(running.data_directory))
-            yield await self._pages(running, programs)
+            opened, told = await inspection.opened(subject)
+            for result in told:
+                yield result
+            yield await inspection.structures(subject, opened, programs, _owner_of(running.data_directory))
+            known = await relations(subject.access, opened)
+            for result in await self._files(running, programs, *known):
+                yield result
 
     async def query(self, running: Running, database: str, sql: str) -> str:
-        """Give the first column of the first row of `sql` as text ("" for NULL or no row); raises `RestoreError`."""
+        """Give the first column of the first row of `sql` as text ("" for NULL or no row); raises `RestoreError`.
+
+        Names in it are looked up in pg_catalog and public, whatever the roles and databases of the clone set.
+        """
+        access = self._access(running, _State.read(running.data_directory))
         try:
-            async with await psycopg.AsyncConnection.connect(
-                make_conninfo(running.conninfo, dbname=database), autocommit=True
-            ) as connection:
+            async with await access.connect(database, search_path="public") as connection:
                 cursor = await connection.execute(sql.encode())
                 found = cursor.pgresult  # the server's own text: `t` for true, every digit of a number
                 value = found.get_value(0, 0) if found is not None and found.ntuples and found.nfields else None
@@ -270,7 +284,8 @@ class PostgresRecovery:
             raise RestoreError(f"the server of {clone.name} did not start from its backup label")
         conninfo = make_conninfo(host=str(sockets), port=PORT, user=self._superuser, application_name="trigpoint")
         try:
-            facts = await scrub(conninfo, isolated.major)
+            access = await find_home(conninfo, isolated.major, self._databases)
+            facts = await scrub(access)
         except psycopg.Error as error:
             raise RestoreError(
                 f"clone {clone.name} came up and could not be prepared as role {self._superuser}: {error}",
@@ -290,6 +305,7 @@ class PostgresRecovery:
             last_commit_at=f"{found[-1]}+00:00" if (found := _LAST_COMMIT.findall(words)) else "",
             notes=(*([removed] if isolated.slots else []), *facts.notes),
             next_xid=facts.next_xid,
+            home=access.home,
         )
         isolation.write(isolated.folder / _State.FILE, state.as_json(), isolated.owner)
         server = postmaster.find(isolated.data)
@@ -306,31 +322,37 @@ class PostgresRecovery:
         await asyncio.to_thread(isolation.write_configuration, isolated, found | {"fsync": "on"})
         os.kill(running.pid, signal.SIGHUP)
         deadline = asyncio.get_running_loop().time() + _PROGRAM_SECONDS
-        while await self.query(running, "template1", "SHOW fsync") != "on":
+        home = _State.read(isolated.data).home
+        while await self.query(running, home, "SHOW fsync") != "on":
             if asyncio.get_running_loop().time() > deadline:
                 raise RestoreError(f"the server of {clone.name} did not take its final configuration")
             await asyncio.sleep(_POLL_SECONDS)
-        await self.query(running, "template1", "CHECKPOINT")
+        await self.query(running, home, "CHECKPOINT")
         for _, copy in clone.paths:
             try:
                 await run(["sync", "--file-system", copy], deadline_seconds=_SYNC_SECONDS)
             except DatabaseError as error:
                 raise RestoreError(f"clone {clone.name} could not be made durable: {error.message}") from error
 
-    def _admin_conninfo(self, running: Running) -> str:
-        return make_conninfo(running.conninfo, user=self._superuser)
+    def _access(self, running: Running, state: _State) -> Access:
+        conninfo = make_conninfo(running.conninfo, user=self._superuser)
+        return Access(conninfo, isolation.major_of(running.data_directory), state.home)
 
-    async def _pages(self, running: Running, programs: Programs) -> tuple[str, bool, str]:
-        """Stop the server, check every page's checksum, and start it again; the pid is another one then."""
+    async def _files(
+        self, running: Running, programs: Programs, known: Sequence[Relation], unknown: Sequence[str]
+    ) -> list[inspection.Result]:
+        """Stop the server, check its files and all checksums, and start it again; the pid is another one then."""
         data = running.data_directory
         isolated = Isolated(data, _owner_of(data), programs.major, ())
-        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
-        if control.get("Data page checksum version", "0") == "0":
-            return "page checksums, which are switched off in this cluster", True, "nothing to check"
         await postmaster.end(data, signal.SIGINT)
-        result = await inspection.pages(data, programs, isolated.owner)
+        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
+        results = [await inspection.whole(data, known, unknown, control)]
+        if control.get("Data page checksum version", "0") == "0":
+            results.append(("page checksums, which are switched off in this cluster", True, "headers of pages only"))
+        else:
+            results.append(await inspection.pages(data, programs, isolated.owner))
         await self._start_again(programs, isolated, _State.read(data))
-        return result
+        return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +370,8 @@ class _State:
     notes: tuple[str, ...]
     next_xid: int
     """The first transaction id that the replayed log had not used."""
+    home: str = "template1"
+    """A database that takes connections."""
 
     def as_json(self) -> str:
         return json.dumps({name: getattr(self, name) for name in self.__slots__})

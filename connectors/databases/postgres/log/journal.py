@@ -13,11 +13,14 @@ from typing import Protocol
 
 from connectors.databases.postgres.log.audit import Audit
 from connectors.databases.postgres.log.segments import SegmentFolder
-from connectors.databases.postgres.log.waldump import WalDump
+from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from trigger.errors import JournalError
-from trigger.model import Extent, Finding, Severity, Target
+from trigger.model import Extent, Finding, Severity, StopKind, Target
 from trigger.ports import Progress
 from trigger.position import History, Lineage, Lsn, Position
+
+_PROOF_SEGMENTS = 32
+"""Behind so many segments without a commit the next one is not looked for further."""
 
 
 class Feed(Protocol):
@@ -55,6 +58,7 @@ class PostgresJournal:
     def __init__(self, segments: SegmentFolder, feed: Feed, dump: WalDump) -> None:
         self._segments = segments
         self._feed = feed
+        self._dump = dump
         self._audit = Audit(segments, dump)
 
     async def check(self) -> list[Finding]:
@@ -93,26 +97,38 @@ class PostgresJournal:
     async def stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:
         """Put into `folder` every file that a replay from `start` to `target` asks for; gives the bytes put there.
 
-        For an LSN these are the segments through the one that holds it and the one behind, for a time or the end all
-        that is held on the target's timeline; and every history file, so that a clone's own timeline gets a number
-        that production never used.
+        XX every history file, so that a clone's own timeline gets a number
+                that production never used.
 
-        Raises:
-            JournalError: part of the stretch is missing or damaged; the message names the first such segment.
+                Raises:
+                    JournalError: part of the stretch is missing or damaged; the message names the first such segment.
         """
         await asyncio.to_thread(self._audit.load)
         try:
-            return await asyncio.to_thread(self._stage, start, target, folder, progress)
+            size = await asyncio.to_thread(self._segments.stage, start, target, folder, progress, self._fetch)
         except OSError as error:
             raise JournalError(
                 f"the log could not be staged in {folder}: {error}", hint="see that the folder can be written"
             ) from error
+        if target.kind is StopKind.LSN:
+            with contextlib.suppress(JournalError):  # the restore can do without a further proof
+                await self._stage_next_commit(target, folder)
+        return size
 
-    def _stage(self, start: Position, target: Target, folder: Path, progress: Progress) -> int:
-        def fetch(name: str) -> bool:
-            return self._feed.fetch(self._segments, name)
+    async def _stage_next_commit(self, target: Target, folder: Path) -> None:
+        """Stage on until the next commit behind the target is there: that the clone lacks it is the proof."""
+        behind = Lsn(target.at + (1 if target.inclusive else 0))
+        staged, more = SegmentFolder(folder, self._segments.segment_bytes), 1
+        while (end := await asyncio.to_thread(staged.end_of_run, target.history.timeline, behind)) is not None:
+            stretch = Stretch(folder, target.history.timeline, behind, end)
+            if more > _PROOF_SEGMENTS or await self._dump.commits(stretch, limit=1):
+                return
+            if not await asyncio.to_thread(self._segments.stage_behind, target, folder, self._fetch, more):
+                return
+            more *= 2
 
-        return self._segments.stage(start, target, folder, progress, fetch)
+    def _fetch(self, name: str) -> bool:
+        return self._feed.fetch(self._segments, name)
 
     async def release(self, before: Lsn) -> int:
         """Delete the segments that lie wholly before `before`; gives how many. History files stay: they are tiny."""

@@ -239,6 +239,36 @@ class SegmentFolder:
             progress("stage the log", (count + 1) * self.segment_bytes, len(needed) * self.segment_bytes)
         return sum(entry.stat().st_size for entry in folder.iterdir())
 
+    def end_of_run(self, timeline: int, at: Lsn) -> Lsn | None:
+        """Give where the segments end that follow on each other from the one with `at` on; None where it is not there.
+
+        Without an end pg_waldump waits five seconds for a segment that does not come (`WALDumpOpenSegment`).
+        """
+        numbers = {name.number for name in self.names() if name.timeline == timeline}
+        number = at // self.segment_bytes
+        if number not in numbers:
+            return None
+        while number + 1 in numbers:
+            number += 1
+        return Lsn((number + 1) * self.segment_bytes)
+
+    def stage_behind(self, target: Target, folder: Path, fetch: Callable[[str], bool], count: int) -> int:
+        """Put up to `count` more segments behind those that were staged for `target` into `folder`; gives how many.
+
+        They are for the proof alone, so none that is missing, damaged or finds no room is an error.
+        """
+        timeline = target.history.timeline
+        there = [name.number for name in SegmentFolder(folder, self.segment_bytes).names() if name.timeline == timeline]
+        first = max(there, default=target.at // self.segment_bytes) + 1
+        for number in range(first, first + count):
+            try:
+                if not self._stage_one(Needed(number, (timeline,), None), folder, fetch):
+                    return number - first
+            except OSError:
+                (folder / SegmentName(timeline, number).text(self.segment_bytes)).unlink(missing_ok=True)
+                return number - first
+        return count
+
     def _lineage_with(self, history: History, fetch: Callable[[str], bool]) -> Lineage:
         if history.timeline > 1:
             wanted = f"{history.timeline:08X}.history"
