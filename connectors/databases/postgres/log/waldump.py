@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,11 @@ from connectors.databases.postgres.programs import Programs, as_owner, minimal_e
 from trigger.errors import JournalError
 from trigger.position import Lsn
 
-_LINE_LIMIT = 16 << 20  # a commit of many subtransactions is one line
+_HEAD_BYTES = 64 << 10
+"""So much of a line is looked at: a commit of many subtransactions is one line, of any length, its id in front."""
+_CHUNK_BYTES = 1 << 20
 _RECORD = re.compile(r"rmgr: \w+ .*?tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: (\w+)(.*)", re.DOTALL)
+_PARAMETER = re.compile(r"(\w+)=(\w+)")
 _DAMAGE = ("error in WAL record", "could not find a valid record")
 _PREPARED = re.compile(r" (\d+): ")
 _TABLESPACE = re.compile(r' (\d+) "(.*)"', re.DOTALL)
@@ -32,6 +35,14 @@ class LoggedCommit(NamedTuple):
 
     xid: int
     start: Lsn
+
+
+class Parameters(NamedTuple):
+    """What the server wrote of its settings when it was started with others than before."""
+
+    start: Lsn
+    values: dict[str, str]
+    """By pg_waldump's names: `max_prepared_xacts`, `track_commit_timestamp`."""
 
 
 class CreatedTablespace(NamedTuple):
@@ -67,6 +78,14 @@ def parse_tablespace(line: str) -> CreatedTablespace | None:
         return None
     made = _TABLESPACE.match(match[4])
     return CreatedTablespace(int(made[1]), made[2]) if made and made[2] else None
+
+
+def parse_parameters(line: str) -> Parameters | None:
+    """Give the settings that a line of pg_waldump says the server was started with."""
+    match = _RECORD.match(line)
+    if match is None or match[3] != "PARAMETER_CHANGE":
+        return None
+    return Parameters(Lsn.parse(match[2]), dict(_PARAMETER.findall(match[4])))
 
 
 class WalDump:
@@ -110,16 +129,23 @@ class WalDump:
 
     async def tablespaces(self, stretch: Stretch) -> list[CreatedTablespace]:
         """Give the tablespaces outside the data directory that a replay of a stretch would make."""
-        found: list[CreatedTablespace] = []
+        return (await self.preview(stretch))[0]
+
+    async def preview(self, stretch: Stretch) -> tuple[list[CreatedTablespace], list[Parameters]]:
+        """Give what a replay of a stretch would make tablespaces of, and the settings that the server had within it."""
+        tablespaces: list[CreatedTablespace] = []
+        parameters: list[Parameters] = []
         with contextlib.suppress(_EndOfLog):
-            async with aclosing(self._lines(stretch, "--rmgr=Tablespace")) as lines:
+            async with aclosing(self._lines(stretch, "--rmgr=Tablespace", "--rmgr=XLOG")) as lines:
                 async for line in lines:
-                    made = parse_tablespace(line)
-                    found += [made] if made else []
-        return found
+                    if made := parse_tablespace(line):
+                        tablespaces.append(made)
+                    elif changed := parse_parameters(line):
+                        parameters.append(changed)
+        return tablespaces, parameters
 
     async def _lines(self, stretch: Stretch, *options: str) -> AsyncGenerator[str, None]:
-        """Give the lines printed; raises `_EndOfLog` with the program's words where it stops on an error."""
+        """Give the beginnings of the lines printed; raises `_EndOfLog` with the program's words where it stops."""
         end = [f"--end={stretch.end}"] if stretch.end is not None else []
         process = await asyncio.create_subprocess_exec(
             self._program,
@@ -131,7 +157,7 @@ class WalDump:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            limit=_LINE_LIMIT,
+            limit=_CHUNK_BYTES,
             env=minimal_environment(),
             cwd="/",
             start_new_session=True,
@@ -141,7 +167,7 @@ class WalDump:
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 error = ""
-                while line := (await process.stdout.readline()).decode(errors="replace").rstrip("\n"):
+                async for line in _heads(process.stdout):
                     if line.startswith("pg_waldump: error"):
                         error = line.removeprefix("pg_waldump: error: ")
                     elif line.startswith("rmgr:"):
@@ -155,6 +181,19 @@ class WalDump:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 await asyncio.shield(process.wait())
+
+
+async def _heads(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Give the first part of every line of a stream, however long the lines are."""
+    head = b""
+    while chunk := await stream.read(_CHUNK_BYTES):
+        first, *others = chunk.split(b"\n")
+        head += first[: _HEAD_BYTES - len(head)]
+        for following in others:
+            yield head.decode(errors="replace")
+            head = following[:_HEAD_BYTES]
+    if head:
+        yield head.decode(errors="replace")
 
 
 class _EndOfLog(Exception):  # noqa: N818 - the usual end of a log that is still written
