@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _PREFIX = tag_name("")
 _OUTER_POINTS = 2
 """The oldest and the newest one, which thinning leaves."""
 _NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
+_CLOSED_MODE = 0o710  # what a folder of ours has that was made under umask 027, when that was not minded
 _FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
 
 
@@ -213,7 +215,8 @@ class Shelf:
         folder = self.clone_folder(name)
         make_folder(folder.parent)
         try:
-            folder.mkdir(_FOLDER_MODE)
+            folder.mkdir()
+            folder.chmod(_FOLDER_MODE)  # whatever our umask is
         except FileExistsError:
             hint = "drop it first, or choose another name"
             raise StorageError(f"the clone {name} exists already", hint=hint, retryable=False) from None
@@ -318,7 +321,10 @@ def make_folder(folder: Path) -> None:
     if not folder.exists():
         make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(_FOLDER_MODE)
+            folder.mkdir()
+            folder.chmod(_FOLDER_MODE)  # whatever our umask is
+    elif stat.S_IMODE(folder.stat().st_mode) == _CLOSED_MODE and folder.stat().st_uid == os.geteuid():
+        folder.chmod(_FOLDER_MODE)
 
 
 def nearest_existing(path: Path) -> Path:

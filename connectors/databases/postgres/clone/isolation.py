@@ -36,6 +36,7 @@ _OUR_OWN = ("wal_level", "max_wal_senders")
 _HBA = "local all all trust\nlocal replication all reject\n"
 _HBA_OVER_TCP = "host replication all all reject\nhost all all all scram-sha-256\n"
 _LISTEN_FILE = "listen.conf"
+_STAGED = "staged"
 _ORIGINS = "2000"
 """No log says how many origins there were; so many take a megabyte."""
 
@@ -115,10 +116,10 @@ class Isolated:
 
 
 def plain(path: Path, what: str) -> Path:
-    """Give `path` if it may stand in a `restore_command`, which PostgreSQL gives to a shell, else `RestoreError`."""
+    """Give `path` if it may stand in a list of folders in a configuration, else raise `RestoreError`."""
     if _PLAIN_PATH.fullmatch(str(path)) is None:
         raise RestoreError(
-            f"{what} {str(path)!r} holds a character that a shell could read as more than itself",
+            f"{what} {str(path)!r} holds a character at which a list of folders could be cut",
             hint="use a path of letters, digits and _ @ + , . / : = - only",
         )
     return path
@@ -136,7 +137,7 @@ def isolate(clone: Clone, placement: Placement, volumes: Sequence[Volume], brack
     copies = dict(clone.paths)
     if placement.data.volume not in copies:
         raise RestoreError(f"clone {clone.name} has no copy of volume {placement.data.volume}")
-    data = plain(copies[placement.data.volume] / placement.data.path, "the clone's folder")
+    data = copies[placement.data.volume] / placement.data.path
     if not (data / "PG_VERSION").is_file():
         raise RestoreError(
             f"there is no PostgreSQL cluster at {data}",
@@ -341,14 +342,23 @@ def settings(
     return found
 
 
-def recovery_settings(target: Target, bracket: Bracket | None, staged: Path) -> dict[str, str]:
+def point_at_log(isolated: Isolated, staged: Path) -> None:
+    """Let the server of a copy find the folder of its log under a name of ours, whatever that folder is called."""
+    link = isolated.folder / _STAGED
+    link.unlink(missing_ok=True)
+    link.symlink_to(staged, target_is_directory=True)
+    give(link, isolated.owner)
+
+
+def recovery_settings(target: Target, bracket: Bracket | None) -> dict[str, str]:
     """Give the settings that lead a replay to `target` and no further.
 
-    `staged` is where the log lies; the server copies from it with `cp` through a shell, as PostgreSQL does it, so
-    the path was checked by `plain`. A link would not do: the server writes into the files that it was given.
+    The server copies the log with `cp` through a shell, as PostgreSQL does it, so no path of anybody else's may stand
+    there: it works in its data directory, where `point_at_log` put a name. Files that are links would not do: the
+    server writes into those that it was given.
     """
     found = {
-        "restore_command": f"test -f {staged}/%f && cp {staged}/%f %p",
+        "restore_command": f"test -f {OWN_FOLDER}/{_STAGED}/%f && cp {OWN_FOLDER}/{_STAGED}/%f %p",
         "recovery_target_timeline": str(target.history.timeline),
         "recovery_target_action": "promote",
         "recovery_target_inclusive": "on" if target.inclusive else "off",
@@ -364,7 +374,8 @@ def recovery_settings(target: Target, bracket: Bracket | None, staged: Path) -> 
 
 def configuration(found: Mapping[str, str]) -> str:
     """Give the text of a configuration file."""
-    quoted = {name: value.replace("\\", "\\\\").replace("'", "''") for name, value in found.items()}
+    marks = {"\\": "\\\\", "'": "''", "\n": "\\n"}
+    quoted = {name: "".join(marks.get(sign, sign) for sign in value) for name, value in found.items()}
     return "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
 
 

@@ -8,6 +8,7 @@ comes through `restore_command`. A snapshot that is not one instant starts from 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -110,7 +111,7 @@ class PostgresRecovery:
         """
         isolated = await asyncio.to_thread(isolation.isolate, clone, self._placement, volumes, bracket)
         programs = self._programs_for(isolated.major)
-        await _require_reachable(programs, isolated, isolation.plain(log_folder, "the folder of the staged log"))
+        await _require_reachable(programs, isolated, log_folder)
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", isolated.data))
         _require_fit(control, target, bracket)
         redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
@@ -120,7 +121,8 @@ class PostgresRecovery:
         staged = await asyncio.to_thread(_visible_log, isolated, log_folder, target, bracket)
         sockets = self._socket_folder(isolated)
         found = isolation.settings(carried, isolated, sockets, self._keep_libraries, throwaway=throwaway)
-        found |= isolation.recovery_settings(target, bracket, staged)
+        found |= isolation.recovery_settings(target, bracket)
+        await asyncio.to_thread(isolation.point_at_log, isolated, staged)
         await asyncio.to_thread(isolation.write_configuration, isolated, found)
         isolation.write(isolated.data / "recovery.signal", "", isolated.owner)
         try:
@@ -237,7 +239,7 @@ class PostgresRecovery:
         path = isolation.plain(self._socket_path(isolated.data), "the folder of sockets")
         if len(os.fsencode(path)) > _SOCKET_PATH_LIMIT:
             raise RestoreError(f"the folder of sockets {self._sockets} is too long for a socket's path")
-        self._sockets.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _let_through(self._sockets)
         path.mkdir(mode=0o700, exist_ok=True)
         for folder in (self._sockets, path):
             found = folder.lstat()
@@ -251,13 +253,17 @@ class PostgresRecovery:
         return path
 
     async def _launch(self, programs: Programs, isolated: Isolated) -> None:
-        """Start the server as the owner of the data and return at once; it outlives us.
+        """Start the server as the owner of the data and return at once; it outlives us, in a session of its own.
 
-        `pg_ctl` detaches it, and is not asked to wait, since it looks ten times a second only.
+        `pg_ctl` would do that through a shell, which may read a path as more than itself.
         """
         log = isolation.write(isolated.folder / "server.log", "", isolated.owner)
         option = f"--config-file={isolated.folder / 'postgresql.conf'}"
-        await _ask(programs, isolated, "pg_ctl", "start", "-W", "-s", "-D", isolated.data, "-l", log, "-o", option)
+        command: list[str | Path] = ["setsid", "--fork", programs.path("postgres"), "-D", isolated.data, option]
+        try:
+            await run(command, owner=isolated.owner, deadline_seconds=_PROGRAM_SECONDS, output=log)
+        except DatabaseError as error:
+            raise RestoreError(f"the server of {isolated.data} cannot be started: {error.message}") from error
 
     async def _ready(self, isolated: Isolated, begin: Lsn, target: Target, progress: Progress) -> None:
         """Wait until the server has replayed, promoted itself and takes connections."""
@@ -470,6 +476,18 @@ def _failure(target: Target, words: str, why: str) -> RestoreError:
     return RestoreError(
         f"the clone did not reach {target.description}: {why or last_lines(chr(10).join(said))}", hint=hint
     )
+
+
+def _let_through(folder: Path) -> None:
+    """Make a folder that others may enter, with its parents; one of ours that a umask had closed is opened again."""
+    for one in [one for one in (*reversed(folder.parents), folder) if not one.exists()]:
+        with contextlib.suppress(FileExistsError):
+            one.mkdir()
+            one.chmod(0o755)
+    for one in (folder.parent, folder):
+        found = one.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & stat.S_IXOTH:
+            one.chmod(stat.S_IMODE(found.st_mode) | 0o011)
 
 
 def _owner_of(data: Path) -> tuple[int, int]:
