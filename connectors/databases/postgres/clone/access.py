@@ -43,6 +43,16 @@ _FROM_THE_START = {
     "datestyle": "ISO, MDY",
     "standard_conforming_strings": "on",
 }
+_ANYBODYS = frozenset(_FROM_THE_START) - {
+    "session_preload_libraries",
+    "dynamic_library_path",
+    "session_replication_role",
+    "post_auth_delay",
+    "ignore_system_indexes",
+    "ignore_checksum_failure",
+    "zero_damaged_pages",
+}
+"""What a role that is no superuser may bring along too."""
 _SINCE_17 = {"event_triggers": "off", "transaction_timeout": "0"}
 _ESCAPED = re.compile(r"([\\ ])")
 _BACKSLASHED = r"\\\1"
@@ -73,6 +83,7 @@ class Access:
     major: int
     home: str
     """A database that takes connections."""
+    is_superuser: bool = True
 
     async def connect(self, database: str = "", **other: str) -> psycopg.AsyncConnection[Any]:
         """Give an autocommit connection (to `home` if no database is named) with our settings and `other` ones.
@@ -84,7 +95,7 @@ class Access:
             make_conninfo(
                 self.conninfo,
                 dbname=database or self.home,
-                options=startup_options(self.major, other),
+                options=startup_options(self.major, other, is_superuser=self.is_superuser),
                 connect_timeout=_CONNECT_SECONDS,
             ),
             autocommit=True,
@@ -104,9 +115,11 @@ class Access:
         return {"PGOPTIONS": startup_options(self.major, found), "PGCONNECT_TIMEOUT": str(_CONNECT_SECONDS)}
 
 
-def startup_options(major: int, other: Mapping[str, str] | None = None) -> str:
+def startup_options(major: int, other: Mapping[str, str] | None = None, *, is_superuser: bool = True) -> str:
     """Give settings as `options` of a connection."""
     found = _FROM_THE_START | (_SINCE_17 if major >= 17 else {}) | dict(other or {})
+    if not is_superuser:
+        found = {name: value for name, value in found.items() if name in _ANYBODYS or name in (other or {})}
     return " ".join(f"-c {name}={_ESCAPED.sub(_BACKSLASHED, value)}" for name, value in found.items())
 
 

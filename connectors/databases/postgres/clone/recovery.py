@@ -8,23 +8,20 @@ comes through `restore_command`. A snapshot that is not one instant starts from 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import stat
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from connectors.databases.postgres.clone import inspection, isolation, postmaster, tablespaces
+from connectors.databases.postgres.clone import inspection, isolation, postmaster, sockets, tablespaces
 from connectors.databases.postgres.clone.access import Access, find_home
 from connectors.databases.postgres.clone.files import Relation
 from connectors.databases.postgres.clone.isolation import Isolated, Placement
@@ -41,7 +38,6 @@ from trigger.ports import Clone, Progress, Running
 from trigger.position import History, Lineage, Lsn
 
 PORT = 5432
-_SOCKET_PATH_LIMIT = 107 - len("/.s.PGSQL.65535.lock")
 _POLL_SECONDS = 0.01
 _PROGRAM_SECONDS = 60.0
 _SYNC_SECONDS = 600.0
@@ -116,11 +112,11 @@ class PostgresRecovery:
         _require_fit(control, target, bracket)
         redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
         dump = WalDump(programs, isolated.owner)
-        changes = await tablespaces.refuse_new_ones(dump, isolated, log_folder, redo, target)
-        carried = isolation.carried(control, [change.values for change in changes])
+        seen = await tablespaces.refuse_new_ones(dump, isolated, log_folder, redo, target)
+        carried = isolation.carried(control, [change.values for change in seen.parameters])
         staged = await asyncio.to_thread(_visible_log, isolated, log_folder, target, bracket)
-        sockets = self._socket_folder(isolated)
-        found = isolation.settings(carried, isolated, sockets, self._keep_libraries, throwaway=throwaway)
+        socket_folder = sockets.make(self._sockets, isolated)
+        found = isolation.settings(carried, isolated, socket_folder, self._keep_libraries, throwaway=throwaway)
         found |= isolation.recovery_settings(target, bracket)
         await asyncio.to_thread(isolation.point_at_log, isolated, staged)
         await asyncio.to_thread(isolation.write_configuration, isolated, found)
@@ -128,7 +124,7 @@ class PostgresRecovery:
         try:
             await self._launch(programs, isolated)
             await self._ready(isolated, redo, target, progress)
-            running = await self._describe(clone, isolated, sockets, bracket)
+            running = await self._describe(clone, isolated, socket_folder, bracket, seen.shrunk)
             _require_all(running, target)
             if not throwaway:
                 await self._make_durable(clone, running, isolated, found)
@@ -150,19 +146,25 @@ class PostgresRecovery:
                 yield seen
         if deep:
             opened, told = await inspection.opened(subject)
+            replace(state, reader=opened.reader).write(running.data_directory)
             for result in told:
                 yield result
             yield await inspection.structures(subject, opened, programs, _owner_of(running.data_directory))
-            known = await relations(subject.access, opened)
+            known = await relations(subject.access, opened, state.shrunk)
             for result in await self._files(running, programs, *known):
                 yield result
 
     async def query(self, running: Running, database: str, sql: str) -> str:
         """Give the first column of the first row of `sql` as text ("" for NULL or no row); raises `RestoreError`.
 
-        Names in it are looked up in pg_catalog and public, whatever the roles and databases of the clone set.
+        Names in it are looked up in pg_catalog and public, whatever the roles and databases of the clone set. After a
+        deep look at a sandbox it is asked by a role that may read everything and do nothing: a table may be a view,
+        and what stands in a view is its owner's.
         """
-        access = self._access(running, _State.read(running.data_directory))
+        state = _State.read(running.data_directory)
+        access = self._access(running, state)
+        if state.reader:
+            access = replace(access, conninfo=make_conninfo(access.conninfo, user=state.reader), is_superuser=False)
         try:
             async with await access.connect(database, search_path="public") as connection:
                 cursor = await connection.execute(sql.encode())
@@ -178,7 +180,7 @@ class PostgresRecovery:
         if data is None:
             return
         await postmaster.end(data, signal.SIGINT)
-        await asyncio.to_thread(shutil.rmtree, self._socket_path(data), ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, sockets.path(self._sockets, data), ignore_errors=True)
 
     async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
         """Start the server of a clone that was brought up before, as it was left; see port `Recovery`."""
@@ -188,7 +190,7 @@ class PostgresRecovery:
         state = _State.read(data)
         programs = self._programs_for(isolation.major_of(data))
         isolated = Isolated(data, _owner_of(data), programs.major, ())
-        self._socket_folder(isolated)
+        sockets.make(self._sockets, isolated)
         await asyncio.to_thread(postmaster.forget_the_dead, data)
         await asyncio.to_thread(isolation.listen, isolated, listen)
         await self._start_again(programs, isolated, state)
@@ -197,7 +199,7 @@ class PostgresRecovery:
             raise RestoreError(f"the server of {clone.name} ended right after its start")
         port = listen.port if listen else PORT  # of the socket too: a server has one
         state = replace(state, conninfo=make_conninfo(state.conninfo, port=port))
-        await asyncio.to_thread(isolation.write, isolated.folder / _State.FILE, state.as_json(), isolated.owner)
+        await asyncio.to_thread(state.write, isolated.data)
         return state.running(data, server.pid)
 
     async def _start_again(self, programs: Programs, isolated: Isolated, state: _State) -> None:
@@ -230,27 +232,6 @@ class PostgresRecovery:
     def _data(self, clone: Clone) -> Path | None:
         copy = dict(clone.paths).get(self._placement.data.volume)
         return copy / self._placement.data.path if copy else None
-
-    def _socket_path(self, data: Path) -> Path:
-        return self._sockets / hashlib.sha256(os.fsencode(data)).hexdigest()[:12]
-
-    def _socket_folder(self, isolated: Isolated) -> Path:
-        """Make the folder of a clone's socket; only the owner of the data and root may enter it."""
-        path = isolation.plain(self._socket_path(isolated.data), "the folder of sockets")
-        if len(os.fsencode(path)) > _SOCKET_PATH_LIMIT:
-            raise RestoreError(f"the folder of sockets {self._sockets} is too long for a socket's path")
-        _let_through(self._sockets)
-        path.mkdir(mode=0o700, exist_ok=True)
-        for folder in (self._sockets, path):
-            found = folder.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid(), isolated.owner[0]):
-                raise RestoreError(
-                    f"{folder} is not ours: it belongs to user id {found.st_uid}",
-                    hint="another user made it, who could pass off a server as the clone; remove it",
-                )
-        give(path, isolated.owner)
-        path.chmod(0o700)
-        return path
 
     async def _launch(self, programs: Programs, isolated: Isolated) -> None:
         """Start the server as the owner of the data and return at once; it outlives us, in a session of its own.
@@ -286,11 +267,13 @@ class PostgresRecovery:
                 progress("replay", min(Lsn.parse(reports[-1]) - begin, total), total)
             await asyncio.sleep(_POLL_SECONDS)
 
-    async def _describe(self, clone: Clone, isolated: Isolated, sockets: Path, bracket: Bracket | None) -> Running:
+    async def _describe(
+        self, clone: Clone, isolated: Isolated, socket_folder: Path, bracket: Bracket | None, shrunk: dict[str, int]
+    ) -> Running:
         """Make the running clone forget its ties to the world, and say what it is."""
         if bracket is not None and not (isolated.data / "backup_label.old").exists():
             raise RestoreError(f"the server of {clone.name} did not start from its backup label")
-        conninfo = make_conninfo(host=str(sockets), port=PORT, user=self._superuser, application_name="trigpoint")
+        conninfo = make_conninfo(host=str(socket_folder), port=PORT, user=self._superuser, application_name="trigpoint")
         try:
             access = await find_home(conninfo, isolated.major, self._databases)
             facts = await scrub(access)
@@ -314,8 +297,9 @@ class PostgresRecovery:
             notes=(*([removed] if isolated.slots else []), *facts.notes),
             next_xid=facts.next_xid,
             home=access.home,
+            shrunk=shrunk,
         )
-        isolation.write(isolated.folder / _State.FILE, state.as_json(), isolated.owner)
+        state.write(isolated.data)
         server = postmaster.find(isolated.data)
         if server is None:
             raise RestoreError(f"the server of {clone.name} ended: {last_lines(words)}")
@@ -380,6 +364,13 @@ class _State:
     """The first transaction id that the replayed log had not used."""
     home: str = "template1"
     """A database that takes connections."""
+    reader: str = ""
+    """The role by which a sandbox is asked; "" for the superuser."""
+    shrunk: dict[str, int] = field(default_factory=dict)
+    """To how many pages the replayed log truncated a file, by path."""
+
+    def write(self, data: Path) -> None:
+        isolation.write(data / isolation.OWN_FOLDER / self.FILE, self.as_json(), _owner_of(data))
 
     def as_json(self) -> str:
         return json.dumps({name: getattr(self, name) for name in self.__slots__})
@@ -476,18 +467,6 @@ def _failure(target: Target, words: str, why: str) -> RestoreError:
     return RestoreError(
         f"the clone did not reach {target.description}: {why or last_lines(chr(10).join(said))}", hint=hint
     )
-
-
-def _let_through(folder: Path) -> None:
-    """Make a folder that others may enter, with its parents; one of ours that a umask had closed is opened again."""
-    for one in [one for one in (*reversed(folder.parents), folder) if not one.exists()]:
-        with contextlib.suppress(FileExistsError):
-            one.mkdir()
-            one.chmod(0o755)
-    for one in (folder.parent, folder):
-        found = one.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & stat.S_IXOTH:
-            one.chmod(stat.S_IMODE(found.st_mode) | 0o011)
 
 
 def _owner_of(data: Path) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """Make a clone that is thrown away afterwards ready to be looked at in full, and tell what there is to look at.
 
 What is done here would not do for a clone that somebody uses: databases are opened, locks of in-doubt transactions
-broken, triggers on DDL disabled.
+broken, settings of roles and databases dropped, triggers on DDL and logins disabled.
 """
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +33,8 @@ SELECT coalesce(pg_catalog.format('%%s.%%s', n.nspname, c.relname), l.relation::
  WHERE p.gid = %s AND l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock'
    AND (c.relkind IS NULL OR c.relkind NOT IN ('i', 't')) ORDER BY 1
 """
-_TRIGGERS = "SELECT evtname FROM pg_catalog.pg_event_trigger WHERE evtenabled IN ('A', 'R')"
+_TRIGGERS = "SELECT evtname FROM pg_catalog.pg_event_trigger WHERE evtenabled <> 'D'"
+_READER = "CREATE ROLE {} LOGIN BYPASSRLS IN ROLE pg_read_all_data, pg_monitor"
 _AMCHECK_THERE = "SELECT true FROM pg_catalog.pg_available_extensions WHERE name = 'amcheck'"
 _AMCHECK_SCHEMA = """
 SELECT n.nspname FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
@@ -64,16 +67,23 @@ class Opened:
     """The in-doubt transactions that were rolled back since nobody could have read behind their locks."""
     faults: tuple[str, ...]
     """What could not be done, by database."""
+    reader: str
+    """A role that may read everything and do nothing; for questions whose tables are other people's."""
 
 
 async def open_all(access: Access) -> Opened:
     """Let every database be entered and every table be read; raises `psycopg.Error`."""
+    reader = f"trigpoint_{secrets.token_hex(8)}"
     async with await access.connect() as first:
         rows = await (await first.execute(_DATABASES.encode())).fetchall()
         for database, is_open, is_broken in rows:
             if not is_open and not is_broken:
                 statement = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(sql.Identifier(database))
                 await first.execute(statement)
+        await first.execute(
+            b"DELETE FROM pg_catalog.pg_db_role_setting"
+        )  # in force for the reader, who cannot override
+        await first.execute(sql.SQL(_READER).format(sql.Identifier(reader)))
         has_amcheck = bool(await (await first.execute(_AMCHECK_THERE.encode())).fetchall())
         in_doubt = await (await first.execute(_LOCKS.encode())).fetchall()
     broken = [await _roll_back(access, database, gid) for database, gid in in_doubt]
@@ -88,11 +98,15 @@ async def open_all(access: Access) -> Opened:
         except psycopg.Error as error:
             faults.append(f"database {database}: {error}")
     left_out = tuple(database for database, _, is_broken in rows if is_broken)
-    return Opened(there, has_amcheck, left_out, tuple(broken), tuple(faults))
+    return Opened(there, has_amcheck, left_out, tuple(broken), tuple(faults), reader)
 
 
-async def relations(access: Access, opened: Opened) -> tuple[list[Relation], list[str]]:
-    """Give everything that has a file, and of which databases that cannot be told."""
+async def relations(access: Access, opened: Opened, shrunk: Mapping[str, int]) -> tuple[list[Relation], list[str]]:
+    """Give everything that has a file, and of which databases that cannot be told.
+
+    VACUUM truncates a file before it says so in the catalog, and a state may lie between the two: `shrunk` holds to how
+    many pages the log truncated a file.
+    """
     found: dict[str, Relation] = {}
     faults = []
     for database in opened.databases:
@@ -100,6 +114,7 @@ async def relations(access: Access, opened: Opened) -> tuple[list[Relation], lis
             async with await access.connect(database) as connection:
                 for row in await (await connection.execute(_RELATIONS.encode())).fetchall():
                     one = Relation(*row)
+                    one = one._replace(known_pages=min(one.known_pages, shrunk.get(one.path, one.known_pages)))
                     found.setdefault(one.path, one)  # what all databases share is in the catalog of each
         except psycopg.Error as error:
             faults.append(f"database {database}: its catalog cannot be read: {error}")
@@ -115,7 +130,7 @@ async def _roll_back(access: Access, database: str, gid: str) -> str:
 
 
 async def _disarm(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Disable the triggers on DDL that would fire in our sessions too; others do not (`session_replication_role`)."""
+    """Disable the triggers on DDL and logins: some fire in every session, the others in the reader's."""
     for (name,) in await (await connection.execute(_TRIGGERS.encode())).fetchall():
         await connection.execute(sql.SQL("ALTER EVENT TRIGGER {} DISABLE").format(sql.Identifier(name)))
 

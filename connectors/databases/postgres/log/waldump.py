@@ -25,6 +25,7 @@ _HEAD_BYTES = 64 << 10
 _CHUNK_BYTES = 1 << 20
 _RECORD = re.compile(r"rmgr: \w+ .*?tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: (\w+)(.*)", re.DOTALL)
 _PARAMETER = re.compile(r"(\w+)=(\w+)")
+_TRUNCATED = re.compile(r"^rmgr: Storage .*desc: TRUNCATE (\S+) to (\d+) blocks")
 _DAMAGE = ("error in WAL record", "could not find a valid record")
 _PREPARED = re.compile(r" (\d+): ")
 _TABLESPACE = re.compile(r' (\d+) "(.*)"', re.DOTALL)
@@ -50,6 +51,16 @@ class CreatedTablespace(NamedTuple):
 
     oid: int
     location: str
+
+
+class Preview(NamedTuple):
+    """What a stretch of log says of the world besides the data, in order."""
+
+    tablespaces: list[CreatedTablespace]
+    """Those outside the data directory."""
+    parameters: list[Parameters]
+    shrunk: dict[str, int]
+    """To how many pages a file was truncated, by its path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,22 +138,19 @@ class WalDump:
                         break
         return found
 
-    async def tablespaces(self, stretch: Stretch) -> list[CreatedTablespace]:
-        """Give the tablespaces outside the data directory that a replay of a stretch would make."""
-        return (await self.preview(stretch))[0]
-
-    async def preview(self, stretch: Stretch) -> tuple[list[CreatedTablespace], list[Parameters]]:
-        """Give what a replay of a stretch would make tablespaces of, and the settings that the server had within it."""
-        tablespaces: list[CreatedTablespace] = []
-        parameters: list[Parameters] = []
+    async def preview(self, stretch: Stretch) -> Preview:
+        """Give what a replay of a stretch would do to folders and files, and the settings that the server had in it."""
+        found = Preview([], [], {})
         with contextlib.suppress(_EndOfLog):
-            async with aclosing(self._lines(stretch, "--rmgr=Tablespace", "--rmgr=XLOG")) as lines:
+            async with aclosing(self._lines(stretch, "--rmgr=Tablespace", "--rmgr=XLOG", "--rmgr=Storage")) as lines:
                 async for line in lines:
                     if made := parse_tablespace(line):
-                        tablespaces.append(made)
+                        found.tablespaces.append(made)
                     elif changed := parse_parameters(line):
-                        parameters.append(changed)
-        return tablespaces, parameters
+                        found.parameters.append(changed)
+                    elif match := _TRUNCATED.search(line):
+                        found.shrunk[match[1]] = int(match[2])
+        return found
 
     async def _lines(self, stretch: Stretch, *options: str) -> AsyncGenerator[str, None]:
         """Give the beginnings of the lines printed; raises `_EndOfLog` with the program's words where it stops."""
