@@ -419,7 +419,8 @@ class Recovery(Protocol):
         """Give (what was checked, whether it held, what was seen), one a check.
 
         The target's commit is there; the next commit record in the log behind it (read from `log_folder` by a
-        program that is not ours) is not; with `deep` also structures and pages are clean.
+        program that is not ours) is not; with `deep` also structures and pages are clean. A check that had nothing to
+        look at is not given. `deep` is for sandboxes, which it changes: nobody may use one afterwards but `query`.
         """
         ...
 
