@@ -63,14 +63,15 @@ async def ends_at_target(subject: Subject, dump: WalDump) -> Result:
     """The replay ended where the state ends, by the clone's own timeline."""
     del dump
     target, reached = subject.target, subject.running.replayed
+    ends_at = target.commit.end if target.commit is not None and target.inclusive else target.at
     if target.kind is StopKind.LSN and target.inclusive:
-        held = target.at < reached <= (target.commit.end if target.commit else reached)
+        held = target.at < reached <= (ends_at if target.commit else reached)
     elif target.kind is StopKind.LATEST:
         held = reached >= target.at
     elif target.kind is StopKind.TIME and target.time is not None and subject.running.last_commit_at is not None:
         held = subject.running.last_commit_at <= target.time
     else:
-        held = target.kind is StopKind.TIME or reached <= target.at
+        held = target.kind is StopKind.TIME or reached <= ends_at
     return "the replay ended at the target", held, f"at {reached}"
 
 
