@@ -64,6 +64,7 @@ def make_passage(folder: Path) -> None:
 
     The servers of clones run as the owner of the data and must get through to the log that they replay.
     """
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(parents=True)
-        folder.chmod(0o711)  # whatever our umask is
+    for one in [one for one in (*reversed(folder.parents), folder) if not one.exists()]:
+        with contextlib.suppress(FileExistsError):
+            one.mkdir()
+            one.chmod(0o711)  # whatever our umask is

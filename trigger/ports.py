@@ -34,8 +34,8 @@ from trigger.model import (
     Space,
     Volume,
 )
-from trigger.position import At, History, Lineage, Position
-from trigger.replay import Replay, Target
+from trigger.position import History, Lineage, Position
+from trigger.replay import Replay, Running, Target
 
 
 class Clock(Protocol):
@@ -425,25 +425,6 @@ class Journal(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A clone that is brought up; for most databases a server that accepts connections."""
-
-    clone: str
-    conninfo: str
-    """How its clients reach it, in their own words; "" where nothing is to be connected to."""
-    data_directory: Path
-    history: History
-    replayed: At
-    """Where the replay ended."""
-    last_commit_at: datetime | None
-    """Commit time of the last transaction replayed, by the server's own word."""
-    notes: tuple[str, ...]
-    """What a clone cannot have: slots gone, unlogged tables empty, sequences ahead, in-doubt transactions."""
-    pid: int = 0
-    """Of its server; 0 where there is none."""
-
-
 class Recovery(Protocol):
     """Turns a clone of a cluster's volumes into a running, isolated server at a target."""
 
@@ -472,7 +453,8 @@ class Recovery(Protocol):
         """Give (what was checked, whether it held, what was seen), one a check.
 
         The target's commit is there; the next commit record in the log behind it (read from `log_folder` by a
-        program that is not ours) is not; with `deep` also structures and pages are clean.
+        program that is not ours) is not; with `deep` also structures and pages are clean. A check that had nothing to
+        look at is not given. `deep` is for sandboxes, which it changes: nobody may use one afterwards but `query`.
         """
         ...
 

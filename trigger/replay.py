@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import ClassVar
 
 from trigger.model import Bracket, CommitRecord
@@ -31,7 +32,8 @@ class Target:
     """The last commit that the state holds, as far as the catalog knows."""
     reach: At | None = None
     """So far the log must go: to the end of the first record that stays out, or of a commit that is later than a time;
-    for the latest state to the end of the last commit that is known. None where that is not known."""
+    for the latest state to the end of the last commit that is known; what was cut ends there at the most. None where
+    that is not known."""
     point: str = ""
     """The id of the point whose snapshots are the state, as they were cut; "" where a replay leads to it."""
 
@@ -62,3 +64,22 @@ class Replay:
     """Of a copy that is not one instant; it is replayed to its stop in any case."""
     as_cut: bool = False
     """Whether the snapshots end at the target by themselves, and nothing is to be replayed beyond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A clone that is brought up; for most databases a server that accepts connections."""
+
+    clone: str
+    conninfo: str
+    """How its clients reach it, in their own words; "" where nothing is to be connected to."""
+    data_directory: Path
+    history: History
+    replayed: At
+    """Where the replay ended."""
+    last_commit_at: datetime | None
+    """Commit time of the last transaction replayed, by the server's own word."""
+    notes: tuple[str, ...]
+    """What a clone cannot have: slots gone, unlogged tables empty, sequences ahead, in-doubt transactions."""
+    pid: int = 0
+    """Of its server; 0 where there is none."""

@@ -10,9 +10,9 @@ from connectors.memory.book import Content, Entry
 from connectors.memory.world import Restored, Staged, World
 from trigger.errors import RestoreError
 from trigger.model import Address, Commit, Volume, to_microseconds
-from trigger.ports import Clone, Progress, Running
+from trigger.ports import Clone, Progress
 from trigger.position import Position
-from trigger.replay import Replay, Target
+from trigger.replay import Replay, Running, Target
 
 
 class MemoryRecovery:

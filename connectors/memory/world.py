@@ -14,8 +14,9 @@ from connectors.memory.cluster import Cluster
 from connectors.memory.lives import Held, Lives
 from connectors.memory.manner import MEMORY, Manner
 from trigger.model import Commit, Extent, Snapshot
-from trigger.ports import Clone, Running
+from trigger.ports import Clone
 from trigger.position import History, Lineage
+from trigger.replay import Running
 
 
 @dataclass

@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ _OUTER_POINTS = 2
 """The oldest and the newest one, which thinning leaves."""
 MENDING = "where only its tag is damaged, `trigpoint reconcile` writes that anew"
 _NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
+_CLOSED_MODE = 0o710  # what a folder of ours has that was made under umask 027, when that was not minded
 _FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
 _POINT_MODE = 0o700  # what is in it belongs to the owner of the data, who could change it, or put links there
 
@@ -382,6 +384,8 @@ def make_folder(folder: Path) -> None:
         make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
             _make_one(folder)
+    elif stat.S_IMODE(folder.stat().st_mode) == _CLOSED_MODE and folder.stat().st_uid == os.geteuid():
+        folder.chmod(_FOLDER_MODE)
 
 
 def _make_one(folder: Path) -> None:

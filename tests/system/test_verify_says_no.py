@@ -165,6 +165,27 @@ def test_a_flipped_bit_in_a_page_of_the_snapshot_is_found_and_its_file_is_named(
 
 
 @on_both
+@pytest.mark.parametrize(
+    ("relation", "damage"),
+    [
+        ("account", lambda whole: whole[: 2 * PAGE]),
+        ("account", lambda whole: whole[:PAGE] + bytes(PAGE) + whole[2 * PAGE :]),
+        ("account_hash", lambda whole: b""),
+        ("account_pkey", lambda whole: b""),
+    ],
+    ids=["table cut short", "page of zeros", "hash index emptied", "primary key emptied"],
+)
+def test_what_a_snapshot_lost_without_a_wrong_checksum_is_found_and_its_file_is_named(
+    bank: Deployment, point: dict[str, Any], relation: str, damage: Callable[[bytes], bytes]
+) -> None:
+    file = file_of(bank, relation)
+    with damaged(bank, point, file, damage):
+        checks = verified(bank, point)
+    lost = [seen for what, (held, seen) in checks.items() if "all files are there and whole" in what and not held]
+    assert any(file in seen for seen in lost), checks
+
+
+@on_both
 def test_a_flipped_bit_is_found_where_only_later_restores_would_read_it(bank: Deployment) -> None:
     """The point is restored from an older base, which is whole; its own snapshot is what later commits start from."""
     bank.settle()

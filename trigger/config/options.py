@@ -219,7 +219,8 @@ class VerifyAssertion(_Section):
     database: str = Field(examples=["bank"])
     """Where it is run."""
     sql: str = Field(examples=["select sum(balance) from accounts"])
-    """The query; the first column of its first row counts, as text."""
+    """The query; the first column of its first row counts, as text. It is run by a role that may read everything and
+    do nothing else, and names without a schema are looked up in `public`."""
     expect: str = Field(examples=["1000000"])
     """What it must give."""
 

@@ -144,7 +144,8 @@ def plan(
 
 def own(point: RecoveryPoint) -> Target:
     """Give the target that is a sealed point's own snapshots, as far as they go by themselves, whatever its commit."""
-    return Target(point.floor.history, None, True, f"the snapshot of point {point.number}", point=point.id)
+    words, ends_at = f"the snapshot of point {point.number}", point.marks[0].holds_at_most
+    return Target(point.floor.history, None, True, words, reach=ends_at, point=point.id)
 
 
 def _by_itself(target: Target, bases: Sequence[RecoveryPoint], rate: float, file_start: FileStart) -> Plan:

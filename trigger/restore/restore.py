@@ -18,9 +18,9 @@ from pathlib import Path
 from trigger.errors import RestoreError, StorageError, TrigpointError
 from trigger.failpoint import reached
 from trigger.model import State
-from trigger.ports import Clone, Progress, Running
+from trigger.ports import Clone, Progress
 from trigger.position import At, History
-from trigger.replay import Target
+from trigger.replay import Running, Target
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, clone_name, new_name
 from trigger.restore.clones import Site, remove, to_its_end

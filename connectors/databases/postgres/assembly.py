@@ -78,6 +78,7 @@ def recovery(
         lambda major: find_programs(major, database.bin_directory),
         sockets_folder(name),
         superuser=section.superuser,
+        databases=database.databases,
         keep_libraries=section.keep_libraries,
         start_deadline_seconds=section.deadline_seconds,
     )

@@ -117,6 +117,7 @@ async def run(
     deadline_seconds: float,
     environment: Mapping[str, str] | None = None,
     told_lines: int = 6,
+    output: Path | None = None,
 ) -> str:
     """Run one program to its end and give what it printed (standard output and error together).
 
@@ -126,26 +127,28 @@ async def run(
         deadline_seconds: after it the program and all it started are killed.
         environment: added to a minimal environment (PATH, LANG=C, and HOME).
         told_lines: how many of its last lines are told where it fails.
+        output: a file to which what it prints is added, for as long as it or what it started lives; none is given then.
 
     Raises:
         DatabaseError: it failed or did not end in time; the message ends with its last lines. A cancellation kills
             the program too.
     """
-    process = await asyncio.create_subprocess_exec(
-        *map(str, arguments),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        limit=_OUTPUT_LIMIT,
-        env=minimal_environment() | dict(environment or {}),
-        cwd="/",
-        start_new_session=True,
-        **as_owner(owner),
-    )
+    with output.open("ab") if output else contextlib.nullcontext(asyncio.subprocess.PIPE) as printed:
+        process = await asyncio.create_subprocess_exec(
+            *map(str, arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=printed,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=_OUTPUT_LIMIT,
+            env=minimal_environment() | dict(environment or {}),
+            cwd="/",
+            start_new_session=True,
+            **as_owner(owner),
+        )
     name = Path(arguments[0]).name
     try:
         async with asyncio.timeout(deadline_seconds):
-            output, _ = await process.communicate()
+            said, _ = await process.communicate()
     except TimeoutError:
         raise DatabaseError(f"{name} did not end within {deadline_seconds:g} s") from None
     finally:
@@ -153,7 +156,7 @@ async def run(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await asyncio.shield(process.wait())
-    text = output.decode(errors="replace")
+    text = (said or b"").decode(errors="replace")
     if process.returncode != 0:
         raise DatabaseError(f"{name} failed with exit code {process.returncode}: {last_lines(text, told_lines)}")
     return text

@@ -15,7 +15,8 @@ from tests.fixtures.bank import Bank, quiet, run
 from trigger.config.options import VerifyAssertion
 from trigger.errors import RestoreError, StorageError
 from trigger.model import RecoveryPoint, Verification
-from trigger.ports import Clone, Running
+from trigger.ports import Clone
+from trigger.replay import Running
 from trigger.restore.clones import CloneState, clones
 from trigger.restore.target import Named
 from trigger.restore.verify import verify

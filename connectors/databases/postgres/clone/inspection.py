@@ -6,24 +6,28 @@ which must not, is read from the log that was staged for the replay, by a progra
 
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import conninfo_to_dict
 
+from connectors.databases.postgres.clone.access import Access
+from connectors.databases.postgres.clone.files import Relation, look
 from connectors.databases.postgres.clone.isolation import is_segment
-from connectors.databases.postgres.connection import connect
+from connectors.databases.postgres.clone.sandbox import Opened, open_all
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.log.waldump import LoggedCommit, Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, last_lines, listed, run
 from trigger.errors import DatabaseError, RestoreError
-from trigger.ports import Running
-from trigger.replay import Target
+from trigger.replay import Running, Target
 
 Result = tuple[str, bool, str]
 
@@ -44,7 +48,7 @@ class Subject:
     log_folder: Path
     next_xid: int
     """The first transaction id, in 64 bits, that the clone itself may have given out."""
-    conninfo: str
+    access: Access
 
     @property
     def boundary(self) -> Lsn:
@@ -54,64 +58,125 @@ class Subject:
         return Lsn(self.running.replayed)
 
 
-async def holds_target(subject: Subject, dump: WalDump) -> Result:
-    """The target's own commit is there; without one, the last commit that the log has before the target."""
+async def ends_at_target(subject: Subject, dump: WalDump) -> Result:
+    """The replay ended where the state ends, by the clone's own timeline."""
+    del dump
+    target, reached = subject.target, subject.running.replayed
+    ends_at = target.commit.end if target.commit is not None and target.inclusive else target.at
+    if target.time is not None:
+        held = subject.running.last_commit_at is None or subject.running.last_commit_at <= target.time
+    elif target.point:
+        held = target.reach is None or reached <= target.reach
+    elif target.at is None or ends_at is None:
+        held = reached >= (target.reach or 0)
+    elif target.inclusive:
+        held = target.at < reached <= (ends_at if target.commit else reached)
+    else:
+        held = reached <= ends_at
+    return "the replay ended at the target", held, f"at {reached}"
+
+
+async def holds_target(subject: Subject, dump: WalDump) -> Result | None:
+    """The target's own commit is there; without one, the last commit that the log has before the target, if any."""
     wanted = subject.target.commit
     if wanted is not None:
         status = await _status(subject, wanted.name.number or 0)
         return "the target is committed", status == "committed", f"transaction {wanted.name}: {status}"
     before = await _commits_before(subject, dump)
     if not before:
-        seen = f"nothing to compare with: the staged log has no commit before {subject.boundary}"
-        return "the last commit before the target is committed", True, seen
+        return None
     status = await _logged_status(subject, before[-1])
     return "the last commit before the target is committed", status == "committed", _said(before[-1], status)
 
 
-async def lacks_next(subject: Subject, dump: WalDump) -> Result:
-    """The next commit record that the log has behind the target is not there; behind the latest state there is none."""
-    what = "the next commit is not there"
-    behind = await dump.commits(stretch, limit=1) if (stretch := _behind(subject)) else []
+async def lacks_next(subject: Subject, dump: WalDump) -> Result | None:
+    """The next commit record that the log has behind the target is not there; or the log has none.
+
+    None where no log behind the target was staged, so that there is nothing to look at.
+    """
+    stretch = _behind(subject)
+    if stretch is None:
+        return None
+    behind = await dump.commits(stretch, limit=1)
     if not behind:
-        return what, True, f"no commit follows in the staged log behind {subject.boundary}"
+        return "no commit follows in the log that is kept", True, f"it was read from {stretch.start} to {stretch.end}"
     if subject.target.is_latest:
         return "no commit of the log is left out", False, f"transaction {behind[0].xid} at {behind[0].start}"
     status = await _logged_status(subject, behind[0])
-    return what, status != "committed", _said(behind[0], status)
+    return "the next commit is not there", status != "committed", _said(behind[0], status)
 
 
-async def holds_those_before(subject: Subject, dump: WalDump) -> Result:
-    """The last few commits before the target are all there."""
+async def holds_those_before(subject: Subject, dump: WalDump) -> Result | None:
+    """The last few commits before the target are all there; None where the staged log has none."""
     before = (await _commits_before(subject, dump))[-_LOOK_BACK:]
+    if not before:
+        return None
     statuses = [(commit, await _logged_status(subject, commit)) for commit in before]
     lost = [_said(commit, status) for commit, status in statuses if status != "committed"]
     seen = "; ".join(lost) or f"{len(before)} of {len(before)} in the staged log before {subject.boundary}"
     return f"the last {_LOOK_BACK} commits before it are committed", not lost, seen
 
 
-async def structures(subject: Subject, programs: Programs, owner: tuple[int, int]) -> Result:
+QUICK = (ends_at_target, holds_target, lacks_next, holds_those_before)
+"""The checks of every restore, in order; one that has nothing to look at gives None, and is shown as nothing."""
+
+
+async def opened(subject: Subject) -> tuple[Opened, list[Result]]:
+    """Open a sandbox for a look at all of it; gives what of it nobody can look at, and what was done to look at it."""
+    try:
+        found = await open_all(subject.access)
+    except psycopg.Error as error:
+        raise RestoreError(f"the sandbox cannot be opened for a look at it: {error}") from error
+    results = []
+    if found.broken_locks:
+        what = "in-doubt transactions, which lock whole tables, are rolled back to look at these"
+        results.append((what, True, "; ".join(found.broken_locks)))
+    if found.left_out:
+        what = f"all databases but {listed(found.left_out)}, left by an interrupted DROP DATABASE, can be entered"
+        results.append((what, True, listed(found.databases)))
+    if found.faults:
+        results.append(("each database can be entered and got ready to be looked at", False, "; ".join(found.faults)))
+    return found, results
+
+
+async def structures(subject: Subject, opened: Opened, programs: Programs, owner: tuple[int, int]) -> Result:
     """Tables and indexes are sound by `pg_amcheck`; where amcheck is not installed, all tables can be read."""
-    found = conninfo_to_dict(subject.conninfo)
+    found = conninfo_to_dict(subject.access.conninfo)
     connection = ["-h", str(found["host"]), "-p", str(found["port"]), "-U", str(found["user"])]
-    if await _has_amcheck(subject.conninfo):
+    home = subject.access.home
+    if opened.has_amcheck:
         what = "tables and indexes (pg_amcheck)"
-        command = [
-            programs.path("pg_amcheck"),
-            *connection,
-            "--all",
-            "--install-missing",
-            "--heapallindexed",
-            "-j",
-            "2",
-        ]
+        command = [programs.path("pg_amcheck"), *connection, "--all", f"--maintenance-db={home}"]
+        command += ["--heapallindexed", "-j", "2"]
     else:
         what = "tables can be read in full (pg_dumpall); indexes not checked, since amcheck is not installed"
-        command = [programs.path("pg_dumpall"), *connection, "--no-sync", "--file=/dev/null"]
+        command = [programs.path("pg_dumpall"), *connection, f"--database={home}", "--no-sync", "--file=/dev/null"]
     try:
-        output = await run(command, owner=owner, deadline_seconds=_DEEP_SECONDS)
+        environment = await subject.access.environment()
+        output = await run(command, owner=owner, deadline_seconds=_DEEP_SECONDS, environment=environment)
     except DatabaseError as error:
         return what, False, error.message
+    except psycopg.Error as error:
+        return what, False, f"the clone did not answer: {error}"
     return what, True, last_lines(output) or "no fault"
+
+
+async def whole(data: Path, known: Sequence[Relation], unknown: Sequence[str], control: Mapping[str, str]) -> Result:
+    """All files of a stopped server are there, as long as they have to be, and can be read; see `files`."""
+    unchecked = sorted({one.method for one in known if one.kind == "i"} - {"btree"})
+    but = f"; of indexes of kind {', '.join(unchecked)} no more than that is checked" if unchecked else ""
+    what = f"all files are there and whole, and hold what the catalogs and indexes speak of{but}"
+    block_bytes = int(control["Database block size"])
+    over = threading.Event()
+    try:
+        seen = await asyncio.to_thread(
+            look, data, known, block_bytes, int(control["Blocks per segment of large relation"]), over
+        )
+    finally:
+        over.set()
+    if faults := [*unknown, *seen.faults]:
+        return what, False, listed(faults, _NAMED_FILES)
+    return what, True, f"{seen.relations} relations, {seen.bytes} bytes, {seen.entries} entries of indexes"
 
 
 async def pages(data: Path, programs: Programs, owner: tuple[int, int]) -> Result:
@@ -132,11 +197,6 @@ def _damage(words: str, data: Path) -> str:
     return named + " | ".join(words.split(" | ")[-_LAST_LINES:])
 
 
-async def _has_amcheck(conninfo: str) -> bool:
-    rows = await _ask(conninfo, "SELECT count(*)::text FROM pg_available_extensions WHERE name = %s", "amcheck")
-    return rows == "1"
-
-
 async def _commits_before(subject: Subject, dump: WalDump) -> list[LoggedCommit]:
     """Give the last commits before the target, in order: those of its segment, or of as many more as it takes."""
     staged = _Staged.of(subject)
@@ -155,13 +215,8 @@ async def _commits_before(subject: Subject, dump: WalDump) -> list[LoggedCommit]
 def _behind(subject: Subject) -> Stretch | None:
     """Give the staged log from the target's boundary on, as far as it goes."""
     staged = _Staged.of(subject)
-    first = last = subject.boundary // staged.segment_bytes
-    if first not in staged.numbers:
-        return None
-    while last + 1 in staged.numbers:
-        last += 1
-    # Without an end pg_waldump waits five seconds for a segment that does not come (`WALDumpOpenSegment`).
-    return Stretch(subject.log_folder, staged.timeline, subject.boundary, Lsn((last + 1) * staged.segment_bytes))
+    end = SegmentFolder(subject.log_folder, staged.segment_bytes).end_of_run(staged.timeline, subject.boundary)
+    return Stretch(subject.log_folder, staged.timeline, subject.boundary, end) if end is not None else None
 
 
 class _Staged(NamedTuple):
@@ -197,13 +252,14 @@ async def _logged_status(subject: Subject, commit: LoggedCommit) -> str:
 async def _status(subject: Subject, xid: int) -> str:
     if xid >= subject.next_xid:
         return f"unknown to the clone, whose log ended before transaction {subject.next_xid}"
-    return await _ask(subject.conninfo, "SELECT coalesce(pg_xact_status(%s::xid8), 'too old to say')", str(xid))
+    return await _ask(
+        subject.access, "SELECT coalesce(pg_catalog.pg_xact_status(%s::pg_catalog.xid8), 'too old to say')", str(xid)
+    )
 
 
-async def _ask(conninfo: str, text: str, argument: str) -> str:
+async def _ask(access: Access, text: str, argument: str) -> str:
     try:
-        own = make_conninfo(conninfo, dbname="template1", connect_timeout=10)
-        async with await connect(own) as connection:
+        async with await access.connect() as connection:
             row = await (await connection.execute(text.encode(), [argument])).fetchone()
     except psycopg.Error as error:
         raise RestoreError(f"the clone did not answer: {error}") from error

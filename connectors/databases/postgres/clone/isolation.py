@@ -32,15 +32,16 @@ _SET_ASIDE = ("postgresql.auto.conf", "backup_label", "tablespace_map")
 _EMPTIED = ("pg_replslot", "pg_stat_tmp")
 _SEGMENT = re.compile(r"[0-9A-F]{24}(\.partial)?")
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_@+,./:=-]*")
-_CARRIED = {
-    "max_connections": "max_connections setting",
-    "max_worker_processes": "max_worker_processes setting",
-    "max_prepared_transactions": "max_prepared_xacts setting",
-    "max_locks_per_transaction": "max_locks_per_xact setting",
-}
+_SETTING = re.compile(r"(\w+) setting")
+_FULL_NAMES = {"max_prepared_xacts": "max_prepared_transactions", "max_locks_per_xact": "max_locks_per_transaction"}
+_OUR_OWN = ("wal_level", "max_wal_senders")
+"""Of the settings that the control file holds, those that a clone has otherwise: it is nobody's primary."""
 _HBA = "local all all trust\nlocal replication all reject\n"
 _HBA_OVER_TCP = "host replication all all reject\nhost all all all scram-sha-256\n"
 _LISTEN_FILE = "listen.conf"
+_STAGED = "staged"
+_ORIGINS = "2000"
+"""No log says how many origins there were; so many take a megabyte."""
 
 
 class Spot(NamedTuple):
@@ -119,10 +120,10 @@ class Isolated:
 
 
 def plain(path: Path, what: str) -> Path:
-    """Give `path` if it may stand in a `restore_command`, which PostgreSQL gives to a shell, else `RestoreError`."""
+    """Give `path` if it may stand in a list of folders in a configuration, else raise `RestoreError`."""
     if _PLAIN_PATH.fullmatch(str(path)) is None:
         raise RestoreError(
-            f"{what} {str(path)!r} holds a character that a shell could read as more than itself",
+            f"{what} {str(path)!r} holds a character at which a list of folders could be cut",
             hint="use a path of letters, digits and _ @ + , . / : = - only",
         )
     return path
@@ -140,7 +141,7 @@ def isolate(clone: Clone, placement: Placement, volumes: Sequence[Volume], brack
     copies = dict(clone.paths)
     if placement.data.volume not in copies:
         raise RestoreError(f"clone {clone.name} has no copy of volume {placement.data.volume}")
-    data = plain(copies[placement.data.volume] / placement.data.path, "the clone's folder")
+    data = copies[placement.data.volume] / placement.data.path
     if not (data / "PG_VERSION").is_file():
         raise RestoreError(
             f"there is no PostgreSQL cluster at {data}",
@@ -275,8 +276,24 @@ def control_data(text: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
 
 
+def carried(control: Mapping[str, str], changes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Give the settings that decide how data and log are read, all that the control file has, as they have to be.
+
+    Args:
+        control: what `pg_controldata` printed of the snapshot.
+        changes: what the log to be replayed says of them, in order: a size is the largest of all, since the replay
+            has to hold all that there was at any time, anything else is what it was at last.
+    """
+    found = {match[1]: value for key, value in control.items() if (match := _SETTING.fullmatch(key))}
+    for change in changes:
+        for name in found.keys() & change.keys():
+            both = (found[name], change[name])
+            found[name] = max(both, key=int) if all(value.isdigit() for value in both) else change[name]
+    return {_FULL_NAMES.get(name, name): value for name, value in found.items() if name not in _OUR_OWN}
+
+
 def settings(
-    control: Mapping[str, str],
+    carried: Mapping[str, str],
     isolated: Isolated,
     sockets: Path,
     libraries: Sequence[str],
@@ -285,12 +302,11 @@ def settings(
 ) -> dict[str, str]:
     """Give the whole configuration of a clone's server; production's own is not read at all.
 
-    What replay needs to be as large as on the primary comes from the control file. Origins of replicated
+    What has to be as on the primary comes from the control file and the log (`carried`). Origins of replicated
     transactions are replayed too and need room (`max_replication_slots`, from version 18
     `max_active_replication_origins`), so these are not 0 although there are no slots.
     """
-    found = {name: control[key] for name, key in _CARRIED.items()}
-    found |= {
+    found = dict(carried) | {
         "listen_addresses": "",
         "unix_socket_directories": str(sockets),
         "unix_socket_permissions": "0700",
@@ -305,7 +321,7 @@ def settings(
         "synchronous_standby_names": "",
         "max_logical_replication_workers": "0",
         "max_sync_workers_per_subscription": "0",
-        "max_replication_slots": "200",
+        "max_replication_slots": _ORIGINS,
         "max_wal_senders": "0",
         "wal_level": "replica",
         "shared_preload_libraries": ",".join(libraries),
@@ -324,21 +340,30 @@ def settings(
     if isolated.major >= 17:
         found |= {"sync_replication_slots": "off", "synchronized_standby_slots": "", "summarize_wal": "off"}
     if isolated.major >= 18:
-        found["max_active_replication_origins"] = "200"
+        found["max_active_replication_origins"] = _ORIGINS
     if throwaway:
         found |= {"full_page_writes": "off", "synchronous_commit": "off", "autovacuum": "off"}
     return found
 
 
-def recovery_settings(replay: Replay, staged: Path) -> dict[str, str]:
+def point_at_log(isolated: Isolated, staged: Path) -> None:
+    """Let the server of a copy find the folder of its log under a name of ours, whatever that folder is called."""
+    link = isolated.folder / _STAGED
+    link.unlink(missing_ok=True)
+    link.symlink_to(staged, target_is_directory=True)
+    give(link, isolated.owner)
+
+
+def recovery_settings(replay: Replay) -> dict[str, str]:
     """Give the settings that lead a replay to its target and no further.
 
-    `staged` is where the log lies; the server copies from it with `cp` through a shell, as PostgreSQL does it, so
-    the path was checked by `plain`. A link would not do: the server writes into the files that it was given.
+    The server copies the log with `cp` through a shell, as PostgreSQL does it, so no path of anybody else's may stand
+    there: it works in its data directory, where `point_at_log` put a name. Files that are links would not do: the
+    server writes into those that it was given.
     """
     target = replay.target
     found = {
-        "restore_command": f"test -f {staged}/%f && cp {staged}/%f %p",
+        "restore_command": f"test -f {OWN_FOLDER}/{_STAGED}/%f && cp {OWN_FOLDER}/{_STAGED}/%f %p",
         "recovery_target_timeline": str(target.history.branch),
         "recovery_target_action": "promote",
         "recovery_target_inclusive": "on" if target.inclusive else "off",
@@ -355,7 +380,8 @@ def recovery_settings(replay: Replay, staged: Path) -> dict[str, str]:
 
 def configuration(found: Mapping[str, str]) -> str:
     """Give the text of a configuration file."""
-    quoted = {name: value.replace("\\", "\\\\").replace("'", "''") for name, value in found.items()}
+    marks = {"\\": "\\\\", "'": "''", "\n": "\\n"}
+    quoted = {name: "".join(marks.get(sign, sign) for sign in value) for name, value in found.items()}
     return "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
 
 

@@ -81,6 +81,6 @@ def _processes(data: Path) -> set[int]:
         with contextlib.suppress(OSError):
             words = entry.read_bytes()
             program = words.partition(b"\0")[0].rpartition(b"/")[2]
-            if program in (b"postgres", b"pg_ctl", b"sh") and configuration in words:
+            if program in (b"postgres", b"setsid") and configuration in words:
                 found.add(int(entry.parent.name))
     return found

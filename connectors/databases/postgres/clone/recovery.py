@@ -8,15 +8,13 @@ comes through `restore_command`. A snapshot that is not one instant starts from 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import stat
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -24,9 +22,12 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.clone import inspection, isolation, postmaster, tablespaces
+from connectors.databases.postgres.clone import inspection, isolation, postmaster, sockets, tablespaces
+from connectors.databases.postgres.clone.access import Access, find_home
+from connectors.databases.postgres.clone.files import Relation
 from connectors.databases.postgres.clone.isolation import Isolated, Placement
 from connectors.databases.postgres.clone.release import release
+from connectors.databases.postgres.clone.sandbox import relations
 from connectors.databases.postgres.clone.scrub import scrub
 from connectors.databases.postgres.log.segments import give
 from connectors.databases.postgres.log.wal import history_timeline
@@ -35,12 +36,11 @@ from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, last_lines, run
 from trigger.errors import DatabaseError, RestoreError
 from trigger.model import Address, Volume
-from trigger.ports import Clone, Progress, Running
+from trigger.ports import Clone, Progress
 from trigger.position import Position
-from trigger.replay import Replay, Target
+from trigger.replay import Replay, Running, Target
 
 PORT = 5432
-_SOCKET_PATH_LIMIT = 107 - len("/.s.PGSQL.65535.lock")
 _POLL_SECONDS = 0.01
 _PROGRAM_SECONDS = 60.0
 _SYNC_SECONDS = 600.0
@@ -66,6 +66,7 @@ class PostgresRecovery:
         sockets: folder for the clones' socket folders; short, since a socket's path has to fit in 107 bytes, and
             reachable by the owner of the data.
         superuser: the role with which clones are prepared and asked; for most clusters `postgres`.
+        databases: names of databases that should be there, by which a clone is entered where the usual two are gone.
         keep_libraries: `shared_preload_libraries` that a clone loads too, where reading its data needs them.
         start_deadline_seconds: for everything from the start of a server to its promotion.
     """
@@ -77,6 +78,7 @@ class PostgresRecovery:
         sockets: Path,
         *,
         superuser: str = "postgres",
+        databases: Sequence[str] = (),
         keep_libraries: Sequence[str] = (),
         start_deadline_seconds: float = 3600.0,
     ) -> None:
@@ -84,6 +86,7 @@ class PostgresRecovery:
         self._programs_for = programs_for
         self._sockets = sockets
         self._superuser = superuser
+        self._databases = ("template1", "postgres", *databases)
         self._keep_libraries = tuple(keep_libraries)
         self._start_deadline_seconds = start_deadline_seconds
 
@@ -107,21 +110,24 @@ class PostgresRecovery:
         bracket = replay.bracket
         isolated = await asyncio.to_thread(isolation.isolate, clone, self._placement, volumes, bracket)
         programs = self._programs_for(isolated.major)
-        await _require_reachable(programs, isolated, isolation.plain(log_folder, "the folder of the staged log"))
+        await _require_reachable(programs, isolated, log_folder)
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", isolated.data))
         _require_fit(control, replay)
         redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
-        await tablespaces.refuse_new_ones(WalDump(programs, isolated.owner), isolated, log_folder, redo, replay)
+        dump = WalDump(programs, isolated.owner)
+        seen = await tablespaces.refuse_new_ones(dump, isolated, log_folder, redo, replay)
+        carried = isolation.carried(control, [change.values for change in seen.parameters])
         staged = await asyncio.to_thread(_visible_log, isolated, log_folder, replay)
-        sockets = self._socket_folder(isolated)
-        found = isolation.settings(control, isolated, sockets, self._keep_libraries, throwaway=throwaway)
-        found |= isolation.recovery_settings(replay, staged)
+        socket_folder = sockets.make(self._sockets, isolated)
+        found = isolation.settings(carried, isolated, socket_folder, self._keep_libraries, throwaway=throwaway)
+        found |= isolation.recovery_settings(replay)
+        await asyncio.to_thread(isolation.point_at_log, isolated, staged)
         await asyncio.to_thread(isolation.write_configuration, isolated, found)
         isolation.write(isolated.data / "recovery.signal", "", isolated.owner)
         try:
             await self._launch(programs, isolated)
             await self._ready(isolated, redo, replay, progress)
-            running = await self._describe(clone, isolated, sockets, replay)
+            running = await self._describe(clone, isolated, socket_folder, replay, seen.shrunk)
             _require_all(running, replay)
             if not throwaway:
                 await self._make_durable(clone, running, isolated, found)
@@ -137,19 +143,33 @@ class PostgresRecovery:
         state = _State.read(running.data_directory)
         programs = self._programs_for(isolation.major_of(running.data_directory))
         dump = WalDump(programs, _owner_of(running.data_directory))
-        subject = inspection.Subject(running, target, log_folder, state.next_xid, self._admin_conninfo(running))
-        for check in (inspection.holds_target, inspection.lacks_next, inspection.holds_those_before):
-            yield await check(subject, dump)
+        subject = inspection.Subject(running, target, log_folder, state.next_xid, self._access(running, state))
+        for check in inspection.QUICK:
+            if (seen := await check(subject, dump)) is not None:
+                yield seen
         if deep:
-            yield await inspection.structures(subject, programs, _owner_of(running.data_directory))
-            yield await self._pages(running, programs)
+            opened, told = await inspection.opened(subject)
+            replace(state, reader=opened.reader).write(running.data_directory)
+            for result in told:
+                yield result
+            yield await inspection.structures(subject, opened, programs, _owner_of(running.data_directory))
+            known = await relations(subject.access, opened, state.shrunk)
+            for result in await self._files(running, programs, *known):
+                yield result
 
     async def query(self, running: Running, database: str, sql: str) -> str:
-        """Give the first column of the first row of `sql` as text ("" for NULL or no row); raises `RestoreError`."""
+        """Give the first column of the first row of `sql` as text ("" for NULL or no row); raises `RestoreError`.
+
+        Names in it are looked up in pg_catalog and public, whatever the roles and databases of the clone set. After a
+        deep look at a sandbox it is asked by a role that may read everything and do nothing: a table may be a view,
+        and what stands in a view is its owner's.
+        """
+        state = _State.read(running.data_directory)
+        access = self._access(running, state)
+        if state.reader:
+            access = replace(access, conninfo=make_conninfo(access.conninfo, user=state.reader), is_superuser=False)
         try:
-            async with await psycopg.AsyncConnection.connect(
-                make_conninfo(running.conninfo, dbname=database, client_encoding="UTF8"), autocommit=True
-            ) as connection:
+            async with await access.connect(database, search_path="public") as connection:
                 cursor = await connection.execute(sql.encode())
                 found = cursor.pgresult  # the server's own text: `t` for true, every digit of a number
                 value = found.get_value(0, 0) if found is not None and found.ntuples and found.nfields else None
@@ -163,7 +183,7 @@ class PostgresRecovery:
         if data is None:
             return
         await postmaster.end(data, signal.SIGINT)
-        await asyncio.to_thread(shutil.rmtree, self._socket_path(data), ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, sockets.path(self._sockets, data), ignore_errors=True)
 
     async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
         """Start the server of a clone that was brought up before, as it was left; see port `Recovery`."""
@@ -173,7 +193,7 @@ class PostgresRecovery:
         state = _State.read(data)
         programs = self._programs_for(isolation.major_of(data))
         isolated = Isolated(data, _owner_of(data), programs.major, ())
-        self._socket_folder(isolated)
+        sockets.make(self._sockets, isolated)
         await asyncio.to_thread(postmaster.forget_the_dead, data)
         await asyncio.to_thread(isolation.listen, isolated, listen)
         await self._start_again(programs, isolated, state)
@@ -182,7 +202,7 @@ class PostgresRecovery:
             raise RestoreError(f"the server of {clone.name} ended right after its start")
         port = listen.port if listen else PORT  # of the socket too: a server has one
         state = replace(state, conninfo=make_conninfo(state.conninfo, port=port))
-        await asyncio.to_thread(isolation.write, isolated.folder / _State.FILE, state.as_json(), isolated.owner)
+        await asyncio.to_thread(state.write, isolated.data)
         return state.running(data, server.pid)
 
     async def _start_again(self, programs: Programs, isolated: Isolated, state: _State) -> None:
@@ -217,35 +237,18 @@ class PostgresRecovery:
         copy = dict(clone.paths).get(self._placement.data.volume)
         return copy / self._placement.data.path if copy else None
 
-    def _socket_path(self, data: Path) -> Path:
-        return self._sockets / hashlib.sha256(os.fsencode(data)).hexdigest()[:12]
-
-    def _socket_folder(self, isolated: Isolated) -> Path:
-        """Make the folder of a clone's socket; only the owner of the data and root may enter it."""
-        path = isolation.plain(self._socket_path(isolated.data), "the folder of sockets")
-        if len(os.fsencode(path)) > _SOCKET_PATH_LIMIT:
-            raise RestoreError(f"the folder of sockets {self._sockets} is too long for a socket's path")
-        self._sockets.mkdir(mode=0o755, parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
-        for folder in (self._sockets, path):
-            found = folder.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid(), isolated.owner[0]):
-                raise RestoreError(
-                    f"{folder} is not ours: it belongs to user id {found.st_uid}",
-                    hint="another user made it, who could pass off a server as the clone; remove it",
-                )
-        give(path, isolated.owner)
-        path.chmod(0o700)
-        return path
-
     async def _launch(self, programs: Programs, isolated: Isolated) -> None:
-        """Start the server as the owner of the data and return at once; it outlives us.
+        """Start the server as the owner of the data and return at once; it outlives us, in a session of its own.
 
-        `pg_ctl` detaches it, and is not asked to wait, since it looks ten times a second only.
+        `pg_ctl` would do that through a shell, which may read a path as more than itself.
         """
         log = isolation.write(isolated.folder / "server.log", "", isolated.owner)
         option = f"--config-file={isolated.folder / 'postgresql.conf'}"
-        await _ask(programs, isolated, "pg_ctl", "start", "-W", "-s", "-D", isolated.data, "-l", log, "-o", option)
+        command: list[str | Path] = ["setsid", "--fork", programs.path("postgres"), "-D", isolated.data, option]
+        try:
+            await run(command, owner=isolated.owner, deadline_seconds=_PROGRAM_SECONDS, output=log)
+        except DatabaseError as error:
+            raise RestoreError(f"the server of {isolated.data} cannot be started: {error.message}") from error
 
     async def _ready(self, isolated: Isolated, begin: int, replay: Replay, progress: Progress) -> None:
         """Wait until the server has replayed, promoted itself and takes connections."""
@@ -268,13 +271,16 @@ class PostgresRecovery:
                 progress("replay", min(Lsn.parse(reports[-1]) - begin, total), total)
             await asyncio.sleep(_POLL_SECONDS)
 
-    async def _describe(self, clone: Clone, isolated: Isolated, sockets: Path, replay: Replay) -> Running:
+    async def _describe(
+        self, clone: Clone, isolated: Isolated, socket_folder: Path, replay: Replay, shrunk: dict[str, int]
+    ) -> Running:
         """Make the running clone forget its ties to the world, and say what it is."""
         if replay.bracket is not None and not (isolated.data / "backup_label.old").exists():
             raise RestoreError(f"the server of {clone.name} did not start from its backup label")
-        conninfo = make_conninfo(host=str(sockets), port=PORT, user=self._superuser, application_name="trigpoint")
+        conninfo = make_conninfo(host=str(socket_folder), port=PORT, user=self._superuser, application_name="trigpoint")
         try:
-            facts = await scrub(conninfo, isolated.major)
+            access = await find_home(conninfo, isolated.major, self._databases)
+            facts = await scrub(access)
         except psycopg.Error as error:
             raise RestoreError(
                 f"clone {clone.name} came up and could not be prepared as role {self._superuser}: {error}",
@@ -295,8 +301,10 @@ class PostgresRecovery:
             notes=(*([removed] if isolated.slots else []), *facts.notes),
             next_xid=facts.next_xid,
             incarnation=replay.target.history.incarnation,
+            home=access.home,
+            shrunk=shrunk,
         )
-        isolation.write(isolated.folder / _State.FILE, state.as_json(), isolated.owner)
+        state.write(isolated.data)
         server = postmaster.find(isolated.data)
         if server is None:
             raise RestoreError(f"the server of {clone.name} ended: {last_lines(words)}")
@@ -311,31 +319,37 @@ class PostgresRecovery:
         await asyncio.to_thread(isolation.write_configuration, isolated, found | {"fsync": "on"})
         os.kill(running.pid, signal.SIGHUP)
         deadline = asyncio.get_running_loop().time() + _PROGRAM_SECONDS
-        while await self.query(running, "template1", "SHOW fsync") != "on":
+        home = _State.read(isolated.data).home
+        while await self.query(running, home, "SHOW fsync") != "on":
             if asyncio.get_running_loop().time() > deadline:
                 raise RestoreError(f"the server of {clone.name} did not take its final configuration")
             await asyncio.sleep(_POLL_SECONDS)
-        await self.query(running, "template1", "CHECKPOINT")
+        await self.query(running, home, "CHECKPOINT")
         for _, copy in clone.paths:
             try:
                 await run(["sync", "--file-system", copy], deadline_seconds=_SYNC_SECONDS)
             except DatabaseError as error:
                 raise RestoreError(f"clone {clone.name} could not be made durable: {error.message}") from error
 
-    def _admin_conninfo(self, running: Running) -> str:
-        return make_conninfo(running.conninfo, user=self._superuser)
+    def _access(self, running: Running, state: _State) -> Access:
+        conninfo = make_conninfo(running.conninfo, user=self._superuser)
+        return Access(conninfo, isolation.major_of(running.data_directory), state.home)
 
-    async def _pages(self, running: Running, programs: Programs) -> tuple[str, bool, str]:
-        """Stop the server, check every page's checksum, and start it again; the pid is another one then."""
+    async def _files(
+        self, running: Running, programs: Programs, known: Sequence[Relation], unknown: Sequence[str]
+    ) -> list[inspection.Result]:
+        """Stop the server, check its files and all checksums, and start it again; the pid is another one then."""
         data = running.data_directory
         isolated = Isolated(data, _owner_of(data), programs.major, ())
-        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
-        if control.get("Data page checksum version", "0") == "0":
-            return "page checksums, which are switched off in this cluster", True, "nothing to check"
         await postmaster.end(data, signal.SIGINT)
-        result = await inspection.pages(data, programs, isolated.owner)
+        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
+        results = [await inspection.whole(data, known, unknown, control)]
+        if control.get("Data page checksum version", "0") == "0":
+            results.append(("page checksums, which are switched off in this cluster", True, "headers of pages only"))
+        else:
+            results.append(await inspection.pages(data, programs, isolated.owner))
         await self._start_again(programs, isolated, _State.read(data))
-        return result
+        return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +368,15 @@ class _State:
     next_xid: int
     """The first transaction id that the replayed log had not used."""
     incarnation: int = 0
+    home: str = "template1"
+    """A database that takes connections."""
+    reader: str = ""
+    """The role by which a sandbox is asked; "" for the superuser."""
+    shrunk: dict[str, int] = field(default_factory=dict)
+    """To how many pages the replayed log truncated a file, by path."""
+
+    def write(self, data: Path) -> None:
+        isolation.write(data / isolation.OWN_FOLDER / self.FILE, self.as_json(), _owner_of(data))
 
     def as_json(self) -> str:
         return json.dumps({name: getattr(self, name) for name in self.__slots__})

@@ -11,25 +11,34 @@ from pathlib import Path
 from connectors.databases.postgres.clone import isolation
 from connectors.databases.postgres.clone.isolation import Isolated
 from connectors.databases.postgres.log.segments import SegmentFolder
-from connectors.databases.postgres.log.waldump import Stretch, WalDump
+from connectors.databases.postgres.log.waldump import Preview, Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import RestoreError
 from trigger.replay import Replay
 
 
-async def refuse_new_ones(dump: WalDump, isolated: Isolated, staged: Path, redo: int, replay: Replay) -> None:
-    """Raise `RestoreError` where a replay from `redo` on would make a tablespace."""
+async def refuse_new_ones(dump: WalDump, isolated: Isolated, staged: Path, redo: int, replay: Replay) -> Preview:
+    """Raise `RestoreError` where a replay from `redo` on would make a tablespace.
+
+    Gives what the same log says of other things, in order, so that it is read but once.
+    """
+    seen = Preview([], [], {})
     segment_bytes = await asyncio.to_thread(_segment_bytes, isolated.data / "pg_wal", staged)
     if segment_bytes is None:
-        return
+        return seen
     for folder in (isolated.data / "pg_wal", staged):
         for stretch in await asyncio.to_thread(_stretches, folder, segment_bytes, redo, replay):
-            for made in await dump.tablespaces(stretch):
+            here = await dump.preview(stretch)
+            seen.parameters.extend(here.parameters)
+            seen.shrunk.update(here.shrunk)
+            for made in here.tablespaces:
                 raise RestoreError(
                     f"the log up to {replay.target.description} makes tablespace {made.oid} at {made.location}, and"
                     " a replay would empty that folder of production",
                     hint="run CHECKPOINT, take a point, and restore from that one or a later one",
                 )
+    seen.parameters.sort(key=lambda one: one.start)
+    return seen
 
 
 def _segment_bytes(*folders: Path) -> int | None:

@@ -34,6 +34,7 @@ _NAME_LENGTH = 24
 _TRY_SECONDS = 20.0
 """How long the command may take when it is only tried: a start waits for it."""
 _FETCHING = "fetching"
+_PLAIN_PATH = re.compile(r"/[A-Za-z0-9_@+,./:=-]*")
 _HIGHEST_CODE = 125
 """Above it a shell says that it did not find the command, or could not run it."""
 _BY_SIGNAL = 128
@@ -84,7 +85,8 @@ class ArchiveReader:
 
     The command is the operator's own shell text, in the form of PostgreSQL's setting `restore_command`, and is run as
     PostgreSQL runs it: `%f` is the file, `%p` where to put it, `%%` a percent sign, and `/bin/sh -c` reads the rest.
-    Nothing but names of segments, of which we know the form, is put into it.
+    Nothing but names of segments, of which we know the form, and a path that is no more than that to a shell are put
+    into it.
 
     Args:
         command: as above.
@@ -178,7 +180,8 @@ class ArchiveReader:
 
     def _run_command(self, name: str, path: Path, seconds: float) -> tuple[int, str]:
         """Give its exit code and its last words; where it does not end in time, it goes with all it started."""
-        marks = {"%f": name, "%p": str(path), "%%": "%"}
+        where = str(path) if _PLAIN_PATH.fullmatch(str(path)) else path.name  # it runs where that lies
+        marks = {"%f": name, "%p": where, "%%": "%"}
         with subprocess.Popen(
             ["/bin/sh", "-c", re.sub("%[fp%]", lambda mark: marks[mark[0]], self._command)],
             stdin=subprocess.DEVNULL,

@@ -16,12 +16,16 @@ from typing import Protocol
 from connectors.databases.postgres.log.audit import Audit
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
-from connectors.databases.postgres.log.waldump import WalDump
+from connectors.databases.postgres.log.waldump import Stretch, WalDump
+from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
 from trigger.model import Extent, Finding, Severity
 from trigger.ports import Progress
 from trigger.position import History, Lineage, Position
-from trigger.replay import Replay
+from trigger.replay import Replay, Target
+
+_PROOF_SEGMENTS = 32
+"""Behind so many segments without a commit the next one is not looked for further."""
 
 
 class Feed(Protocol):
@@ -135,25 +139,41 @@ class PostgresJournal:
             JournalError: part of the stretch is missing or damaged; the message names the first such segment.
         """
         try:
-            return await self._folders.threads.run(partial(self._stage, replay, folder, progress))
+            size = await self._folders.threads.run(partial(self._stage, replay, folder, progress))
         except OSError as error:
             raise JournalError(
                 f"the log could not be staged in {folder}: {error}", hint="see that the folder can be written"
             ) from error
+        if replay.target.at is not None:
+            with contextlib.suppress(JournalError):  # the restore can do without a further proof
+                await self._stage_next_commit(replay.target, folder)
+        return size
 
     def _stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
         segments = self._folders.of(replay.target.history)
         self._audit_of(segments).load()
+        return segments.stage(replay, folder, progress, self._fetch_into(segments))
 
-        def fetch(name: str) -> bool:
-            return segments.locate(name) is not None
+    async def _stage_next_commit(self, target: Target, folder: Path) -> None:
+        """Stage on until the next commit behind the target is there: that the clone lacks it is the proof."""
+        run, history = self._folders.threads.run, target.history
+        segments = await run(partial(self._folders.of, history))
+        dump = await run(partial(self._dump_for, segments))
+        behind = Lsn((target.at or 0) + (1 if target.inclusive else 0))
+        staged, more = SegmentFolder(folder, segments.segment_bytes), 1
+        while dump and (end := await run(partial(staged.end_of_run, history.branch, behind))) is not None:
+            stretch = Stretch(folder, history.branch, behind, end)
+            if more > _PROOF_SEGMENTS or await dump.commits(stretch, limit=1):
+                return
+            if not await run(partial(segments.stage_behind, target, folder, self._fetch_into(segments), more)):
+                return
+            more *= 2
 
-        def fetch_anew(name: str) -> bool:
-            return self._feed.fetch(segments, name)
-
-        # What an archive gives for a name may be the log of another life than the first.
-        first = segments is self._folders.all()[0]
-        return segments.stage(replay, folder, progress, fetch_anew if first else fetch)
+    def _fetch_into(self, segments: SegmentFolder) -> Callable[[str], bool]:
+        """Give what fetches a file: what an archive gives for a name may be the log of another life than the first."""
+        if segments is self._folders.all()[0]:
+            return partial(self._feed.fetch, segments)
+        return lambda name: segments.locate(name) is not None
 
     async def release(self, starts: Collection[Position]) -> int:
         """Delete the segments that no replay from any of `starts` can ask for; gives how many.

@@ -23,7 +23,7 @@ from trigger.errors import JournalError, PositionError
 from trigger.model import Extent
 from trigger.ports import Progress
 from trigger.position import History, Lineage, Position
-from trigger.replay import Replay
+from trigger.replay import Replay, Target
 from trigger.trusted import NotOursError, open_file, why_not_ours
 
 _FICLONE = 0x40049409
@@ -273,6 +273,41 @@ class SegmentFolder:
         finally:
             os.close(stage)
         return sum(entry.stat().st_size for entry in folder.iterdir())
+
+    def end_of_run(self, timeline: int, at: Lsn) -> Lsn | None:
+        """Give where the segments end that follow on each other from the one with `at` on; None where it is not there.
+
+        Without an end pg_waldump waits five seconds for a segment that does not come (`WALDumpOpenSegment`).
+        """
+        numbers = {name.number for name in self.names() if name.timeline == timeline}
+        number = at // self.segment_bytes
+        if number not in numbers:
+            return None
+        while number + 1 in numbers:
+            number += 1
+        return Lsn((number + 1) * self.segment_bytes)
+
+    def stage_behind(self, target: Target, folder: Path, fetch: Callable[[str], bool], count: int) -> int:
+        """Put up to `count` more segments behind those that were staged for `target` into `folder`; gives how many.
+
+        They are for the proof alone, so none that is missing, damaged or finds no room is an error.
+        """
+        timeline, at = target.history.branch, target.at or 0
+        there = [name.number for name in SegmentFolder(folder, self.segment_bytes).names() if name.timeline == timeline]
+        first = max(there, default=at // self.segment_bytes) + 1
+        stage = os.open(folder, _FOLDER)
+        try:
+            for number in range(first, first + count):
+                try:
+                    if not self._stage_one(Needed(number, (timeline,), None), stage, fetch):
+                        return number - first
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.unlink(SegmentName(timeline, number).text(self.segment_bytes), dir_fd=stage)
+                    return number - first
+        finally:
+            os.close(stage)
+        return count
 
     def _lineage_with(self, history: History, fetch: Callable[[str], bool]) -> Lineage:
         if history.branch > 1:

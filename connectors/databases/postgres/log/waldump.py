@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,12 @@ from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, as_owner, minimal_environment
 from trigger.errors import JournalError
 
-_LINE_LIMIT = 16 << 20  # a commit of many subtransactions is one line
+_HEAD_BYTES = 64 << 10
+"""So much of a line is looked at: a commit of many subtransactions is one line, of any length, its id in front."""
+_CHUNK_BYTES = 1 << 20
 _RECORD = re.compile(r"rmgr: \w+ .*?tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: (\w+)(.*)", re.DOTALL)
+_PARAMETER = re.compile(r"(\w+)=(\w+)")
+_TRUNCATED = re.compile(r"^rmgr: Storage .*desc: TRUNCATE (\S+) to (\d+) blocks")
 _DAMAGE = ("error in WAL record", "could not find a valid record")
 _PREPARED = re.compile(r" (\d+): ")
 _TABLESPACE = re.compile(r' (\d+) "(.*)"', re.DOTALL)
@@ -34,11 +38,29 @@ class LoggedCommit(NamedTuple):
     start: Lsn
 
 
+class Parameters(NamedTuple):
+    """What the server wrote of its settings when it was started with others than before."""
+
+    start: Lsn
+    values: dict[str, str]
+    """By pg_waldump's names: `max_prepared_xacts`, `track_commit_timestamp`."""
+
+
 class CreatedTablespace(NamedTuple):
     """One tablespace made in the log, and the folder that a replay of it would empty and use."""
 
     oid: int
     location: str
+
+
+class Preview(NamedTuple):
+    """What a stretch of log says of the world besides the data, in order."""
+
+    tablespaces: list[CreatedTablespace]
+    """Those outside the data directory."""
+    parameters: list[Parameters]
+    shrunk: dict[str, int]
+    """To how many pages a file was truncated, by its path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +89,14 @@ def parse_tablespace(line: str) -> CreatedTablespace | None:
         return None
     made = _TABLESPACE.match(match[4])
     return CreatedTablespace(int(made[1]), made[2]) if made and made[2] else None
+
+
+def parse_parameters(line: str) -> Parameters | None:
+    """Give the settings that a line of pg_waldump says the server was started with."""
+    match = _RECORD.match(line)
+    if match is None or match[3] != "PARAMETER_CHANGE":
+        return None
+    return Parameters(Lsn.parse(match[2]), dict(_PARAMETER.findall(match[4])))
 
 
 class WalDump:
@@ -108,18 +138,22 @@ class WalDump:
                         break
         return found
 
-    async def tablespaces(self, stretch: Stretch) -> list[CreatedTablespace]:
-        """Give the tablespaces outside the data directory that a replay of a stretch would make."""
-        found: list[CreatedTablespace] = []
+    async def preview(self, stretch: Stretch) -> Preview:
+        """Give what a replay of a stretch would do to folders and files, and the settings that the server had in it."""
+        found = Preview([], [], {})
         with contextlib.suppress(_EndOfLog):
-            async with aclosing(self._lines(stretch, "--rmgr=Tablespace")) as lines:
+            async with aclosing(self._lines(stretch, "--rmgr=Tablespace", "--rmgr=XLOG", "--rmgr=Storage")) as lines:
                 async for line in lines:
-                    made = parse_tablespace(line)
-                    found += [made] if made else []
+                    if made := parse_tablespace(line):
+                        found.tablespaces.append(made)
+                    elif changed := parse_parameters(line):
+                        found.parameters.append(changed)
+                    elif match := _TRUNCATED.search(line):
+                        found.shrunk[match[1]] = int(match[2])
         return found
 
     async def _lines(self, stretch: Stretch, *options: str) -> AsyncGenerator[str, None]:
-        """Give the lines printed; raises `_EndOfLog` with the program's words where it stops on an error."""
+        """Give the beginnings of the lines printed; raises `_EndOfLog` with the program's words where it stops."""
         end = [f"--end={stretch.end}"] if stretch.end is not None else []
         process = await asyncio.create_subprocess_exec(
             self._program,
@@ -131,7 +165,7 @@ class WalDump:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            limit=_LINE_LIMIT,
+            limit=_CHUNK_BYTES,
             env=minimal_environment(),
             cwd="/",
             start_new_session=True,
@@ -141,7 +175,7 @@ class WalDump:
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 error = ""
-                while line := (await process.stdout.readline()).decode(errors="replace").rstrip("\n"):
+                async for line in _heads(process.stdout):
                     if line.startswith("pg_waldump: error"):
                         error = line.removeprefix("pg_waldump: error: ")
                     elif line.startswith("rmgr:"):
@@ -155,6 +189,19 @@ class WalDump:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 await asyncio.shield(process.wait())
+
+
+async def _heads(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Give the first part of every line of a stream, however long the lines are."""
+    head = b""
+    while chunk := await stream.read(_CHUNK_BYTES):
+        first, *others = chunk.split(b"\n")
+        head += first[: _HEAD_BYTES - len(head)]
+        for following in others:
+            yield head.decode(errors="replace")
+            head = following[:_HEAD_BYTES]
+    if head:
+        yield head.decode(errors="replace")
 
 
 class _EndOfLog(Exception):  # noqa: N818 - the usual end of a log that is still written

@@ -389,13 +389,64 @@ def test_a_clone_of_another_cluster_is_refused(folder: Path) -> None:
         asyncio.run(run(here))
 
 
-def test_a_path_that_a_shell_could_misread_is_refused(folder: Path) -> None:
+def test_a_path_that_a_shell_could_misread_is_no_more_than_a_path(folder: Path) -> None:
+    odd = folder / 'od\'d "$(touch hurt)"; touch hurt %f \\ \n ü'
+    odd.mkdir()
+
     async def run(here: Ground) -> None:
-        cut = here.cut()
-        odd = folder / "odd; touch it"
-        odd.mkdir()
-        with pytest.raises(RestoreError, match="a shell could read"):
-            await here.recovery.start(here.clone(cut), here.volumes, cut.replay(_the_end(cut)), odd, silent)
+        async with here.journaling():
+            cut = here.cut()
+            here.cluster.sql("SELECT pg_switch_wal()")
+            here.cluster.sql("INSERT INTO ledger VALUES (pg_current_xact_id())")
+            await here.journal_reaches(end := here.durable())
+        commit = (await here.commits(cut.ceiling))[-2]
+        here.folder = odd  # where clones lie, and the log for them
+        clone, running, _ = await here.restore(cut, at_commit(end.history, commit), throwaway=False)
+        assert await here.ledger(running) == {commit.xid}
+        await here.recovery.stop(clone)
+        again = await here.recovery.resume(clone)
+        assert await here.ledger(again) == {commit.xid}
+        assert not [file for place in (folder, running.data_directory, Path("/")) for file in place.glob("hurt*")]
+        await here.drop(clone)
 
     with ground(15, folder, btrfs=True) as here:
         asyncio.run(run(here))
+
+
+def test_a_data_directory_with_a_space_in_its_name_comes_back(folder: Path) -> None:
+    async def run(here: Ground) -> None:
+        cut = here.cut()
+        (folder / "empty").mkdir()
+        clone = here.clone(cut)
+        running = await here.recovery.start(clone, here.volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
+        assert running.data_directory.name == "pg data"
+        held = [held async for _, held, _ in here.recovery.inspect(running, _the_end(cut), folder / "empty", deep=True)]
+        assert held
+        assert all(held)
+        await here.drop(clone)
+
+    with ground(18, folder, btrfs=True, name="pg data") as here:
+        asyncio.run(run(here))
+
+
+@pytest.mark.parametrize("mask", [0o027, 0o077])
+def test_whatever_our_umask_is_the_server_of_a_clone_reaches_its_socket(folder: Path, mask: int) -> None:
+    async def run(here: Ground, sockets: Path) -> None:
+        cut = here.cut()
+        (folder / "empty").mkdir(exist_ok=True)
+        os.chown(folder / "empty", *here.cluster.owner)
+        here.recovery = PostgresRecovery(here.placement, lambda _: here.programs, sockets)
+        clone = here.clone(cut)
+        running = await here.recovery.start(clone, here.volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
+        assert await here.recovery.query(running, "postgres", "SELECT 1") == "1"
+        await here.drop(clone)
+
+    with ground(15, folder, btrfs=True) as here:
+        closed = here.cluster.sockets / "closed"
+        closed.mkdir(mode=0o700)  # as it was left by an earlier start
+        before = os.umask(mask)
+        try:
+            for sockets in (here.cluster.sockets / "a" / "b", closed):
+                asyncio.run(run(here, sockets))
+        finally:
+            os.umask(before)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import pytest
 
-from connectors.databases.postgres.log.waldump import CreatedTablespace, LoggedCommit, parse_commit, parse_tablespace
+from connectors.databases.postgres.log.waldump import (
+    CreatedTablespace,
+    LoggedCommit,
+    Parameters,
+    Stretch,
+    WalDump,
+    parse_commit,
+    parse_parameters,
+    parse_tablespace,
+)
 from connectors.databases.postgres.lsn import Lsn
+from connectors.databases.postgres.programs import Programs
 
 _TRANSACTION = (
     "rmgr: Transaction len (rec/tot):     {length}/    {length}, tx:        {tx}, lsn: 0/01759A78, prev 0/01759A38, "
@@ -53,3 +66,32 @@ def test_a_tablespace_inside_the_data_directory_is_none_to_worry_about() -> None
         'desc: CREATE 16387 ""'
     )
     assert parse_tablespace(line) is None
+
+
+def test_the_settings_that_a_server_was_started_with_are_read_by_name() -> None:
+    line = (
+        "rmgr: XLOG        len (rec/tot):     54/    54, tx:          0, lsn: 0/01759E98, prev 0/01759DE8, desc: "
+        "PARAMETER_CHANGE max_connections=100 max_worker_processes=8 max_wal_senders=20 max_prepared_xacts=40 "
+        "max_locks_per_xact=64 wal_level=logical wal_log_hints=off track_commit_timestamp=on"
+    )
+    found = parse_parameters(line)
+    assert found == Parameters(Lsn.parse("0/1759E98"), found.values if found else {})
+    assert found.values["max_prepared_xacts"] == "40"
+    assert found.values["track_commit_timestamp"] == "on"
+    assert parse_parameters(line.replace("PARAMETER_CHANGE", "NOOP")) is None
+
+
+def test_a_commit_of_millions_of_subtransactions_is_a_line_like_any_other(tmp_path: Path) -> None:
+    """The program is a stand-in that prints, in the form of version 15, what 2.4 million subtransactions would give."""
+    line = _TRANSACTION.format(length=9_600_046, tx="725") + "desc: COMMIT 2026-11-21 23:12:53.690434 UTC; subxacts:"
+    other = _TRANSACTION.format(length=46, tx="9000000").replace("01759A78", "02759A78")
+    program = tmp_path / "pg_waldump"
+    program.write_text(f"""#!/bin/sh
+        printf '%s' '{line}'
+        seq -f ' %.0f' 1000000 3400000 | tr -d '\\n'
+        printf '\\n%s\\n' '{other}desc: COMMIT 2026-11-21 23:12:54.000000 UTC'
+    """)
+    program.chmod(0o755)
+    dump = WalDump(Programs(tmp_path, 15))
+    found = asyncio.run(dump.commits(Stretch(tmp_path, 1, Lsn(0)), 10))
+    assert found == [LoggedCommit(725, Lsn.parse("0/1759A78")), LoggedCommit(9000000, Lsn.parse("0/2759A78"))]

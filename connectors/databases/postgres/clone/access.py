@@ -1,0 +1,147 @@
+"""Connections to a clone in which no setting of its roles and databases has a say.
+
+`ALTER DATABASE` is its owner's, and what it sets is in force in every session there: of a superuser too, and from the
+first statement on. So each connection of ours brings its own settings in the startup packet, which go before those of
+roles and databases (`GucSource` in guc.h); what else they set goes back to the server's default at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from trigger.errors import RestoreError
+
+_CONNECT_SECONDS = 10
+LOCK_SECONDS = 60
+"""So long we wait for a lock: of all that lives in a clone only an in-doubt transaction can hold one for longer."""
+_FROM_THE_START = {
+    "search_path": "pg_catalog",
+    "role": "none",
+    "session_preload_libraries": "",
+    "local_preload_libraries": "",
+    "dynamic_library_path": "$libdir",
+    "session_replication_role": "replica",  # before 17 nothing else keeps event triggers from firing
+    "default_transaction_read_only": "off",
+    "default_transaction_isolation": "read committed",
+    "default_transaction_deferrable": "off",
+    "statement_timeout": "0",
+    "lock_timeout": f"{LOCK_SECONDS}s",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "post_auth_delay": "0",
+    "ignore_system_indexes": "off",
+    "ignore_checksum_failure": "off",
+    "zero_damaged_pages": "off",
+    "row_security": "off",
+    "client_encoding": "UTF8",
+    "datestyle": "ISO, MDY",
+    "standard_conforming_strings": "on",
+}
+_ANYBODYS = frozenset(_FROM_THE_START) - {
+    "session_preload_libraries",
+    "dynamic_library_path",
+    "session_replication_role",
+    "post_auth_delay",
+    "ignore_system_indexes",
+    "ignore_checksum_failure",
+    "zero_damaged_pages",
+}
+"""What a role that is no superuser may bring along too."""
+_SINCE_17 = {"event_triggers": "off", "transaction_timeout": "0"}
+_ESCAPED = re.compile(r"([\\ ])")
+_BACKSLASHED = r"\\\1"
+_RESET = """
+SELECT pg_catalog.set_config(s.name, s.boot_val, false) FROM pg_catalog.pg_settings s
+ WHERE s.source IN ('global', 'database', 'user', 'database user')
+   AND s.context IN ('user', 'superuser') AND s.boot_val IS NOT NULL
+   AND s.name NOT IN ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'seed')
+"""
+_OTHERS = """
+SELECT DISTINCT s.name, s.boot_val
+  FROM pg_catalog.pg_db_role_setting d
+       CROSS JOIN LATERAL pg_catalog.unnest(d.setconfig) AS one(line)
+       JOIN pg_catalog.pg_settings s ON s.name = pg_catalog.split_part(one.line, '=', 1)
+ WHERE d.setrole IN (0, (SELECT r.oid FROM pg_catalog.pg_roles r WHERE r.rolname = SESSION_USER))
+   AND s.context IN ('user', 'superuser') AND s.boot_val IS NOT NULL
+   AND s.name NOT IN ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'seed')
+ ORDER BY 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How the server of a clone is asked."""
+
+    conninfo: str
+    """Of a superuser, without a database."""
+    major: int
+    home: str
+    """A database that takes connections."""
+    is_superuser: bool = True
+
+    async def connect(self, database: str = "", **other: str) -> psycopg.AsyncConnection[Any]:
+        """Give an autocommit connection (to `home` if no database is named) with our settings and `other` ones.
+
+        Raises:
+            psycopg.Error: there is none to be had.
+        """
+        connection = await psycopg.AsyncConnection.connect(
+            make_conninfo(
+                self.conninfo,
+                dbname=database or self.home,
+                options=startup_options(self.major, other, is_superuser=self.is_superuser),
+                connect_timeout=_CONNECT_SECONDS,
+            ),
+            autocommit=True,
+        )
+        try:
+            await connection.execute(_RESET.encode())
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def environment(self) -> dict[str, str]:
+        """Give what makes a program of PostgreSQL connect in the same way; raises `psycopg.Error`."""
+        async with await self.connect() as connection:
+            others = await (await connection.execute(_OTHERS.encode())).fetchall()
+        found = {name: value for name, value in others if name not in _FROM_THE_START | _SINCE_17}
+        return {"PGOPTIONS": startup_options(self.major, found), "PGCONNECT_TIMEOUT": str(_CONNECT_SECONDS)}
+
+
+def startup_options(major: int, other: Mapping[str, str] | None = None, *, is_superuser: bool = True) -> str:
+    """Give settings as `options` of a connection."""
+    found = _FROM_THE_START | (_SINCE_17 if major >= 17 else {}) | dict(other or {})
+    if not is_superuser:
+        found = {name: value for name, value in found.items() if name in _ANYBODYS or name in (other or {})}
+    return " ".join(f"-c {name}={_ESCAPED.sub(_BACKSLASHED, value)}" for name, value in found.items())
+
+
+async def find_home(conninfo: str, major: int, candidates: Sequence[str]) -> Access:
+    """Give the access to a clone through the first of `candidates` that takes connections.
+
+    Raises:
+        psycopg.Error: the server or the superuser is refused as such.
+        RestoreError: none of them is there and open.
+    """
+    refusals = []
+    for name in dict.fromkeys(candidates):
+        access = Access(conninfo, major, name)
+        try:
+            async with await access.connect():
+                return access
+        except psycopg.OperationalError as error:
+            words = " ".join(str(error).split())
+            if f'database "{name}"' not in words:
+                raise
+            refusals.append(words.rpartition("FATAL: ")[2].strip())
+    raise RestoreError(
+        f"no database of the clone takes connections: {'; '.join(refusals)}",
+        hint="name one in database.databases that is there and open (ALTER DATABASE … ALLOW_CONNECTIONS true)",
+    )
