@@ -1,4 +1,4 @@
-"""From the names in a configuration to driver objects; the only module that loads connectors."""
+"""From a configuration to everything that one service works with."""
 
 from __future__ import annotations
 
