@@ -41,7 +41,7 @@ class MemoryJournal:
         lineage = lives.confirm()
         held, begin = lives.held, cluster.book.first
         for history, _, left_at in lineage.stretches():
-            end = min(left_at, cluster.flushed)
+            end = min(left_at, cluster.flushed_records)
             _take_over(held.entries.setdefault(history.branch, []), cluster.logs.get(history.branch, []), end)
             extents = held.pieces.setdefault(history.branch, [])
             if end > begin and (not extents or extents[-1][1] < cluster.book.first):

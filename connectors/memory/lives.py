@@ -116,6 +116,8 @@ class Lives:
         """Give what shows that the log of the server is another one than what was known; "" for nothing."""
         lineage, cluster = self.lineage(), self._cluster
         present = lineage.history
+        if (newest := max(held.forks, default=0)) > present.branch:
+            return f"the server was on timeline {newest} before, and has gone back to {present.branch}"
         for history, _, left_at in lineage.stretches():
             branch = history.branch
             forks = held.forks.get(branch)

@@ -137,7 +137,7 @@ def _check_lost(
             require(has, f"P1: {describe(commit)} was left behind, without a word")
     for key, commit in simulation.truth.flushed_and_lost():
         ours = commit.stream and id(commit) not in simulation.not_ours[commit.stream] and matters(commit)
-        if ours and id(commit) not in present and key not in found_at:
+        if ours and id(commit) not in present and id(commit) not in known:
             inside = any(simulation.truth.claims(gap, commit.stream, key.history, commit.end) for gap in gaps)
             require(inside, f"P1: {describe(commit)} of {key.history} was lost with its log and lies in no gap")
 
@@ -230,7 +230,7 @@ def _ends_a_record(simulation: Simulation, place: Position) -> bool:
 
 
 def _check_commits(simulation: Simulation, point: RecoveryPoint, mine: Sequence[Found]) -> None:
-    """The commits of a point are those of its tag but for what came again: what a copy shares with the log before it."""
+    """The commits of a point are those of its tag, but for what comes again: a copy shares it with the log before."""
     require(
         len(mine) == point.commits,
         f"P1: point {point.number} says that it protects {point.commits} commits, there are {len(mine)}",

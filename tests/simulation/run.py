@@ -206,11 +206,17 @@ class Simulation(Acts):
         window, agenda = (self.life.window, self.life.agenda) if self.life and not self.life.ended else (None, None)
         if window is None or agenda is None or len(window) or window.breaks or agenda.open_gap or agenda.base is None:
             return False
+        if not all(self._has_come_to(stream, window.reached().get(stream)) for stream in self.story.streams):
+            return False
         if not all(self._is_based_on(cluster, agenda.base) for cluster in self.world.clusters):
             return False
         if any(not answer.done() for life in self.lives for answer in life.answers if not life.ended):
             return False
         return all(self._is_settled_to_the_end(stream) for stream in self.story.streams)
+
+    def _has_come_to(self, stream: str, through: Position | None) -> bool:
+        """Whether a stream goes on in the present history of its cluster."""
+        return through is not None and through.history == self.truth.present(self.of(stream))
 
     def _is_based_on(self, cluster: Cluster, base: RecoveryPoint) -> bool:
         """Whether the newest base is in the past of a cluster, whose present history the drivers know."""

@@ -159,7 +159,7 @@ class Truth:
         return held.number if held else -1
 
     def is_come_back(self, gap: Gap, history: History) -> bool:
-        """Whether a gap lies between two servers one of which came back: it claims what was seen at another stay too."""
+        """Whether a gap lies between two servers: it claims what was seen at another stay on one of them too."""
         return history.system in (gap.after.history.system, gap.until.history.system) and (
             gap.after.history.system != gap.until.history.system
         )

@@ -59,6 +59,8 @@ INSERT INTO schema_version VALUES (1, '2026-11-22T00:00:00+00:00');
 
 def go_back(connection: sqlite3.Connection, world: World) -> None:
     """Put the catalog behind a connection, and the tags in a storage, into the form of version 1."""
+    if connection.execute("SELECT max(version) FROM schema_version").fetchone() != (2,):
+        return  # nobody has brought it to version 2 since
     connection.execute("PRAGMA foreign_keys = OFF")
     connection.execute("PRAGMA legacy_alter_table = ON")
     connection.execute("BEGIN")

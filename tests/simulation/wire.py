@@ -218,7 +218,7 @@ def _name_of(work: Callable[[], Any]) -> tuple[str, bool]:
         return getattr(work, "__name__", "work"), True
     inner = work.args[0]
     inner = inner.func if isinstance(inner, partial) else inner
-    return inner.__name__, bool(work.keywords.get("writes"))
+    return getattr(inner, "__name__", "work"), bool(work.keywords.get("writes"))
 
 
 def _short(arguments: tuple[object, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -11,6 +12,7 @@ import pytest
 
 from tests.fixtures.service import Deployment
 from tests.fixtures.version_1 import left
+from trigger.service.control import only_one
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -94,3 +96,30 @@ def test_the_catalog_of_version_1_is_rebuilt_from_tags_of_version_1(found: tuple
         assert {**ours[point["number"]], "verification": None} == {**point, "verification": None}
     told = answers["told"][2]
     assert words_behind(deployed, told["xid"]) == told["all"]
+
+
+def test_no_command_brings_the_catalog_up_under_an_older_service_that_works_with_it(
+    found: tuple[Deployment, dict[str, Any]],
+) -> None:
+    deployed, answers = found
+    with only_one(deployed.state):  # as the older service does
+        for command in (["list"], ["find", "--xid", str(answers["told"][0]["xid"])], ["show", "2"]):
+            refused = deployed.trigpoint(*command, check=False)
+            assert refused.returncode != 0, command
+            assert "tables are of version 1, this program's of version 2" in refused.stderr
+            assert "an older service works with it" in refused.stderr
+        assert "xid_outliers" in tables(deployed, "catalog.sqlite")
+        assert not (deployed.state / "catalog.sqlite.version-1").exists()
+    assert without_news(deployed.ask("list", "--limit", "100")) == answers["list"]
+    assert "number_outliers" in tables(deployed, "catalog.sqlite")
+
+
+def test_commands_that_come_all_at_once_bring_the_catalog_up_once(found: tuple[Deployment, dict[str, Any]]) -> None:
+    deployed, answers = found
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(deployed.trigpoint, "list", "--json", check=False) for _ in range(4)]
+    done = [each.result() for each in asked]
+    assert any(each.returncode == 0 for each in done)
+    assert all(each.returncode == 0 or "an older service works with it" in each.stderr for each in done), done
+    assert without_news(deployed.ask("list", "--limit", "100")) == answers["list"]
+    assert "xid_outliers" in tables(deployed, "catalog.sqlite.version-1")

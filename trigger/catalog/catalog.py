@@ -16,6 +16,7 @@ import contextlib
 import sqlite3
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,9 @@ T = TypeVar("T")
 
 _PAGE = 500
 
+Upgrade = AbstractContextManager[bool]
+"""Entered where a catalog is of an older version; gives whether nobody else works with it until it is left."""
+
 
 class Run(Protocol):
     """Runs a piece of synchronous work somewhere and gives what it gave."""
@@ -78,11 +82,12 @@ class Catalog:
     # ---- opening and closing
 
     @classmethod
-    async def open(cls, where: str | Path | Engine, *, run: Run | None = None) -> Self:
+    async def open(cls, where: str | Path | Engine, *, run: Run | None = None, upgrade: Upgrade | None = None) -> Self:
         """Give the catalog at a path, a database URL, `:memory:`, or behind an engine of the caller's.
 
         The file and its tables are made where there are none (the folder must exist), and brought to the present
-        version where they are older. An engine that was given stays open after `close`, so that a catalog in memory
+        version where they are older: nobody else may work with them then, which `upgrade` says once it is entered (by
+        default nobody does). An engine that was given stays open after `close`, so that a catalog in memory
         survives a simulated restart.
 
         Raises:
@@ -91,7 +96,7 @@ class Catalog:
         engine = where if isinstance(where, Engine) else schema.make_engine(where)
         catalog = cls(engine, run, owns_engine=engine is not where)
         try:
-            await catalog._run(catalog._prepare)
+            await catalog._run(partial(catalog._prepare, upgrade=upgrade or contextlib.nullcontext(enter_result=True)))
         except BaseException:
             await catalog.close()
             raise
@@ -108,7 +113,7 @@ class Catalog:
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _prepare(self) -> None:
+    def _prepare(self, upgrade: Upgrade) -> None:
         with schema.translated(self.where):
             if self.file is not None:
                 schema.create_file(self.file)
@@ -118,11 +123,23 @@ class Catalog:
                     self._copy_is_kept = self.file is not None and migrations.has_copies(self.file)
                     return
                 have = schema.version(connection)
-            if self.file is not None and have is not None and have < schema.VERSION:
-                migrations.keep_copy(self.file, have)
-                self._copy_is_kept = True
-            with self._transaction(writes=True) as connection:
-                migrations.migrate(connection)
+            if have is None or have >= schema.VERSION:
+                upgrade = contextlib.nullcontext(enter_result=True)
+            with upgrade as may:
+                self._upgrade(have, may=may)
+
+    def _upgrade(self, have: int | None, *, may: bool) -> None:
+        """Make the tables, or bring them to the present version."""
+        if not may:
+            raise CatalogError(
+                f"its tables are of version {have}, this program's of version {schema.VERSION}",
+                hint="an older service works with it: stop that, and start the new one, which brings them up",
+            )
+        if self.file is not None and have is not None and have < schema.VERSION:
+            migrations.keep_copy(self.file, have)
+            self._copy_is_kept = True
+        with self._transaction(writes=True) as connection:
+            migrations.migrate(connection)
 
     @contextlib.contextmanager
     def _transaction(self, *, writes: bool) -> Iterator[Connection]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, Row, and_, bindparam, func, insert, select, union_all, update
+from sqlalchemy import BigInteger, Connection, Row, and_, bindparam, func, insert, select, true, union_all, update
 
 from trigger.catalog.packing import Block, open_data, pack
 from trigger.catalog.schema import (
@@ -58,23 +58,15 @@ _OF_STREAM = (
 )
 _EARLIER = (
     select(*OF_HISTORY)
-    .join_from(blocks, streams, streams.c.id == blocks.c.stream)
-    .join(histories, histories.c.id == blocks.c.history)
-    .where(streams.c.name == bindparam("name"))
-    .where(*(histories.c[name] == bindparam(name) for name in HISTORY_COLUMNS if name not in ("incarnation", "branch")))
+    .where(histories.c.kind == bindparam("kind"), histories.c.system == bindparam("system"))
     .where(histories.c.incarnation < bindparam("incarnation"))
-    .distinct()
 )
 _LOW, _HIGH = bindparam("low", type_=BigInteger), bindparam("high", type_=BigInteger)
 _BLOCK_AT = _OF_STREAM.where(blocks.c.first <= _LOW).order_by(blocks.c.first.desc()).limit(1)
 _BLOCKS_INSIDE = _OF_STREAM.where(blocks.c.first > _LOW, blocks.c.first < _HIGH).order_by(blocks.c.first)
-_DATA_BETWEEN = (
-    select(blocks.c.data)
-    .join_from(blocks, streams, streams.c.id == blocks.c.stream)
-    .join(histories, histories.c.id == blocks.c.history)
-    .where(streams.c.name == bindparam("name"), IS_HISTORY, blocks.c.first < _HIGH, blocks.c.last > _LOW)
-    .where(blocks.c.point.is_not(None))  # what was missed there may be protected here
-)
+_DATA_AT, _DATA_INSIDE = (
+    query.add_columns(blocks.c.data).where(blocks.c.point.is_not(None)) for query in (_BLOCK_AT, _BLOCKS_INSIDE)
+)  # what was missed there may be protected here
 _MINE = and_(blocks.c.history == bindparam("history"), blocks.c.stream == bindparam("stream"))
 _AT = bindparam("at", type_=BigInteger)
 _PEAK_BEFORE = select(blocks.c.time_peak_us).where(_MINE, blocks.c.first < _AT).order_by(blocks.c.first.desc()).limit(1)
@@ -148,21 +140,22 @@ def _new_in_this_life(
     connection: Connection, records: Sequence[CommitRecord], history: History
 ) -> Sequence[CommitRecord]:
     """Give those of a stream's records that no earlier incarnation has, with the same place, name and time."""
-    lives = connection.execute(_EARLIER, columns_of(history) | {"name": records[0].stream}) if records else ()
+    if not records or not history.incarnation:
+        return records
     known: set[tuple[int, Name, int]] = set()
-    for row in lives:
-        earlier = history_of(row)
-        for key in _touching(connection, records[0].stream, earlier, records[0].start, records[-1].end):
-            contents = open_data(records[0].stream, key)
+    for row in connection.execute(_EARLIER, columns_of(history)).all():
+        for data in _touching(connection, records[0].stream, history_of(row), records[0].start, records[-1].end):
+            contents = open_data(records[0].stream, data)
             known |= {(contents.starts[p], contents.name(p), contents.times_us[p]) for p in range(len(contents))}
     return [record for record in records if (record.start, record.name, record.time_us) not in known]
 
 
-def _touching(connection: Connection, stream: str, history: History, low: int, high: int) -> Iterable[bytes]:
-    """Give the data of the blocks that touch the log between two places."""
+def _touching(connection: Connection, stream: str, history: History, low: int, high: int) -> list[bytes]:
+    """Give the data of the blocks that touch the log between two places: two short stretches of an index."""
     owner = {"name": stream, **columns_of(history)}
     bounds = {"low": _bigint("place", low), "high": _bigint("place", high)}
-    return connection.scalars(_DATA_BETWEEN, owner | bounds)
+    rows = [*connection.execute(_DATA_AT, owner | bounds), *connection.execute(_DATA_INSIDE, owner | bounds)]
+    return [row.data for row in rows if row.last > low]
 
 
 def settle(connection: Connection, stream: str, through: Position) -> None:
@@ -211,8 +204,16 @@ def history_id(connection: Connection, history: History) -> int:
 
 def furthest(connection: Connection) -> list[Position]:
     """Give the furthest place that is known of each history: of a commit, of a settled stream, of the end of a gap."""
+    newest = (  # the blocks of a stream in one history never overlap
+        select(blocks.c.last)
+        .where(blocks.c.history == histories.c.id, blocks.c.stream == streams.c.id)
+        .order_by(blocks.c.first.desc())
+        .limit(1)
+        .correlate(histories, streams)
+        .scalar_subquery()
+    )
     ends = [
-        select(blocks.c.history, func.max(blocks.c.last).label("at")).group_by(blocks.c.history),
+        select(histories.c.id.label("history"), newest.label("at")).select_from(histories.join(streams, true())),
         select(settled.c.history, func.max(settled.c.through).label("at")).group_by(settled.c.history),
         select(gaps.c.until_history.label("history"), func.max(gaps.c.until_at).label("at")).group_by(
             gaps.c.until_history

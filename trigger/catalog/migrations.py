@@ -134,21 +134,34 @@ def copy_of(file: Path, have: int) -> Path:
 
 
 def keep_copy(file: Path, have: int) -> None:
-    """Copy a SQLite catalog that is about to leave a version; one that was kept by an earlier try stays."""
+    """Copy a SQLite catalog that is about to leave a version, durably; one of an earlier try is replaced.
+
+    Raises:
+        CatalogError: there is no room for it, or its folder cannot be written; nothing is left of it.
+    """
     copy = copy_of(file, have)
-    if copy.exists():
-        return
     half_made = copy.with_name(f"{copy.name}.new")
-    half_made.unlink(missing_ok=True)
-    os.close(os.open(half_made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    with contextlib.closing(sqlite3.connect(file)) as source, contextlib.closing(sqlite3.connect(half_made)) as target:
-        source.backup(target)
-    descriptor = os.open(half_made, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    half_made.rename(copy)
+        half_made.unlink(missing_ok=True)
+        descriptor = os.open(half_made, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            _back_up(file, half_made)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        half_made.rename(copy)
+    except (OSError, sqlite3.Error) as error:
+        with contextlib.suppress(OSError):
+            half_made.unlink(missing_ok=True)
+        raise CatalogError(
+            f"no copy of {file} could be kept, so it stays of version {have}: {error}",
+            hint=f"make room in {file.parent} for a second one of {file.stat().st_size} bytes, and start again",
+        ) from error
+
+
+def _back_up(file: Path, copy: Path) -> None:
+    with contextlib.closing(sqlite3.connect(file)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
 
 
 def has_copies(file: Path) -> bool:

@@ -28,10 +28,11 @@ T = TypeVar("T")
 async def catalog(chosen: Options) -> AsyncIterator[Catalog]:
     """Hold the catalog of a configuration; raises `CatalogError` where there is none yet."""
     from trigger.catalog.catalog import Catalog
+    from trigger.service.control import if_free
 
     if not chosen.catalog_path.exists():
         raise CatalogError(f"there is no catalog at {chosen.catalog_path}", hint="`trigpoint run` makes it")
-    opened = await Catalog.open(chosen.catalog_path)
+    opened = await Catalog.open(chosen.catalog_path, upgrade=if_free(chosen.state_folder))
     try:
         yield opened
     finally:

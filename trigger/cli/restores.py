@@ -175,6 +175,8 @@ def restore_state(
         history=history if history is not None else str(timeline) if timeline is not None else None,
     )
     require_one_target(named)
+    if timeline is not None and history is not None:
+        raise ConfigError("--timeline and --history both name a history", hint="give one of them")
     chosen = options(config)
     if to_lsn is not None:
         place(to_lsn, chosen)

@@ -53,7 +53,8 @@ class Behind:
             seen = self._seen.setdefault(name, _Seen(through, now, server, now))
             if through != seen.through or server is None:
                 seen.through, seen.moved_at = through, now
-            if seen.mark is None or _passed(through, seen.mark):
+            moved = server is not None and seen.mark is not None and server.history != seen.mark.history
+            if seen.mark is None or moved or _passed(through, seen.mark):
                 seen.mark, seen.marked_at = server, now
             self.bytes[name] = distance(server, through) if _same_log(server, through) and server and through else None
             seconds = now - max(seen.moved_at, seen.marked_at)

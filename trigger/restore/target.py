@@ -118,7 +118,7 @@ async def _lineage(history: str | None, catalog: Catalog, journal: Journal) -> L
     present = latest.ceiling.history
     if history is None:
         return await journal.lineage(present)
-    if history.isdigit():
+    if history.isascii() and history.isdigit():
         return await journal.lineage(Lineage(present).branch(int(history)))
     return await journal.lineage(History.parse(history, present.kind))
 

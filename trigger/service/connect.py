@@ -14,7 +14,7 @@ from socket import gethostname
 from typing import Any
 
 from trigger import host
-from trigger.catalog.catalog import Catalog
+from trigger.catalog.catalog import Catalog, Upgrade
 from trigger.config.options import Options
 from trigger.errors import AgentError, ConfigError, DatabaseError
 from trigger.model import Finding, Layout, Severity, Volume
@@ -83,7 +83,7 @@ class SystemClock:
         return datetime.now(UTC)
 
 
-async def connect(options: Options, *, only_look: bool = False) -> Parts:
+async def connect(options: Options, *, only_look: bool = False, upgrade: Upgrade | None = None) -> Parts:
     """Give the parts that `options` name; nothing is changed in the world but the state folder.
 
     With `only_look` a state folder that somebody else could change is no error: the pre-flight check says it.
@@ -101,7 +101,7 @@ async def connect(options: Options, *, only_look: bool = False) -> Parts:
     volumes = options.volume_list
     database = driver("database", options.database.driver)(options.database)
     layout = await known_layout(database, options.state_folder)
-    catalog = await Catalog.open(options.catalog_path)
+    catalog = await Catalog.open(options.catalog_path, upgrade=upgrade)
     try:
         database.recognise(await catalog.seen())
         journal = driver("journal", options.journal.driver)(database, layout, options.journal, options.journal_folder)

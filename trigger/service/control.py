@@ -41,6 +41,20 @@ def socket_path(state_folder: Path) -> Path:
 
 
 @contextlib.contextmanager
+def if_free(state_folder: Path) -> Iterator[bool]:
+    """Hold the state folder if no other process does, and it is there and ours; gives whether it is held."""
+    try:
+        held = lock(state_folder / "lock") if state_folder.is_dir() else None
+    except (NotOursError, OSError):
+        held = None
+    try:
+        yield held is not None
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+@contextlib.contextmanager
 def only_one(state_folder: Path) -> Iterator[None]:
     """Hold the state folder for one process; raises `ConfigError` where another holds it, or could change it.
 

@@ -28,7 +28,7 @@ from trigger.protect.pipeline import Protected, protect, take
 from trigger.protect.qualify import Rules
 from trigger.protect.window import Collected, Window
 from trigger.service.connect import Parts, SystemClock, check, connect
-from trigger.service.control import only_one, serve
+from trigger.service.control import if_free, only_one, serve
 from trigger.service.detached import Detached
 from trigger.service.upkeep import Upkeep
 from trigger.shape import data
@@ -201,7 +201,7 @@ async def leave_nothing_undone(parts: Parts) -> None:
 @contextlib.asynccontextmanager
 async def opened(options: Options, *, only_look: bool = False) -> AsyncIterator[Parts]:
     """Hold the parts of a service, connected (see `connect`); they are let go of at the end."""
-    parts = await connect(options, only_look=only_look)
+    parts = await connect(options, only_look=only_look, upgrade=if_free(options.state_folder))
     try:
         yield parts
     finally:
@@ -212,8 +212,11 @@ async def opened(options: Options, *, only_look: bool = False) -> AsyncIterator[
 async def alone(options: Options) -> AsyncIterator[Parts]:
     """Hold the state folder and the parts; raises `ConfigError` where another process holds the folder."""
     with only_one(options.state_folder):
-        async with opened(options) as parts:
+        parts = await connect(options)
+        try:
             yield parts
+        finally:
+            await parts.close()
 
 
 async def preflight(parts: Parts, *, force: bool) -> None:
@@ -234,6 +237,7 @@ async def begin(parts: Parts) -> Service:
     """Give the service with what a crash left behind finished or undone, its streams not yet open."""
     options, clock = parts.options, SystemClock()
     stuck = (await reconcile(parts.catalog, parts.storage)).stuck
+    parts.database.recognise(await parts.catalog.seen())  # what was adopted may be of a later life
     for agent in parts.agents:
         await agent.prepare(parts.volumes)
     cluster = Protected(

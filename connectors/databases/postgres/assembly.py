@@ -62,7 +62,7 @@ def _journal(database: Postgres, layout: Layout, folder: Path, feed: Feed) -> Po
         except ConfigError:
             return None
 
-    return PostgresJournal(folders, feed, database.present, dump_for)
+    return PostgresJournal(folders, feed, database.present, dump_for, database.lives.newest_known)
 
 
 def recovery(

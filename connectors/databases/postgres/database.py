@@ -135,6 +135,7 @@ class Postgres:
         self._failover = failover
         self.journal_slot = f"{name}_journal"
         self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._confirmed: psycopg.AsyncConnection[Any] | None = None
         self._system = ""
         self._lineage = Lineage(history("", 0))
         self.lives = Lives(deadline_seconds)
@@ -196,7 +197,7 @@ class Postgres:
 
     async def _position(self, question: LiteralString) -> Position:
         """Ask for (LSN, timeline in hexadecimal); the timeline is the one that log is written on at this moment."""
-        lsn, timeline = await self._ask(question)
+        lsn, timeline = await self._ask(question, of_log=True)
         return Position(self._history(int(timeline, 16)), Lsn.parse(lsn))
 
     async def record_end(self) -> Position:
@@ -205,14 +206,14 @@ class Postgres:
         The flushed position will not do: where others write it may lie in the middle of a record, and a server that
         is brought up from a snapshot ends right before that one.
         """
-        durable, end, timeline = await self._ask(_RECORD_END)
+        durable, end, timeline = await self._ask(_RECORD_END, of_log=True)
         if Lsn.parse(durable) < Lsn.parse(end):
             await self.mark()  # a commit flushes all that came before it
         return Position(self._history(int(timeline, 16)), Lsn.parse(end))
 
     async def redo(self) -> Position:
         """Give the redo position of the last completed checkpoint; raises `DatabaseError`."""
-        lsn, timeline = await self._ask(_REDO)
+        lsn, timeline = await self._ask(_REDO, of_log=True)
         return Position(self._history(timeline), Lsn.parse(lsn))
 
     async def lineage(self) -> Lineage:
@@ -258,6 +259,7 @@ class Postgres:
         async with self._bracket:
             connection = await self._connect(self._slow_deadline_seconds)
             try:
+                await self._confirm(connection)
                 start, start_timeline = await self._run(connection, _BACKUP_START, name)
 
                 async def finish() -> Bracket:
@@ -345,7 +347,7 @@ class Postgres:
 
     async def close(self) -> None:
         """Disconnect. Never raises."""
-        connection, self._connection = self._connection, None
+        connection, self._connection, self._confirmed = self._connection, None, None
         if connection is not None:
             await _hang_up(connection)
 
@@ -376,14 +378,30 @@ class Postgres:
             raise
         return connection
 
-    async def _ask(self, question: LiteralString, *arguments: str | list[str]) -> tuple[Any, ...]:
-        """Ask on the connection that is kept; one that died since the last question is replaced once."""
+    async def _confirm(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Find out which history the server behind a connection is in, once for each: no other comes behind it."""
+        if connection is self._confirmed:
+            return
+        try:
+            await self.recognised()
+        except SourceError as error:
+            raise DatabaseError(f"it cannot be said which log the server writes: {error}", hint=error.hint) from error
+        if connection is self._connection:
+            self._confirmed = connection
+
+    async def _ask(self, question: LiteralString, *arguments: str | list[str], of_log: bool = False) -> tuple[Any, ...]:
+        """Ask on the connection that is kept; one that died since the last question is replaced once.
+
+        A question of the log is asked of a server only whose history was confirmed.
+        """
         async with self._turn:
             for attempt in (1, 2):
                 kept = self._connection is not None
                 if self._connection is None:
                     self._connection = await self._connect(self._deadline_seconds)
                 try:
+                    if of_log:
+                        await self._confirm(self._connection)
                     return await self._run(
                         self._connection, question, *arguments, within_seconds=self._deadline_seconds
                     )

@@ -6,13 +6,17 @@ the log went, the last record that the journal holds, the last commit that was s
 same place. Where that is something else, or the server has not come so far, a new incarnation begins, and no log and
 no base of the one before is used across.
 
-What the server has no longer at hand cannot be compared. Nothing is mixed then either: what was removed is missing in
-the journal too, so that no replay leads over the place.
+The same holds for a timeline that is new to us: the log that it shares with the one before is compared at its end.
+
+What the server has no longer at hand cannot be compared, and what the journal's disk does not give neither. A copy put
+back then goes unnoticed until its log ends below a place that was seen, or is joined to the journal: a segment whose
+first record names another one before it than the journal has is not taken.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,11 +27,12 @@ from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, commit_stamp
 from connectors.databases.postgres.lsn import Lsn
-from connectors.databases.postgres.stream.copyboth import Present, System, identify
+from connectors.databases.postgres.stream.copyboth import Present, System, identify, timeline_history
 from connectors.databases.postgres.stream.physical import read_log
+from trigger.errors import JournalError, PositionError, SourceError
 from trigger.model import Commit, CommitRecord
 from trigger.ports import Seen
-from trigger.position import History, Position
+from trigger.position import LAST, History, Position
 
 _COMPARED_BYTES = 16_384
 _SMALLEST_SEGMENT_BYTES = 1 << 20
@@ -52,6 +57,7 @@ class Lives:
     """Who writes into these folders."""
     _newest: dict[str, int] = field(default_factory=dict)
     _looked: set[str] = field(default_factory=set)
+    _confirmed: History | None = None
     _ends: dict[History, int] = field(default_factory=dict)
     _last: dict[History, Commit | CommitRecord] = field(default_factory=dict)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -67,14 +73,17 @@ class Lives:
 
     def history(self, system: str, timeline: int) -> History:
         """Give the history of a timeline in the newest incarnation that is known; asks nobody."""
-        if system not in self._looked and self.folders is not None:
-            self._looked.add(system)
-            self._newest[system] = max(self._newest.get(system, 0), self.folders.newest(system))
         return lsn.history(system, timeline, self._newest.get(system, 0))
 
     def newest_known(self) -> History | None:
-        """Give the history that was seen last, as far as is known without asking; None for nothing."""
-        return max(self._ends, key=lambda history: history.age, default=None)
+        """Give the history that was seen last, as far as is known without asking; None for nothing.
+
+        That is the one that a server was found in; before, the one with the latest commit.
+        """
+        if self._confirmed is not None:
+            return self._confirmed
+        made = {history: commit.time_us for history, commit in self._last.items()}
+        return max(self._ends, key=lambda history: (made.get(history, -1), history.age), default=None)
 
     async def confirm(self, dsn: str, through: Position | None = None, last: Commit | None = None) -> Present:
         """Give the history that the server behind `dsn` is in, a new one where it is not the one that was known.
@@ -87,38 +96,57 @@ class Lives:
             last: the last commit that was seen in it.
 
         Raises:
-            SourceError: the server did not answer.
-            JournalError: a folder for the new log cannot be made.
+            SourceError: the server did not answer, or a folder for a new log cannot be made.
         """
         async with self._turn:
             system = await identify(dsn, self.deadline_seconds)
-            history = await self._in_thread(partial(self.history, system.identifier, system.timeline))
+            await self._look(system.identifier)
+            history = self.history(system.identifier, system.timeline)
             if through is not None:
                 self._note(through)
             if last is not None:
                 self._last[last.history] = last
             if await self._contradiction(dsn, system, history):
-                history = await self._in_thread(partial(self._begin_anew, history))
+                past = await timeline_history(dsn, system.timeline, self.deadline_seconds)
+                try:
+                    history = await self._in_thread(partial(self._begin_anew, history, past))
+                except (JournalError, OSError) as error:
+                    raise SourceError(
+                        f"the log is another one by now, and cannot be given a folder: {error}"
+                    ) from error
+            self._confirmed = history
             return Present(history, system.flushed)
 
+    async def _look(self, system: str) -> None:
+        """Take note of the incarnations that the journal has folders of; where its disk does not answer, next time."""
+        if system in self._looked or self.folders is None:
+            return
+        with contextlib.suppress(OSError, JournalError):
+            newest = await self._in_thread(partial(self.folders.newest, system))
+            self._newest[system] = max(self._newest.get(system, 0), newest)
+            self._looked.add(system)
+
     async def _in_thread(self, look: Callable[[], T]) -> T:
-        """Look into the journal's folders, whose disk may hang; there is nothing to look at without them."""
-        return await self.folders.threads.run(look) if self.folders else look()
+        """Look into the journal's folders; raises `TimeoutError`, an `OSError`, where their disk hangs."""
+        if self.folders is None:
+            return look()
+        async with asyncio.timeout(self.deadline_seconds):
+            return await self.folders.threads.run(look)
 
     def _note(self, position: Position) -> None:
         self._ends[position.history] = max(self._ends.get(position.history, 0), position.at)
 
-    def _begin_anew(self, history: History) -> History:
+    def _begin_anew(self, history: History, past: str) -> History:
         """Begin the next incarnation of a cluster; durably, where there is a journal."""
         again = lsn.history(history.system, history.branch, history.incarnation + 1)
         if self.folders is not None:
-            self.folders.begin(again, self.writer)
+            self.folders.begin(again, self.writer, past)
         self._newest[history.system] = again.incarnation
         return again
 
     async def _contradiction(self, dsn: str, system: System, history: History) -> str:
         """Give what shows that the server's log is another one than that of `history`; "" for nothing."""
-        held = await self._in_thread(partial(self._last_held, history))
+        held = await self._held_of(history, LAST)
         known = max(self._ends.get(history, 0), held.end if held else 0)
         if known > system.flushed:
             return f"the log ends at {system.flushed}, and was at {Lsn(known)} before"
@@ -127,16 +155,41 @@ class Lives:
         commit = self._last.get(history)
         if commit is not None and await self._has_another_commit(dsn, system, commit):
             return f"the log has something else at {Lsn(commit.start)} than commit {commit.name}"
+        return "" if history in self._ends or history.branch == 1 else await self._other_past(dsn, history)
+
+    async def _other_past(self, dsn: str, history: History) -> str:
+        """Give what shows that a timeline which is new to us did not begin on the log that is known; "" for nothing."""
+        try:
+            past = lsn.lineage(history, await timeline_history(dsn, history.branch, self.deadline_seconds))
+        except PositionError as error:
+            raise SourceError(f"the server's history of timeline {history.branch} cannot be read: {error}") from error
+        for before, _, left_at in reversed(past.stretches()[:-1]):
+            held = await self._held_of(before, left_at)
+            if held is not None and await self._differs(dsn, before.branch, held):
+                return f"timeline {history.branch} has another record at {Lsn(held.at)} than before"
+            commit = self._last.get(before)
+            there = System(before.system, before.branch, Lsn(left_at))
+            if commit is not None and commit.end <= left_at and await self._has_another_commit(dsn, there, commit):
+                return f"timeline {history.branch} has something else at {Lsn(commit.start)} than commit {commit.name}"
+            if held is not None or commit is not None:
+                break
         return ""
 
-    def _last_held(self, history: History) -> _Held | None:
-        """Give the last record of a timeline that the journal holds and that passes its checksum."""
+    async def _held_of(self, history: History, limit: int) -> _Held | None:
+        """Give the last of a timeline up to `limit` that the journal holds; None for nothing, or where it hangs."""
+        try:
+            return await self._in_thread(partial(self._last_held, history, limit))
+        except (OSError, JournalError):
+            return None
+
+    def _last_held(self, history: History, limit: int) -> _Held | None:
+        """Give the last record of a timeline that the journal holds and that passes its checksum, cut at `limit`."""
         if self.folders is None:
             return None
         folder = self.folders.of(history)
         names = [name for name in folder.names() if name.timeline == history.branch]
-        for name in reversed(names):
-            if (held := _tail_of(folder, name)) is not None:
+        for name in reversed([name for name in names if name.start(folder.segment_bytes) < limit]):
+            if (held := _tail_of(folder, name, limit)) is not None:
                 return held
         return None
 
@@ -169,23 +222,26 @@ class Lives:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A record that the journal holds: where it begins, its bytes as they lie in the pages, where it ends."""
+    """A piece of log that the journal holds, mostly a record: where it begins, its bytes, where the record ends."""
 
     at: int
     record: bytes
     end: int
 
 
-def _tail_of(folder: SegmentFolder, name: SegmentName) -> _Held | None:
-    """Give the last record in a segment; None where it has none, or is not there."""
+def _tail_of(folder: SegmentFolder, name: SegmentName, limit: int = LAST) -> _Held | None:
+    """Give the last record in a segment, or where it ends behind `limit` the bytes before that; None for nothing."""
+    begin = name.start(folder.segment_bytes)
     try:
         found = folder.tail(name)
         if found.last_record is None:
             return None
-        begin = name.start(folder.segment_bytes)
-        until = min(found.end, found.last_record + _COMPARED_BYTES)
+        at: int = found.last_record
+        until: int = min(found.end, at + _COMPARED_BYTES)
+        if found.end > limit:
+            at, until = max(begin, limit - _COMPARED_BYTES), limit
         with folder.slices(name) as segment:
-            record = bytes(segment[found.last_record - begin : until - begin])
+            record = bytes(segment[at - begin : until - begin])
     except (OSError, ValueError):
         return None
-    return _Held(found.last_record, record, found.end)
+    return _Held(at, record, found.end)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, text
 
+from tests.fixtures.volumes import run
 from tests.trigger.catalog.test_catalog import BASE_US, at, opened, proven, record, sealed, with_catalog
 from trigger.catalog import migrations, schema
 from trigger.catalog.catalog import Catalog, make_engine
 from trigger.errors import CatalogError
 from trigger.model import State
+from trigger.service.control import if_free, only_one
 
 
 def test_a_catalog_in_memory_survives_its_service() -> None:
@@ -114,6 +117,130 @@ def test_a_migration_that_fails_leaves_the_catalog_as_it_was(tmp_path: Path, mon
         with pytest.raises(CatalogError, match="nothing"):
             with_catalog(look, where)
     with_catalog(look, where)
+
+
+def colour(connection: Connection) -> None:
+    connection.execute(text("ALTER TABLE points ADD COLUMN colour TEXT"))
+
+
+def older(where: Path, through: int = 100) -> None:
+    """Leave a catalog of the present version, which is settled up to a place."""
+
+    async def settle(catalog: Catalog) -> None:
+        await catalog.settle("bank", at(through))
+
+    with_catalog(settle, where)
+
+
+def looked_at(where: Path) -> tuple[int, int, bool]:
+    """Give the version of a catalog, how far it is settled, and whether `colour` was there."""
+    with contextlib.closing(sqlite3.connect(where)) as connection:
+        (version,) = connection.execute("SELECT max(version) FROM schema_version").fetchone()
+        (through,) = connection.execute("SELECT through FROM settled").fetchone()
+        columns = {row[1] for row in connection.execute("PRAGMA table_info(points)")}
+    return version, through, "colour" in columns
+
+
+def test_an_older_catalog_is_not_brought_up_while_another_process_works_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = tmp_path / "catalog.db"
+
+    async def open_it() -> None:
+        await (await Catalog.open(where, upgrade=if_free(tmp_path))).close()
+
+    older(where)
+    at_version(monkeypatch, 3, colour)
+    with only_one(tmp_path):
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        with pytest.raises(CatalogError, match="tables are of version 2, this program's of version 3") as caught:
+            asyncio.run(open_it())
+        assert "an older service works with it" in caught.value.hint
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    asyncio.run(open_it())
+    assert looked_at(where) == (3, 100, True)
+    assert looked_at(tmp_path / "catalog.db.version-2") == (2, 100, False)
+    with only_one(tmp_path):
+        asyncio.run(open_it())  # it is of the present version, so that nobody is asked
+
+
+def test_the_folder_is_held_until_the_catalog_is_brought_up_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, free = tmp_path / "catalog.db", list[bool]()
+
+    def step(connection: Connection) -> None:
+        colour(connection)
+        with if_free(tmp_path) as is_free:
+            free.append(is_free)
+
+    async def open_it() -> None:
+        catalog = await Catalog.open(where, upgrade=if_free(tmp_path))
+        with only_one(tmp_path):
+            await catalog.close()
+
+    older(where)
+    at_version(monkeypatch, 3, step)
+    asyncio.run(open_it())
+    assert free == [False]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    made = tmp_path / "small"
+    made.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=3m,mode=700", "tmpfs", made)
+    try:
+        yield made
+    finally:
+        run("umount", made)
+
+
+@pytest.mark.root
+def test_a_disk_without_room_for_the_copy_leaves_the_catalog_at_its_version_and_no_half_of_one(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = small_disk / "catalog.db"
+    older(where)
+    with contextlib.closing(sqlite3.connect(where)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("CREATE TABLE ballast (bytes BLOB)")
+        connection.execute("INSERT INTO ballast VALUES (zeroblob(1600000))")
+        connection.commit()
+    with monkeypatch.context() as later:
+        at_version(later, 3, colour)
+        with pytest.raises(CatalogError, match="could be kept, so it stays of version 2") as caught:
+            with_catalog(nothing, where)
+        assert f"make room in {small_disk}" in caught.value.hint
+        assert sorted(file.name for file in small_disk.iterdir() if "version" in file.name) == []
+        assert looked_at(where) == (2, 100, False)
+        run("mount", "-o", "remount,size=16m", small_disk)
+        with_catalog(nothing, where)
+        assert looked_at(where) == (3, 100, True)
+        assert looked_at(small_disk / "catalog.db.version-2") == (2, 100, False)
+
+
+def test_a_copy_that_an_earlier_try_left_is_replaced_by_the_state_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, copy = tmp_path / "catalog.db", tmp_path / "catalog.db.version-2"
+
+    def refused(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE nothing ADD COLUMN colour TEXT"))
+
+    older(where)
+    with monkeypatch.context() as later:
+        at_version(later, 3, refused)
+        with pytest.raises(CatalogError, match="nothing"):
+            with_catalog(nothing, where)
+    assert looked_at(copy)[1] == 100
+    (tmp_path / "catalog.db.version-2.new").write_text("half made when the power went")
+    older(where, through=5000)
+    with monkeypatch.context() as later:
+        at_version(later, 3, colour)
+        with_catalog(nothing, where)
+    assert looked_at(copy) == (2, 5000, False)
+    assert not (tmp_path / "catalog.db.version-2.new").exists()
 
 
 async def nothing(_catalog: Catalog) -> None:

@@ -71,3 +71,18 @@ def test_a_stream_of_another_cluster_is_not_measured_by_this_one() -> None:
         )[0]
         is None
     )
+
+
+def test_a_mark_on_a_history_that_was_left_for_the_one_before_makes_no_stream_stand_still() -> None:
+    undone = History("postgres", "71", 2)
+    first = (0.0, at(100, undone), at(100, undone))
+    for now in (20.0, 31.0, 600.0):
+        much, why, behind = looked(first, (5, at(90), at(90)), (now, at(90), at(90)))
+        assert (much, why, behind.still) == (0, "", frozenset())
+
+
+def test_a_stream_that_gives_nothing_in_the_history_the_server_went_back_to_stands_still_after_a_while() -> None:
+    undone = History("postgres", "71", 2)
+    looks = ((0.0, at(100, undone), at(100, undone)), (5.0, at(90), at(80)), (10.0, at(200), at(80)))
+    assert looked(*looks, (5 + STILL_SECONDS - 1, at(200), at(80)))[1] == ""
+    assert "given nothing for 25 s" in looked(*looks, (5 + STILL_SECONDS, at(200), at(80)))[1]

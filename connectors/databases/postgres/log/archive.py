@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import re
 import signal
@@ -209,7 +210,12 @@ class ArchiveReader:
             JournalError: the folder is empty, and the server does not say where to begin.
         """
         following = await self._resume(segments)
-        while not await self._has_moved(segments):
+        looked_at = -math.inf
+        while True:
+            if (now := asyncio.get_running_loop().time()) >= looked_at + self._poll_seconds:
+                looked_at = now
+                if await self._has_moved(segments):
+                    return
             if await self._fetch_own(segments, following):
                 self._broken, self._late, self._finished_since = "", "", None
                 following = SegmentName(following.timeline, following.number + 1)
@@ -232,14 +238,15 @@ class ArchiveReader:
         return not await segments.threads.run(partial(is_of, segments, history))
 
     async def _fetch_own(self, segments: SegmentFolder, name: SegmentName) -> bool:
-        """Fetch a segment, unless the archive has the log of an earlier life of the cluster under its name."""
+        """Fetch a segment, unless the archive has the log of another life of the cluster under its name."""
         text = name.text(segments.segment_bytes)
         if not await segments.threads.run(partial(self.fetch, segments, text)):
             return False
-        if not segments.incarnation or not await self._is_foreign(segments, name):
+        joins = await segments.threads.run(partial(segments.joins, name))
+        if joins and (not segments.incarnation or not await self._is_foreign(segments, name)):
             return True
         await segments.threads.run(partial(segments.delete, [name]))
-        why = "it has another log under that name, of before an older copy of the cluster was put back"
+        why = "it has the log of another life of the cluster under that name, as where an older copy was put back"
         self._refusal = _Refusal(why, broken=True)
         return False
 
@@ -289,7 +296,7 @@ class ArchiveReader:
         except DatabaseError as error:
             raise JournalError(f"the server does not say where the journal has to begin: {error}") from error
         first = SegmentName(begin.history.branch, begin.at // segments.segment_bytes)
-        segments.mark(first._replace(partial=True), self.owner)
+        await segments.threads.run(partial(segments.mark, first._replace(partial=True), self.owner))
         return first
 
     async def _next_timeline(self, segments: SegmentFolder, following: SegmentName) -> SegmentName | None:

@@ -7,15 +7,18 @@ of the cluster put back, another cluster in its place after pg_upgrade) goes on 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
-from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.segments import SegmentFolder, give
+from connectors.databases.postgres.log.wal import page_header
 from connectors.databases.postgres.lsn import KIND
 from connectors.threads import Threads
 from trigger.position import History
 
+_NAME_LENGTH = 24
 _NAME = re.compile(r"([0-9]{1,20})\+([0-9]{1,9})")
 
 
@@ -30,21 +33,23 @@ class LogFolders:
 
     def __init__(self, path: Path, segment_bytes: int, owner: tuple[int, int] | None = None) -> None:
         self.segment_bytes = segment_bytes
+        """Of the present cluster; that of another life may be another."""
         self.threads = Threads("journal")
         self._owner = owner
-        self._first = SegmentFolder(path, segment_bytes, owner)
-        self._first_system = ""
+        self._first = SegmentFolder(path, _segment_bytes(path, segment_bytes), owner)
         self._later: dict[tuple[str, int], SegmentFolder] = {}
 
     def of(self, history: History) -> SegmentFolder:
         """Give the folder of the log that a history lies in; it need not be there yet. Blocks on small files."""
         self._look()
         life = history.system, history.incarnation
-        if not self._first_system:
-            self._first_system = self._first.system()
-        if life not in self._later and (history.incarnation or self._first_system not in ("", history.system)):
+        if life not in self._later and (history.incarnation or not self._is_first(history.system)):
             self._later[life] = self._folder(*life)
         return self._later.get(life, self._first)
+
+    def _is_first(self, system: str) -> bool:
+        """Whether the log of a cluster lies, or may begin, in the journal's own folder."""
+        return self._first.system() in ("", system) or self._first.oldest_system() == system
 
     def all(self) -> list[SegmentFolder]:
         """Give every folder that there is, the first one first."""
@@ -56,10 +61,17 @@ class LogFolders:
         self._look()
         return max((incarnation for of, incarnation in self._later if of == system), default=0)
 
-    def begin(self, history: History, writer: tuple[int, int] | None) -> SegmentFolder:
-        """Make the folder of a life that begins, durably, so that it is known after a crash too."""
+    def begin(self, history: History, writer: tuple[int, int] | None, past: str) -> SegmentFolder:
+        """Make the folder of a life that begins, durably, so that it is known after a crash too.
+
+        `past` is the server's history file of its timeline, "" for the first: an archive may have another one.
+        """
         folder = self.of(history)
         folder.make(writer)
+        if past:
+            file = folder.path / f"{history.branch:08X}.history"
+            file.write_text(past)
+            give(file, writer)
         descriptor = os.open(folder.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
@@ -80,7 +92,22 @@ class LogFolders:
 
     def _folder(self, system: str, incarnation: int) -> SegmentFolder:
         path = self._first.path / f"{system}+{incarnation}"
-        return SegmentFolder(path, self.segment_bytes, self._owner, incarnation)
+        folder = SegmentFolder(path, _segment_bytes(path, self.segment_bytes), self._owner, incarnation)
+        folder.top = self._first.path
+        return folder
+
+
+def _segment_bytes(folder: Path, default: int) -> int:
+    """Give the size of the segments that lie in a folder, as the first of them says; `default` for none."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if len(entry.name) == _NAME_LENGTH)
+    except OSError:
+        return default
+    for entry in entries[:1]:
+        with contextlib.suppress(OSError), entry.open("rb") as file:
+            header = page_header(file.read(64))
+            return header.segment_bytes if header is not None and header.segment_bytes else default
+    return default
 
 
 def is_of(folder: SegmentFolder, history: History) -> bool:

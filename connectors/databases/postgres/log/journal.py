@@ -16,6 +16,7 @@ from typing import Protocol
 from connectors.databases.postgres.log.audit import Audit
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.wal import PAGE_BYTES, commit_stamp
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
@@ -58,6 +59,7 @@ class PostgresJournal:
         folders: one for each life of the log.
         feed: what fills the present one.
         present: gives the history that the server is in, as far as is known.
+        known: gives the history that was seen last, without asking the server; None for nothing.
         dump_for: gives `pg_waldump` for the log of a folder, for the audit; None where that version is not here.
     """
 
@@ -69,12 +71,15 @@ class PostgresJournal:
         feed: Feed,
         present: Callable[[], Awaitable[History]],
         dump_for: Callable[[SegmentFolder], WalDump | None],
+        known: Callable[[], History | None] = lambda: None,
     ) -> None:
         self._folders = folders
         self._feed = feed
         self._present = present
         self._dump_for = dump_for
+        self._known = known
         self._audits: dict[Path, Audit] = {}
+        self._running: History | None = None
 
     async def check(self) -> list[Finding]:
         """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
@@ -89,7 +94,9 @@ class PostgresJournal:
             JournalError: the folder cannot be made.
         """
         while True:
-            segments = await self._folders.threads.run(partial(self._folders.of, await self._present()))
+            history = await self._present()
+            self._running = history
+            segments = await self._folders.threads.run(partial(self._folders.of, history))
             await self._folders.threads.run(partial(segments.make, self._feed.owner))
             await self._feed.run(segments)
 
@@ -152,26 +159,30 @@ class PostgresJournal:
     def _stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
         segments = self._folders.of(replay.target.history)
         self._audit_of(segments).load()
-        return segments.stage(replay, folder, progress, self._fetch_into(segments))
+        size = segments.stage(replay, folder, progress, self._fetch_into(segments))
+        _require_commit(SegmentFolder(folder, segments.segment_bytes), replay)
+        return size
 
     async def _stage_next_commit(self, target: Target, folder: Path) -> None:
         """Stage on until the next commit behind the target is there: that the clone lacks it is the proof."""
         run, history = self._folders.threads.run, target.history
         segments = await run(partial(self._folders.of, history))
         dump = await run(partial(self._dump_for, segments))
+        fetch = await run(partial(self._fetch_into, segments))
         behind = Lsn((target.at or 0) + (1 if target.inclusive else 0))
         staged, more = SegmentFolder(folder, segments.segment_bytes), 1
         while dump and (end := await run(partial(staged.end_of_run, history.branch, behind))) is not None:
             stretch = Stretch(folder, history.branch, behind, end)
             if more > _PROOF_SEGMENTS or await dump.commits(stretch, limit=1):
                 return
-            if not await run(partial(segments.stage_behind, target, folder, self._fetch_into(segments), more)):
+            if not await run(partial(segments.stage_behind, target, folder, fetch, more)):
                 return
             more *= 2
 
     def _fetch_into(self, segments: SegmentFolder) -> Callable[[str], bool]:
-        """Give what fetches a file: what an archive gives for a name may be the log of another life than the first."""
-        if segments is self._folders.all()[0]:
+        """Give what fetches a file: what an archive gives for a name is the log of the present life, if of any."""
+        known = self._running or self._known()
+        if known is not None and not segments.incarnation and self._folders.of(known) is segments:
             return partial(self._feed.fetch, segments)
         return lambda name: segments.locate(name) is not None
 
@@ -184,12 +195,41 @@ class PostgresJournal:
         for segments in await self._folders.threads.run(self._folders.all) if starts else ():
             audit = self._audit_of(segments)
             async with audit.between_segments:
-                released += await self._folders.threads.run(partial(_release, segments, audit, starts))
+                is_left = await self._folders.threads.run(partial(self._is_left, segments))
+                released += await self._folders.threads.run(partial(_release, segments, audit, starts, is_left=is_left))
         return released
 
+    def _is_left(self, segments: SegmentFolder) -> bool:
+        """Whether the log that is kept at present goes into another folder; False where none is kept by us."""
+        return self._running is not None and self._folders.of(self._running) is not segments
 
-def _release(segments: SegmentFolder, audit: Audit, starts: Collection[Position]) -> int:
-    going = segments.unasked(starts)
+
+def _require_commit(staged: SegmentFolder, replay: Replay) -> None:
+    """See that the log holds the last commit of the state at its place: the last look before another's is replayed.
+
+    A record that lies in two segments is not looked at.
+
+    Raises:
+        JournalError: something else is there.
+    """
+    commit, size = replay.target.commit, staged.segment_bytes
+    if commit is None or commit.start < replay.log_from.at or commit.start // size != (commit.end - 1) // size:
+        return
+    name = next((name for name in staged.names() if name.number == commit.start // size), None)
+    if name is None:
+        return
+    page, begin = commit.start - commit.start % PAGE_BYTES, name.start(size)
+    with staged.slices(name) as segment:
+        stamp = commit_stamp(bytes(segment[page - begin : commit.end - begin]), commit.start - page)
+    if stamp is None or not stamp.fits(commit.name.number or 0, commit.time_us):
+        raise JournalError(
+            f"segment {name.text(size)} of the journal has something else at {Lsn(commit.start)} than {commit}",
+            hint="that log is another one: see `trigpoint list --gaps`, and name the history by --history",
+        )
+
+
+def _release(segments: SegmentFolder, audit: Audit, starts: Collection[Position], *, is_left: bool) -> int:
+    going = segments.unasked(starts, is_left=is_left)
     if going:
         with contextlib.suppress(JournalError):  # where the disk is full, what goes makes room for it
             audit.forget(going)

@@ -16,15 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.log.wal import MAJORS, SegmentName, Slices, Tail, history_timeline, page_header, tail
+from connectors.databases.postgres.log.wal import (
+    MAJORS,
+    PageHeader,
+    SegmentName,
+    Slices,
+    Tail,
+    history_timeline,
+    joins,
+    page_header,
+    tail,
+)
 from connectors.databases.postgres.lsn import Lsn
 from connectors.threads import Threads
 from trigger.errors import JournalError, PositionError
 from trigger.model import Extent
 from trigger.ports import Progress
-from trigger.position import History, Lineage, Position
+from trigger.position import LAST, History, Lineage, Position
 from trigger.replay import Replay, Target
-from trigger.trusted import NotOursError, open_file, why_not_ours
+from trigger.trusted import NotOursError, open_file, require_no_link, why_not_ours
 
 _FICLONE = 0x40049409
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -75,15 +85,20 @@ class SegmentFolder:
         self.owner = owner
         self.threads = Threads("journal", limit=24)
         """Where calls of it run: a disk that hangs holds up the journal, and nothing else of the process."""
+        self.top = path
+        """The journal's own folder, in which this one lies where it is another."""
+        self._system = ""
         self.damaged: dict[str, str] = {}
         """Segments in which the audit found damage, and what; they are not held."""
 
     def make(self, writer: tuple[int, int] | None) -> None:
         """Make the folder, for (user, group) who write into it, or for us; closed to everybody else."""
         try:
-            for above in (self.path.parent, self.path.resolve().parent):  # a link of ours may lead to another disk
+            for above in (self.top.parent, self.top.resolve().parent):  # a link of ours may lead to another disk
                 if (alien := why_not_ours(above)) is not None:
                     raise alien
+            if self.path != self.top:  # who writes the log may write the top too
+                require_no_link(self.path)
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             give(self.path, writer)
         except NotOursError as error:
@@ -142,20 +157,32 @@ class SegmentFolder:
 
     def system(self) -> str:
         """Give the system identifier of the cluster whose log this is; "" where nothing says it yet."""
-        for name in reversed(self.names()):
+        if not self._system:
+            self._system = next((header.system for header in self._headers(newest_first=True) if header.system), "")
+        return self._system
+
+    def oldest_system(self) -> str:
+        """Give the system identifier that the oldest segment bears: once, another cluster's could lie here too."""
+        return next((header.system for header in self._headers(newest_first=False) if header.system), "")
+
+    def _headers(self, *, newest_first: bool) -> Iterator[PageHeader]:
+        for name in self.names()[:: -1 if newest_first else 1]:
             with contextlib.suppress(OSError), reading(self.file(name)) as file:
-                header = page_header(file.read(64))
-                if header is not None and header.system:
-                    return header.system
-        return ""
+                if (header := page_header(file.read(64))) is not None:
+                    yield header
+
+    def joins(self, name: SegmentName) -> bool:
+        """Whether a segment goes on where the complete one before it ends, as far as both are here."""
+        before = SegmentName(name.timeline, name.number - 1)
+        try:
+            with self.slices(name) as segment:
+                return joins(self.tail(before), segment, name.start(self.segment_bytes))
+        except (OSError, ValueError):
+            return True
 
     def major(self) -> int | None:
         """Give the major version of the server that wrote the newest segment; None where nothing says it."""
-        for name in reversed(self.names()):
-            with contextlib.suppress(OSError), self.file(name).open("rb") as file:
-                if (header := page_header(file.read(64))) is not None:
-                    return MAJORS.get(header.magic)
-        return None
+        return next((MAJORS.get(header.magic) for header in self._headers(newest_first=True)), None)
 
     def histories(self) -> dict[int, str]:
         """Give the text of every timeline history file by timeline."""
@@ -424,23 +451,28 @@ class SegmentFolder:
         finally:
             os.close(file)
 
-    def unasked(self, starts: Collection[Position]) -> list[SegmentName]:
+    def unasked(self, starts: Collection[Position], *, is_left: bool) -> list[SegmentName]:
         """Give the complete segments that no replay from any of `starts` can ask for.
 
         A segment of a timeline is asked for from a start on that timeline, or on one that led to it, unless it lies
-        wholly before. Where the past of a timeline is not known, all of it stays. The newest segment stays in any case:
-        who follows an archive goes on behind it.
+        wholly before. A timeline that no start asks for goes only where it is surely left (`is_left`: the server is in
+        another life of its log): its first base may just be made. Where the past of a timeline is not known, or another
+        cluster's log lies here too, all stays, and the newest segment always: who follows an archive goes on behind it.
         """
-        names, going = self.names(), list[SegmentName]()
-        system = self.system()
+        names, going, system = self.names(), list[SegmentName](), self.system()
+        if system != self.oldest_system():
+            return []
         for timeline in {name.timeline for name in names}:
+            history = lsn.history(system, timeline, self.incarnation)
             try:
-                past = self.lineage(lsn.history(system, timeline, self.incarnation))
+                past = self.lineage(history)
             except JournalError:
                 continue
             asked = [start.at for start in starts if past.includes(start)]
-            limit = min(asked) // self.segment_bytes if asked else None
-            going += [name for name in names if name.timeline == timeline and (limit is None or name.number < limit)]
+            later = any(start.history.is_of_system(history) and start.history.age > history.age for start in starts)
+            if asked or later or is_left:
+                limit = min(asked, default=LAST) // self.segment_bytes
+                going += [name for name in names if name.timeline == timeline and name.number < limit]
         return [name for name in going if not name.partial and name != names[-1]]
 
     def delete(self, names: Sequence[SegmentName]) -> None:

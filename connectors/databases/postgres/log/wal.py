@@ -26,6 +26,7 @@ _LONG = struct.Struct("=QII")
 _RECORD = struct.Struct("=IIQBB2xI")
 _CONTINUES = 0x0001
 _LONG_HEADER = 0x0002
+_GIVES_UP = 0x0008
 _RECORD_LIMIT = 1020 << 20  # XLogRecordMaxSize
 _RMGR_XLOG, _XLOG_SWITCH = 0, 0x40
 _RMGR_XACT, _XACT_OPCODES, _XACT_COMMIT, _XACT_COMMIT_PREPARED = 1, 0x70, 0x00, 0x30  # access/xact.h
@@ -83,6 +84,8 @@ class PageHeader:
     remaining_bytes: int
     """How much of the record that was left unfinished on the page before follows here; 0 for none."""
     header_bytes: int
+    gives_up: bool = False
+    """Whether a record that was left unfinished is given up here: its end was lost in a crash."""
     system: str = ""
     segment_bytes: int = 0
     page_bytes: int = 0
@@ -95,11 +98,12 @@ def page_header(page: bytes | memoryview) -> PageHeader | None:
     magic, info, timeline, address, remaining = _SHORT.unpack_from(page)
     if magic >> 8 != 0xD1:
         return None
-    remaining = remaining if info & _CONTINUES else 0
+    remaining, gives_up = remaining if info & _CONTINUES else 0, bool(info & _GIVES_UP)
     if not info & _LONG_HEADER:
-        return PageHeader(magic, timeline, Lsn(address), remaining, _SHORT.size)
+        return PageHeader(magic, timeline, Lsn(address), remaining, _SHORT.size, gives_up)
     system, segment, block = _LONG.unpack_from(page, _SHORT.size)
-    return PageHeader(magic, timeline, Lsn(address), remaining, _SHORT.size + _LONG.size, str(system), segment, block)
+    size = _SHORT.size + _LONG.size
+    return PageHeader(magic, timeline, Lsn(address), remaining, size, gives_up, str(system), segment, block)
 
 
 class Slices(Protocol):
@@ -233,6 +237,29 @@ def _collect(segment: Slices, position: int, count: int, limit: int) -> tuple[by
     return b"".join(parts), position
 
 
+def joins(before: Tail, following: Slices, start: int) -> bool:
+    """Whether a segment goes on where the complete one before it ends: its first record names the last one there.
+
+    Args:
+        before: of the segment before.
+        following: the beginning of the segment, a page at the least.
+        start: where it begins.
+    """
+    header = page_header(following[:64])
+    if header is None or header.address != start or before.last_record is None:
+        return True  # that is somebody else's finding
+    crosses = before.end < start and not header.gives_up  # the last record there begins at its end, and goes on here
+    if crosses != (header.remaining_bytes > 0):
+        return False
+    first = _first_record(following, 0)
+    head = _collect(following, first, _RECORD.size, min(len(following), PAGE_BYTES)) if first is not None else None
+    if head is None:
+        return True
+    total, _, previous, *_ = _RECORD.unpack(head[0])
+    behind_header = _SHORT.size if before.end % PAGE_BYTES == 0 else 0
+    return bool(total == 0 or previous == (before.end + behind_header if crosses else before.last_record))
+
+
 class CommitStamp(NamedTuple):
     """What a commit record says of its transaction."""
 
@@ -246,7 +273,7 @@ class CommitStamp(NamedTuple):
     def fits(self, xid: int, time_us: int) -> bool:
         """Whether it is the record of a transaction with this id (64 bits) and time."""
         if self.from_elsewhere:
-            return self.xid == xid & 0xFFFFFFFF
+            return self.xid in (0, xid & 0xFFFFFFFF)
         return self.time_us == time_us
 
 

@@ -91,6 +91,11 @@ class CopyBoth:
         except psycopg.Error as error:
             raise refused("no replication connection", error) from error
 
+    async def require_primary(self) -> None:
+        """Raise `SourceError` where a standby answers, whose log is another one's, and may be behind."""
+        if (await self._command("SELECT pg_catalog.pg_is_in_recovery()"))[0] == b"t":
+            raise SourceError("the server is a standby", hint="connect to the primary; see target_session_attrs")
+
     async def identify(self) -> System:
         """Give which cluster the server is, its timeline, and how far its log is flushed."""
         row = await self._command("IDENTIFY_SYSTEM")
@@ -98,10 +103,14 @@ class CopyBoth:
 
     async def lineage(self, history: History) -> Lineage:
         """Give the past of `history` by the server's own timeline history file."""
-        if history.branch == 1:
-            return Lineage(history)
-        row = await self._command(f"TIMELINE_HISTORY {history.branch:d}")
-        return lsn.lineage(history, row[1].decode(errors="replace"))
+        return lsn.lineage(history, await self.past(history.branch))
+
+    async def past(self, timeline: int) -> str:
+        """Give the server's history file of a timeline; "" for the first, which has none."""
+        if timeline == 1:
+            return ""
+        row = await self._command(f"TIMELINE_HISTORY {timeline:d}")
+        return row[1].decode(errors="replace")
 
     async def _command(self, command: str) -> list[bytes]:
         """Run a replication command and give the first row as the server wrote it."""
@@ -219,13 +228,26 @@ class CopyBoth:
 
 
 async def identify(dsn: str, deadline_seconds: float) -> System:
-    """Give what the server behind a connection string says of itself; raises `SourceError` where it does not answer."""
+    """Give what a primary says of itself; raises `SourceError` where it does not answer, or is a standby."""
     stream = await CopyBoth.connect(dsn, deadline_seconds)
     try:
         async with asyncio.timeout(deadline_seconds):
+            await stream.require_primary()
             return await stream.identify()
     except TimeoutError:
         raise SourceError(f"the server did not say within {deadline_seconds:g} s which one it is") from None
+    finally:
+        await stream.close()
+
+
+async def timeline_history(dsn: str, timeline: int, deadline_seconds: float) -> str:
+    """Give the history file of a timeline as the server has it, "" for the first; raises `SourceError`."""
+    stream = await CopyBoth.connect(dsn, deadline_seconds)
+    try:
+        async with asyncio.timeout(deadline_seconds):
+            return await stream.past(timeline)
+    except TimeoutError:
+        raise SourceError(f"the server did not give the history of timeline {timeline}") from None
     finally:
         await stream.close()
 

@@ -6,12 +6,13 @@ import asyncio
 
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.stream.copyboth import CopyBoth, StreamRefusedError
+from trigger.errors import SourceError
 
 _DATA = ord("w")
 _HEADER_BYTES = 25  # the type, then where the data begin, where the log ends, and the time, 8 bytes each
 _GONE = ("58P01", "XX000")
-"""What a server says of a segment that it has removed: undefined file, or, of a place it never had, internal error."""
-_NOT_THERE = ("has already been removed", "is not in this server's history")
+"""What a server says of a segment that it has removed (undefined file), and of a place that a timeline never had (which
+has no code of its own). Its words are in the language of the server."""
 
 
 async def read_log(dsn: str, timeline: int, at: int, count: int, deadline_seconds: float) -> bytes | None:
@@ -28,15 +29,20 @@ async def read_log(dsn: str, timeline: int, at: int, count: int, deadline_second
             found.extend(message[_HEADER_BYTES:])
 
     try:
+        async with asyncio.timeout(deadline_seconds):
+            await stream.require_primary()
         await stream.start(f"START_REPLICATION PHYSICAL {Lsn(at)} TIMELINE {timeline:d}", deadline_seconds)
         deadline = asyncio.get_running_loop().time() + deadline_seconds
         while len(found) < count and (left := deadline - asyncio.get_running_loop().time()) > 0:
             if not stream.drain(take, 100) and not await stream.readable(left):
                 break
     except StreamRefusedError as error:
-        if error.sqlstate in _GONE and any(words in error.message for words in _NOT_THERE):
+        if error.sqlstate in _GONE:
             return None
-        raise
+        if len(found) < count:  # a timeline that was left is sent up to its end, and then the server hangs up
+            raise
+    except TimeoutError:
+        raise SourceError(f"the server did not answer within {deadline_seconds:g} s") from None
     finally:
         await stream.close()
     return bytes(found[:count]) if len(found) >= count else None

@@ -1,10 +1,11 @@
-"""An operator's `restore_command`: how long it may take, and what its end means."""
+"""An operator's `restore_command`: how long it may take, what its end means, and whose log it brings."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from connectors.databases.postgres.log.archive import ArchiveReader
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.lsn import Lsn, history
+from tests.connectors.postgres.log.test_wal import SEGMENT_BYTES, START, SYSTEM, two_segments
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import DatabaseError
 from trigger.model import Severity
@@ -101,3 +104,51 @@ def test_a_check_tries_the_command_on_what_the_server_archived_last(
     assert bool(finding.remedy) is (severity is Severity.WARNING)
     assert list(segments.path.iterdir()) == [archive]
     assert reader.findings() == []
+
+
+class Ahead(Server):
+    """A server that has come to the end of the second segment, in the first life of its log."""
+
+    async def durable(self) -> Position:
+        return Position(history(str(SYSTEM), 1), Lsn(START + 2 * SEGMENT_BYTES))
+
+
+NUMBER = START // SEGMENT_BYTES
+
+
+def followed(segments: SegmentFolder, archive: Path, until: Callable[[ArchiveReader], bool]) -> ArchiveReader:
+    """Follow an archive until something is so; gives who did."""
+    reader = ArchiveReader(f"cp {archive}/%f %p", Ahead(), poll_seconds=0.02)
+
+    async def work() -> None:
+        task = asyncio.create_task(reader.run(segments))
+        try:
+            async with asyncio.timeout(20):
+                while not task.done() and not until(reader):  # noqa: ASYNC110 - files that a command makes
+                    await asyncio.sleep(0.02)
+            assert not task.done(), "it has ended"
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    asyncio.run(work())
+    return reader
+
+
+def test_a_segment_of_another_log_behind_ours_is_not_taken_and_said_and_ours_is_once_it_comes(
+    segments: SegmentFolder,
+) -> None:
+    ours, other = two_segments([40], 28_000), two_segments([2_000], 28_000)
+    name, text = SegmentName(1, NUMBER + 1), SegmentName(1, NUMBER + 1).text(SEGMENT_BYTES)
+    segments.file(SegmentName(1, NUMBER)).write_bytes(ours[0])
+    with plain_folder() as archive:
+        (archive / text).write_bytes(other[1])
+        reader = followed(segments, archive, lambda reader: bool(reader.findings()))
+        (finding,) = reader.findings()
+        assert "the log of another life of the cluster under that name" in finding.message
+        assert segments.names() == [SegmentName(1, NUMBER)]
+        assert [extent.end for extent in segments.extents()] == [Lsn(START + SEGMENT_BYTES)]
+        (archive / text).write_bytes(ours[1])
+        reader = followed(segments, archive, lambda _: segments.file(name).exists())
+        assert segments.file(name).read_bytes() == ours[1]

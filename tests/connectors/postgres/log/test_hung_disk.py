@@ -49,7 +49,7 @@ def mended() -> Iterator[threading.Event]:
 def journal(tmp_path: Path, mended: threading.Event, monkeypatch: pytest.MonkeyPatch) -> PostgresJournal:
     """A journal in a folder that answers nothing before it is mended."""
 
-    def hangs(*_: Any) -> None:
+    def hangs(*_: Any, **__: Any) -> None:
         mended.wait(60)
 
     for name in ("extents", "names", "make", "histories", "unasked"):

@@ -1,0 +1,214 @@
+"""Each life of the log has a folder of its own: what is held there, let go of, and fetched into it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from connectors.databases.postgres.log.archive import ArchiveReader
+from connectors.databases.postgres.log.folders import LogFolders
+from connectors.databases.postgres.log.journal import Feed, PostgresJournal
+from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.lsn import Lsn, history
+from tests.connectors.postgres.log.test_archive import Server
+from tests.fixtures.restores import silent
+from tests.fixtures.volumes import plain_folder
+from trigger.errors import JournalError
+from trigger.model import Extent, Finding
+from trigger.position import History, Position
+from trigger.replay import Replay, Target
+
+SMALL, LARGE = 1 << 20, 4 << 20
+OLD, NEW, NEWEST = (history("111", 1, incarnation) for incarnation in range(3))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with plain_folder() as made:
+        (made / "journal").mkdir()
+        (made / "archive").mkdir()
+        yield made
+
+
+class Idle:
+    """A feed that brings nothing."""
+
+    def __init__(self) -> None:
+        self.owner: tuple[int, int] | None = None
+        self.at_work = asyncio.Event()
+
+    async def run(self, segments: SegmentFolder) -> None:
+        self.at_work.set()
+        await asyncio.Event().wait()
+
+    def fetch(self, segments: SegmentFolder, name: str) -> bool:
+        return False
+
+    def findings(self) -> list[Finding]:
+        return []
+
+    async def check(self, segment_bytes: int) -> list[Finding]:
+        return []
+
+
+def put(folder: Path, system: int, *numbers: int, size: int = SMALL, fill: bytes = b"\0") -> None:
+    """Put segments without a record into a folder."""
+    for number in numbers:
+        head = struct.pack("=HHIQI4xQII", 0xD110, 2, 1, number * size, 0, system, size, 8192)
+        (folder / SegmentName(1, number).text(size)).write_bytes(head + fill * (size - len(head)))
+
+
+def begun(folders: LogFolders, life: History, *numbers: int) -> SegmentFolder:
+    made = folders.of(life)
+    made.make(None)
+    put(made.path, int(life.system), *numbers)
+    return made
+
+
+def journal(folders: LogFolders, feed: Feed, present: History) -> PostgresJournal:
+    async def now() -> History:
+        return present
+
+    return PostgresJournal(folders, feed, now, lambda _: None)
+
+
+@contextlib.asynccontextmanager
+async def kept(folders: LogFolders, present: History) -> AsyncIterator[PostgresJournal]:
+    """Give a journal that is kept, the server being in a history."""
+    feed = Idle()
+    made = journal(folders, feed, present)
+    task = asyncio.create_task(made.run())
+    try:
+        await feed.at_work.wait()
+        yield made
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def numbers(segments: SegmentFolder) -> list[int]:
+    return [name.number for name in segments.names()]
+
+
+def at(life: History, segment: int, size: int = SMALL) -> Position:
+    return Position(life, Lsn(segment * size + 100))
+
+
+def test_the_log_of_the_present_life_stays_while_its_first_base_is_made(folder: Path) -> None:
+    put(folder / "journal", 111, *range(1, 6))
+    folders = LogFolders(folder / "journal", SMALL)
+    new = begun(folders, NEW, *range(4, 12))
+
+    async def run() -> None:
+        async with kept(folders, NEW) as made:
+            assert await made.release([at(OLD, 2)]) == 1
+        assert numbers(folders.of(OLD)) == [2, 3, 4, 5]
+        assert numbers(new) == list(range(4, 12))
+
+    asyncio.run(run())
+
+
+def test_the_log_of_a_new_life_stays_where_nobody_knows_yet_which_life_the_server_is_in(folder: Path) -> None:
+    put(folder / "journal", 111, *range(1, 6))
+    folders = LogFolders(folder / "journal", SMALL)
+    new = begun(folders, NEW, *range(4, 12))
+    assert asyncio.run(journal(folders, Idle(), NEW).release([at(OLD, 2)])) == 1
+    assert numbers(new) == list(range(4, 12))
+
+
+def test_what_a_left_life_holds_and_no_start_asks_for_goes_but_for_its_newest_segment(folder: Path) -> None:
+    put(folder / "journal", 111, *range(1, 6))
+    folders = LogFolders(folder / "journal", SMALL)
+    left, newest = begun(folders, NEW, *range(4, 12)), begun(folders, NEWEST, *range(3, 9))
+
+    async def run() -> None:
+        async with kept(folders, NEWEST) as made:
+            assert await made.release([at(OLD, 3)]) == 2 + 7
+            assert (numbers(folders.of(OLD)), numbers(left), numbers(newest)) == ([3, 4, 5], [11], [*range(3, 9)])
+            assert await made.release([at(NEWEST, 5)]) == 2 + 2
+            assert (numbers(folders.of(OLD)), numbers(left), numbers(newest)) == ([5], [11], [5, 6, 7, 8])
+
+    asyncio.run(run())
+
+
+def test_what_the_starts_of_several_lives_ask_for_stays_in_each_of_them(folder: Path) -> None:
+    put(folder / "journal", 111, *range(1, 6))
+    folders = LogFolders(folder / "journal", SMALL)
+    left, newest = begun(folders, NEW, *range(4, 12)), begun(folders, NEWEST, *range(3, 9))
+
+    async def run() -> None:
+        async with kept(folders, NEWEST) as made:
+            assert await made.release([at(OLD, 2), at(OLD, 4), at(NEW, 6), at(NEWEST, 8)]) == 1 + 2 + 5
+        assert (numbers(folders.of(OLD)), numbers(left), numbers(newest)) == ([2, 3, 4, 5], [*range(6, 12)], [8])
+
+    asyncio.run(run())
+
+
+def staged(made: PostgresJournal, folder: Path, life: History, until: int) -> None:
+    """Stage what is needed to go from the second segment to the end of what is held, at least to a place."""
+    latest = Target(life, None, False, "the latest of it")
+    asyncio.run(made.stage(Replay(latest, Position(life, Lsn(2 * SMALL)), until), folder / "staged", silent))
+
+
+def test_a_restore_of_an_earlier_life_does_not_take_the_log_of_the_present_one_from_the_archive(folder: Path) -> None:
+    put(folder / "journal", 111, *range(1, 6))
+    put(folder / "archive", 111, *range(3, 9), fill=b"N")
+    folders = LogFolders(folder / "journal", SMALL)
+    begun(folders, NEW)
+    made = journal(folders, ArchiveReader(f"cp {folder}/archive/%f %p", Server()), NEW)
+    staged(made, folder, OLD, 6 * SMALL)
+    assert asyncio.run(made.extents()) == [Extent(OLD, Lsn(SMALL), Lsn(6 * SMALL))]
+    assert numbers(SegmentFolder(folder / "staged", SMALL)) == [2, 3, 4, 5]
+    folders.of(OLD).file(SegmentName(1, 4)).unlink()
+    with pytest.raises(JournalError, match="000000010000000000000004 is not in the journal"):
+        staged(made, folder, OLD, 6 * SMALL)
+    assert numbers(folders.of(OLD)) == [1, 2, 3, 5]
+
+
+def test_the_log_of_a_cluster_with_segments_of_another_size_is_held_and_let_go_of_by_its_own_size(folder: Path) -> None:
+    before, after = history("111", 1), history("222", 1)
+    put(folder / "journal", 111, *range(1, 12), size=LARGE)
+    folders = LogFolders(folder / "journal", SMALL)
+    old, new = folders.of(before), begun(folders, after, *range(20, 30))
+    assert (old.segment_bytes, new.segment_bytes) == (LARGE, SMALL)
+    assert old.path != new.path
+
+    async def run() -> None:
+        async with kept(folders, after) as made:
+            assert await made.extents() == [
+                Extent(before, Lsn(LARGE), Lsn(12 * LARGE)),
+                Extent(after, Lsn(20 * SMALL), Lsn(30 * SMALL)),
+            ]
+            assert await made.release([at(before, 5, LARGE), at(after, 23)]) == 4 + 3
+            assert (numbers(old), numbers(new)) == ([*range(5, 12)], [*range(23, 30)])
+            again = LogFolders(folder / "journal", SMALL)
+            assert [each.segment_bytes for each in again.all()] == [LARGE, SMALL]
+            replay = Replay(Target(before, None, False, "latest"), at(before, 5, LARGE), 12 * LARGE)
+            assert await made.stage(replay, folder / "staged", silent) == 7 * LARGE
+
+    asyncio.run(run())
+
+
+def test_two_clusters_in_one_folder_as_once_they_could_lie_there_are_held_and_none_of_it_goes(folder: Path) -> None:
+    before, after = history("111", 1), history("222", 1)
+    put(folder / "journal", 111, *range(1, 6))
+    put(folder / "journal", 222, *range(7, 11))
+    folders = LogFolders(folder / "journal", SMALL)
+    assert folders.of(before).path == folders.of(after).path == folder / "journal"
+
+    async def run() -> None:
+        async with kept(folders, after) as made:
+            assert await made.release([at(before, 2), at(after, 8)]) == 0
+            assert await made.extents() == [
+                Extent(before, Lsn(SMALL), Lsn(6 * SMALL)),
+                Extent(after, Lsn(7 * SMALL), Lsn(11 * SMALL)),
+            ]
+
+    asyncio.run(run())
