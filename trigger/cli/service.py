@@ -125,13 +125,14 @@ def status(config: Config = None, as_json: Json = False) -> None:
         show.print_json(answer)
         return
     now, space, totals = datetime.now(UTC), answer["space"], answer["totals"]
+    behind = answer.get("behind_bytes", {})  # a service that was started before an upgrade does not say it
     streams = ", ".join(f"{name} {'connected' if up else 'NOT CONNECTED'}" for name, up in answer["streams"].items())
     limit = show.size(answer["replay_limit_bytes"])
     show.facts(
         [
             ("service", f"{answer['name']}, up {_ago(answer['started_at'], now)}"),
             ("streams", streams),
-            ("behind", ", ".join(f"{name} {_behind(much)}" for name, much in answer["behind_bytes"].items()) or None),
+            ("behind", ", ".join(f"{name} {_behind(much)}" for name, much in behind.items()) or None),
             ("log end", answer["log_end"]),
             ("last point", f"{answer['last_point']}, sealed {_ago(answer['last_sealed_at'], now)} ago")
             if answer["last_point"]

@@ -54,7 +54,8 @@ class LogFolders:
     def all(self) -> list[SegmentFolder]:
         """Give every folder that there is, the first one first."""
         self._look()
-        return [self._first, *(self._later[life] for life in sorted(self._later))]
+        later = (self._later[life] for life in sorted(self._later))
+        return [self._first, *(folder for folder in later if folder.path.is_dir())]
 
     def newest(self, system: str) -> int:
         """Give the newest incarnation of a cluster that there is a folder of."""

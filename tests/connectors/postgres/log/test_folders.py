@@ -212,3 +212,11 @@ def test_two_clusters_in_one_folder_as_once_they_could_lie_there_are_held_and_no
             ]
 
     asyncio.run(run())
+
+
+def test_a_life_without_a_folder_is_not_looked_at(folder: Path) -> None:
+    folders = LogFolders(folder / "journal", SMALL)
+    folders.of(NEW)
+    assert [each.path for each in folders.all()] == [folder / "journal"]
+    folders.begin(NEW, None, "")
+    assert [each.path for each in folders.all()] == [folder / "journal", folder / "journal" / "111+1"]
