@@ -152,6 +152,7 @@ class Postgres:
                 deadline_seconds=self._deadline_seconds,
                 slot_deadline_seconds=self._slot_deadline_seconds,
                 recognise=self.lives.confirm,
+                saw=self.lives.saw,
                 failover=self._failover,
             )
             for database in self.databases

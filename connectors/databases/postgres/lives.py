@@ -71,6 +71,11 @@ class Lives:
             if commit is not None:
                 self._last[history] = commit
 
+    def saw(self, commit: Commit) -> None:
+        """Take note of a commit that a stream has delivered, so that no other log passes for the one that holds it."""
+        self._note(commit.position)
+        self._last[commit.history] = commit
+
     def history(self, system: str, timeline: int) -> History:
         """Give the history of a timeline in the newest incarnation that is known; asks nobody."""
         return lsn.history(system, timeline, self._newest.get(system, 0))

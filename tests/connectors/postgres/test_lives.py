@@ -116,7 +116,6 @@ def test_a_commit_that_a_copy_does_not_hold_is_not_covered_though_no_stream_has_
         database = Postgres(copied.cluster.conninfo, ["postgres"])
         try:
             commit = await commit_of(database, copied.cluster)
-            database.recognise([as_seen(commit)])
             logs, marks = Logs({"postgres": database}), [Mark(commit.position)]
             (covered,) = await logs.cover(marks)
             assert covered.durable.covers(commit.position)

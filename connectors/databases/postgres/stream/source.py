@@ -61,6 +61,7 @@ class PostgresSource:
         failover: whether the slot is kept on standbys too, from version 17 on.
         silence_seconds: how long the server may owe us an answer before the connection counts as dead.
         recognise: says which history the server is in, by what is known of it; the first of its timeline by default.
+        saw: told the last commit of a batch before that is given: from then on it is known.
 
     Attributes:
         duplicates_suppressed: commits that the server sent again and that were not delivered again.
@@ -79,6 +80,7 @@ class PostgresSource:
         failover: bool = False,
         silence_seconds: float = 60.0,
         recognise: Recognise | None = None,
+        saw: Callable[[Commit], None] = lambda _: None,
     ) -> None:
         self.name = database
         self.slot = slot.slot_name(name, database)
@@ -92,6 +94,7 @@ class PostgresSource:
         self.failover = failover
         self._silence_seconds = silence_seconds
         self._recognise = recognise or _first_of_its_timeline
+        self._saw = saw
         self._last: Commit | None = None
         self._side: psycopg.AsyncConnection[Any] | None = None
         self._stream: CopyBoth | None = None
@@ -374,7 +377,9 @@ class PostgresSource:
         self.duplicates_suppressed += len(committed) - len(fresh)
         if not fresh and decoder.through <= self._through:
             return None
-        self._last = fresh[-1] if fresh else self._last
+        if fresh:
+            self._last = fresh[-1]
+            self._saw(self._last)
         self._through = max(self._through, decoder.through)
         return Batch(fresh, self._lineage.at(Lsn(self._through)))
 
