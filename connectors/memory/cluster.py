@@ -64,6 +64,8 @@ class Cluster:
         self.next_xid = 700
         self._serial = 0
         self.up = True
+        self.starts = 0
+        """Counts up whenever the server starts."""
         self.session = 0
         """Counts up whenever all connections break."""
 
@@ -188,6 +190,7 @@ class Cluster:
     def restart(self) -> None:
         """Start the server again; recovery ends with a checkpoint."""
         self.up = True
+        self.starts += 1
         self.checkpoint()
 
     def promote(self, at: int | None = None, *, keep_slots: bool = False) -> None:
@@ -242,6 +245,7 @@ class Cluster:
         """Start with a log that ends there; recovery ends with a checkpoint."""
         self.inserted = self.written = self.flushed = self.stable = self.checkpoint_redo = end
         self.up = True
+        self.starts += 1
         self.cut_connections()
         self.checkpoint()
 

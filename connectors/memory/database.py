@@ -52,6 +52,7 @@ class MemoryDatabase:
         end = self._lineage().at(cluster.inserted)
         if cluster.flushed < cluster.inserted:
             await self.mark()
+        self._world.lives(cluster).saw(end)
         return end
 
     async def ceiling(self) -> Position:

@@ -92,7 +92,8 @@ class MemoryJournal:
 
     async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
         """Hand over the log from `start` on, as far as it reaches without a hole, at least to the target."""
-        start, lineage = replay.log_from, await self.lineage(replay.target.history)
+        start, history = replay.log_from, replay.target.history
+        lineage = self._world.past(history) if replay.as_cut else await self.lineage(history)
         held = self._world.held_of(lineage.history)
         assert held is not None
         staged, reached = Staged([], []), start.at

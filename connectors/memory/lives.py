@@ -28,8 +28,8 @@ class Held:
     """The records in it."""
     forks: dict[int, Forks] = field(default_factory=dict)
     """Where each timeline left its ancestors: the history files."""
-    ceilings: dict[int, int] = field(default_factory=dict)
-    """How far snapshots may hold each timeline: a log that has not come so far is another one."""
+    ceilings: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """How far snapshots may hold each timeline, and which start of the server that was in."""
     number: int = 0
     """How many lives of any log were known before it."""
     books: list[Book] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Lives:
     def ceiling(self, position: Position) -> None:
         """Take note of what snapshots may hold."""
         ceilings, branch = self.held.ceilings, position.history.branch
-        ceilings[branch] = max(ceilings.get(branch, 0), position.at)
+        ceilings[branch] = max(ceilings.get(branch, (0, 0)), (position.at, self._cluster.starts))
 
     @property
     def held(self) -> Held:
@@ -127,21 +127,30 @@ class Lives:
                 return reason
         if self._ends.get(present, 0) > cluster.flushed_records:
             return f"the log ends at {cluster.flushed_records}, and was at {self._ends[present]} before"
-        if held.ceilings.get(present.branch, 0) > cluster.inserted:
-            return f"the log ends at {cluster.inserted}, and snapshots may hold more"
-        return self._other_commit(present)
+        return self._less_than_snapshots(held, present.branch) or self._other_commit(present)
+
+    def _less_than_snapshots(self, held: Held, branch: int) -> str:
+        """Give why snapshots may hold what the log has not: since the server started it was compared up to less."""
+        ceiling, start = held.ceilings.get(branch, (0, 0))
+        last = held.last_until(branch, ceiling)
+        compared = last.end if last is not None else ceiling if not self._cluster.manner.replays else 0
+        if ceiling > self._cluster.inserted or (start != self._cluster.starts and compared < ceiling):
+            return f"snapshots may hold the log up to {ceiling}, which cannot be compared"
+        return ""
 
     def _other_record(self, held: Held, branch: int, left_at: int) -> str:
-        """Give what shows that the last record that is held is not there; what was removed cannot be compared."""
+        """Give what shows that the last record that is held is not there."""
         record, book = held.last_until(branch, left_at), self._cluster.book
-        if record is None or record.start < book.first:
+        if record is None:
             return ""
+        if record.start < book.first:
+            return f"the log has begun anew at {book.first}, behind all that is held"
         there = book.entry_at(branch, record.start)
         return "" if there == record else f"the log has another record at {record.start} than before"
 
     def _other_commit(self, present: History) -> str:
         commit, book = self._last.get(present), self._cluster.book
-        if commit is None or commit.start < book.begin(present.branch):
+        if commit is None or book.first <= commit.start < book.begin(present.branch):
             return ""
         there = book.entry_at(present.branch, commit.start)
         same = there is not None and there.commit is not None and there.commit.time_us == commit.time_us

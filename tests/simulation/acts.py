@@ -220,7 +220,7 @@ class Acts:
 
     def _act_give_up(self) -> None:
         """An operator gives up all but the newest base."""
-        if self.life is not None and not self.life.ended and self.life.room is not None:
+        if self.life is not None and not self.life.ended and self.life.agenda is not None:
             self.life.give_up_the_past()
 
     def _flush_all(self) -> None:

@@ -139,6 +139,7 @@ def _check_lost(
         ours = commit.stream and id(commit) not in simulation.not_ours[commit.stream] and matters(commit)
         if ours and id(commit) not in present and id(commit) not in known:
             inside = any(simulation.truth.claims(gap, commit.stream, key.history, commit.end) for gap in gaps)
+            inside = inside or any(simulation.truth.came_up_since(gap, commit.stream, key.history) for gap in gaps)
             require(inside, f"P1: {describe(commit)} of {key.history} was lost with its log and lies in no gap")
 
 
@@ -251,13 +252,14 @@ def _check_commits(simulation: Simulation, point: RecoveryPoint, mine: Sequence[
     protected = [found.record.start for found in mine if found.record.outcome is Outcome.PROTECTED]
     wanted = [last.start] if last and any(last is commit for commit in commits) else []
     require(protected == wanted, f"P1: point {point.number} protects {protected}, its newest commit is {last}")
-    if kept is not None or (len(told) == len(commits) == point.commits and not _may_come_again(simulation, point)):
+    if kept is not None or not _may_come_again(simulation):
         _check_tables(point, told)
 
 
-def _may_come_again(simulation: Simulation, point: RecoveryPoint) -> bool:
+def _may_come_again(simulation: Simulation) -> bool:
     """Whether a point may hold commits that were known already; which ones, its tag alone says."""
-    return bool(simulation.truth.lost)
+    lives = simulation.world.held.values()
+    return bool(simulation.truth.lost) or any(len(of_system) > 1 for of_system in lives)
 
 
 def _meant(simulation: Simulation, point: RecoveryPoint, record: CommitRecord) -> Commit | None:

@@ -10,6 +10,7 @@ import __future__
 
 import inspect
 import re
+import sys
 import textwrap
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,8 +27,6 @@ from trigger.restore import planner
 SEEDS = 400
 ANNOTATIONS = __future__.annotations.compiler_flag
 FIRST_SEED = 7_000
-USERS = (pipeline,)
-"""Modules that have functions of others by name."""
 
 
 @dataclass(frozen=True)
@@ -411,7 +410,8 @@ def apply(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     code = compile(source, f"<mutant of {mutant.function}>", "exec", flags=ANNOTATIONS)
     exec(code, vars(mutant.module), names)
     right = getattr(owner, name)
-    for place in [owner, *(module for module in USERS if getattr(module, name, None) is right)]:
+    users = [module for module in [*sys.modules.values()] if getattr(module, "__dict__", {}).get(name) is right]
+    for place in [owner, *users]:
         monkeypatch.setattr(place, name, names[name])
 
 

@@ -8,7 +8,7 @@ from connectors.memory import journal, lives, source
 from tests.simulation.run import simulate
 from tests.simulation.test_mutants import FIRST_SEED, Mutant, apply, caught
 from trigger.keep import expire
-from trigger.protect import logs, pipeline, window
+from trigger.protect import logs, window
 from trigger.restore import locate, planner
 
 MUTANTS = (
@@ -38,15 +38,6 @@ MUTANTS = (
         "if False:",
         "P1|P2|liveness",
         sort="announced",
-    ),
-    Mutant(
-        "does not see that the server has gone back to a timeline",
-        lives,
-        "Lives._contradiction",
-        "> present.branch:",
-        "> 1 << 40:",
-        "P1|liveness|it says",
-        sort="memory",
     ),
     Mutant(
         "puts the end of a gap where the log was before",
@@ -119,15 +110,6 @@ MUTANTS = (
         "if False",
         "P1|P3|liveness|unexpected",
         sort="memory",
-    ),
-    Mutant(
-        "goes on with a base of a log that is gone",
-        pipeline,
-        "leave_lost_base",
-        "agenda.base = None",
-        "pass",
-        "liveness|P2",
-        sort="binlog",
     ),
 )
 

@@ -154,6 +154,10 @@ class Truth:
             return self.is_past(history, end, until)
         return self._number(after.history) < self._number(history) < self._number(until.history)
 
+    def came_up_since(self, gap: Gap, stream: str, history: History) -> bool:
+        """Whether a life of a log came up, and went, after a stream was lost that is seen again by a gap's end."""
+        return stream == gap.stream and self._number(gap.after.history) < self._number(history)
+
     def _number(self, history: History) -> int:
         held = self._world.held_of(history)
         return held.number if held else -1

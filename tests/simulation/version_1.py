@@ -61,6 +61,8 @@ def go_back(connection: sqlite3.Connection, world: World) -> None:
     """Put the catalog behind a connection, and the tags in a storage, into the form of version 1."""
     if connection.execute("SELECT max(version) FROM schema_version").fetchone() != (2,):
         return  # nobody has brought it to version 2 since
+    if connection.execute("SELECT max(incarnation) FROM histories").fetchone() not in ((0,), (None,)):
+        return  # version 1 would have mixed them
     connection.execute("PRAGMA foreign_keys = OFF")
     connection.execute("PRAGMA legacy_alter_table = ON")
     connection.execute("BEGIN")

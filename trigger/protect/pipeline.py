@@ -254,6 +254,7 @@ async def leave_lost_base(cluster: Protected, window: Window, agenda: Agenda) ->
         if agenda.base is None or (mark and mark.ceiling and mark.ceiling.history == through.history):
             continue
         lineage = await cluster.logs.lineage(stream)
+        mark = agenda.base.mark_in(lineage.history)  # which may be of a server that the stream has not come to yet
         if mark is None or mark.ceiling is None or not lineage.includes(mark.ceiling):
             log.warning("point %d is not in the past of %s: taking a new base", agenda.base.number, lineage.history)
             agenda.base = None

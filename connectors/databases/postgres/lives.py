@@ -74,7 +74,13 @@ class Lives:
     def saw(self, commit: Commit) -> None:
         """Take note of a commit that a stream has delivered, so that no other log passes for the one that holds it."""
         self._note(commit.position)
-        self._last[commit.history] = commit
+        self._keep(commit)
+
+    def _keep(self, commit: Commit) -> None:
+        """Keep the last commit of a history, of whatever stream it is."""
+        last = self._last.get(commit.history)
+        if last is None or last.start < commit.start:
+            self._last[commit.history] = commit
 
     def history(self, system: str, timeline: int) -> History:
         """Give the history of a timeline in the newest incarnation that is known; asks nobody."""
@@ -110,7 +116,7 @@ class Lives:
             if through is not None:
                 self._note(through)
             if last is not None:
-                self._last[last.history] = last
+                self._keep(last)
             if await self._contradiction(dsn, system, history):
                 past = await timeline_history(dsn, system.timeline, self.deadline_seconds)
                 try:
