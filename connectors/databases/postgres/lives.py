@@ -25,7 +25,7 @@ from typing import TypeVar
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
-from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, commit_stamp
+from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, holds_commit
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.stream.copyboth import Present, System, identify, timeline_history
 from connectors.databases.postgres.stream.physical import read_log
@@ -227,8 +227,7 @@ class Lives:
         if theirs is None:
             return False
         before = bytes(commit.start % PAGE_BYTES)
-        stamp = commit_stamp(before + theirs, len(before))
-        return stamp is None or not stamp.fits(commit.name.number or 0, commit.time_us)
+        return not holds_commit(before + theirs, len(before), commit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Protocol
 from connectors.databases.postgres.log.audit import Audit
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
-from connectors.databases.postgres.log.wal import PAGE_BYTES, commit_stamp
+from connectors.databases.postgres.log.wal import PAGE_BYTES, holds_commit
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
@@ -220,8 +220,8 @@ def _require_commit(staged: SegmentFolder, replay: Replay) -> None:
         return
     page, begin = commit.start - commit.start % PAGE_BYTES, name.start(size)
     with staged.slices(name) as segment:
-        stamp = commit_stamp(bytes(segment[page - begin : commit.end - begin]), commit.start - page)
-    if stamp is None or not stamp.fits(commit.name.number or 0, commit.time_us):
+        pages = bytes(segment[page - begin : commit.end - begin])
+    if not holds_commit(pages, commit.start - page, commit):
         raise JournalError(
             f"segment {name.text(size)} of the journal has something else at {Lsn(commit.start)} than {commit}",
             hint="that log is another one: see `trigpoint list --gaps`, and name the history by --history",

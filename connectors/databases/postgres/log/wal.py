@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from connectors.databases.postgres.lsn import Lsn
+from trigger.model import Commit, CommitRecord
 
 PAGE_BYTES = 8192
 """XLOG_BLCKSZ of every packaged server; the long page header says it, and another value is a finding."""
@@ -275,6 +276,12 @@ class CommitStamp(NamedTuple):
         if self.from_elsewhere:
             return self.xid in (0, xid & 0xFFFFFFFF)
         return self.time_us == time_us
+
+
+def holds_commit(pages: bytes, at: int, commit: Commit | CommitRecord) -> bool:
+    """Whether the record of a commit begins at an offset; see `commit_stamp`."""
+    stamp = commit_stamp(pages, at)
+    return stamp is not None and stamp.fits(commit.name.number or 0, commit.time_us)
 
 
 def commit_stamp(pages: bytes, at: int) -> CommitStamp | None:

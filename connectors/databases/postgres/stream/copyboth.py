@@ -13,9 +13,9 @@ import pwd
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import conninfo, pq
@@ -26,6 +26,8 @@ from connectors.databases.postgres.encoding import decoding
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import SourceError
 from trigger.position import History, Lineage
+
+T = TypeVar("T")
 
 _STATUS = Struct("!cQQQQB")
 _KERNEL_BYTES = 768
@@ -229,25 +231,29 @@ class CopyBoth:
 
 async def identify(dsn: str, deadline_seconds: float) -> System:
     """Give what a primary says of itself; raises `SourceError` where it does not answer, or is a standby."""
-    stream = await CopyBoth.connect(dsn, deadline_seconds)
-    try:
-        async with asyncio.timeout(deadline_seconds):
-            await stream.require_primary()
-            return await stream.identify()
-    except TimeoutError:
-        raise SourceError(f"the server did not say within {deadline_seconds:g} s which one it is") from None
-    finally:
-        await stream.close()
+
+    async def ask(stream: CopyBoth) -> System:
+        await stream.require_primary()
+        return await stream.identify()
+
+    return await _asked(dsn, ask, "which one it is", deadline_seconds)
 
 
 async def timeline_history(dsn: str, timeline: int, deadline_seconds: float) -> str:
     """Give the history file of a timeline as the server has it, "" for the first; raises `SourceError`."""
+    return await _asked(
+        dsn, lambda stream: stream.past(timeline), f"the history of timeline {timeline}", deadline_seconds
+    )
+
+
+async def _asked(dsn: str, ask: Callable[[CopyBoth], Awaitable[T]], what: str, deadline_seconds: float) -> T:
+    """Give the answer to a question that gets a connection of its own."""
     stream = await CopyBoth.connect(dsn, deadline_seconds)
     try:
         async with asyncio.timeout(deadline_seconds):
-            return await stream.past(timeline)
+            return await ask(stream)
     except TimeoutError:
-        raise SourceError(f"the server did not give the history of timeline {timeline}") from None
+        raise SourceError(f"the server did not say within {deadline_seconds:g} s {what}") from None
     finally:
         await stream.close()
 
