@@ -117,7 +117,10 @@ class Lives:
                 self._note(through)
             if last is not None:
                 self._keep(last)
-            if await self._contradiction(dsn, system, history):
+            known = await self._known_of(history)
+            if known.end > system.flushed:  # the log went on, maybe, while it was looked at
+                system = await self._still(dsn, system)
+            if await self._contradiction(dsn, system, history, known):
                 past = await timeline_history(dsn, system.timeline, self.deadline_seconds)
                 try:
                     history = await self._in_thread(partial(self._begin_anew, history, past))
@@ -155,15 +158,32 @@ class Lives:
         self._newest[history.system] = again.incarnation
         return again
 
-    async def _contradiction(self, dsn: str, system: System, history: History) -> str:
-        """Give what shows that the server's log is another one than that of `history`; "" for nothing."""
+    async def _known_of(self, history: History) -> _Known:
+        """Give what is known of a history by now; streams and the journal go on while the server is asked."""
         held = await self._held_of(history, LAST)
-        known = max(self._ends.get(history, 0), held.end if held else 0)
-        if known > system.flushed:
-            return f"the log ends at {system.flushed}, and was at {Lsn(known)} before"
+        end = max(self._ends.get(history, 0), held.end if held else 0)
+        return _Known(held, end, self._last.get(history))
+
+    async def _still(self, dsn: str, before: System) -> System:
+        """Ask a server again how far it has come; raises `SourceError` where it is not where it was."""
+        system = await identify(dsn, self.deadline_seconds)
+        if (system.identifier, system.timeline) != (before.identifier, before.timeline):
+            raise SourceError(
+                f"the server went from {before.identifier}/{before.timeline} to {system.identifier}/{system.timeline}"
+                " while it was looked at"
+            )
+        return system
+
+    async def _contradiction(self, dsn: str, system: System, history: History, known: _Known) -> str:
+        """Give what shows that the server's log is another one than that of `history`; "" for nothing.
+
+        What is known must be older than what the server said: else a log that goes on would contradict itself.
+        """
+        held, commit = known.held, known.commit
+        if known.end > system.flushed:
+            return f"the log ends at {system.flushed}, and was at {Lsn(known.end)} before"
         if held is not None and await self._differs(dsn, system.timeline, held):
             return f"the log has another record at {Lsn(held.at)} than before"
-        commit = self._last.get(history)
         if commit is not None and await self._has_another_commit(dsn, system, commit):
             return f"the log has something else at {Lsn(commit.start)} than commit {commit.name}"
         return "" if history in self._ends or history.branch == 1 else await self._other_past(dsn, history)
@@ -237,6 +257,15 @@ class _Held:
     at: int
     record: bytes
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a history at one moment: the last that is held, how far it was seen, its last commit."""
+
+    held: _Held | None
+    end: int
+    commit: Commit | CommitRecord | None
 
 
 def _tail_of(folder: SegmentFolder, name: SegmentName, limit: int = LAST) -> _Held | None:

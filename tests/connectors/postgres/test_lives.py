@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres.database import Postgres
+from connectors.databases.postgres.lives import Lives
 from tests.fixtures.postgres import MAJORS, Cluster
 from tests.fixtures.volumes import plain_folder, run
 from trigger.errors import TrigpointError
@@ -127,6 +128,35 @@ def test_a_commit_that_a_copy_does_not_hold_is_not_covered_though_no_stream_has_
             assert found.at > commit.position.at, "by the place alone it would be covered"
             assert copied.cluster.sql("SELECT count(*) FROM t WHERE v = 1") == [(0,)]
         finally:
+            await database.close()
+
+    asyncio.run(work())
+
+
+def test_a_log_that_goes_on_while_it_is_looked_at_is_not_taken_for_another(
+    copied: Copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        database = Postgres(copied.cluster.conninfo, ["postgres"])
+        (stream,) = database.sources()
+        look = Lives._look  # between what the server says and what is compared with it
+
+        async def look_late(lives: Lives, system: str) -> None:
+            await look(lives, system)
+            await asyncio.to_thread(copied.cluster.sql, "INSERT INTO t VALUES (1)")
+            async with asyncio.timeout(20):
+                while not (await stream.read()).commits:
+                    pass
+
+        await stream.open(None)
+        try:
+            await stream.read()
+            before = (await database.durable()).history
+            monkeypatch.setattr(Lives, "_look", look_late)
+            for _ in range(3):
+                assert (await database.recognised()) == before
+        finally:
+            await stream.close()
             await database.close()
 
     asyncio.run(work())
