@@ -420,8 +420,11 @@ class Journal(Protocol):
         """
         ...
 
-    def file_start(self, at: int) -> int:
-        """Give where the file of the log that holds a place begins; the place itself where there are no files."""
+    def file_start(self, position: Position) -> int:
+        """Give where the file of the log that holds a position begins; its own place where there are no files.
+
+        Two histories may have files of another size. Asks nobody: by what the last `extents` found.
+        """
         ...
 
 

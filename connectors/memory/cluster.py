@@ -63,11 +63,16 @@ class Cluster:
         self.slots: dict[str, Slot] = {}
         self.next_xid = 700
         self._serial = 0
+        self._latest_us = self._not_before_us = 0
         self.up = True
         self.starts = 0
         """Counts up whenever the server starts."""
         self.session = 0
         """Counts up whenever all connections break."""
+
+    def was(self, system: str) -> bool:
+        """Whether an identity is that of one of its servers, of now or before."""
+        return system == self.identity or system.startswith(f"{self.identity}-")
 
     @property
     def system(self) -> str:
@@ -114,13 +119,15 @@ class Cluster:
         if data_bytes:
             self.write_ahead(data_bytes)
         start, end = self._span(_COMMIT_BYTES)
+        time_us = max(to_microseconds(self._now()), self._not_before_us)
+        self._latest_us = max(time_us, self._latest_us)
         committed = Commit(
             stream,
             self.history,
             start,
             end,
             self.manner.name(self.next_xid, self._server),
-            to_microseconds(self._now()),
+            time_us,
             dict(tables or {}),
             markers,
         )
@@ -242,7 +249,8 @@ class Cluster:
         self._begin_at(first)
 
     def _begin_at(self, end: int) -> None:
-        """Start with a log that ends there; recovery ends with a checkpoint."""
+        """Start with a log that ends there; recovery ends with a checkpoint, and takes longer than no time."""
+        self._not_before_us = self._latest_us + 1
         self.inserted = self.written = self.flushed = self.stable = self.checkpoint_redo = end
         self.up = True
         self.starts += 1

@@ -138,12 +138,9 @@ class MemoryJournal:
             held.pieces[history.branch] = [(max(start, limit), end) for start, end in pieces if end > limit]
         return released
 
-    def file_start(self, at: int) -> int:
-        """Give where the file that holds a place begins; no two clusters of a world have places in common."""
-        manners = sorted((cluster.manner for cluster in self._world.clusters), key=lambda manner: manner.first)
-        return max(
-            (manner for manner in manners if manner.first <= at), key=lambda m: m.first, default=manners[0]
-        ).file_start(at)
+    def file_start(self, position: Position) -> int:
+        """Give where the file that holds a position begins."""
+        return self._manner_of(position.history.system).file_start(position.at)
 
 
 def _take_over(mine: list[Entry], theirs: list[Entry], end: int) -> None:

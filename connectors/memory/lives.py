@@ -116,6 +116,9 @@ class Lives:
         """Give what shows that the log of the server is another one than what was known; "" for nothing."""
         lineage, cluster = self.lineage(), self._cluster
         present = lineage.history
+        mine = [lives for system, lives in self._held.items() if self._cluster.was(system)]
+        if held.number < max(one.number for lives in mine for one in lives):
+            return f"the server was another one since, and has gone back to {present.system}"
         if (newest := max(held.forks, default=0)) > present.branch:
             return f"the server was on timeline {newest} before, and has gone back to {present.branch}"
         for history, _, left_at in lineage.stretches():

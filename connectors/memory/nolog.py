@@ -52,6 +52,6 @@ class NoLog:
         await asyncio.sleep(0)
         return 0
 
-    def file_start(self, at: int) -> int:
+    def file_start(self, position: Position) -> int:
         """Give the place itself: there are no files."""
-        return at
+        return position.at

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from sqlalchemy import Engine
 
@@ -68,7 +68,25 @@ class Witness(Protocol):
         """Give the cluster that a stream is of."""
 
 
-@dataclass
+class Released:
+    """A journal that notes what it held right before and right after it let go of log: more is lost at other times."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.around_release: tuple[Sequence[Extent], Sequence[Extent]] = (), ()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._journal, name)
+
+    async def release(self, starts: Collection[Position]) -> int:
+        """Let go of log, and note what there was."""
+        before = await self._journal.extents()
+        released = await self._journal.release(starts)
+        self.around_release = before, await self._journal.extents()
+        return released
+
+
+@dataclass(eq=False)
 class Life:
     """A service that lives until it is stopped, fails, or is killed.
 
@@ -98,12 +116,14 @@ class Life:
     too_early: list[str] = field(default_factory=list)
     """Of the answers, those that do not hold what was there when they were asked for."""
     storage: MemoryStorage = field(init=False)
+    noted: Released = field(init=False)
     ended: str = ""
     """How it ended; "" while it lives."""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self.noted = Released(self.journal)
         self.storage = MemoryStorage(self.world, capabilities=self.story.capabilities, budget=self.story.budget)
 
     async def run(self) -> str:
@@ -163,9 +183,8 @@ class Life:
         assert self.cluster is not None
         assert self.room is not None
         if newest := await self.cluster.catalog.latest():
-            held = await self.journal.extents()
             await self.room.give_up_before(newest.id)
-            self.witness.released(await self.cluster.catalog.bases(), held, await self.journal.extents())
+            self.witness.released(await self.cluster.catalog.bases(), *self.noted.around_release)
 
     def _end(self, how: str) -> None:
         if not self.ended:
@@ -190,7 +209,7 @@ class Life:
     async def _body(self) -> None:
         """Begin as the service begins, then work until the main path ends."""
         cluster = self.cluster = await self._parts()
-        self.room = Room(cluster.catalog, cluster.storage, self.journal)
+        self.room = Room(cluster.catalog, cluster.storage, cast("Journal", self.noted))
         cluster.leftovers[:] = (await reconcile.reconcile(cluster.catalog, cluster.storage)).stuck
         for database in cluster.logs.databases:
             database.recognise(await cluster.catalog.seen())  # again: points may have been adopted
@@ -206,8 +225,7 @@ class Life:
             return rules.judge(commit)
 
         self.window = Window(sources, settled, judge)
-        base = await _base(cluster)
-        self.agenda = Agenda(cluster.options, base, open_gap=bool(await cluster.catalog.gaps(open_only=True)))
+        self.agenda = await pipeline.agenda_of(cluster)
         self._start(self.journal.run)
         for name in self.story.streams:
             self._start(partial(self.window.follow, name))
@@ -254,9 +272,8 @@ class Life:
         if gone:
             left = [base for base in before if base.id not in {point.id for point in gone}]
             self.witness.thinned(before, left, [*held, *await self.journal.extents()])
-            held = await self.journal.extents()
-            await release_log(cluster.catalog, self.journal)
-            self.witness.released(await cluster.catalog.bases(), held, await self.journal.extents())
+            await release_log(cluster.catalog, cast("Journal", self.noted))
+            self.witness.released(await cluster.catalog.bases(), *self.noted.around_release)
         if self.room.eased:
             self.agenda.retry()
 
@@ -289,15 +306,6 @@ class _Noted(MemorySource):
         batch = await super().read()
         self._life.wire.log(f"source.read {self.name} gives {len(batch.commits)} commits through {batch.through}")
         return batch
-
-
-async def _base(cluster: Protected) -> RecoveryPoint | None:
-    """Give the newest sealed point if the present history of every database goes back to it."""
-    newest = await cluster.catalog.latest()
-    lineages = [await database.lineage() for database in cluster.logs.databases]
-    marks = [(newest.mark_in(lineage.history) if newest else None, lineage) for lineage in lineages]
-    holds = all(mark and mark.ceiling and lineage.includes(mark.ceiling) for mark, lineage in marks)
-    return newest if holds else None
 
 
 async def _finish(task: asyncio.Task[None]) -> None:

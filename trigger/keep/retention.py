@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import pairwise
 
-from trigger.model import RecoveryPoint
-from trigger.position import Position, distance
+from trigger.model import Mark, RecoveryPoint
+from trigger.position import History, distance
 
 Leads = Callable[[RecoveryPoint, RecoveryPoint], bool]
 """Whether a replay from the first point brings back all that the second can; see `planner.HeldLog`."""
@@ -90,27 +90,44 @@ def _let_go(kept: list[RecoveryPoint], most: int, pinned: Collection[str], cost:
 
 
 def _replay_for_its_age(kept: Sequence[RecoveryPoint], index: int, leads: Leads) -> float:
-    """Give the replay that is left by the going of a point, as a share of all the log that was written since."""
-    point, now = kept[index], kept[-1].ceiling
+    """Give the replay that is left by the going of a point, as a share of all the log that was written since.
+
+    Where a point stands in several logs, the one that is worst off counts.
+    """
+    point, now = kept[index], kept[-1]
     before = next((one for one in reversed(kept[max(index - _NEAR, 0) : index]) if leads(one, point)), None)
     after = next((one for one in kept[index + 1 : index + 1 + _NEAR] if leads(point, one)), point)
-    if before is None or (redo := before.marks[0].redo) is None or now is None:
+    if before is None:
         return math.inf
-    if after.ceiling is None or point.ceiling is None:
+    return max(_share(mark, before, after, now) for mark in point.marks)
+
+
+def _share(mark: Mark, before: RecoveryPoint, after: RecoveryPoint, now: RecoveryPoint) -> float:
+    """Give the replay between two points, in the log of a mark between them, as a share of that log since the mark."""
+    log = mark.floor.history
+    begin, end, present = before.mark_in(log), after.mark_in(log), now.mark_in(log)
+    if begin is None or begin.redo is None or end is None or end.ceiling is None or mark.ceiling is None:
         return math.inf
-    return distance(after.ceiling, redo) / max(distance(now, point.ceiling), 1)
+    since = distance(present.ceiling, mark.ceiling) if present and present.ceiling else 0
+    return distance(end.ceiling, begin.redo) / max(since, 1)
 
 
 def _replay_without(before: RecoveryPoint, point: RecoveryPoint, after: RecoveryPoint) -> int | None:
     """Give the longest replay, in bytes, that commits around `point` need once it is gone; None across histories."""
-    return _replay(before, after) if len(_histories(before, point, after)) == 1 else None
+    return _replay(before, after) if _histories(before) == _histories(point) else None
 
 
 def _replay(before: RecoveryPoint, after: RecoveryPoint) -> int | None:
-    start, end = before.marks[0].redo, after.ceiling
-    return distance(end, start) if start and end and len(_histories(before, after)) == 1 else None
+    """Give the longest replay from one point to another in any of their logs; None across histories."""
+    if _histories(before) is None or _histories(before) != _histories(after):
+        return None
+    starts = {mark.floor.history: mark.redo for mark in before.marks}
+    ends = [(mark.ceiling, starts[mark.floor.history]) for mark in after.marks]
+    known = [distance(end, start) for end, start in ends if end and start]
+    return max(known) if len(known) == len(ends) else None
 
 
-def _histories(*points: RecoveryPoint) -> set[object]:
-    ends: list[Position | None] = [position for point in points for position in (point.floor, point.ceiling)]
-    return {position.history for position in ends if position is not None}
+def _histories(point: RecoveryPoint) -> set[History] | None:
+    """Give the history of each log that a point stands in; None where one of them changed while it was taken."""
+    within = all(mark.ceiling is None or mark.ceiling.history == mark.floor.history for mark in point.marks)
+    return {mark.floor.history for mark in point.marks} if within else None

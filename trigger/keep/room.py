@@ -72,19 +72,20 @@ class KnownLog:
     def leads(self, bases: Sequence[RecoveryPoint]) -> tuple[Leads, Leads]:
         """Give whether a replay leads from one of `bases` to another: by the log that is held; by what may yet come.
 
-        Log comes only to the newest history, behind all that is held. While none was ever seen, nobody knows where
-        that is: it counts as coming from the newest point on that there was at first.
+        It must in every log that the other stands in. Log comes only to the newest history, behind all that is held.
+        While none was ever seen, nobody knows where that is: it counts as coming from the newest point on that there
+        was at first.
         """
         from_number = 0 if self._extents else self.unseen_from or 0
-        logs = {history: self._log(history) for history in {_history(base) for base in bases}}
-        newest = _history(bases[-1]) if bases else None
+        logs = {history: self._log(history) for base in bases for history in _histories(base)}
+        newest = _histories(bases[-1]) if bases else []
 
         def held(base: RecoveryPoint, point: RecoveryPoint) -> bool:
-            return logs[_history(point)].leads(base, point)
+            return all(logs[history].leads(base, point) for history in _histories(point))
 
         def to_come(base: RecoveryPoint, point: RecoveryPoint) -> bool:
-            history = _history(point)
-            return logs[history].leads(base, point, to_come=history == newest and base.number >= from_number)
+            late = base.number >= from_number
+            return all(logs[h].leads(base, point, to_come=late and h in newest) for h in _histories(point))
 
         return held, to_come
 
@@ -92,8 +93,8 @@ class KnownLog:
         return HeldLog(self._extents, self._lineages.get(history, Lineage(history)), self._journal.file_start)
 
 
-def _history(point: RecoveryPoint) -> History:
-    return (point.ceiling or point.floor).history
+def _histories(point: RecoveryPoint) -> list[History]:
+    return [(mark.ceiling or mark.floor).history for mark in point.marks]
 
 
 def _is_crowded(space: Space) -> bool:

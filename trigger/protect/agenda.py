@@ -49,6 +49,8 @@ class Agenda:
 
     options: PointOptions
     base: RecoveryPoint | None
+    sealed_number: int = 0
+    """The number of the newest point that was sealed, whatever became of its history; of `base`, if not given."""
     demands: deque[Demand] = field(default_factory=deque)
     open_gap: bool = False
     stopping: bool = False
@@ -66,6 +68,10 @@ class Agenda:
     _failures: int = 0
     _not_before: float = 0.0
     _cron_after: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if self.base is not None:
+            self.sealed_number = max(self.sealed_number, self.base.number)
 
     def pace(self, now: float) -> Pace:
         """Give what budgets need to know."""
@@ -157,7 +163,7 @@ class Agenda:
 
     def sealed(self, point: RecoveryPoint) -> None:
         """Note that a round ended well."""
-        self.base = point
+        self.base, self.sealed_number = point, point.number
         self._failures = 0
         if self._began is not None:  # a schedule is met by a point, not by an attempt
             self._last, self._cron_after = self._began

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from trigger.errors import DatabaseError
-from trigger.model import Bracket, Cause, Commit, Mark
+from trigger.model import Bracket, Cause, Commit, Mark, RecoveryPoint
 from trigger.ports import Database
 from trigger.position import Lineage, Position
 
@@ -41,6 +41,12 @@ class Logs:
     async def lineage(self, stream: str) -> Lineage:
         """Give the present history of the database that a stream is of, and its past."""
         return await self._by_stream[stream].lineage()
+
+    async def have_in_past(self, point: RecoveryPoint) -> bool:
+        """Whether the present history of every database goes back to a sealed point."""
+        lineages = [await database.lineage() for database in self.databases]
+        marks = [(point.mark_in(lineage.history), lineage) for lineage in lineages]
+        return all(mark and mark.ceiling and lineage.includes(mark.ceiling) for mark, lineage in marks)
 
     async def floors(self, cause: Cause, newest: Commit | None) -> tuple[Mark, ...]:
         """Give where a point begins in each log, first in the one of the newest commit.

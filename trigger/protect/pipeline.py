@@ -57,6 +57,15 @@ class Protected:
     """Points of which the storage would not let go; tried again once it takes a snapshot."""
 
 
+async def agenda_of(cluster: Protected) -> Agenda:
+    """Give what is due at a start: the newest sealed point is the base, if every database goes back to it."""
+    newest, base = await cluster.catalog.latest(), None
+    if newest is not None and await cluster.logs.have_in_past(newest):
+        base = newest
+    gap = bool(await cluster.catalog.gaps(open_only=True))
+    return Agenda(cluster.options, base, newest.number if newest else 0, open_gap=gap)
+
+
 async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
     """Leave a sealed recovery point behind every commit that qualifies; ends between two rounds when told to stop."""
     loop = asyncio.get_running_loop()
@@ -274,7 +283,7 @@ async def tidy(cluster: Protected, window: Window, agenda: Agenda) -> None:
     """After a failure: finish or undo what was begun, and settle what the catalog has the outcome of by now."""
     cluster.leftovers[:] = (await reconcile(cluster.catalog, cluster.storage)).stuck
     newest = await cluster.catalog.latest()
-    if newest is not None and (agenda.base is None or newest.number > agenda.base.number):
+    if newest is not None and newest.number > agenda.sealed_number:  # of the round that failed
         await cluster.catalog.close_gaps(newest.number)
         agenda.sealed(newest)
     agenda.base = newest

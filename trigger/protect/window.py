@@ -17,7 +17,7 @@ from typing import NamedTuple
 from trigger.errors import SourceError
 from trigger.model import Changes, Commit, CommitRecord, Outcome
 from trigger.ports import Break, Source
-from trigger.position import Lineage, Position
+from trigger.position import History, Lineage, Position
 from trigger.protect.qualify import Pending, Tally
 from trigger.protect.recent import Recent
 
@@ -161,16 +161,15 @@ class Window:
         return sum(len(stream.pending) for stream in self._streams.values())
 
     def collect(self) -> Collected:
-        """Give all that is pending now in the earliest history, in log order; it stays in the window until `settle`.
+        """Give all that is pending now in one history, in log order; it stays in the window until `settle`.
 
-        A round is of one history, since one point is: where a stream has gone on to a new history, what is pending
-        there waits for the next round. A stream whose break has no gap in the catalog yet gives nothing: to settle what
-        lies behind the break would hide what was lost in it.
+        A round is of one history, since one point is: the earliest of the log whose commit waits longest. Where a
+        stream has gone on to a new history, what is pending there waits for the next round. A stream whose break has no
+        gap in the catalog yet gives nothing: to settle what lies behind the break would hide what was lost in it.
         """
         broken = {one.stream for one in self._breaks}
         streams = [stream for name, stream in self._streams.items() if name not in broken]
-        heads = [s.pending[0].commit.history for s in streams if s.pending]
-        history = min(heads, key=lambda head: (head.age, head.kind, head.system), default=None)
+        history = _earliest_of_oldest([s.pending[0] for s in streams if s.pending])
         pending: list[Pending] = []
         settled: dict[str, Position] = {}
         for stream in streams:
@@ -268,6 +267,7 @@ class Window:
         if seen is not None:
             after = stream.through if stream.through is not None else seen.until
             self._breaks.append(Broken(stream.source.name, after, seen))
+            stream.forget(p for p in stream.pending if _comes_again(p.commit.position, seen.until))
             stream.through = seen.until
 
     @property
@@ -297,6 +297,20 @@ class Window:
         if not stream.has(through):
             stream.through = through
         self._changed.set()
+
+
+def _earliest_of_oldest(heads: Sequence[Pending]) -> History | None:
+    """Give the earliest history among the heads of that log in which one has waited longest."""
+    oldest = min(heads, key=lambda head: head.arrived, default=None)
+    if oldest is None:
+        return None
+    histories = [head.commit.history for head in heads]
+    return min((one for one in histories if one.is_of_system(oldest.commit.history)), key=lambda one: one.age)
+
+
+def _comes_again(position: Position, until: Position) -> bool:
+    """Whether a stream that was put back to `until` delivers what ends at `position` once more."""
+    return position.history == until.history and position.at > until.at
 
 
 def _at_or_before(position: Position, through: Position) -> bool:

@@ -18,15 +18,15 @@ from trigger.model import Extent, Mark, RecoveryPoint, State, to_microseconds
 from trigger.position import At, History, Lineage, Position
 from trigger.replay import Replay, Target
 
-FileStart = Callable[[int], int]
-"""Gives where the file of the log that holds a place begins; see `ports.Journal.file_start`."""
+FileStart = Callable[[Position], int]
+"""Gives where the file of the log that holds a position begins; see `ports.Journal.file_start`."""
 
 _SHOWN = 5
 
 
-def unfiled(at: int) -> int:
+def unfiled(position: Position) -> int:
     """Give the place itself: the start of its file in a log that has no files."""
-    return at
+    return position.at
 
 
 class PassedOver(NamedTuple):
@@ -111,7 +111,7 @@ def plan(
         extents: what the journal holds.
         lineage: the past of `target.history`.
         replay_bytes_per_second: how fast this machine replays, measured; above 0.
-        file_start: where the file of the log that holds a place begins; a log is read from there.
+        file_start: where the file of the log that holds a position begins; a log is read from there.
 
     Raises:
         RestoreError: the target lies outside the lineage, before the first base, beyond the journal, or behind a
@@ -132,7 +132,7 @@ def plan(
         if mark is None or (reason := _unfit(base, mark, target, lineage)):
             passed.append(PassedOver(base.number, reason if mark else "it holds nothing of that database"))
             continue
-        begin = file_start(mark.log_from.at)
+        begin = file_start(mark.log_from)
         if hole := _first_hole(held, Stretch(begin, max(needed, _limit(mark, target)))):
             holes.append((base, hole))
             passed.append(PassedOver(base.number, f"the log between {_between(hole, lineage)} is missing"))
@@ -159,7 +159,7 @@ def _by_itself(target: Target, bases: Sequence[RecoveryPoint], rate: float, file
     bracket = _mark(base, target.history).bracket
     if bracket is None:
         return _as_it_is(base, target, rate, ())
-    log = Stretch(file_start(bracket.start.at), bracket.stop.at)
+    log = Stretch(file_start(bracket.start), bracket.stop.at)
     return _replayed(base, target, log, rate, (), as_cut=True)
 
 
@@ -176,7 +176,7 @@ class HeldLog:
     Args:
         extents: what the journal holds.
         lineage: the past of the history.
-        file_start: where the file of the log that holds a place begins.
+        file_start: where the file of the log that holds a position begins.
     """
 
     def __init__(self, extents: Sequence[Extent], lineage: Lineage, file_start: FileStart = unfiled) -> None:
@@ -197,7 +197,7 @@ class HeldLog:
             return False
         if _latest_stamp(base) > _latest_stamp(point):
             return False
-        begin, end = self._file_start(before.log_from.at), mark.holds_at_most + 1
+        begin, end = self._file_start(before.log_from), mark.holds_at_most + 1
         until = min(end, _last_held(self._held)) if to_come else end
         return _first_hole(self._held, Stretch(begin, until)) is None
 
@@ -351,7 +351,7 @@ def _held(extents: Sequence[Extent], lineage: Lineage, file_start: FileStart) ->
     A branch's first file begins at a file boundary, with a copy of what its parent wrote there; so the journal may
     hold the shared bytes in either.
     """
-    owned = {history: Stretch(file_start(begin), end) for history, begin, end in lineage.stretches()}
+    owned = {h: Stretch(file_start(Position(h, begin)), end) for h, begin, end in lineage.stretches()}
     joined: list[Stretch] = []
     for start, end in sorted(_owned_parts(extents, owned)):
         if joined and start <= joined[-1].end:

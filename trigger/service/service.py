@@ -24,7 +24,7 @@ from trigger.model import Cause, RecoveryPoint, Retained, Severity
 from trigger.ports import Journal
 from trigger.protect import commit_lines
 from trigger.protect.agenda import Agenda
-from trigger.protect.pipeline import Protected, protect, take
+from trigger.protect.pipeline import Protected, agenda_of, protect, take
 from trigger.protect.qualify import Rules
 from trigger.protect.window import Collected, Window
 from trigger.service.connect import Parts, SystemClock, check, connect
@@ -253,18 +253,8 @@ async def begin(parts: Parts) -> Service:
     )
     settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
     window = Window(parts.sources, settled, Rules(options.rules).judge)
-    gap = bool(await parts.catalog.gaps(open_only=True))
-    agenda = Agenda(options.points, await _base(parts), open_gap=gap)
+    agenda = await agenda_of(cluster)
     return Service(parts, cluster, window, agenda, Upkeep(parts, window, agenda, _room(parts)), clock.now())
-
-
-async def _base(parts: Parts) -> RecoveryPoint | None:
-    """Give the newest sealed point if the present history of every database goes back to it."""
-    newest = await parts.catalog.latest()
-    lineages = [await database.lineage() for database in parts.logs.databases]
-    marks = [(newest.mark_in(lineage.history) if newest else None, lineage) for lineage in lineages]
-    holds = all(mark and mark.ceiling and lineage.includes(mark.ceiling) for mark, lineage in marks)
-    return newest if holds else None
 
 
 async def work(service: Service, ready: Callable[[Service], None] | None = None) -> None:

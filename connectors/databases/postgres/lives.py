@@ -69,18 +69,18 @@ class Lives:
             self._newest[history.system] = max(self._newest.get(history.system, 0), history.incarnation)
             self._note(position)
             if commit is not None:
-                self._last[history] = commit
+                self._keep(history, commit)
 
     def saw(self, commit: Commit) -> None:
         """Take note of a commit that a stream has delivered, so that no other log passes for the one that holds it."""
         self._note(commit.position)
-        self._keep(commit)
+        self._keep(commit.history, commit)
 
-    def _keep(self, commit: Commit) -> None:
+    def _keep(self, history: History, commit: Commit | CommitRecord) -> None:
         """Keep the last commit of a history, of whatever stream it is."""
-        last = self._last.get(commit.history)
+        last = self._last.get(history)
         if last is None or last.start < commit.start:
-            self._last[commit.history] = commit
+            self._last[history] = commit
 
     def history(self, system: str, timeline: int) -> History:
         """Give the history of a timeline in the newest incarnation that is known; asks nobody."""
@@ -96,7 +96,7 @@ class Lives:
         made = {history: commit.time_us for history, commit in self._last.items()}
         return max(self._ends, key=lambda history: (made.get(history, -1), history.age), default=None)
 
-    async def confirm(self, dsn: str, through: Position | None = None, last: Commit | None = None) -> Present:
+    async def confirm(self, dsn: str, through: Position | None = None) -> Present:
         """Give the history that the server behind `dsn` is in, a new one where it is not the one that was known.
 
         It takes one connection in replication mode after the other, none of which is left open: a server has few.
@@ -104,7 +104,6 @@ class Lives:
         Args:
             dsn: how to connect.
             through: how far its log was seen.
-            last: the last commit that was seen in it.
 
         Raises:
             SourceError: the server did not answer, or a folder for a new log cannot be made.
@@ -115,10 +114,8 @@ class Lives:
             history = self.history(system.identifier, system.timeline)
             if through is not None:
                 self._note(through)
-            if last is not None:
-                self._keep(last)
             known = await self._known_of(history)
-            if known.end > system.flushed:  # the log went on, maybe, while it was looked at
+            if known.end > system.flushed or known.branch > system.timeline:  # it went on meanwhile, maybe
                 system = await self._still(dsn, system)
             if await self._contradiction(dsn, system, history, known):
                 past = await timeline_history(dsn, system.timeline, self.deadline_seconds)
@@ -162,7 +159,9 @@ class Lives:
         """Give what is known of a history by now; streams and the journal go on while the server is asked."""
         held = await self._held_of(history, LAST)
         end = max(self._ends.get(history, 0), held.end if held else 0)
-        return _Known(held, end, self._last.get(history))
+        life = (history.system, history.incarnation)
+        branches = [one.branch for one in self._ends if (one.system, one.incarnation) == life]
+        return _Known(held, end, self._last.get(history), max(branches, default=0))
 
     async def _still(self, dsn: str, before: System) -> System:
         """Ask a server again how far it has come; raises `SourceError` where it is not where it was."""
@@ -180,6 +179,8 @@ class Lives:
         What is known must be older than what the server said: else a log that goes on would contradict itself.
         """
         held, commit = known.held, known.commit
+        if known.branch > history.branch:
+            return f"the server was on timeline {known.branch} before, and has gone back to {history.branch}"
         if known.end > system.flushed:
             return f"the log ends at {system.flushed}, and was at {Lsn(known.end)} before"
         if held is not None and await self._differs(dsn, system.timeline, held):
@@ -261,11 +262,15 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is known of a history at one moment: the last that is held, how far it was seen, its last commit."""
+    """What is known of a history at one moment: the last that is held, how far it was seen, its last commit.
+
+    And the newest timeline that its life was on.
+    """
 
     held: _Held | None
     end: int
     commit: Commit | CommitRecord | None
+    branch: int
 
 
 def _tail_of(folder: SegmentFolder, name: SegmentName, limit: int = LAST) -> _Held | None:

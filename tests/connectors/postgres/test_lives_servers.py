@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.database import Postgres
 from connectors.databases.postgres.lives import Lives
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
@@ -181,10 +180,12 @@ def received(cluster: Cluster, folders: LogFolders) -> None:
             shutil.copyfile(file, folder.path / (file.name + (".partial" if name.number == last else "")))
 
 
-def confirmed(lives: Lives, cluster: Cluster, through: Position | None = None, last: Commit | None = None) -> History:
+def confirmed(lives: Lives, cluster: Cluster, known: Known | None = None) -> History:
     async def run() -> History:
         async with asyncio.timeout(LIMIT_SECONDS):
-            return (await lives.confirm(dsn_of(cluster), through, last)).history
+            if known is not None:
+                lives.saw(known.commit)
+            return (await lives.confirm(dsn_of(cluster), known.through if known else None)).history
 
     return asyncio.run(run())
 
@@ -212,8 +213,8 @@ def test_a_standby_that_answers_is_refused_and_begins_no_new_life(cluster: Clust
         first = confirmed(lives, cluster)
         assert standby.sql("SELECT pg_is_in_recovery()") == [(True,)]
         with pytest.raises(SourceError, match="standby"):
-            confirmed(lives, standby, known.through, known.commit)
-        assert confirmed(lives, cluster, known.through, known.commit) == first == known.commit.history
+            confirmed(lives, standby, known)
+        assert confirmed(lives, cluster, known) == first == known.commit.history
         assert (first.incarnation, folders.newest(first.system)) == (0, 0)
 
 
@@ -286,7 +287,7 @@ def test_log_that_the_server_has_not_got_is_no_log_in_whatever_language_it_says_
         assert asyncio.run(read_log(dsn, 7, cluster.flushed(), 16, 10)) is None, "no such timeline"
         lives = Lives()
         lives.recognise([known.seen])
-        assert confirmed(lives, cluster, known.through, known.commit) == known.commit.history, "nothing contradicts"
+        assert confirmed(lives, cluster, known) == known.commit.history, "nothing contradicts"
 
         cluster.switch_timeline()
         insert(cluster)
@@ -358,7 +359,7 @@ def test_a_standby_that_was_promoted_goes_on_in_the_same_life(
             known = known_of(cluster)
             standby.start()
         lives = lives_that_know(how, known, cluster, folder)
-        confirmed(lives, cluster, known.through, known.commit)
+        confirmed(lives, cluster, known)
         cluster.stop()
         standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
         insert(standby)
@@ -367,44 +368,24 @@ def test_a_standby_that_was_promoted_goes_on_in_the_same_life(
             assert (there.system, there.branch, there.incarnation) == (known.commit.history.system, 2, 0)
 
 
-# ---- what the cluster says of its positions
-
-
-async def bracket_start(database: Postgres) -> Position:
-    async with database.bracket("lives") as finish:
-        return (await finish()).start
-
-
-QUESTIONS: dict[str, Callable[[Postgres], Awaitable[Position]]] = {
-    "durable": Postgres.durable,
-    "ceiling": Postgres.ceiling,
-    "record_end": Postgres.record_end,
-    "redo": Postgres.redo,
-    "bracket": bracket_start,
-}
-
-
-@pytest.mark.parametrize("name", QUESTIONS)
-@pytest.mark.parametrize("kept", [False, True], ids=["anew", "connected"])
-def test_the_first_question_of_a_copy_that_was_put_back_is_answered_in_a_new_life(
-    name: str, kept: bool, ground: Ground
-) -> None:
-    """Whether the one who asks starts anew, or was connected to the server that was replaced."""
-    history = ground.known.commit.history
-
-    async def run() -> None:
-        database = Postgres(ground.cluster.conninfo, ["postgres"])
-        database.recognise([ground.known.seen])
-        try:
-            if kept:
-                put_back(ground.cluster, ground.newer)
-                assert (await QUESTIONS[name](database)).history == history, "nothing was put back yet"
-            put_back(ground.cluster, ground.older)
-            assert (await QUESTIONS[name](database)).history == lsn.history(history.system, 1, 1)
-        finally:
-            await database.close()
-
-    asyncio.run(run())
+def test_a_server_that_goes_back_to_a_timeline_which_was_left_begins_a_new_life(cluster: Cluster) -> None:
+    """The primary of before is started again after a failover: it has all that is known of its own timeline."""
+    with standby_of(cluster, streams=True) as standby:
+        known = known_of(cluster)
+        wait_until(lambda: bool(standby.sql(f"SELECT pg_last_wal_replay_lsn() >= '{cluster.flushed()}'")[0][0]))
+        lives = Lives()
+        before = confirmed(lives, cluster, known)
+        cluster.stop()
+        standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
+        insert(standby)
+        promoted = confirmed(lives, standby)
+        assert (promoted.branch, promoted.incarnation) == (2, 0)
+        lives.recognise([Seen(Position(promoted, standby.flushed()), None)])
+        standby.stop()
+        cluster.start()
+        again = confirmed(lives, cluster)
+        assert (again.system, again.branch, again.incarnation) == (before.system, 1, 1)
+        assert confirmed(lives, cluster) == again, "and goes on in it"
 
 
 # ---- a journal that does not answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise, zip_longest
 
@@ -30,8 +31,8 @@ NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LIMIT = 10_000
 
 
-def file_start(at: int) -> int:
-    return at - at % SEGMENT
+def file_start(position: Position) -> int:
+    return position.at - position.at % SEGMENT
 
 
 def point(number: int, redo: int, floor: int, ceiling: int, timeline: int = 1) -> RecoveryPoint:
@@ -136,7 +137,10 @@ def test_it_stops_at_what_was_asked_for_and_before_only_where_nothing_more_can_g
     elif len(left) <= most:
         assert len(left) == max(most, min(len(points), 2))
     else:
+        leads, _ = over(points, whole(points))
         for before, one, after in zip(left, left[1:], left[2:], strict=False):
+            if not leads(before, one):
+                continue  # they may end at one place, and only this one is known to
             same = before.floor.history == one.floor.history == after.floor.history
             assert after.ceiling is not None
             assert not same or before.redo is None or after.ceiling.at - before.redo.at > LIMIT, (
@@ -247,3 +251,31 @@ def lineages_of(points: Sequence[RecoveryPoint]) -> dict[History, Lineage]:
         if after is not None and after.floor.history != history and one.ceiling:
             forks = (*forks, (history.branch, one.ceiling.at))
     return found
+
+
+def two_logs(number: int, near: int, far: int) -> RecoveryPoint:
+    """Give a point that stands in two logs."""
+    one, other = point(number, near, near, near), point(number, far, far, far)
+    (mark,) = other.marks
+    elsewhere = History("memory", "7002", 1)
+    there = Position(elsewhere, far)
+    return replace(one, marks=(*one.marks, replace(mark, floor=there, ceiling=there, redo=there)))
+
+
+def test_a_point_of_two_logs_goes_only_where_both_lead_past_it_and_within_the_objective() -> None:
+    points = [two_logs(1, 0, 0), two_logs(2, 100, 100), two_logs(3, 200, 200)]
+    logs = [mark.floor.history for mark in points[0].marks]
+
+    def going(held: Sequence[History], most: int = 3, among: Sequence[RecoveryPoint] = points) -> list[int]:
+        room = [HeldLog([Extent(h, 0, 1 << 40)] if h in held else [], Lineage(h), file_start) for h in logs]
+
+        def leads(base: RecoveryPoint, point: RecoveryPoint) -> bool:
+            return all(log.leads(base, point) for log in room)
+
+        return [one.number for one in thin(among, 2, most, LIMIT, leads, leads)]
+
+    assert going(logs) == [2]
+    assert going(logs[:1]) == going(logs[1:]) == going(logs[:1], most=2) == []
+    far = [two_logs(1, 0, 0), two_logs(2, 100, LIMIT), two_logs(3, 200, 2 * LIMIT)]
+    assert going(logs, among=far) == [], "the second log would have too much to replay"
+    assert going(logs, most=2, among=far) == [2]

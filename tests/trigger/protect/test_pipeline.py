@@ -443,6 +443,18 @@ def test_a_point_that_is_asked_for_holds_what_is_there_though_an_older_commit_wa
     Stage(min_interval_seconds=500, max_delay_seconds=500).play(act)
 
 
+def test_whoever_asks_is_never_answered_with_a_point_of_before() -> None:
+    async def act(stage: Stage) -> None:
+        (old,) = await stage.points()
+        stage.agenda.base = None  # as where a history has left it behind
+        stage.when("before open_point", CatalogError("no room"))
+        answer = stage.agenda.ask("before the migration")
+        stage.window.wake()
+        assert (await answer).number > old.number
+
+    Stage().play(act)
+
+
 def test_a_cancelled_round_is_undone_by_the_next_start() -> None:
     async def act(stage: Stage) -> None:
         stage.when("after snapshot", lambda: asyncio.sleep(60))

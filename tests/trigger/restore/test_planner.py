@@ -30,8 +30,8 @@ NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 WHOLE = (Extent(HISTORY, Lsn(0x1000), Lsn(0x9000)),)
 
 
-def file_start(place: int) -> int:
-    return place - place % SEGMENT
+def file_start(position: Position) -> int:
+    return position.at - position.at % SEGMENT
 
 
 def at(lsn: int, history: History = HISTORY) -> Position:

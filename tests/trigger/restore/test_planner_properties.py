@@ -38,8 +38,8 @@ SEGMENT = 64
 SYSTEM = "7"
 
 
-def file_start(at: int) -> int:
-    return at - at % SEGMENT
+def file_start(position: Position) -> int:
+    return position.at - position.at % SEGMENT
 
 
 @dataclass(frozen=True)

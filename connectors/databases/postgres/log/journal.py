@@ -80,6 +80,7 @@ class PostgresJournal:
         self._known = known
         self._audits: dict[Path, Audit] = {}
         self._running: History | None = None
+        self._file_bytes: dict[tuple[str, int], int] = {}
 
     async def check(self) -> list[Finding]:
         """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
@@ -108,16 +109,20 @@ class PostgresJournal:
         found = []
         for segments in self._folders.all():
             self._audit_of(segments).load()
-            found += segments.extents()
+            held = segments.extents()
+            lives = {(extent.history.system, extent.history.incarnation) for extent in held}
+            self._file_bytes |= dict.fromkeys(lives, segments.segment_bytes)
+            found += held
         return found
 
     async def lineage(self, history: History) -> Lineage:
         """Give the past of `history` by its timeline history file; raises `JournalError` where that is not held."""
         return await self._folders.threads.run(lambda: self._folders.of(history).lineage(history))
 
-    def file_start(self, at: int) -> int:
-        """Give where the segment that holds a place begins."""
-        return at - at % self._folders.segment_bytes
+    def file_start(self, position: Position) -> int:
+        """Give where the segment that holds a position begins; each life has segments of a size of its own."""
+        life = position.history.system, position.history.incarnation
+        return position.at - position.at % self._file_bytes.get(life, self._folders.segment_bytes)
 
     async def audit(self) -> list[Finding]:
         """Give all that is wrong with the segments by now, and what hinders the feed at present."""

@@ -45,7 +45,7 @@ _T = TypeVar("_T")
 
 _ALONE_SECONDS = 10.0
 
-Recognise = Callable[[str, Position | None, Commit | None], Awaitable[Present]]
+Recognise = Callable[[str, Position | None], Awaitable[Present]]
 """Says which history a server is in, by how far its log and which commit of it were seen last."""
 
 
@@ -95,7 +95,6 @@ class PostgresSource:
         self._silence_seconds = silence_seconds
         self._recognise = recognise or _first_of_its_timeline
         self._saw = saw
-        self._last: Commit | None = None
         self._side: psycopg.AsyncConnection[Any] | None = None
         self._stream: CopyBoth | None = None
         self._decoder = Decoder()
@@ -135,7 +134,7 @@ class PostgresSource:
     async def _open(self, after: Position | None) -> Break | None:
         side = await self._connect_side()
         through = self._lineage.at(self._through) if self._through else after
-        present = await self._recognise(self._dsn, through, self._last)
+        present = await self._recognise(self._dsn, through)
         self._stream = stream = await CopyBoth.connect(self._dsn, self._deadline_seconds)
         self._lineage = await self._within(stream.lineage(present.history))
         self._forked_at = self._lineage.forks[-1][1] if self._lineage.forks else 0
@@ -378,8 +377,7 @@ class PostgresSource:
         if not fresh and decoder.through <= self._through:
             return None
         if fresh:
-            self._last = fresh[-1]
-            self._saw(self._last)
+            self._saw(fresh[-1])
         self._through = max(self._through, decoder.through)
         return Batch(fresh, self._lineage.at(Lsn(self._through)))
 
@@ -452,7 +450,7 @@ class PostgresSource:
         self._maintained_at = asyncio.get_running_loop().time()
 
 
-async def _first_of_its_timeline(dsn: str, through: Position | None, last: Commit | None) -> Present:  # noqa: ARG001
+async def _first_of_its_timeline(dsn: str, through: Position | None) -> Present:  # noqa: ARG001
     """Give the history of a server of which nothing is known."""
     system = await identify(dsn, _ALONE_SECONDS)
     return Present(history(system.identifier, system.timeline), system.flushed)

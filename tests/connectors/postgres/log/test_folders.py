@@ -220,3 +220,21 @@ def test_a_life_without_a_folder_is_not_looked_at(folder: Path) -> None:
     assert [each.path for each in folders.all()] == [folder / "journal"]
     folders.begin(NEW, None, "")
     assert [each.path for each in folders.all()] == [folder / "journal", folder / "journal" / "111+1"]
+
+
+def test_each_life_has_files_of_its_own_size(folder: Path) -> None:
+    """After an upgrade to larger segments a replay of the old log still begins at a file of the old size."""
+    put(folder / "journal", 111, *range(1, 4))
+    folders = LogFolders(folder / "journal", LARGE)
+    other = history("222", 1)
+    new = folders.of(other)
+    new.make(None)
+    put(new.path, 222, 2, size=LARGE)
+
+    async def run() -> None:
+        kept = journal(folders, Idle(), other)
+        await kept.extents()
+        for life, size in ((OLD, SMALL), (other, LARGE)):
+            assert kept.file_start(Position(life, Lsn(7 * SMALL + 5))) == 7 * SMALL // size * size
+
+    asyncio.run(run())
