@@ -13,6 +13,7 @@ from tests.fixtures.service import deployment
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 RULES = '[[rules]]\nname = "sizes"\ntables = [{table}]\n'
+ASSERTION = '[[verify.assertions]]\ndatabase = "shop"\nsql = {sql}\nexpect = {expect}\n'
 CASES = [
     (15, "LATIN1", "größe", "Lösung", "public.größe", "Lösung"),
     (15, "SQL_ASCII", "größe", "Lösung", "public.größe", "Lösung"),
@@ -32,7 +33,9 @@ def test_a_commit_in_a_database_of_any_encoding_is_ruled_found_and_brought_back(
         name, mark = (one if isinstance(one, bytes) else one.encode() for one in (table, marker))
         with here.cluster.connect("shop", client_encoding=client) as connection:
             connection.execute(b'CREATE TABLE "%s" (n int PRIMARY KEY)' % name)
-            here.configure(RULES.format(table=json.dumps(in_rules)))
+            text = asked if isinstance(table, str) else "plain"
+            assertion = ASSERTION.format(sql=json.dumps(f"SELECT '{text}'"), expect=json.dumps(text))
+            here.configure(RULES.format(table=json.dumps(in_rules)) + assertion)
             here.trigpoint("check")
             here.start()
             for number in range(3):

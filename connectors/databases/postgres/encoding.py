@@ -47,6 +47,11 @@ def decoding(server_encoding: str) -> Decode:
     return decode
 
 
+def encoded(text: str, server_encoding: str) -> bytes:
+    """Give text as a server with this encoding keeps it; raises `UnicodeEncodeError` for what it has no way to say."""
+    return text.encode(_CODECS.get(server_encoding, _WITHOUT_CODEC))
+
+
 def readable(server_encoding: str) -> bool:
     """Whether text beyond ASCII of a server with this encoding can be read as the characters that it means."""
     return server_encoding in _CODECS

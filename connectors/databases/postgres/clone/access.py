@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from connectors.databases.postgres.connection import connect
 from trigger.errors import RestoreError
 
 _CONNECT_SECONDS = 10
@@ -39,7 +40,7 @@ _FROM_THE_START = {
     "ignore_checksum_failure": "off",
     "zero_damaged_pages": "off",
     "row_security": "off",
-    "client_encoding": "UTF8",
+    "client_encoding": "SQL_ASCII",  # so that nothing is converted: a name may be no text of its encoding
     "datestyle": "ISO, MDY",
     "standard_conforming_strings": "on",
 }
@@ -91,14 +92,13 @@ class Access:
         Raises:
             psycopg.Error: there is none to be had.
         """
-        connection = await psycopg.AsyncConnection.connect(
+        connection = await connect(
             make_conninfo(
                 self.conninfo,
                 dbname=database or self.home,
                 options=startup_options(self.major, other, is_superuser=self.is_superuser),
                 connect_timeout=_CONNECT_SECONDS,
-            ),
-            autocommit=True,
+            )
         )
         try:
             await connection.execute(_RESET.encode())

@@ -29,6 +29,8 @@ from connectors.databases.postgres.clone.isolation import Isolated, Placement
 from connectors.databases.postgres.clone.release import release
 from connectors.databases.postgres.clone.sandbox import relations
 from connectors.databases.postgres.clone.scrub import scrub
+from connectors.databases.postgres.connection import encoding_of
+from connectors.databases.postgres.encoding import decoding, encoded
 from connectors.databases.postgres.log.segments import give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.log.waldump import WalDump
@@ -170,12 +172,13 @@ class PostgresRecovery:
             access = replace(access, conninfo=make_conninfo(access.conninfo, user=state.reader), is_superuser=False)
         try:
             async with await access.connect(database, search_path="public") as connection:
-                cursor = await connection.execute(sql.encode())
+                encoding = encoding_of(connection)
+                cursor = await connection.execute(encoded(sql, encoding))
                 found = cursor.pgresult  # the server's own text: `t` for true, every digit of a number
                 value = found.get_value(0, 0) if found is not None and found.ntuples and found.nfields else None
-        except psycopg.Error as error:
+        except (psycopg.Error, UnicodeEncodeError) as error:
             raise RestoreError(f"the clone refused {sql!r} in database {database}: {error}") from error
-        return "" if value is None else value.decode(errors="replace")
+        return "" if value is None else decoding(encoding)(value)
 
     async def stop(self, clone: Clone) -> None:
         """Stop the server of a clone; one that does not run is no error."""

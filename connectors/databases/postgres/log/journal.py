@@ -220,9 +220,10 @@ def _require_commit(staged: SegmentFolder, replay: Replay) -> None:
     commit, size = replay.target.commit, staged.segment_bytes
     if commit is None or commit.start < replay.log_from.at or commit.start // size != (commit.end - 1) // size:
         return
-    name = next((name for name in staged.names() if name.number == commit.start // size), None)
-    if name is None:
+    held = [name for name in staged.names() if name.number == commit.start // size]
+    if not held:
         return
+    name = max(held, key=lambda name: name.timeline)  # which a switch of the timeline lies in has a file of both
     page, begin = commit.start - commit.start % PAGE_BYTES, name.start(size)
     with staged.slices(name) as segment:
         pages = bytes(segment[page - begin : commit.end - begin])
