@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.service import deployment
+from tests.fixtures.volumes import plain_folder
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -14,12 +15,12 @@ ODD = "o'd $(touch hurt) & folder"
 
 
 @pytest.mark.parametrize("journal", ["", 'driver = "archive"\nrestore_command = "cp {archive}/%f %p"'])
-def test_a_state_comes_back_out_of_folders_with_odd_names(journal: str, tmp_path: Path) -> None:
-    archive = tmp_path / "archive"
-    archive.mkdir()
-    for folder in (archive, *archive.parents[:3]):
-        folder.chmod(0o777)
-    with deployment(15, "directory", archive_mode="on", archive_command=f"cp %p {archive}/%f") as made:
+def test_a_state_comes_back_out_of_folders_with_odd_names(journal: str) -> None:
+    with (
+        plain_folder() as archive,
+        deployment(15, "directory", archive_mode="on", archive_command=f"cp %p {archive}/%f") as made,
+    ):
+        archive.chmod(0o777)  # the server writes there
         made.state = made.state.parent / ODD / "state"
         made.root = made.root / ODD
         made.configure(f"[journal]\n{journal.format(archive=archive)}\n" if journal else "")

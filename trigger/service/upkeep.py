@@ -170,7 +170,7 @@ class Upkeep:
         with suppress(DatabaseError):  # of a server that does not answer the streams say so
             server = await self.parts.database.durable()
         now, window = asyncio.get_running_loop().time(), self.window
-        for name, why in self.behind.look(now, server, window.reached(), window.connected()):
+        for name, why in self.behind.look(now, server, window.delivered(), window.connected()):
             self.show(f"stream {name} stands still", why)
 
     async def watch_places(self) -> None:
