@@ -22,8 +22,9 @@ from trigger.position import Name
 from trigger.protect.agenda import Agenda
 from trigger.protect.logs import Logs
 from trigger.protect.pipeline import Protected, protect
-from trigger.protect.window import Window
+from trigger.protect.window import BOUND, LAST_BACKOFF_SECONDS, Window
 
+BOUND_OF_THE_STAGE = 20
 T = TypeVar("T")
 
 
@@ -57,8 +58,13 @@ class Stage:
     """A world with the whole main path over it; calls can be made to fail, and things to happen between them."""
 
     def __init__(
-        self, *streams: str, capabilities: frozenset[Capability] = frozenset(Capability), **options: Any
+        self,
+        *streams: str,
+        capabilities: frozenset[Capability] = frozenset(Capability),
+        bound: int = BOUND,
+        **options: Any,
     ) -> None:
+        self.bound = bound
         self.loop = VirtualLoop()
         self.world = World(seconds=self.loop.time)
         self.cluster = self.world.cluster
@@ -95,7 +101,7 @@ class Stage:
             agent = MemoryAgent(self.world)
             await agent.prepare((Volume("data", "/data"),))
             sources = [self.told(MemorySource(self.world, stream)) for stream in self.streams]
-            self.window = Window(sources, {}, lambda _: "all")
+            self.window = Window(sources, {}, lambda _: "all", self.bound)
             self.agenda = Agenda(self.options, None)
             database = self.told(MemoryDatabase(self.world))
             self.protected = Protected(
@@ -388,6 +394,47 @@ def test_a_pause_after_an_error_is_not_cut_short_by_arriving_commits() -> None:
         assert stage.agenda.pace(stage.loop.time()).not_before - began < 5 + 10 + 20 + 5
 
     Stage(retry_seconds=5).play(act)
+
+
+def test_a_server_that_is_back_is_protected_within_a_first_pause() -> None:
+    async def act(stage: Stage) -> None:
+        stage.cluster.crash()
+        stage.agenda.retry()
+        answer = stage.agenda.ask("while it is down")
+        stage.window.wake()
+        await asyncio.sleep(300)
+        stage.cluster.restart()
+        commit = stage.cluster.commit("bank")
+        await asyncio.sleep(LAST_BACKOFF_SECONDS + 5 + 1)
+        assert (await stage.outcomes())[commit.name] is Outcome.PROTECTED
+        assert answer.done()
+
+    Stage(retry_seconds=5).play(act)
+
+
+def test_what_somebody_asks_for_is_tried_at_once_however_long_the_pause_is() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before open_point", *[CatalogError("full", retryable=True)] * 4)
+        stage.cluster.commit("bank")
+        await asyncio.sleep(5 + 10 + 20 + 2)
+        assert stage.turns["before open_point"] == []
+        answer = stage.agenda.ask("now")
+        stage.window.wake()
+        async with asyncio.timeout(1):
+            assert (await answer).state is State.SEALED
+
+    Stage(retry_seconds=5).play(act)
+
+
+def test_a_window_that_is_full_gets_its_point_whatever_the_budgets_say() -> None:
+    async def act(stage: Stage) -> None:
+        for _ in range(BOUND_OF_THE_STAGE + 1):
+            stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        (_, point) = await stage.points()
+        assert point.commits == BOUND_OF_THE_STAGE + 1
+
+    Stage(min_interval_seconds=100, max_delay_seconds=200, bound=BOUND_OF_THE_STAGE).play(act)
 
 
 def test_a_stop_waits_for_the_round_at_hand_and_begins_no_other() -> None:
