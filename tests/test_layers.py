@@ -92,10 +92,11 @@ POSTGRES = {
     "connection": ("encoding",),
     "stream": ("lsn", "programs", "encoding", "connection"),
     "log": ("lsn", "programs"),
-    "clone": ("lsn", "places", "programs", "connection", "log"),
+    "clone": ("lsn", "places", "programs", "encoding", "connection", "log"),
     "lives": ("lsn", "stream", "log"),
-    "preflight": ("lsn", "places", "programs", "encoding", "connection", "stream", "clone"),
-    "database": ("lsn", "places", "programs", "connection", "stream", "log", "lives", "preflight"),
+    "made": ("stream",),
+    "preflight": ("lsn", "places", "programs", "encoding", "connection", "stream", "clone", "made"),
+    "database": ("lsn", "places", "programs", "connection", "stream", "log", "lives", "preflight", "made"),
     "assembly": ("lsn", "places", "programs", "stream", "log", "clone", "database"),
 }
 """The rooms of the largest driver, and the modules at its door: which others each may import."""
