@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from connectors.memory import Cluster, World
 from connectors.memory.book import Book
+from connectors.memory.lives import Held
 from trigger.model import Commit, Gap
 from trigger.position import History, Lineage, Position
 
@@ -50,13 +51,13 @@ class Truth:
     def book(self, history: History, at: int) -> Book | None:
         """Give the true log of a history, which may have begun anew behind a place; None for one nobody took so."""
         held = self._world.held_of(history)
-        books = [book for book in held.books if book.first <= at and history.branch in book.forks] if held else []
+        books = [book for book in _taken_for(held, history.branch) if book.first <= at] if held else []
         return books[-1] if books else None
 
     def incarnation_of(self, book: Book) -> int | None:
         """Give which life of its system a log was taken for last; None where nobody has looked, or another came."""
         for incarnation, held in enumerate(self._world.held.get(book.system, [])):
-            if held.books and held.books[-1] is book:
+            if held.taken and held.taken[-1].book is book:
                 return incarnation
         return None
 
@@ -68,7 +69,7 @@ class Truth:
     def branches(self, history: History) -> list[History]:
         """Give every branch of the life of a log, as far as it was looked at."""
         held = self._world.held_of(history)
-        branches = {branch for book in held.books for branch in book.forks} if held else set()
+        branches = {branch for book, _ in held.taken for branch in book.forks} if held else set()
         return [replace(history, branch=branch) for branch in sorted(branches)]
 
     def present(self, cluster: Cluster) -> History | None:
@@ -87,11 +88,9 @@ class Truth:
         found: dict[Key, Commit] = {}
         for lives in self._world.held.values():
             for incarnation, held in enumerate(lives):
-                for number, book in enumerate(held.books):
-                    for timeline in book.logs:
-                        later = [one.first for one in held.books[number + 1 :] if timeline in one.forks]
-                        if all(first > book.first for first in later):
-                            found |= _commits_of(book, timeline, incarnation)
+                for timeline in sorted({timeline for book, _ in held.taken for timeline in book.logs}):
+                    for book in _logs_of(held, timeline):
+                        found |= _commits_of(book, timeline, incarnation)
         return found
 
     def of_present(self, cluster: Cluster) -> list[tuple[Key | None, Commit]]:
@@ -167,6 +166,23 @@ class Truth:
         return history.system in (gap.after.history.system, gap.until.history.system) and (
             gap.after.history.system != gap.until.history.system
         )
+
+
+def _taken_for(held: Held, timeline: int) -> list[Book]:
+    """Give the logs that were taken for a timeline of a life of a log, in the order in which they were.
+
+    One that has it for an ancestor does not say what lay behind the fork in one that was on it itself.
+    """
+    on_it = [one.book for one in held.taken if one.timeline == timeline]
+    return on_it or [one.book for one in held.taken if timeline in one.book.forks]
+
+
+def _logs_of(held: Held, timeline: int) -> Iterator[Book]:
+    """Give those of them that hold what was seen of a timeline: later ones hold what those before them had there."""
+    books = _taken_for(held, timeline)
+    for number, book in enumerate(books):
+        if all(later.first > book.first for later in books[number + 1 :]):
+            yield book
 
 
 def _commits_of(book: Book, timeline: int, incarnation: int) -> dict[Key, Commit]:
