@@ -32,7 +32,7 @@ from tests.simulation.wire import Violation, Wire
 from trigger import failpoint
 from trigger.catalog import migrations, schema
 from trigger.model import Extent, RecoveryPoint
-from trigger.ports import Journal
+from trigger.ports import Break, Journal
 from trigger.position import History, Position
 
 RESTART_SECONDS = 1.0
@@ -161,9 +161,11 @@ class Simulation(Acts):
         """Old log that was let go of costs no state either."""
         restores.check_release(self, bases, before, after)
 
-    def opened(self, stream: str, history: History) -> None:
-        """What is lost of a log is answered for by the streams that were open in it."""
+    def opened(self, stream: str, history: History, after: Position | None, broken: Break | None) -> None:
+        """What is lost of a log is answered for by the streams that were open in it; a gap takes in nothing else."""
         self.truth.opened.add((stream, history.system, history.incarnation))
+        if after is not None and broken is not None:
+            checks.check_break(self, stream, after, broken)
 
     def begins(self, stream: str) -> None:
         """The service answers for a stream from where it first found it, once the catalog knows of the stream."""
