@@ -7,7 +7,7 @@ the object that stands for them. Which true log a history means is known from wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from connectors.memory import Cluster, World
 from connectors.memory.book import Book
 from connectors.memory.lives import Held
 from trigger.model import Commit, Gap
-from trigger.position import History, Lineage, Position
+from trigger.position import LAST, History, Lineage, Position
 
 
 class Key(NamedTuple):
@@ -31,6 +31,13 @@ class Lost(NamedTuple):
     book: Book
     timeline: int
     flushed: int
+
+
+class Part(NamedTuple):
+    """A log that was taken for a timeline, and up to where."""
+
+    book: Book
+    upto: int
 
 
 class Truth:
@@ -51,8 +58,9 @@ class Truth:
     def book(self, history: History, at: int) -> Book | None:
         """Give the true log of a history, which may have begun anew behind a place; None for one nobody took so."""
         held = self._world.held_of(history)
-        books = [book for book in _taken_for(held, history.branch) if book.first <= at] if held else []
-        return books[-1] if books else None
+        parts = [part for part in _parts(held, history.branch) if part.book.first <= at] if held else []
+        parts = [part for part in parts if at <= part.upto] or parts
+        return parts[-1].book if parts else None
 
     def incarnation_of(self, book: Book) -> int | None:
         """Give which life of its system a log was taken for last; None where nobody has looked, or another came."""
@@ -89,8 +97,7 @@ class Truth:
         for lives in self._world.held.values():
             for incarnation, held in enumerate(lives):
                 for timeline in sorted({timeline for book, _ in held.taken for timeline in book.logs}):
-                    for book in _logs_of(held, timeline):
-                        found |= _commits_of(book, timeline, incarnation)
+                    found |= _commits_of(_parts(held, timeline), timeline, incarnation)
         return found
 
     def of_present(self, cluster: Cluster) -> list[tuple[Key | None, Commit]]:
@@ -168,26 +175,26 @@ class Truth:
         )
 
 
-def _taken_for(held: Held, timeline: int) -> list[Book]:
-    """Give the logs that were taken for a timeline of a life of a log, in the order in which they were.
+def _parts(held: Held, timeline: int) -> list[Part]:
+    """Give what logs were taken for a timeline of a life of a log, in the order in which they were.
 
-    One that has it for an ancestor does not say what lay behind the fork in one that was on it itself.
+    A later one is what was meant by it as far as it goes: one that left the timeline says nothing of what lay behind.
     """
-    on_it = [one.book for one in held.taken if one.timeline == timeline]
-    return on_it or [one.book for one in held.taken if timeline in one.book.forks]
+    parts = []
+    for book, present in held.taken:
+        left = [left_at for branch, left_at in book.forks[present] if branch == timeline]
+        parts += [Part(book, upto) for upto in ([LAST] if present == timeline else left)]
+    return parts or [Part(book, LAST) for book, _ in held.taken if timeline in book.forks]  # it came and went unseen
 
 
-def _logs_of(held: Held, timeline: int) -> Iterator[Book]:
-    """Give those of them that hold what was seen of a timeline: later ones hold what those before them had there."""
-    books = _taken_for(held, timeline)
-    for number, book in enumerate(books):
-        if all(later.first > book.first for later in books[number + 1 :]):
-            yield book
-
-
-def _commits_of(book: Book, timeline: int, incarnation: int) -> dict[Key, Commit]:
-    history = book.history(timeline, incarnation)
-    return {Key(history, entry.start): entry.commit for entry in book.logs[timeline] if entry.commit is not None}
+def _commits_of(parts: Sequence[Part], timeline: int, incarnation: int) -> dict[Key, Commit]:
+    found: dict[Key, Commit] = {}
+    for book, upto in parts:
+        history = book.history(timeline, incarnation)
+        found = {key: commit for key, commit in found.items() if not book.first <= key.start < upto}
+        there = [entry for entry in book.logs[timeline] if entry.end <= upto]
+        found |= {Key(history, entry.start): entry.commit for entry in there if entry.commit is not None}
+    return found
 
 
 def _life(history: History) -> tuple[str, str, int]:
