@@ -138,7 +138,7 @@ def tell(seed: int, sort: str = "") -> Story:
     """Give the story of a seed; of its own sort where none is asked for, and without lives of logs if it is `plain`."""
     story = _tell(seed)
     draw = random.Random(seed ^ 0x4B1D)
-    drawn = draw.choice(("memory", "memory", "binlog", "upgrade"))  # the others break now and then: see `BROKEN`
+    drawn = draw.choice(("memory", *SORTS))
     if sort == "plain":
         return story
     sort = sort or drawn
