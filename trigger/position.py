@@ -64,11 +64,13 @@ class Name(NamedTuple):
     """What people call a commit: text, and a number behind it where it ends in one.
 
     PostgreSQL's transaction 7731 is `("", 7731)`, MariaDB's GTID 0-1-57 `("0-1-", 57)`, an application's own name
-    whatever it is; numbers rise with time, so many names of one text are kept in a few bytes each.
+    whatever it is; numbers rise with time, so many names of one text are kept in a few bytes each. A number that is not
+    stored as a signed one of 64 bits is part of the text, so that what is written is read as the same name.
     """
 
     text: str
     number: int | None
+    """From 0 up to 2^63 - 1; None where the text is the whole name."""
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -10,12 +10,20 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from connectors.memory.book import Book, Entry, Forks
 from connectors.memory.cluster import Cluster
 from trigger.model import Commit, CommitRecord
 from trigger.ports import Seen
 from trigger.position import History, Lineage, Position
+
+
+class Taken(NamedTuple):
+    """A true log that was taken for the present one, and the timeline that it was on then."""
+
+    book: Book
+    timeline: int
 
 
 @dataclass
@@ -32,8 +40,8 @@ class Held:
     """How far snapshots may hold each timeline, and which start of the server that was in."""
     number: int = 0
     """How many lives of any log were known before it."""
-    books: list[Book] = field(default_factory=list)
-    """The true logs that were taken for this one, in the order in which they were; nothing of ours looks at them."""
+    taken: list[Taken] = field(default_factory=list)
+    """What was taken for this one, in the order in which it was; nothing of ours looks at it."""
 
     def last_until(self, timeline: int, at: int) -> Entry | None:
         """Give the last record of a timeline that ends at or before a place."""
@@ -90,11 +98,11 @@ class Lives:
         """Give the present history and its past, a new one where the log is not the one that was known."""
         held, book = self.held, self._cluster.book
         if self._contradiction(held):
-            if held.books and held.books[-1] is book:  # which goes on from here as another one
-                held.books[-1] = book.copy()
+            was = book.copy()  # this one goes on from here as another one
+            held.taken = [one._replace(book=was) if one.book is book else one for one in held.taken]
             held = self._begin(self._held[book.system])
-        if not (held.books and held.books[-1] is book):
-            held.books.append(book)
+        if held.taken[-1:] != [(book, self._cluster.timeline)]:
+            held.taken.append(Taken(book, self._cluster.timeline))
         lineage = self.lineage()
         held.forks |= {branch: book.forks[branch] for branch in self._branches(lineage) if branch in book.forks}
         return lineage
@@ -136,7 +144,8 @@ class Lives:
         """Give why snapshots may hold what the log has not: since the server started it was compared up to less."""
         ceiling, start = held.ceilings.get(branch, (0, 0))
         last = held.last_until(branch, ceiling)
-        compared = last.end if last is not None else ceiling if not self._cluster.manner.replays else 0
+        manner = self._cluster.manner
+        compared = last.end if last is not None else manner.first if manner.replays else ceiling
         if ceiling > self._cluster.inserted or (start != self._cluster.starts and compared < ceiling):
             return f"snapshots may hold the log up to {ceiling}, which cannot be compared"
         return ""

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, TypeVar
 from connectors.memory import Content, MemoryStorage
 from tests.simulation import restores
 from tests.simulation.truth import Key
-from tests.simulation.wire import require
+from tests.simulation.wire import Violation, require
 from trigger.catalog import reconcile, tag
 from trigger.catalog.catalog import Catalog, Found
 from trigger.model import Changes, Commit, CommitRecord, Gap, Mark, Outcome, RecoveryPoint, State
+from trigger.ports import Break
 from trigger.position import History, Position
 
 if TYPE_CHECKING:
@@ -143,6 +144,15 @@ def _check_lost(
             require(inside, f"P1: {describe(commit)} of {key.history} was lost with its log and lies in no gap")
 
 
+def check_break(simulation: Simulation, stream: str, after: Position, broken: Break) -> None:
+    """A gap ends where the server begins again: it takes in nothing new that the slot of its stream still gives."""
+    cluster, truth = simulation.of(stream), simulation.truth
+    for at, commit in truth.of_present(cluster):
+        given = commit.stream == stream and cluster.slots[stream].confirmed < commit.end <= broken.until.at
+        if at and given and not truth.is_past(at.history, commit.end, after):
+            raise Violation(f"P1: the gap from {after} to {broken.until} takes in {describe(commit)}, which is given")
+
+
 def _check_record(commit: Commit, found: Found) -> None:
     record = found.record
     same = (record.stream, record.name, record.start, record.end, record.time_us, record.markers) == (
@@ -248,6 +258,8 @@ def _check_commits(simulation: Simulation, point: RecoveryPoint, mine: Sequence[
     if kept is not None and kept.tag is not None:
         told = [commit for record in tag.decode(kept.tag)[1] if (commit := _meant(simulation, point, record))]
         require({*map(id, commits)} <= {*map(id, told)}, f"P5: the tag of point {point.number} lacks some of {mine}")
+        twice = len(told) - len(commits)
+        require(not twice or _may_come_again(simulation), f"P1: {twice} commits of point {point.number} are another's")
     last = max(told, key=lambda commit: commit.end, default=None)
     protected = [found.record.start for found in mine if found.record.outcome is Outcome.PROTECTED]
     wanted = [last.start] if last and any(last is commit for commit in commits) else []

@@ -55,8 +55,8 @@ class Witness(Protocol):
     def begins(self, stream: str) -> None:
         """A stream was opened for the first time."""
 
-    def opened(self, stream: str, history: History) -> None:
-        """A stream is open in a history."""
+    def opened(self, stream: str, history: History, after: Position | None, broken: Break | None) -> None:
+        """A stream is open in a history, behind a place or with a break."""
 
     def thinned(self, before: Bases, left: Bases, extents: Sequence[Extent]) -> None:
         """A pass of thinning: which bases stood before, which stand after it, what the journal held."""
@@ -298,7 +298,7 @@ class _Noted(MemorySource):
         broken = await super().open(after)
         if after is None:
             self._life.witness.begins(self.name)
-        self._life.witness.opened(self.name, self._lineage.history)
+        self._life.witness.opened(self.name, self._lineage.history, after, broken)
         return broken
 
     async def read(self) -> Any:

@@ -44,7 +44,7 @@ async def check_restores(simulation: Simulation, points: Sequence[RecoveryPoint]
         return
     extents = await simulation.journal.extents()
     for number in range(simulation.story.targets if truth else 0):
-        target, wanted = _target(simulation, draw, draw.choice(sorted(truth, key=str)))
+        target, wanted = await _target(simulation, draw, draw.choice(sorted(truth, key=str)))
         lineage = simulation.truth.lineage(target.history)
         try:
             plan = planner.plan(target, points, extents, lineage, 1e6, file_start=simulation.journal.file_start)
@@ -85,15 +85,24 @@ async def _check_as_cut(simulation: Simulation, point: RecoveryPoint, plan: plan
     )
 
 
-def _target(simulation: Simulation, draw: random.Random, key: Key) -> tuple[Target, list[Commit]]:
-    """Give a target and the commits that its state holds."""
+async def _target(simulation: Simulation, draw: random.Random, key: Key) -> tuple[Target, list[Commit]]:
+    """Give a target, in a history of which somebody could know, and the commits that its state holds."""
     commit = simulation.truth.commits()[key]
     inclusive = draw.random() < 0.7
     position = Position(key.history, commit.end)
     later = [one for one in simulation.truth.branches(key.history) if simulation.truth.includes(one, position)]
-    history = draw.choice(later or [key.history])
+    history = draw.choice([one for one in later if await _is_known(simulation, one)] or [key.history])
     limit = commit.end if inclusive else commit.start
     return target_of(commit, inclusive, history), simulation.truth.state(history, limit)
+
+
+async def _is_known(simulation: Simulation, history: History) -> bool:
+    """Whether the past of a history is kept: of a server that came and went while nobody looked, it is not."""
+    try:
+        await simulation.journal.lineage(history)
+    except JournalError:
+        return False
+    return True
 
 
 def target_of(commit: Commit, inclusive: bool, history: History) -> Target:

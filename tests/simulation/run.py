@@ -32,7 +32,7 @@ from tests.simulation.wire import Violation, Wire
 from trigger import failpoint
 from trigger.catalog import migrations, schema
 from trigger.model import Extent, RecoveryPoint
-from trigger.ports import Journal
+from trigger.ports import Break, Journal
 from trigger.position import History, Position
 
 RESTART_SECONDS = 1.0
@@ -161,9 +161,11 @@ class Simulation(Acts):
         """Old log that was let go of costs no state either."""
         restores.check_release(self, bases, before, after)
 
-    def opened(self, stream: str, history: History) -> None:
-        """What is lost of a log is answered for by the streams that were open in it."""
+    def opened(self, stream: str, history: History, after: Position | None, broken: Break | None) -> None:
+        """What is lost of a log is answered for by the streams that were open in it; a gap takes in nothing else."""
         self.truth.opened.add((stream, history.system, history.incarnation))
+        if after is not None and broken is not None:
+            checks.check_break(self, stream, after, broken)
 
     def begins(self, stream: str) -> None:
         """The service answers for a stream from where it first found it, once the catalog knows of the stream."""
@@ -188,9 +190,7 @@ class Simulation(Acts):
     async def _settled(self, lives: asyncio.Future[None]) -> None:
         """Wait until every stream is settled up to the end of its log."""
         bound = self.loop.time() + QUIET_SECONDS
-        names = [act.name for act in self.story.acts]
-        holes = {"damage_journal", "put_back", "reset_log"} & {*names}
-        given_up = not holes and names.count("promote") < 2
+        given_up = not self._may_be_used_up()
         while not self._is_settled():
             if self.loop.time() > bound:
                 raise Violation(f"liveness: not settled {QUIET_SECONDS:g} s after the last mishap")
@@ -201,6 +201,19 @@ class Simulation(Acts):
             await self._until(self.loop.time() + 1.0, lives)
             self._flush_all()  # the end of a burst may come in later, and a server's log writer never rests
         self.note("all is settled")
+
+    def _may_be_used_up(self) -> bool:
+        """Whether the storage may be full of points to which no log leads, so that an operator has to make room.
+
+        A hole does that, and so does every end of a log that comes to an end, and a clock that was put back: by time
+        nothing of before leads to the first point behind it. A few of them together are more than the budget.
+        """
+        acts, branches = self.story.acts, all(manner.branches for manner in self.story.manners)
+        names = [*(act.name for act in acts), *(turn for _, _, turn in self.story.at_failpoint)]
+        back = [act for act in acts if act.name == "skew" and str(act.arguments[0]).startswith("-")]
+        ends = sum(map(names.count, ("promote", "failover", "unseen")))
+        ends *= 1 if branches else 2  # another server's log has a beginning of its own too
+        return bool({"damage_journal", "put_back", "reset_log"} & {*names}) or ends + len(back) >= 2
 
     def _is_settled(self) -> bool:
         window, agenda = (self.life.window, self.life.agenda) if self.life and not self.life.ended else (None, None)

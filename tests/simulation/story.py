@@ -138,7 +138,7 @@ def tell(seed: int, sort: str = "") -> Story:
     """Give the story of a seed; of its own sort where none is asked for, and without lives of logs if it is `plain`."""
     story = _tell(seed)
     draw = random.Random(seed ^ 0x4B1D)
-    drawn = draw.choice(("memory", "memory", "binlog", "upgrade"))  # the others break now and then: see `BROKEN`
+    drawn = draw.choice(("memory", *SORTS))
     if sort == "plain":
         return story
     sort = sort or drawn
@@ -146,7 +146,8 @@ def tell(seed: int, sort: str = "") -> Story:
     if len(manners) > len(streams):
         streams = STREAMS[: len(manners)]
     story = replace(story, sort=sort, manners=manners, streams=streams, volumes=max(story.volumes, len(manners)))
-    acts = [] if story.weather == Weather() or draw.random() < 0.4 else _lives(draw, story.ends_at)
+    calm = story.weather == Weather()
+    acts = [] if calm or draw.random() < 0.4 else _lives(draw, story.ends_at)
     if sort == "upgrade":
         acts = [Act(draw.uniform(1, story.ends_at), draw.choice(("crash", "stop"))) for _ in range(2)]
         story = replace(story, older_at_lives=tuple(draw.sample((2, 3, 4), 2)))
@@ -154,6 +155,10 @@ def tell(seed: int, sort: str = "") -> Story:
         places = ("after-open", "after-flush", "after-cover", "after-snapshot", "after-ceiling")
         turn = draw.choice(places if manners[0].replays else places[:1]), draw.randint(0, 4), "put_back"
         story = replace(story, at_failpoint=(turn, *story.at_failpoint))
+    if not calm and draw.random() < 0.25:
+        acts += _blink(draw, streams, draw.uniform(0.5, story.ends_at))
+    if not calm and draw.random() < 0.15:
+        acts += _half_a_record(draw.choice(streams), draw.uniform(0.5, story.ends_at))
     if sort == "announced":  # nothing leads from one of its points to another, so that none of them may go
         story = replace(story, capabilities=frozenset(Capability), budget=1000)
     return replace(story, acts=tuple(sorted((*story.acts, *acts), key=lambda act: act.at)))
@@ -162,6 +167,8 @@ def tell(seed: int, sort: str = "") -> Story:
 def _lives(draw: random.Random, ends_at: float) -> list[Act]:
     """An older copy that is put back, a log that begins anew, and old log that is let go of meanwhile."""
     acts = [Act(draw.uniform(0, ends_at), "copy") for _ in range(draw.choice((1, 2, 3)))]
+    if draw.random() < 0.2:
+        acts += _quiet_copy(draw.uniform(0.5, ends_at), draw.choice((1, 2, 4)))
     for _ in range(draw.choice((1, 1, 2))):
         at = draw.uniform(0.5, ends_at)
         if draw.random() < 0.25:
@@ -170,6 +177,30 @@ def _lives(draw: random.Random, ends_at: float) -> list[Act]:
             acts.append(Act(at, "put_back", (draw.random(), draw.choice((0, 0, 1, 4, 12)))))
     acts += [Act(draw.uniform(1, ends_at), "give_up") for _ in range(draw.choice((0, 0, 1)))]
     return acts
+
+
+def _quiet_copy(at: float, ahead: int) -> list[Act]:
+    """Nothing but records that commit nothing lies between a copy and what was seen when that is put back."""
+    unseen = [Act(at + number * 0.01, "ddl", (400,)) for number in range(1, 13)]
+    return [Act(at, "copy"), *unseen, Act(at + 0.4, "put_back", (0.999, ahead))]
+
+
+def _blink(draw: random.Random, streams: tuple[str, ...], at: float) -> list[Act]:
+    """The connections break; commits come, and slots are moved or lost, before anybody is back."""
+    acts = [Act(at, "cut_connections")]
+    for stream in streams:
+        acts.append(
+            Act(at + 0.05, "commit", (stream, {WANTED_TABLE: Changes(updated=4)}, (WANTED_MARKER,), 80, "sync"))
+        )
+        how = draw.choice(("drop_slot", "recreate_slot", "advance_slot", "lose_slot", "cut_connections"))
+        acts.append(Act(at + 0.1, how, (stream,) if how.endswith("_slot") else ()))
+    return acts
+
+
+def _half_a_record(stream: str, at: float) -> list[Act]:
+    """A point is asked for while the log is flushed as far as the middle of a record."""
+    long = Act(at, "commit", (stream, {WANTED_TABLE: Changes(updated=4)}, (WANTED_MARKER,), 2000, "async"))
+    return [long, Act(at + 0.001, "flush_pages"), Act(at + 0.002, "demand")]
 
 
 def _tell(seed: int, commits: int = 22) -> Story:

@@ -1,51 +1,29 @@
 """Deliberate faults in the product, each of which the simulation must catch: checkers that cannot fail prove nothing.
 
-A mutant replaces one function by a wrong one. It is run over seeds until a checker objects; one that survives all of
-them fails the test, and either a checker or the weather is too mild. `caught_by` is what must object: a fault that
-only makes the run fall over would prove little.
+A mutant replaces one function by a wrong one. It is run over the stories that can come to where that matters, until a
+checker objects; one that survives all of them fails the test, and either a checker or the weather is too mild.
+`caught_by` is what must object: a fault that only makes the run fall over would prove little.
 """
 
 from __future__ import annotations
-import __future__
-
-import inspect
-import re
-import sys
-import textwrap
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import pytest
 
-from tests.simulation.run import simulate
+from tests.simulation.mutants import (
+    SLOTS_ALONE,
+    Mutant,
+    check,
+    is_asked_for_within_a_record,
+    is_bracketed,
+    is_crowded,
+    is_idle,
+    is_left_crowded,
+    is_narrow,
+)
 from trigger.catalog import point_index, reconcile
 from trigger.keep import room
 from trigger.protect import agenda, logs, pipeline, window
 from trigger.restore import planner
-
-SEEDS = 400
-ANNOTATIONS = __future__.annotations.compiler_flag
-FIRST_SEED = 7_000
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A fault: in one function, one piece of its source replaced by another."""
-
-    claim: str
-    """What the product does with the fault."""
-    module: ModuleType
-    function: str
-    right: str
-    wrong: str
-    caught_by: str = ""
-    """A pattern that the verdict must match; "" for any."""
-    also: tuple[str, str] = ("", "")
-    """A second replacement in the same function."""
-    sort: str = "plain"
-    """Of which databases the runs are that shall catch it."""
-
 
 MUTANTS = (
     Mutant(
@@ -132,7 +110,15 @@ MUTANTS = (
         "if False:",
         "P3",
     ),
-    Mutant("leaves the bracket out", pipeline, "bracketed", "if Capability.ATOMIC_GROUP in", "if True or", "P3|P2"),
+    Mutant(
+        "leaves the bracket out",
+        pipeline,
+        "bracketed",
+        "if Capability.ATOMIC_GROUP in",
+        "if True or",
+        "P3|P2",
+        needs=is_bracketed,
+    ),
     Mutant(
         "sets the floor behind the commit",
         logs,
@@ -148,6 +134,8 @@ MUTANTS = (
         "await database.record_end()",
         "await database.durable()",
         "P3: the floor of point .* lies within a record",
+        sort="memory",
+        needs=is_asked_for_within_a_record,
     ),
     Mutant(
         "takes the newest commit for the moment at which a point was asked for",
@@ -165,7 +153,16 @@ MUTANTS = (
         "True",
         "P1|P3|unexpected",
     ),
-    Mutant("records no gap", pipeline, "record_breaks", "await cluster.catalog.record_gap(", "repr(", "P1"),
+    Mutant(
+        "records no gap",
+        pipeline,
+        "record_breaks",
+        "await cluster.catalog.record_gap(",
+        "repr(",
+        "P1",
+        sort="memory",
+        needs=SLOTS_ALONE,
+    ),
     Mutant(
         "forgets to close gaps",
         pipeline,
@@ -189,6 +186,8 @@ MUTANTS = (
         "if self.open_gap:",
         "if False:",
         "liveness|gap",
+        sort="memory",
+        needs=is_idle,
     ),
     Mutant(
         "drops the window when a round fails",
@@ -246,7 +245,16 @@ MUTANTS = (
         "if False:",
         "P1|liveness|it says",
     ),
-    Mutant("takes no notice of a break", window, "Window._open", "if seen is not None:", "if False:", "P1"),
+    Mutant(
+        "takes no notice of a break",
+        window,
+        "Window._open",
+        "if seen is not None:",
+        "if False:",
+        "P1",
+        sort="memory",
+        needs=SLOTS_ALONE,
+    ),
     Mutant(
         "loses the place when it reconnects",
         window,
@@ -254,6 +262,8 @@ MUTANTS = (
         "await stream.source.open(stream.through)",
         "await stream.source.open(None)",
         "P1|P4",
+        sort="memory",
+        needs=SLOTS_ALONE,
     ),
     Mutant(
         "records breaks that come together as one",
@@ -262,6 +272,8 @@ MUTANTS = (
         "self._breaks.remove(broken)",
         "self._breaks.clear()",
         "P1",
+        sort="memory",
+        needs=SLOTS_ALONE,
     ),
     Mutant(
         "does not ask the catalog what a failed call has done",
@@ -376,6 +388,7 @@ MUTANTS = (
         "thin(bases, wanted, most,",
         "thin(bases, wanted, len(bases),",
         "liveness",
+        needs=is_narrow,
     ),
     Mutant(
         "the thinning takes a base to which no log leads",
@@ -384,6 +397,7 @@ MUTANTS = (
         "return _first_hole(self._held, Stretch(begin, until)) is None",
         "return True",
         "was lost when point",
+        needs=is_crowded,
     ),
     Mutant(
         "the thinning takes a base of another past",
@@ -392,46 +406,12 @@ MUTANTS = (
         " or not _inside(before, self._lineage)",
         "",
         "was lost when point",
+        sort="memory",
+        needs=is_left_crowded,
     ),
 )
 
 
-def apply(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the function by the wrong one, made from its present source."""
-    *owners, name = mutant.function.split(".")
-    owner: Any = mutant.module
-    for each in owners:
-        owner = getattr(owner, each)
-    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
-    for right, wrong in ((mutant.right, mutant.wrong), mutant.also):
-        assert not right or source.count(right) == 1, f"{mutant.function} has {source.count(right)} times: {right}"
-        source = source.replace(right, wrong) if right else source
-    names: dict[str, Any] = {}
-    code = compile(source, f"<mutant of {mutant.function}>", "exec", flags=ANNOTATIONS)
-    exec(code, vars(mutant.module), names)
-    right = getattr(owner, name)
-    users = [module for module in [*sys.modules.values()] if getattr(module, "__dict__", {}).get(name) is right]
-    for place in [owner, *users]:
-        monkeypatch.setattr(place, name, names[name])
-
-
-def caught(mutant: Mutant) -> str:
-    """Give the first verdict that says what is wrong, or ""."""
-    for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
-        violation = simulate(seed, mutant.sort).violation
-        if violation and re.search(mutant.caught_by, violation):
-            return f"seed {seed}: {violation}"
-    return ""
-
-
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.claim.replace(" ", "-"))
 def test_a_product_with_a_deliberate_fault_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply(mutant, monkeypatch)
-    verdict = caught(mutant)
-    print(f"{mutant.claim}: {verdict[:160]}")
-    assert verdict, f"a service that {mutant.claim} survives {SEEDS} seeds"
-
-
-def test_the_product_without_a_fault_passes_the_seeds_that_catch_the_mutants() -> None:
-    verdicts = [simulate(seed, "plain").violation for seed in range(FIRST_SEED, FIRST_SEED + 50)]
-    assert not any(verdicts), [verdict for verdict in verdicts if verdict]
+    check(mutant, monkeypatch)

@@ -51,20 +51,7 @@ def test_no_place_within_a_record_is_taken_for_the_end_of_one() -> None:
     assert not simulate(215_209_180, "plain").violation
 
 
-BROKEN = {
-    "both": "thinning looks at the log of the first mark only, and a failed round answers demands with an old point",
-    "announced": "2 of 900 runs break, and nobody knows yet why",
-}
-"""Kinds that no released driver makes, in which a few runs of a hundred break a promise: what is known of why."""
-
-
-@pytest.mark.parametrize(
-    "sort",
-    [
-        pytest.param(sort, marks=pytest.mark.xfail(reason=BROKEN[sort], strict=False)) if sort in BROKEN else sort
-        for sort in SORTS
-    ],
-)
+@pytest.mark.parametrize("sort", SORTS)
 def test_the_promises_hold_whatever_kind_of_database_it_is(sort: str) -> None:
     broken = verdict([simulate(seed, sort) for seed in range(BASE, BASE + SEEDS_A_SORT)])
     assert not broken, f"TRIGPOINT_SEED={BASE}, sort {sort}\n{broken}"

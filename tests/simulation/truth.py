@@ -7,14 +7,15 @@ the object that stands for them. Which true log a history means is known from wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from connectors.memory import Cluster, World
 from connectors.memory.book import Book
+from connectors.memory.lives import Held
 from trigger.model import Commit, Gap
-from trigger.position import History, Lineage, Position
+from trigger.position import LAST, History, Lineage, Position
 
 
 class Key(NamedTuple):
@@ -30,6 +31,13 @@ class Lost(NamedTuple):
     book: Book
     timeline: int
     flushed: int
+
+
+class Part(NamedTuple):
+    """A log that was taken for a timeline, and up to where."""
+
+    book: Book
+    upto: int
 
 
 class Truth:
@@ -50,13 +58,14 @@ class Truth:
     def book(self, history: History, at: int) -> Book | None:
         """Give the true log of a history, which may have begun anew behind a place; None for one nobody took so."""
         held = self._world.held_of(history)
-        books = [book for book in held.books if book.first <= at and history.branch in book.forks] if held else []
-        return books[-1] if books else None
+        parts = [part for part in _parts(held, history.branch) if part.book.first <= at] if held else []
+        parts = [part for part in parts if at <= part.upto] or parts
+        return parts[-1].book if parts else None
 
     def incarnation_of(self, book: Book) -> int | None:
         """Give which life of its system a log was taken for last; None where nobody has looked, or another came."""
         for incarnation, held in enumerate(self._world.held.get(book.system, [])):
-            if held.books and held.books[-1] is book:
+            if held.taken and held.taken[-1].book is book:
                 return incarnation
         return None
 
@@ -68,7 +77,7 @@ class Truth:
     def branches(self, history: History) -> list[History]:
         """Give every branch of the life of a log, as far as it was looked at."""
         held = self._world.held_of(history)
-        branches = {branch for book in held.books for branch in book.forks} if held else set()
+        branches = {branch for book, _ in held.taken for branch in book.forks} if held else set()
         return [replace(history, branch=branch) for branch in sorted(branches)]
 
     def present(self, cluster: Cluster) -> History | None:
@@ -87,11 +96,8 @@ class Truth:
         found: dict[Key, Commit] = {}
         for lives in self._world.held.values():
             for incarnation, held in enumerate(lives):
-                for number, book in enumerate(held.books):
-                    for timeline in book.logs:
-                        later = [one.first for one in held.books[number + 1 :] if timeline in one.forks]
-                        if all(first > book.first for first in later):
-                            found |= _commits_of(book, timeline, incarnation)
+                for timeline in sorted({timeline for book, _ in held.taken for timeline in book.logs}):
+                    found |= _commits_of(_parts(held, timeline), timeline, incarnation)
         return found
 
     def of_present(self, cluster: Cluster) -> list[tuple[Key | None, Commit]]:
@@ -169,9 +175,26 @@ class Truth:
         )
 
 
-def _commits_of(book: Book, timeline: int, incarnation: int) -> dict[Key, Commit]:
-    history = book.history(timeline, incarnation)
-    return {Key(history, entry.start): entry.commit for entry in book.logs[timeline] if entry.commit is not None}
+def _parts(held: Held, timeline: int) -> list[Part]:
+    """Give what logs were taken for a timeline of a life of a log, in the order in which they were.
+
+    A later one is what was meant by it as far as it goes: one that left the timeline says nothing of what lay behind.
+    """
+    parts = []
+    for book, present in held.taken:
+        left = [left_at for branch, left_at in book.forks[present] if branch == timeline]
+        parts += [Part(book, upto) for upto in ([LAST] if present == timeline else left)]
+    return parts or [Part(book, LAST) for book, _ in held.taken if timeline in book.forks]  # it came and went unseen
+
+
+def _commits_of(parts: Sequence[Part], timeline: int, incarnation: int) -> dict[Key, Commit]:
+    found: dict[Key, Commit] = {}
+    for book, upto in parts:
+        history = book.history(timeline, incarnation)
+        found = {key: commit for key, commit in found.items() if not book.first <= key.start < upto}
+        there = [entry for entry in book.logs[timeline] if entry.end <= upto]
+        found |= {Key(history, entry.start): entry.commit for entry in there if entry.commit is not None}
+    return found
 
 
 def _life(history: History) -> tuple[str, str, int]:

@@ -77,7 +77,7 @@ def _commit(value: Any, database: str, kind: str) -> Commit:
         history=history,
         start=start,
         end=history.parse_place(facts["end"]) if _text(facts, "end", "") else start,
-        name=Name.parse(_text(facts, "name", "")) if "name" in facts else Name("", _count(facts, "xid")),
+        name=Name.parse(_text(facts, "name", "")) if "name" in facts else Name.parse(str(_count(facts, "xid"))),
         time_us=to_microseconds(_time(_text(facts, "time", ""))),
         tables={name: _changes(name, counts) for name, counts in _object(facts.get("tables", {}), "tables").items()},
         markers=tuple(_markers(facts.get("markers", []))),

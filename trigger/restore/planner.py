@@ -197,7 +197,9 @@ class HeldLog:
             return False
         if _latest_stamp(base) > _latest_stamp(point):
             return False
-        begin, end = self._file_start(before.log_from), mark.holds_at_most + 1
+        begin, end = self._file_start(before.log_from), mark.holds_at_most
+        if mark.is_exact and before.holds_at_most < end:
+            end += 1  # it is the state before what comes next, at the sight of which alone a replay stops there
         until = min(end, _last_held(self._held)) if to_come else end
         return _first_hole(self._held, Stretch(begin, until)) is None
 

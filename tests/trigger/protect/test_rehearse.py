@@ -137,7 +137,7 @@ commits_of_any_kind = st.builds(
     history=st.just(History("postgres", "")),
     start=st.integers(0, 2**64 - 1).map(Lsn),
     end=st.integers(0, 2**64 - 1).map(Lsn),
-    name=st.builds(Name, st.sampled_from(["", "0-1-"]), st.integers(0, 2**64 - 1)) | st.text().map(Name.parse),
+    name=st.builds(Name, st.sampled_from(["", "0-1-"]), st.integers(0, 2**63 - 1)) | st.text().map(Name.parse),
     time_us=st.integers(-(2**54), 2**57),
     tables=st.dictionaries(st.text(), st.builds(Changes, *(st.integers(0, 2**40),) * 4), max_size=3),
     markers=st.lists(st.text(), max_size=3).map(tuple),
@@ -158,6 +158,13 @@ def test_only_the_time_is_needed() -> None:
 def test_a_transaction_id_as_earlier_versions_wrote_it_is_a_name() -> None:
     (commit,) = read(['{"time": "1970-01-01T00:00:01Z", "xid": 7731}'], "file", "bank", "postgres")
     assert commit.name == Name("", 7731)
+
+
+@pytest.mark.parametrize("line", ['"name": "9223372036854775808"', '"xid": 9223372036854775808'])
+def test_a_number_that_is_too_great_to_be_stored_is_part_of_the_text(line: str) -> None:
+    (commit,) = read([f'{{"time": "1970-01-01T00:00:01Z", {line}}}'], "file", "bank", "postgres")
+    assert commit.name == Name("9223372036854775808", None)
+    assert list(read([write(commit)], "file", "x", "postgres")) == [commit]
 
 
 def test_places_are_read_in_the_form_of_the_kind() -> None:

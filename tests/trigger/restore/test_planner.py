@@ -21,7 +21,7 @@ from trigger.model import (
 )
 from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Target
-from trigger.restore.planner import Plan, plan
+from trigger.restore.planner import HeldLog, Plan, plan
 
 SEGMENT = 0x1000
 HISTORY = History("postgres", "7", 1)
@@ -213,6 +213,15 @@ def test_the_journal_must_reach_the_end_of_the_commit_record() -> None:
     with pytest.raises(RestoreError, match="future"):
         make(commit(0x8FF0, 0x9020), base(1, 0x2000, 0x2100))
     assert make(commit(0x8FD0, 0x9000), base(1, 0x2000, 0x2100)).replay_to == 0x9000
+
+
+def test_a_base_leads_to_a_point_by_the_log_up_to_what_the_point_holds_and_to_a_state_by_what_comes_next() -> None:
+    log = HeldLog([Extent(HISTORY, 0, 0x3000)], Lineage(HISTORY), file_start)  # which goes on no more
+    state = base(3, 0x3000, 0x3000)
+    assert log.leads(base(1, 0x2000, 0x2000), base(2, 0x2800, 0x3000))
+    assert not log.leads(base(1, 0x2000, 0x2000), state), "a replay cannot stop before a record that is not there"
+    assert log.leads(base(2, 0x3000, 0x3000), state)
+    assert not log.leads(base(2, 0x2800, 0x3000), state)
 
 
 def test_a_target_in_another_lineage_is_refused_by_name() -> None:
