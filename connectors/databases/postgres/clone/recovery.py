@@ -234,7 +234,11 @@ class PostgresRecovery:
             raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
         if postmaster.find(data) is not None:
             raise RestoreError(f"the server of {clone.name} still runs", hint="stop it first")
-        await asyncio.to_thread(release, data, clone, volumes)
+        programs = self._programs_for(isolation.major_of(data))
+        isolated = Isolated(data, _owner_of(data), programs.major, ())
+        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
+        written = control["Latest checkpoint's REDO WAL file"]  # of a server that was stopped: the last one
+        await asyncio.to_thread(release, data, clone, volumes, written)
 
     def _data(self, clone: Clone) -> Path | None:
         copy = dict(clone.paths).get(self._placement.data.volume)

@@ -1,0 +1,103 @@
+"""A site that archives restores in place: its archive stays whole, and leads to what is there now by its own means."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.postgres import Cluster
+from tests.fixtures.service import Deployment
+from tests.fixtures.volumes import run
+from tests.system.test_archive import Archive, archived
+
+pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
+
+
+def words(cluster: Cluster) -> list[str]:
+    return [row[0] for row in cluster.sql("SELECT word FROM said ORDER BY id")]
+
+
+def say(cluster: Cluster, *said: str) -> str:
+    """Commit one word after the other; gives the transaction id of the last."""
+    for word in said:
+        ((xid,),) = cluster.sql(f"INSERT INTO said (word) VALUES ('{word}') RETURNING pg_current_xact_id()::text")
+    return str(xid)
+
+
+def copied(here: Deployment) -> Path:
+    """Give a cold copy of the cluster, as an operator's own backup."""
+    backup = here.root / "backup"
+    here.cluster.stop()
+    run("cp", "-a", here.cluster.data, backup)
+    here.cluster.start()
+    return backup
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def wait_for_archiver(cluster: Cluster) -> None:
+    """Wait until all that was written by now is archived."""
+    ((name,),) = cluster.sql("SELECT pg_walfile_name(pg_switch_wal())")
+    question = f"SELECT last_archived_wal >= '{name}' FROM pg_stat_archiver"
+    wait_until(lambda: cluster.sql(question) == [(True,)])
+
+
+def planned(here: Deployment, *target: str) -> None:
+    """Wait until there is a plan for a target."""
+    here.wait_for(lambda: here.trigpoint("restore", *target, "--dry-run", check=False).returncode == 0, "a plan")
+
+
+def recovered(here: Deployment, backup: Path, archive: Archive) -> list[str]:
+    """Give what is there after an operator's own recovery to the end of the archive, in the place of the cluster."""
+    here.cluster.stop()
+    shutil.rmtree(here.cluster.data)
+    run("cp", "-a", backup, here.cluster.data)
+    (here.cluster.data / "recovery.signal").touch()
+    here.cluster.configure({"restore_command": f"{archive.bring} %f %p", "archive_mode": "off"})
+    here.cluster.start()
+    wait_until(lambda: here.cluster.sql("SELECT pg_is_in_recovery()") == [(False,)])
+    return words(here.cluster)
+
+
+@pytest.mark.parametrize("major", [15, 18])
+def test_after_a_restore_in_place_the_archive_is_added_to_and_leads_to_what_is_there(major: int) -> None:
+    with archived(major) as (here, archive):
+        cluster = here.cluster
+        cluster.sql("CREATE TABLE said (id serial PRIMARY KEY, word text)")
+        backup = copied(here)
+        here.start()
+        say(cluster, "one", "two")
+        unwanted = say(cluster, "three")
+        say(cluster, "four")
+        wait_for_archiver(cluster)
+        planned(here, "--before-xid", unwanted)
+        before = archive.held()
+        assert here.stop() == 0
+        cluster.stop()
+        here.trigpoint("restore", "--before-xid", unwanted, "--in-place", "--yes")
+        cluster.start()
+        assert words(cluster) == ["one", "two"]
+        say(cluster, "five")
+        wait_for_archiver(cluster)
+        held = archive.held()
+        assert {name: held[name] for name in before} == before, "nothing that was archived is another file now"
+        assert "00000002.history" in held
+        assert cluster.sql("SELECT last_failed_wal FROM pg_stat_archiver WHERE failed_count > 0") == []
+        here.start()
+        last = say(cluster, "six")
+        wait_for_archiver(cluster)
+        planned(here, "--to-xid", last)
+        report = here.ask("restore", "--to-xid", last, "--name", "six")
+        assert all(held for _, held, _ in report["checks"])
+        here.trigpoint("clones", "drop", "six")
+        assert here.stop() == 0
+        assert recovered(here, backup, archive) == ["one", "two", "five", "six"]
