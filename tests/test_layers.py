@@ -92,7 +92,7 @@ POSTGRES = {
     "connection": ("encoding",),
     "stream": ("lsn", "programs", "encoding", "connection"),
     "log": ("lsn", "programs"),
-    "clone": ("lsn", "places", "programs", "connection", "log"),
+    "clone": ("lsn", "places", "programs", "encoding", "connection", "log"),
     "lives": ("lsn", "stream", "log"),
     "preflight": ("lsn", "places", "programs", "encoding", "connection", "stream", "clone"),
     "database": ("lsn", "places", "programs", "connection", "stream", "log", "lives", "preflight"),
