@@ -168,8 +168,13 @@ def top(name: str) -> str:
 
 
 def driver_of(name: str) -> str:
-    """Give the driver that a module belongs to, as the table of names calls it; "" for what belongs to none."""
+    """Give the driver that a module belongs to, as the table of names calls it; "" for what belongs to none.
+
+    The sections of several drivers may stand beside them in one module; what makes a driver says whose a package is.
+    """
     for kind, where in DRIVERS.items():
+        if kind.startswith("options/"):
+            continue
         package = ".".join(where.partition(":")[0].split(".")[:3])
         if f"{name}.".startswith(f"{package}."):
             return kind
@@ -234,6 +239,18 @@ def test_a_driver_knows_no_more_of_the_service_than_its_contract() -> None:
         if module in SECTIONS and place(name) == "config.sections":
             return ""
         return f"a driver knows only {', '.join(sorted(CONNECTORS_MAY_USE))} of trigger"
+
+    refuse("connectors", wrong)
+
+
+def test_a_section_loads_nothing_but_what_describes_it() -> None:
+    """Every command reads the configuration, and most of them never connect."""
+
+    def wrong(module: str, name: str) -> str:
+        if module not in SECTIONS or place(name) == "config.sections" or top(name) == "pydantic":
+            return ""
+        light = top(name) in sys.stdlib_module_names - IMPURE - {"asyncio", "ctypes"}
+        return "" if light else "a section is read by commands that never connect"
 
     refuse("connectors", wrong)
 

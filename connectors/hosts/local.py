@@ -27,12 +27,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from pydantic import Field
-
 from connectors.hosts.hooks import Hook, read_hooks, run_hook
+from connectors.hosts.sections import LocalOptions
 from connectors.syncfs import open_folder, syncfs
 from connectors.threads import Threads
-from trigger.config.sections import AgentOptions, WholePath
 from trigger.errors import AgentError
 from trigger.model import Flush, Volume
 
@@ -78,18 +76,6 @@ class _Mounted:
     identity: tuple[int, int]
     """(device, inode) of its root."""
     filesystem_id: str
-
-
-class LocalOptions(AgentOptions):
-    """The host that the service itself runs on."""
-
-    hooks: WholePath | None = Field(default=None, examples=["/etc/trigpoint/hooks.toml"])
-    """A root-owned TOML file that names programs to run before or after the flush."""
-
-    @property
-    def guarded_files(self) -> tuple[Path, ...]:
-        """The file of the hooks, which says what is run."""
-        return (self.hooks,) if self.hooks else ()
 
 
 def agent(section: LocalOptions, name: str, state_folder: Path) -> LocalAgent:

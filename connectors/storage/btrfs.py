@@ -23,9 +23,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from pydantic import Field
-
 from connectors.storage import libbtrfsutil
+from connectors.storage.sections import BtrfsOptions
 from connectors.storage.shelf import (
     MENDING,
     Shelf,
@@ -37,7 +36,6 @@ from connectors.storage.shelf import (
 )
 from connectors.storage.sidecar import Sidecar
 from connectors.threads import Threads
-from trigger.config.sections import StorageOptions
 from trigger.errors import StorageError
 from trigger.model import Finding, Layout, Severity, Snapshot, Space, Volume
 from trigger.ports import Capability, Clone, Progress, Tagged
@@ -47,13 +45,6 @@ _CLEANED_SECONDS = 60.0
 """How long after a deletion its room may not be counted yet, and how long it may be cleaned up: the kernel does that
 after the next commit, which comes within 30 s."""
 _DELETION_DENIED = "run as root, or mount the filesystem with user_subvol_rm_allowed"
-
-
-class BtrfsOptions(StorageOptions):
-    """Cuts atomically and at once; a volume is a subvolume, and `folder` lies on the btrfs of all of them."""
-
-    paranoid: bool = Field(default=False, deprecated="nothing is compared here")
-    """Of no effect; read because it was allowed here once."""
 
 
 def storage(section: BtrfsOptions, volumes: Sequence[Volume], layout: Layout) -> BtrfsStorage:  # noqa: ARG001 - of no use here

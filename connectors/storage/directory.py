@@ -26,6 +26,7 @@ from glob import escape
 from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, can_reflink
+from connectors.storage.sections import DirectoryOptions
 from connectors.storage.shelf import (
     MENDING,
     Shelf,
@@ -38,17 +39,9 @@ from connectors.storage.shelf import (
 from connectors.storage.sidecar import Sidecar
 from connectors.syncfs import flush, open_folder, syncfs
 from connectors.threads import Threads
-from trigger.config.sections import StorageOptions
 from trigger.errors import StorageError
 from trigger.model import Finding, Layout, Severity, Snapshot, Space, Volume
 from trigger.ports import Capability, Clone, Progress, Tagged
-
-
-class DirectoryOptions(StorageOptions):
-    """Copies what changed, on any filesystem; a volume is any directory."""
-
-    paranoid: bool = False
-    """Compare the content of every file instead of trusting time stamps."""
 
 
 def storage(section: DirectoryOptions, volumes: Sequence[Volume], layout: Layout) -> DirectoryStorage:

@@ -256,7 +256,10 @@ def parse(text: str, name: str) -> Options:
         line = re.search(r"line (\d+)", str(error))
         where = f"{name}:{line[1]}" if line else name
         raise ConfigError(f"{where}: not TOML: {error}", hint="text stands in quotes; see https://toml.io") from None
-    model = shaped(document)
+    try:
+        model = shaped(document)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error.message}", hint=error.hint) from None
     try:
         # Strict, and by way of JSON, where a path may be a string: `true` is no number of seconds, "5" is none either.
         return model.model_validate_json(json.dumps(document, default=str), strict=True)

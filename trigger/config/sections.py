@@ -16,8 +16,9 @@ read so that older files go on is declared with `Field(deprecated=...)`: no refe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, create_model
 
@@ -42,7 +43,8 @@ Glob = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """One table of the file; a key that it does not have is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # Built when it is first read by: most sections are there to be derived from, and every command pays for the others.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
 
 class DriverSection(Section):
@@ -129,10 +131,8 @@ class RestoreOptions(DriverSection):
     """How long the replay may take."""
 
 
-_Brought = TypeVar("_Brought", bound=DriverSection)
-
-
-def choosing(section: type[_Brought], names: tuple[str, ...], name: str) -> type[_Brought]:
+@lru_cache(maxsize=256)
+def choosing(section: type[DriverSection], names: tuple[str, ...], name: str) -> type[DriverSection]:
     """Give a section whose `driver` is one of `names`, and `name` if not given; as it is where it has no such key."""
     asked = section.model_fields.get("driver")
     if asked is None:
