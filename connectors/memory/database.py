@@ -104,10 +104,11 @@ class MemoryDatabase:
         await self._connected()
         return [Finding("records", Severity.NOTE, "records that commit nothing reach no source", "catch-all points")]
 
-    async def remove(self) -> list[str]:
-        """Drop every slot."""
-        gone = sorted((await self._connected()).slots)
-        self._cluster.slots.clear()
+    async def remove(self, *, unused: bool = False) -> list[str]:
+        """Drop every slot; there is none that no stream has a use for."""
+        gone = [] if unused else sorted((await self._connected()).slots)
+        for name in gone:
+            del self._cluster.slots[name]
         return gone
 
     async def mark(self) -> Position:

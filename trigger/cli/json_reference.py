@@ -27,6 +27,7 @@ from trigger.restore.locate import Location
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report
 from trigger.service.initialise import Proposal
+from trigger.service.rehearsal import Rehearsal
 
 STATUS = {
     "name": "what the cluster is called",
@@ -96,6 +97,7 @@ OBJECTS: dict[str, dict[str, str]] = {
 
 SHAPES: tuple[tuple[str, Any], ...] = (
     ("check, explain", list[Finding]),
+    ("check --rehearse", {"findings": list[Finding], "rehearsal": Rehearsal}),
     ("point", RecoveryPoint),
     ("expire", GivenUp),
     ("list", list[RecoveryPoint]),

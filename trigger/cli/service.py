@@ -207,17 +207,23 @@ async def _reconcile(chosen: Options, *, accept_loss: bool) -> Any:
 
 def release(
     yes: Yes = False,
+    unused: Annotated[
+        bool,
+        typer.Option("--unused", help="Only what no configured database has a use for; the service may run."),
+    ] = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Let the server go: drop our slots and publications, so that it keeps no log for us any more.
 
     Points, journal and clones stay, and what they hold can still be restored. If the service is started again later,
-    the log between is recorded as a gap. The service must not run.
+    the log between is recorded as a gap. The service must not run, unless only what is unused is dropped: that of
+    databases that were renamed or are not in the configuration any more.
     """
     chosen = options(config)
-    confirm(f"drop every slot and publication that {chosen.name} has made in the cluster", yes=yes)
-    dropped = asyncio.run(_release(chosen))
+    which = "that bears our name and no configured database has a use for" if unused else f"that {chosen.name} has made"
+    confirm(f"drop every slot and publication {which} in the cluster", yes=yes)
+    dropped = asyncio.run(_release(chosen, unused=unused))
     if as_json:
         show.print_json({"dropped": dropped})
     else:
@@ -227,11 +233,11 @@ def release(
             show.say("there was nothing of ours in the cluster")
 
 
-async def _release(chosen: Options) -> list[str]:
+async def _release(chosen: Options, *, unused: bool) -> list[str]:
     from trigger.service import service
 
-    async with service.alone(chosen) as parts:
-        return await parts.database.remove()
+    async with service.opened(chosen) if unused else service.alone(chosen) as parts:
+        return await parts.database.remove(unused=unused)
 
 
 def clear(

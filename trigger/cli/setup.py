@@ -11,13 +11,14 @@ import typer
 
 from trigger.cli import show
 from trigger.cli.arguments import LOCAL_CONFIG, SYSTEM_CONFIG, Config, Json, options
-from trigger.errors import ConfigError, PreflightError
+from trigger.errors import ConfigError, PreflightError, VerifyError
 from trigger.model import Finding, Severity
 from trigger.trusted import why_not_ours
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
     from trigger.service.initialise import Proposal
+    from trigger.service.rehearsal import Rehearsal
 
 
 def init(
@@ -77,9 +78,10 @@ def init(
         show.say(why)
     option = "" if target in (SYSTEM_CONFIG, LOCAL_CONFIG) else f" -c {target}"
     show.say()
-    show.say(f"next:  trigpoint check{option}      what stands in the way, with remedies")
-    show.say(f"       trigpoint explain{option}    what is protected, and what cannot be seen")
-    show.say(f"       trigpoint run{option}        protect it")
+    show.say(f"next:  trigpoint check{option}               what stands in the way, with remedies")
+    show.say(f"       trigpoint explain{option}             what is protected, and what cannot be seen")
+    show.say(f"       trigpoint check --rehearse{option}    protect, restore and prove once, and leave nothing")
+    show.say(f"       trigpoint run{option}                 protect it")
 
 
 async def look(kind: str | None, at: str | None, databases: list[str], state_folder: Path) -> Proposal:
@@ -134,20 +136,63 @@ def put(target: Path, written: str) -> None:
         raise
 
 
-def check(config: Config = None, as_json: Json = False) -> None:
+def check(
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Then protect, take a point, restore it, prove it, and remove all of it."),
+    ] = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
     """Look at everything that must hold before commits can be protected, and print each finding with its remedy.
 
     The database's settings, roles, slots and paths; volumes and storage; this host's clock and permissions. Nothing
     is protected. Exit code 3 where something is refused.
+
+    With --rehearse it is done once, with a state folder, snapshots and slots of its own, beside a running service too;
+    nothing of it stays. It costs a checkpoint and, on storage `directory`, a copy. Exit code 10 where a proof fails.
     """
-    findings = asyncio.run(_check(options(config)))
-    _show_findings(findings, as_json=as_json)
+    chosen = options(config)
+    findings = asyncio.run(_check(chosen))
     refused = sum(finding.severity is Severity.REFUSED for finding in findings)
+    if not (as_json and rehearse):
+        _show_findings(findings, as_json=as_json)
     if refused:
-        if not as_json:
+        if as_json and rehearse:
+            show.print_json({"findings": findings, "rehearsal": None})
+        elif not as_json:
             show.say()
             show.say(f"{refused} of {len(findings)} refused: the service would not start")
         raise typer.Exit(PreflightError.exit_code)
+    if rehearse:
+        _show_rehearsal(asyncio.run(_rehearse(chosen)), findings, as_json=as_json)
+
+
+async def _rehearse(chosen: Options) -> Rehearsal:
+    from trigger.service.rehearsal import rehearse
+
+    with show.steps() as progress:
+        return await rehearse(chosen, progress)
+
+
+def _show_rehearsal(done: Rehearsal, findings: list[Finding], *, as_json: bool) -> None:
+    proof = done.verification
+    if as_json:
+        show.print_json({"findings": findings, "rehearsal": done})
+    else:
+        show.say()
+        show.table(
+            ("check", "result", "seen"),
+            [(what, "passed" if held else "failed", seen) for what, held, seen in proof.checks],
+        )
+        show.say()
+        proven = "proven" if proof.passed else "NOT PROVEN"
+        show.say(
+            f"rehearsed: protected after {done.protected_seconds:.1f} s, a point in {done.point_seconds:.1f} s,"
+            f" restored and {proven} in {done.proof_seconds:.1f} s; all of it removed"
+        )
+    if not proof.passed:
+        raise typer.Exit(VerifyError.exit_code)
 
 
 async def _check(chosen: Options) -> list[Finding]:

@@ -65,8 +65,11 @@ class Agenda:
     """When the round at hand began, by both clocks."""
     _last: float | None = None
     """When the last round began that ended well; before it the first look at the agenda."""
+    not_before: float = 0.0
+    """No round begins before, since the last ones failed; the event loop's clock."""
     _failures: int = 0
-    _not_before: float = 0.0
+    _failed_at: float = 0.0
+    _opens: int = 0
     _cron_after: datetime | None = None
 
     def __post_init__(self) -> None:
@@ -78,11 +81,16 @@ class Agenda:
         while self._rounds and self._rounds[0] <= now - 60 and len(self._rounds) > 1:
             self._rounds.popleft()
         recent = [began for began in self._rounds if began > now - 60]
-        return Pace(self._rounds[-1] if self._rounds else None, recent, self._not_before)
+        return Pace(self._rounds[-1] if self._rounds else None, recent, self.not_before)
 
-    def next(self, now: float, wall: datetime, log_ends: Sequence[Position]) -> Due | None:
-        """Give what is due first, already or later; None where nothing is planned."""
-        urgent = self._urgent(now)
+    def next(
+        self, now: float, wall: datetime, log_ends: Sequence[Position], *, window_is_full: bool = False
+    ) -> Due | None:
+        """Give what is due first, already or later; None where nothing is planned.
+
+        A window that is full is urgent: nothing is read any more until a point is taken.
+        """
+        urgent = self._urgent(now) or (Due(Cause.COMMIT, now, urgent=True) if window_is_full else None)
         return urgent or min(self._planned(now, wall, log_ends), key=lambda due: due.at, default=None)
 
     def _urgent(self, now: float) -> Due | None:
@@ -175,17 +183,27 @@ class Agenda:
         """Note that a round failed, with the failed point if there is one; gives the seconds until the next."""
         pause: float = min(self.options.retry_seconds * 2**self._failures, LONGEST_RETRY_SECONDS)
         self._failures = min(self._failures + 1, 10)
-        self._not_before = now + pause
+        self._failed_at, self.not_before = now, now + pause
         if point is not None:
             self._answer(point)
         return pause
 
     def retry(self) -> None:
-        """Note that what made rounds fail may be gone: the next one need not wait."""
-        self._not_before = 0.0
+        """Note that what made rounds fail may be gone: the next one need not wait, and pauses begin small again."""
+        self.not_before, self._failures = 0.0, 0
+
+    def heed(self, opens: int) -> None:
+        """Note how often streams have been opened: with a server that is back, no more than a first pause is due.
+
+        That much is, since one that comes and goes would be met by a round each time.
+        """
+        if opens != self._opens:
+            self._opens, self._failures = opens, 0
+            self.not_before = min(self.not_before, self._failed_at + self.options.retry_seconds)
 
     def ask(self, note: str) -> asyncio.Future[RecoveryPoint]:
-        """Put a demand on the agenda; gives where the answer will be."""
+        """Put a demand on the agenda, which is tried at once; gives where the answer will be."""
+        self.retry()
         demand = Demand(note, asyncio.get_running_loop().create_future())
         self.demands.append(demand)
         return demand.answer

@@ -73,13 +73,14 @@ async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
     untidy = False
     while not agenda.stopping:
         now = loop.time()
+        agenda.heed(window.opens)
         try:
             if untidy:
                 await tidy(cluster, window, agenda)
                 untidy, agenda.trouble = False, ""
             await record_breaks(cluster, window, agenda)
             await leave_lost_base(cluster, window, agenda)
-            due = agenda.next(now, cluster.clock.now(), window.log_ends)
+            due = agenda.next(now, cluster.clock.now(), window.log_ends, window_is_full=window.is_full)
             match qualify(window.oldest, due, agenda.pace(now), cluster.options, now):
                 case Skip() if now >= settle_at:
                     await settle_idle(cluster, window)
@@ -96,7 +97,7 @@ async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
             agenda.trouble = str(error)
             log.error("not protected now, trying again in %.0f s: %s", pause, error)
             untidy = True  # what the failed call did or did not do is found out before anything new is begun
-            await rest(window, agenda, loop.time() + pause)
+            await rest(window, agenda)
 
 
 async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, cause: Cause) -> None:
@@ -292,7 +293,8 @@ async def tidy(cluster: Protected, window: Window, agenda: Agenda) -> None:
     await window.settle({stream: through for stream, through in settled.items() if through is not None})
 
 
-async def rest(window: Window, agenda: Agenda, until: float) -> None:
-    """Wait until a moment of the loop's clock, whatever arrives meanwhile; a stop is not kept waiting."""
-    while asyncio.get_running_loop().time() < until and not agenda.stopping:
-        await window.more(until)
+async def rest(window: Window, agenda: Agenda) -> None:
+    """Wait until a round may be tried again, whatever commits arrive meanwhile; a stop is not kept waiting."""
+    while asyncio.get_running_loop().time() < agenda.not_before and not agenda.stopping:
+        await window.more(agenda.not_before)
+        agenda.heed(window.opens)

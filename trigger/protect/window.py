@@ -129,6 +129,8 @@ class Window:
         self._room = asyncio.Event()
         self._room.set()
         self._breaks: list[Broken] = []
+        self.opens = 0
+        """How often a stream was opened."""
         self.tally = Tally()
         self.recent = Recent()
 
@@ -205,7 +207,7 @@ class Window:
                     await stream.source.acknowledge(through)
                 except SourceError as error:
                     log.warning("stream %s: not acknowledged, will be repeated: %s", name, error)
-        if not self._full:
+        if not self.is_full:
             self._room.set()
 
     def lost(self, broken: Broken, lineage: Lineage) -> list[Pending]:
@@ -263,6 +265,7 @@ class Window:
         """Connect behind what was delivered; a break is put down for the pipeline."""
         seen = await stream.source.open(stream.through)
         stream.connected, stream.trouble = True, ""
+        self.opens += 1
         self._changed.set()
         if seen is not None:
             after = stream.through if stream.through is not None else seen.until
@@ -271,11 +274,12 @@ class Window:
             stream.through = seen.until
 
     @property
-    def _full(self) -> bool:
+    def is_full(self) -> bool:
+        """Whether so much waits that nothing more is read until a point is taken."""
         return sum(stream.weight for stream in self._streams.values()) >= self._bound
 
     async def _wait_for_room(self, stream: _Stream) -> None:
-        while self._full:
+        while self.is_full:
             self._room.clear()
             try:
                 async with asyncio.timeout(stream.source.heartbeat_seconds):

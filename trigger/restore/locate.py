@@ -142,11 +142,14 @@ class _Known:
     def gap_at(self, at: int, lineage: Lineage, stream: str | None) -> Gap | None:
         """Give the gap around a place; one that begins on a branch that was left begins here where that was left.
 
-        One that ends in a later history reaches to the end of its own.
+        One that ends in a later history reaches to the end of its own; one that comes from another life of the log is
+        all of this one before its end.
         """
         for gap in self.gaps:
-            after = lineage.shared(gap.after) if stream in (None, gap.stream) else None
-            if after is not None and after <= at and (at < gap.until.at or not lineage.includes(gap.until)):
+            ends_here, after = lineage.includes(gap.until), lineage.shared(gap.after)
+            if stream not in (None, gap.stream) or (after is None and not ends_here):
+                continue
+            if (after or 0) <= at and (at < gap.until.at or not ends_here):
                 return gap
         return None
 

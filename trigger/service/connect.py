@@ -81,10 +81,13 @@ class SystemClock:
         return datetime.now(UTC)
 
 
-async def connect(options: Options, *, only_look: bool = False, upgrade: Upgrade | None = None) -> Parts:
+async def connect(
+    options: Options, *, only_look: bool = False, upgrade: Upgrade | None = None, suffix: str = ""
+) -> Parts:
     """Give the parts that `options` name; nothing is changed in the world but the state folder.
 
     With `only_look` a state folder that somebody else could change is no error: the pre-flight check says it.
+    `suffix` keeps what is made in the cluster apart from what a service makes there.
     The layout of the cluster is asked for and kept in the state folder, so that restores need no running cluster.
 
     Raises:
@@ -97,7 +100,7 @@ async def connect(options: Options, *, only_look: bool = False, upgrade: Upgrade
     if not only_look and (alien := why_not_ours(options.state_folder)) is not None:
         raise ConfigError(f"state_folder: {alien.message}", hint=alien.remedy)
     volumes = options.volume_list
-    database = driver("database", options.database.driver)(options.database)
+    database = driver("database", options.database.driver)(options.database, suffix)
     layout = await known_layout(database, options.state_folder)
     catalog = await Catalog.open(options.catalog_path, upgrade=upgrade)
     try:

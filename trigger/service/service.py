@@ -209,10 +209,13 @@ async def opened(options: Options, *, only_look: bool = False) -> AsyncIterator[
 
 
 @contextlib.asynccontextmanager
-async def alone(options: Options) -> AsyncIterator[Parts]:
-    """Hold the state folder and the parts; raises `ConfigError` where another process holds the folder."""
+async def alone(options: Options, *, suffix: str = "") -> AsyncIterator[Parts]:
+    """Hold the state folder and the parts; raises `ConfigError` where another process holds the folder.
+
+    `suffix` as in `connect`.
+    """
     with only_one(options.state_folder):
-        parts = await connect(options)
+        parts = await connect(options, suffix=suffix)
         try:
             yield parts
         finally:

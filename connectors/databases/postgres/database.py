@@ -13,7 +13,7 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import conninfo as dsn
 
-from connectors.databases.postgres import places, preflight
+from connectors.databases.postgres import made, places, preflight
 from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.lives import Lives
 from connectors.databases.postgres.log.segments import SegmentFolder
@@ -30,9 +30,6 @@ from trigger.position import History, Lineage, Position
 _FOR_GOOD = ("28", "3D", "42501")
 _LATE_SECONDS = 1.0
 """How much later than the server we give a statement up, so that its own word on it is heard."""
-_DROP_SLOT: LiteralString = (
-    "SELECT slot_name, pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s"
-)
 _DURABLE: LiteralString = (
     "SELECT pg_current_wal_flush_lsn()::text, left(pg_walfile_name(pg_current_wal_flush_lsn()), 8)"
 )
@@ -61,7 +58,7 @@ its flush; logical decoding shows an empty transaction to nobody."""
 _RETAINED: LiteralString = (
     "SELECT coalesce(json_agg(json_build_array(slot_name,"
     " pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint, safe_wal_size) ORDER BY slot_name), '[]')"
-    " FROM pg_replication_slots WHERE slot_name = ANY (%s) AND restart_lsn IS NOT NULL"
+    " FROM pg_replication_slots WHERE starts_with(slot_name, %s) AND restart_lsn IS NOT NULL"
 )
 _BACKUP_START: LiteralString = (
     "SELECT lsn::text, left(pg_walfile_name(lsn), 8) FROM pg_backup_start(%s, fast => true) AS lsn"
@@ -243,9 +240,8 @@ class Postgres:
         return await self.durable()
 
     async def retained(self) -> list[Retained]:
-        """Give how much log the server keeps for each of our slots that still has its place."""
-        slots = [source.slot for source in self.sources()]
-        (rows,) = await self._ask(_RETAINED, [*slots, self.journal_slot])
+        """Give how much log the server keeps for each slot of our prefix that still has its place, used or not."""
+        (rows,) = await self._ask(_RETAINED, f"{self.name}_")
         return [Retained(name, kept, left) for name, kept, left in rows]
 
     # ---- acts
@@ -285,19 +281,32 @@ class Postgres:
         finally:
             await _hang_up(connection)
 
-    async def remove(self) -> list[str]:
+    async def remove(self, *, unused: bool = False) -> list[str]:
         """Drop all that was made in the cluster: slots, the journal's too, and publications; gives their names.
+
+        Also what bears our prefix and is of no database that is configured, unless somebody reads it; with `unused`
+        that alone.
 
         Raises:
             SourceError, DatabaseError: a slot is still in use, or the server refused; what came before is gone.
         """
-        gone = [name for source in self.sources() for name in await source.remove()]
-        connection = await self._connect(self._deadline_seconds)
+        sources = self.sources()
+        gone = [] if unused else [name for source in sources for name in await source.remove()]
+        used = [*(source.slot for source in sources), *([self.journal_slot] if unused else [])]
+        others = sorted(set(await self.existing()) - set(self.databases))
         try:
-            dropped = await self._run(connection, _DROP_SLOT, self.journal_slot)
-        finally:
-            await _hang_up(connection)
-        return gone + [f"slot {name}" for name in dropped[:1]]
+            async with asyncio.timeout(self._slow_deadline_seconds):
+                async with await self._connect(self._deadline_seconds) as connection:
+                    gone += await made.drop(connection, self.name, used)
+                    read = await made.read(connection, self.name)
+                for database in (one for one in others if one not in read):
+                    async with await connect(self._dsn(database)) as connection:
+                        gone += await made.unpublish(connection, self.name)
+        except TimeoutError:
+            raise DatabaseError("what was made in the cluster could not be dropped in time") from None
+        except psycopg.Error as error:
+            raise _failed("what was made in the cluster cannot be dropped", error) from error
+        return gone
 
     # ---- what there is
 
@@ -328,7 +337,7 @@ class Postgres:
         """Give everything that a pre-flight check of settings, roles, slots and paths has to say."""
         connection = await self._connect(self._deadline_seconds)
         try:
-            findings = await preflight.check_cluster(connection, self.databases, self.name)
+            findings = await preflight.check_cluster(connection, self.databases, self.name, self.journal_slot)
         except psycopg.Error as error:
             raise _failed("the pre-flight check", error) from error
         finally:

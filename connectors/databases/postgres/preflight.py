@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 
-from connectors.databases.postgres import places
+from connectors.databases.postgres import made, places
 from connectors.databases.postgres.clone.isolation import volume_of
 from connectors.databases.postgres.connection import connect, encoding_of
 from connectors.databases.postgres.encoding import readable
@@ -37,23 +37,28 @@ SELECT pg_is_in_recovery(),
        (SELECT count(*) FROM pg_stat_replication WHERE application_name <> ALL (%s)),
        array(SELECT datname::text FROM pg_database WHERE datallowconn AND NOT datistemplate),
        array(SELECT application_name FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid
-              WHERE s.slot_type = 'physical'),
+              WHERE s.slot_type = 'physical' AND s.slot_name <> %s),
        array(SELECT format('%%L in %%s', gid, database) FROM pg_prepared_xacts ORDER BY prepared LIMIT 5),
        (SELECT count(*) FROM pg_replication_slots WHERE slot_name = ANY (%s))
 """
 _OK, _NOTE, _WARNING, _REFUSED = Severity.OK, Severity.NOTE, Severity.WARNING, Severity.REFUSED
 
 
-async def check_cluster(connection: psycopg.AsyncConnection[Any], databases: Sequence[str], name: str) -> list[Finding]:
+async def check_cluster(
+    connection: psycopg.AsyncConnection[Any], databases: Sequence[str], name: str, journal_slot: str
+) -> list[Finding]:
     """Give the findings that concern the cluster as a whole; errors of psycopg pass through."""
     settings = dict(await (await connection.execute(_SETTINGS)).fetchall())
     role = await (await connection.execute(_ROLE)).fetchone()
     ours = [slot.slot_name(name, database) for database in databases]
-    use = await (await connection.execute(_USE, [ours, ours, ours])).fetchone()
+    use = await (await connection.execute(_USE, [ours, [*ours, journal_slot], journal_slot, ours])).fetchone()
     assert role is not None
     assert use is not None
     standby, slots_used, senders_used, present, standbys, prepared, slots_made = use
-    findings = [*check_settings(settings), *check_synchronous(settings["synchronous_standby_names"], [name, *ours])]
+    findings = [
+        *check_settings(settings),
+        *check_synchronous(settings["synchronous_standby_names"], [name, *ours, journal_slot]),
+    ]
     if standby:
         findings.append(
             Finding(
@@ -69,6 +74,7 @@ async def check_cluster(connection: psycopg.AsyncConnection[Any], databases: Seq
         findings.append(
             Finding("prepared transactions", _REFUSED, message, "COMMIT PREPARED or ROLLBACK PREPARED them")
         )
+    findings += made.judge(await made.unused(connection, name, [*ours, journal_slot]))
     if standbys:
         findings.append(
             Finding(
@@ -132,7 +138,7 @@ def check_synchronous(setting: str, ours: Sequence[str]) -> Iterator[Finding]:
         yield Finding(
             "synchronous_standby_names",
             _REFUSED,
-            f"synchronous_standby_names ({setting}) makes COMMIT wait for our stream",
+            f"synchronous_standby_names ({setting}) makes COMMIT wait for our streams",
             "name the standbys that are meant, without '*' and without our names",
         )
 

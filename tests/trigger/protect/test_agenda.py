@@ -145,6 +145,24 @@ def test_pauses_after_failures_double_up_to_ten_minutes_and_end_with_a_success()
     assert book.failed(0.0, None) == 5
 
 
+def test_a_stream_that_is_open_again_leaves_no_more_than_the_first_pause() -> None:
+    book = agenda(point(), retry_seconds=5)
+    book.heed(1)
+    for moment in (0.0, 5.0, 15.0, 35.0):
+        book.failed(moment, None)
+    book.heed(1)
+    assert book.not_before == 75.0
+    book.heed(2)
+    assert book.not_before == 40.0, "one that comes and goes is not met by a round each time"
+    assert book.failed(40.0, None) == 5
+
+
+def test_a_full_window_is_urgent() -> None:
+    due = agenda(point()).next(7.0, NOON, [], window_is_full=True)
+    assert due is not None
+    assert (due.cause, due.at, due.urgent) == (Cause.COMMIT, 7.0, True)
+
+
 def test_only_the_rounds_of_the_last_minute_count_for_the_budget() -> None:
     book = agenda(point())
     for moment in (0.0, 10.0, 70.0):

@@ -22,7 +22,7 @@ from trigger.position import Name
 from trigger.protect.agenda import Agenda
 from trigger.protect.logs import Logs
 from trigger.protect.pipeline import Protected, protect
-from trigger.protect.window import Window
+from trigger.protect.window import BOUND, Window
 
 T = TypeVar("T")
 
@@ -57,8 +57,13 @@ class Stage:
     """A world with the whole main path over it; calls can be made to fail, and things to happen between them."""
 
     def __init__(
-        self, *streams: str, capabilities: frozenset[Capability] = frozenset(Capability), **options: Any
+        self,
+        *streams: str,
+        capabilities: frozenset[Capability] = frozenset(Capability),
+        bound: int = BOUND,
+        **options: Any,
     ) -> None:
+        self.bound = bound
         self.loop = VirtualLoop()
         self.world = World(seconds=self.loop.time)
         self.cluster = self.world.cluster
@@ -95,7 +100,7 @@ class Stage:
             agent = MemoryAgent(self.world)
             await agent.prepare((Volume("data", "/data"),))
             sources = [self.told(MemorySource(self.world, stream)) for stream in self.streams]
-            self.window = Window(sources, {}, lambda _: "all")
+            self.window = Window(sources, {}, lambda _: "all", self.bound)
             self.agenda = Agenda(self.options, None)
             database = self.told(MemoryDatabase(self.world))
             self.protected = Protected(
@@ -373,44 +378,6 @@ def test_an_idle_stream_is_settled_in_the_catalog_and_then_acknowledged() -> Non
         assert stage.cluster.slots["bank"].confirmed >= commit.end
 
     Stage().play(act)
-
-
-def test_a_pause_after_an_error_is_not_cut_short_by_arriving_commits() -> None:
-    async def act(stage: Stage) -> None:
-        stage.when("before open_point", *[CatalogError("full", retryable=True)] * 3)
-        began = stage.loop.time()
-        for _ in range(60):
-            stage.cluster.commit("bank")
-            await asyncio.sleep(1)
-        sealed = (await stage.points())[-1]
-        assert sealed.state is State.SEALED
-        assert stage.turns["before open_point"] == []
-        assert stage.agenda.pace(stage.loop.time()).not_before - began < 5 + 10 + 20 + 5
-
-    Stage(retry_seconds=5).play(act)
-
-
-def test_a_stop_waits_for_the_round_at_hand_and_begins_no_other() -> None:
-    async def act(stage: Stage) -> None:
-        stage.when("before flush", lambda: asyncio.sleep(5))
-        stage.cluster.commit("bank")
-        await asyncio.sleep(1)
-        stage.cluster.commit("bank")
-        await stage.stop(within_seconds=6)
-        assert [point.state for point in await stage.points()] == [State.SEALED, State.SEALED]
-        assert len(stage.window) == 1
-
-    Stage().play(act)
-
-
-def test_a_stop_does_not_wait_for_a_pause() -> None:
-    async def act(stage: Stage) -> None:
-        stage.when("before open_point", CatalogError("full", retryable=True))
-        stage.cluster.commit("bank")
-        await asyncio.sleep(1)
-        await stage.stop(within_seconds=0.1)
-
-    Stage(retry_seconds=500).play(act)
 
 
 def test_whoever_asks_for_a_point_gets_it_even_where_an_answer_was_lost() -> None:

@@ -88,6 +88,25 @@ def test_a_gap_that_began_on_a_timeline_that_was_left_is_found_on_the_one_that_w
     run(tmp_path, story)
 
 
+def test_a_place_before_the_end_of_a_gap_that_comes_from_another_life_lies_in_it(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        copy = it.world.cluster.copy()
+        first = it.commit()
+        await it.point()
+        it.pending.clear()
+        it.world.cluster.put_back(copy)
+        unseen = it.world.cluster.commit("bank")
+        until = await it.database.record_end()
+        assert until.history.incarnation == 1
+        gap = Gap("bank", first.position, until, "another log", it.site.clock.now())
+        await it.catalog.record_gap(gap)
+        await it.point()
+        found = await only(it, place=str(unseen.start))
+        assert (found.where, found.gap) == (Where.GAP, gap)
+
+    run(tmp_path, story)
+
+
 def test_a_place_without_a_commit_is_told_by_the_points_around_it(tmp_path: Path) -> None:
     async def story(it: Bank) -> None:
         first = it.commit()

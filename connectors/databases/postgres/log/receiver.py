@@ -237,7 +237,13 @@ class Receiver:
     @contextlib.asynccontextmanager
     async def _connect(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """Give a connection that speaks the replication protocol's commands, which need no more than REPLICATION."""
-        own = make_conninfo(self._conninfo, replication="yes", client_encoding="utf8", connect_timeout=_CONNECT_SECONDS)
+        own = make_conninfo(
+            self._conninfo,
+            replication="yes",
+            client_encoding="utf8",
+            connect_timeout=_CONNECT_SECONDS,
+            application_name=self._slot,
+        )
         async with asyncio.timeout(_COMMAND_SECONDS):
             async with await psycopg.AsyncConnection.connect(own, autocommit=True) as connection:
                 yield connection
@@ -249,6 +255,7 @@ class Receiver:
         secrets = {name: str(found.pop(name)) for name in sorted(_SECRETS) if name in found}
         for name in ("dbname", "replication"):
             found.pop(name, None)
+        found["application_name"] = self._slot  # by its own name it might be what COMMIT waits for
         if set(secrets) - {"password"}:
             if "service" in found:
                 raise psycopg.ProgrammingError(

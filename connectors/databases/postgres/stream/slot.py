@@ -30,6 +30,11 @@ SELECT w.name, coalesce(CASE WHEN NOT s.active THEN 'nobody reads it' END, 'ther
   LEFT JOIN pg_replication_slots s ON s.slot_name = w.name
  WHERE w.name <> '' AND (s.slot_name IS NULL OR NOT s.active)
 """
+_SYNCHRONOUS = """
+SELECT application_name, current_setting('synchronous_standby_names')
+  FROM pg_stat_replication
+ WHERE starts_with(application_name, %s) AND sync_state IN ('sync', 'quorum') ORDER BY application_name
+"""
 _OLDEST = """
 SELECT what FROM (
     SELECT format('process %s (%s)', pid, coalesce(usename, backend_type)), xact_start
@@ -115,6 +120,17 @@ async def awaited(connection: psycopg.AsyncConnection[Any]) -> str:
     return (
         f"the server holds commits back until standbys have them, by synchronized_standby_slots: {slots}; start those"
         " standbys, take them out of the setting (and SELECT pg_reload_conf()), or set database.failover to false"
+    )
+
+
+async def synchronous(connection: psycopg.AsyncConnection[Any], prefix: str) -> str:
+    """Give why COMMIT waits for a stream of ours, or for the journal, and how to end that; "" where it does not."""
+    rows = await (await connection.execute(_SYNCHRONOUS.encode(), [prefix])).fetchall()
+    if not rows:
+        return ""
+    return (
+        f"COMMIT waits for {', '.join(row[0] for row in rows)}, by synchronous_standby_names ({rows[0][1]}); name there"
+        " the standbys that are meant, without '*' and without our names (and SELECT pg_reload_conf())"
     )
 
 

@@ -437,6 +437,7 @@ class PostgresSource:
                     await side.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
                 ).fetchone()
                 self._xid = max(self._xid, row[0] if row else 0)
+                self.trouble = self.trouble or await slot.synchronous(side, f"{self.publication}_")
                 if self.failover and side.info.server_version >= slot.FAILOVER_VERSION:
                     self.trouble = self.trouble or await slot.awaited(side)
         except (psycopg.Error, TimeoutError, SourceError) as error:

@@ -1,0 +1,72 @@
+"""What was made in a cluster under our prefix and is of no use any more: found, said, and dropped.
+
+A database that is renamed, dropped from the configuration, or served under another prefix keeps its slot, for which the
+server keeps log until its disk is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import psycopg
+
+from connectors.databases.postgres.stream import publication, slot
+from trigger.model import Finding, Severity
+
+_SLOTS = """
+SELECT slot_name, database, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint
+  FROM pg_replication_slots
+ WHERE starts_with(slot_name, %s) AND slot_name <> ALL (%s) AND NOT active AND NOT temporary
+   AND coalesce(plugin, 'pgoutput') = 'pgoutput'
+ ORDER BY slot_name
+"""
+
+
+_READ = "SELECT DISTINCT database FROM pg_replication_slots WHERE starts_with(slot_name, %s) AND database IS NOT NULL"
+
+
+class Unused(NamedTuple):
+    """A slot that bears our prefix, that no stream of now is called by, and that nobody reads."""
+
+    name: str
+    database: str | None
+    """Which it is for; None for the journal's, which is for the whole cluster."""
+    kept_bytes: int | None
+    """How much log the server keeps for it; None where it keeps none any more."""
+
+
+async def unused(connection: psycopg.AsyncConnection[Any], prefix: str, used: Collection[str]) -> list[Unused]:
+    """Give the slots of our prefix that are not among `used`; errors of psycopg pass through."""
+    cursor = await connection.execute(_SLOTS.encode(), [f"{prefix}_", list(used)])
+    return [Unused(*row) for row in await cursor.fetchall()]
+
+
+async def read(connection: psycopg.AsyncConnection[Any], prefix: str) -> list[str]:
+    """Give the databases that a slot of our prefix is for; errors of psycopg pass through."""
+    return [row[0] for row in await (await connection.execute(_READ.encode(), [f"{prefix}_"])).fetchall()]
+
+
+async def drop(connection: psycopg.AsyncConnection[Any], prefix: str, used: Collection[str]) -> list[str]:
+    """Drop the slots of our prefix that are not among `used` and nobody reads; gives their names."""
+    found = await unused(connection, prefix, used)
+    return [f"slot {one.name}" for one in found if await slot.drop(connection, one.name)]
+
+
+async def unpublish(connection: psycopg.AsyncConnection[Any], prefix: str) -> list[str]:
+    """Drop our publications in the database of a connection; gives their names."""
+    database = connection.info.dbname
+    return [f"publication {name} in {database}" for name in await publication.drop(connection, prefix)]
+
+
+def judge(found: Collection[Unused]) -> Iterator[Finding]:
+    """Say of each slot that nobody needs what it costs."""
+    for one in found:
+        of = f"database {one.database}" if one.database is not None else "the journal"
+        yield Finding(
+            f"slot {one.name}",
+            Severity.WARNING,
+            f"it bears our name, is of no stream that is configured ({of}), and nobody reads it: the server keeps"
+            f" {one.kept_bytes or 0} bytes of log for it, and more with every commit",
+            "trigpoint release --unused drops it; if it is another service's that is down, start that one",
+        )

@@ -1,0 +1,115 @@
+"""What was made in a cluster and is of no use any more is found, said with what it costs, and dropped when asked to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from connectors.databases.postgres.database import Postgres
+from tests.fixtures.postgres import Cluster, running_cluster
+from tests.fixtures.service import deployment
+from tests.fixtures.volumes import plain_folder
+from trigger.model import Severity
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with plain_folder() as folder, running_cluster(18, folder / "data", fsync="off") as made:
+        made.sql("CREATE DATABASE shop")
+        yield made
+
+
+def slots(cluster: Cluster) -> list[str]:
+    return sorted(row[0] for row in cluster.sql("SELECT slot_name FROM pg_replication_slots"))
+
+
+def publications(cluster: Cluster, database: str) -> list[str]:
+    return sorted(row[0] for row in cluster.sql("SELECT pubname FROM pg_publication", database))
+
+
+async def made_for(cluster: Cluster, *databases: str) -> None:
+    """Make what streams of these databases need, and leave it."""
+    database = Postgres(cluster.conninfo, databases)
+    for source in database.sources():
+        await source.open(None)
+        await source.close()
+    await database.close()
+
+
+def asked(cluster: Cluster, question: Any) -> Any:
+    async def run() -> Any:
+        database = Postgres(cluster.conninfo, ["postgres"])
+        try:
+            return await question(database)
+        finally:
+            await database.close()
+
+    return asyncio.run(run())
+
+
+def test_what_a_database_that_was_taken_out_left_is_found_and_dropped_alone(cluster: Cluster) -> None:
+    asyncio.run(made_for(cluster, "postgres", "shop"))
+    cluster.sql("ALTER DATABASE shop RENAME TO store")
+    cluster.sql("SELECT pg_create_physical_replication_slot('trigpoint_journal', true)")
+    cluster.sql("SELECT pg_create_physical_replication_slot('trigpoints_own', true)")
+    assert slots(cluster) == ["trigpoint_journal", "trigpoint_postgres", "trigpoint_shop", "trigpoints_own"]
+    found = [one for one in asked(cluster, lambda database: database.check([])) if one.subject.startswith("slot ")]
+    assert [(one.subject, one.severity) for one in found] == [("slot trigpoint_shop", Severity.WARNING)]
+    assert "store" in found[0].message
+    assert "release --unused" in found[0].remedy
+    kept = asked(cluster, lambda database: database.retained())
+    assert [one.reader for one in kept] == ["trigpoint_journal", "trigpoint_postgres", "trigpoint_shop"]
+    gone = asked(cluster, lambda database: database.remove(unused=True))
+    assert sorted(gone) == [
+        "publication trigpoint in store",
+        "publication trigpoint_keyed in store",
+        "slot trigpoint_shop",
+    ]
+    assert slots(cluster) == ["trigpoint_journal", "trigpoint_postgres", "trigpoints_own"]
+    assert publications(cluster, "postgres") == ["trigpoint", "trigpoint_keyed"]
+    assert publications(cluster, "store") == []
+    assert asked(cluster, lambda database: database.remove(unused=True)) == []
+    assert "slot trigpoint_journal" in asked(cluster, lambda database: database.remove())
+    assert slots(cluster) == ["trigpoints_own"]
+
+
+def test_what_another_service_of_the_same_name_reads_is_left_to_it(cluster: Cluster) -> None:
+    async def run() -> list[str]:
+        other = Postgres(cluster.conninfo, ["shop"])
+        (stream,) = other.sources()
+        await stream.open(None)
+        mine = Postgres(cluster.conninfo, ["postgres"])
+        try:
+            return await mine.remove()
+        finally:
+            await stream.close()
+            await other.close()
+            await mine.close()
+
+    assert asyncio.run(run()) == []
+    assert slots(cluster) == ["trigpoint_shop"]
+    assert publications(cluster, "shop") == ["trigpoint", "trigpoint_keyed"]
+
+
+@pytest.mark.slow
+def test_commit_never_waits_for_the_journal_by_its_programs_name_and_that_it_waits_for_us_is_told() -> None:
+    with deployment(18, "directory") as here:
+        here.cluster.sql("CREATE TABLE t (v int PRIMARY KEY)")
+        here.start()
+        here.cluster.sql("INSERT INTO t VALUES (1)")
+        here.settle()
+        names = {row[0] for row in here.cluster.sql("SELECT application_name FROM pg_stat_replication")}
+        assert names == {"trigpoint_postgres", "trigpoint_journal"}
+        here.cluster.sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        here.cluster.sql("SELECT pg_reload_conf()")
+        here.wait_for(
+            lambda: any("COMMIT waits for trigpoint_" in one for one in here.status()["troubles"]), "a trouble"
+        )
+        refused = here.trigpoint("check", check=False)
+        assert refused.returncode != 0
+        assert "synchronous_standby_names" in refused.stdout

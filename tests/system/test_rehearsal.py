@@ -1,0 +1,69 @@
+"""A rehearsal protects, restores and proves for real, before the first start and beside a service; nothing stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.fixtures.service import Deployment, deployment
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+def made(here: Deployment) -> list[list[str]]:
+    """Give what there is: slots and publications, entries of the state folder, entries beside the snapshots."""
+    slots = here.cluster.sql("SELECT slot_name FROM pg_replication_slots")
+    publications = here.cluster.sql("SELECT pubname FROM pg_publication")
+    made = sorted(row[0] for row in [*slots, *publications])
+    places = (here.state, here.root / "snapshots")
+    return [made, *(sorted(one.name for one in place.glob("*")) for place in places)]
+
+
+@pytest.mark.parametrize(("major", "storage"), [(15, "directory"), (18, "btrfs")])
+def test_a_rehearsal_before_the_first_start_proves_what_it_did_and_leaves_nothing(major: int, storage: str) -> None:
+    with deployment(major, storage) as here:
+        here.cluster.sql("CREATE TABLE t (v int PRIMARY KEY)")
+        here.trigpoint("check")
+        before = made(here)
+        done = here.ask("check", "--rehearse")["rehearsal"]
+        assert done["verification"]["passed"]
+        assert all(held for _, held, _ in done["verification"]["checks"])
+        assert min(done["protected_seconds"], done["point_seconds"], done["proof_seconds"]) > 0
+        assert made(here) == before
+
+
+def test_a_rehearsal_beside_a_running_service_takes_nothing_from_it() -> None:
+    with deployment(16, "directory") as here:
+        here.cluster.sql("CREATE TABLE t (v int PRIMARY KEY)")
+        here.start()
+        here.cluster.sql("INSERT INTO t VALUES (1)")
+        here.settle()
+        before = made(here)
+        assert here.ask("check", "--rehearse")["rehearsal"]["verification"]["passed"]
+        here.cluster.sql("INSERT INTO t VALUES (2)")
+        here.settle()
+        assert made(here)[0] == before[0]
+        assert not (here.state / "rehearsal").exists()
+        assert here.ask("list", "--gaps") == []
+        assert here.stop() == 0
+
+
+def test_what_a_rehearsal_that_was_killed_left_goes_with_the_next_one() -> None:
+    with deployment(18, "directory") as here:
+        here.trigpoint("check")
+        before = made(here)
+        command = [sys.executable, "-m", "trigger", "check", "--rehearse", "--config", str(here.config)]
+        killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while "trigpoint_rehearsal_postgres" not in made(here)[0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+        assert "rehearsed: protected after" in here.trigpoint("check", "--rehearse").stdout
+        assert made(here) == before

@@ -1,0 +1,142 @@
+"""Do once, apart from all that is kept, what a configuration promises: protect, restore, prove; and leave nothing.
+
+A rehearsal has a state folder, snapshots, slots and publications of its own. So it can be held before the first start
+and beside a running service, and what it passes works: every program, right and connection of the real thing was used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trigger.config.options import CatalogOptions, Options
+from trigger.errors import TrigpointError
+from trigger.model import RecoveryPoint, State, Verification
+from trigger.ports import Progress
+from trigger.restore.verify import verify
+from trigger.service.connect import Parts
+from trigger.service.service import Service, alone, begin, preflight, work
+
+SUFFIX = "_rehearsal"
+"""What the slots and publications of a rehearsal bear behind the prefix of the service's own."""
+_FOLDER = "rehearsal"
+READY_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """How a rehearsal went."""
+
+    protected_seconds: float
+    """From the start until commits were protected: journal, streams and the first point."""
+    point_seconds: float
+    """How long a point took then."""
+    proof_seconds: float
+    """How long it took to restore that point, to look at all of it, and to throw the clone away."""
+    verification: Verification
+
+
+async def rehearse(options: Options, progress: Progress) -> Rehearsal:
+    """Give how it went to protect what `options` name, to take a point, to restore it and to prove it.
+
+    What was made for it is gone when this ends, on an error and on a cancellation too; what a kill leaves is taken up
+    and removed by the next rehearsal. It costs what a first start costs: a checkpoint and, where the storage copies, a
+    copy of the volumes.
+
+    Raises:
+        TrigpointError: it could not be done; the error is that of the part which failed.
+    """
+    apart = _apart(options)
+    clock = asyncio.get_running_loop().time
+    try:
+        async with alone(apart, suffix=SUFFIX) as parts, _gone_at_the_end(parts):
+            await preflight(parts, force=False)
+            began = clock()
+            progress("protect", 0, 0)
+            async with _at_work(await begin(parts)) as service:
+                protected = clock()
+                progress("take a point", 0, 0)
+                point = await service.point("rehearsal")
+                taken = clock()
+                if point.state is not State.SEALED:
+                    raise TrigpointError(f"the point of the rehearsal failed: {point.failure}")
+                verification = await _proven(point, parts, progress)
+            return Rehearsal(protected - began, taken - protected, clock() - taken, verification)
+    finally:
+        await asyncio.to_thread(_remove, apart)
+
+
+def _apart(options: Options) -> Options:
+    """Give options whose state and snapshots lie apart from those of the service."""
+    return options.model_copy(
+        update={
+            "name": f"{options.name}-{_FOLDER}",
+            "state_folder": options.state_folder / _FOLDER,
+            "catalog": CatalogOptions(),
+            "journal": options.journal.model_copy(update={"folder": None}),
+            "storage": options.storage.model_copy(update={"folder": options.storage.folder / _FOLDER}),
+        }
+    )
+
+
+async def _proven(point: RecoveryPoint, parts: Parts, progress: Progress) -> Verification:
+    chosen = parts.options.verify
+    return await verify(
+        point,
+        parts.site,
+        assertions=chosen.assertions,
+        progress=progress,
+        deadline_seconds=chosen.deadline_seconds,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _at_work(service: Service) -> AsyncIterator[Service]:
+    """Let a service work while the block runs, from when commits are protected."""
+    ready = asyncio.Event()
+    working = asyncio.create_task(work(service, lambda _: ready.set()))
+    waiting = asyncio.create_task(ready.wait())
+    try:
+        await asyncio.wait((working, waiting), timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working
+        if not ready.is_set():
+            troubles = "; ".join(service.troubles()) or "see `trigpoint check`"
+            raise TrigpointError(f"nothing was protected within {READY_SECONDS:g} s: {troubles}")
+        yield service
+    finally:
+        waiting.cancel()
+        service.stop()
+        await asyncio.wait((working,))
+    await working
+
+
+@contextlib.asynccontextmanager
+async def _gone_at_the_end(parts: Parts) -> AsyncIterator[None]:
+    """Remove at the end what was made in the storage and in the cluster."""
+    try:
+        yield
+    finally:
+        await asyncio.shield(_clear(parts))
+
+
+async def _clear(parts: Parts) -> None:
+    for clone in await parts.storage.clones():
+        await parts.storage.drop_clone(clone.name)
+    for found in await parts.storage.tagged():
+        await parts.storage.delete(found.point)
+    await parts.database.remove()
+
+
+def _remove(apart: Options) -> None:
+    for folder in (apart.state_folder, apart.storage.folder):
+        _remove_folder(folder)
+
+
+def _remove_folder(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
