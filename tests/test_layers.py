@@ -19,12 +19,12 @@ ROOT = Path(__file__).parent.parent
 
 ROOMS = {
     "": "the words: what everything else may use; of the world they know this host's paths and locks",
-    "config": "every option, and the reference made of it",
+    "config": "every option, the door to the drivers that bring some of them, and the reference",
     "catalog": "what is known of points, commits and gaps; the only SQL",
     "protect": "from a commit to a point",
     "restore": "from a point to a commit",
     "keep": "what may go",
-    "service": "what runs, and the door to the drivers",
+    "service": "what runs",
     "demo": "the whole of it, on a bank",
     "cli": "what people see",
 }
@@ -42,7 +42,9 @@ PURE = frozenset(
             "replay",
             "ports",
             "shape",
+            "config.sections",
             "config.options",
+            "config.mistakes",
             "config.expressions",
             "config.toml_lines",
         ),
@@ -61,8 +63,11 @@ LIBRARIES = {
         ("config.options", "protect.agenda"),
         "a schedule is refused where it is read, and followed where points fall due",
     ),
-    "pydantic": (("config.options",), "one description of the configuration"),
-    "pydantic_core": (("config.options",), "the mistakes that pydantic reports"),
+    "pydantic": (
+        ("config.sections", "config.options"),
+        "one description of the configuration: what drivers derive from, and what is the service's own",
+    ),
+    "pydantic_core": (("config.mistakes",), "the mistakes that pydantic reports"),
     "sqlalchemy": (("catalog",), "the only SQL: tables, look-ups of commits, and the rest"),
     "typer": (("cli",), "the command line"),
     "rich": (("cli.show", "demo"), "output for people; the demo draws while it runs"),
@@ -75,11 +80,18 @@ DRIVER_LIBRARIES = {
 }
 """Library -> the one package of `connectors` that may import it."""
 
+SECTIONS = {
+    where.partition(":")[0]: "a driver describes its options in the words in which the configuration is described"
+    for name, where in DRIVERS.items()
+    if name.startswith("options/")
+}
+"""Modules with the sections that drivers bring -> why they may import pydantic, and what they derive from."""
+
 CONNECTORS_MAY_USE = frozenset({"position", "errors", "model", "replay", "ports", "failpoint", "lock", "trusted"})
 """What a driver knows of the service; with more it could not be written by a stranger, or tested alone."""
 
 DOORS = {
-    "service.drivers": "connectors",
+    "config.drivers": "connectors",
     "demo": "connectors.databases.postgres.programs",
 }
 """Who in `trigger` may import from `connectors`, and what: the table of names, and the demo that makes a cluster."""
@@ -89,6 +101,7 @@ POSTGRES = {
     "places": (),
     "programs": (),
     "encoding": (),
+    "sections": (),
     "connection": ("encoding",),
     "stream": ("lsn", "programs", "encoding", "connection"),
     "log": ("lsn", "programs"),
@@ -97,7 +110,7 @@ POSTGRES = {
     "made": ("stream",),
     "preflight": ("lsn", "places", "programs", "encoding", "connection", "stream", "clone", "made"),
     "database": ("lsn", "places", "programs", "connection", "stream", "log", "lives", "preflight", "made"),
-    "assembly": ("lsn", "places", "programs", "stream", "log", "clone", "database"),
+    "assembly": ("lsn", "places", "programs", "stream", "log", "clone", "database", "sections"),
 }
 """The rooms of the largest driver, and the modules at its door: which others each may import."""
 
@@ -156,8 +169,13 @@ def top(name: str) -> str:
 
 
 def driver_of(name: str) -> str:
-    """Give the driver that a module belongs to, as the table of names calls it; "" for what belongs to none."""
+    """Give the driver that a module belongs to, as the table of names calls it; "" for what belongs to none.
+
+    The sections of several drivers may stand beside them in one module; what makes a driver says whose a package is.
+    """
     for kind, where in DRIVERS.items():
+        if kind.startswith("options/"):
+            continue
         package = ".".join(where.partition(":")[0].split(".")[:3])
         if f"{name}.".startswith(f"{package}."):
             return kind
@@ -216,10 +234,24 @@ def test_connectors_are_loaded_by_name_and_nowhere_else() -> None:
 
 
 def test_a_driver_knows_no_more_of_the_service_than_its_contract() -> None:
-    def wrong(_module: str, name: str) -> str:
+    def wrong(module: str, name: str) -> str:
         if top(name) != "trigger" or place(name) in CONNECTORS_MAY_USE:
             return ""
+        if module in SECTIONS and place(name) == "config.sections":
+            return ""
         return f"a driver knows only {', '.join(sorted(CONNECTORS_MAY_USE))} of trigger"
+
+    refuse("connectors", wrong)
+
+
+def test_a_section_loads_nothing_but_what_describes_it() -> None:
+    """Every command reads the configuration, and most of them never connect."""
+
+    def wrong(module: str, name: str) -> str:
+        if module not in SECTIONS or place(name) == "config.sections" or top(name) == "pydantic":
+            return ""
+        light = top(name) in sys.stdlib_module_names - IMPURE - {"asyncio", "ctypes"}
+        return "" if light else "a section is read by commands that never connect"
 
     refuse("connectors", wrong)
 
@@ -263,7 +295,7 @@ def test_the_service_imports_a_library_in_one_place_only() -> None:
 
 def test_a_driver_imports_only_the_library_it_drives() -> None:
     def wrong(module: str, name: str) -> str:
-        if not is_library(name):
+        if not is_library(name) or (top(name) == "pydantic" and module in SECTIONS):
             return ""
         owner = DRIVER_LIBRARIES.get(top(name), "no driver; see DRIVER_LIBRARIES")
         return "" if f"{module}.".startswith(f"{owner}.") else f"it belongs to {owner}"

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from connectors.hosts.hooks import Hook, read_hooks, run_hook
+from connectors.hosts.sections import LocalOptions
 from connectors.syncfs import open_folder, syncfs
 from connectors.threads import Threads
 from trigger.errors import AgentError
@@ -75,6 +76,11 @@ class _Mounted:
     identity: tuple[int, int]
     """(device, inode) of its root."""
     filesystem_id: str
+
+
+def agent(section: LocalOptions, name: str, state_folder: Path) -> LocalAgent:
+    """Give the agent of this host, which is called `name`."""
+    return LocalAgent(name, state_folder=state_folder, hooks=section.hooks)
 
 
 class LocalAgent:

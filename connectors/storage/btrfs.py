@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from connectors.storage import libbtrfsutil
+from connectors.storage.sections import BtrfsOptions
 from connectors.storage.shelf import (
     MENDING,
     Shelf,
@@ -36,7 +37,7 @@ from connectors.storage.shelf import (
 from connectors.storage.sidecar import Sidecar
 from connectors.threads import Threads
 from trigger.errors import StorageError
-from trigger.model import Finding, Severity, Snapshot, Space, Volume
+from trigger.model import Finding, Layout, Severity, Snapshot, Space, Volume
 from trigger.ports import Capability, Clone, Progress, Tagged
 
 _COUNTED_SECONDS = 5.0
@@ -44,6 +45,13 @@ _CLEANED_SECONDS = 60.0
 """How long after a deletion its room may not be counted yet, and how long it may be cleaned up: the kernel does that
 after the next commit, which comes within 30 s."""
 _DELETION_DENIED = "run as root, or mount the filesystem with user_subvol_rm_allowed"
+
+
+def storage(section: BtrfsOptions, volumes: Sequence[Volume], layout: Layout) -> BtrfsStorage:  # noqa: ARG001 - of no use here
+    """Give the storage of a section."""
+    return BtrfsStorage(
+        section.folder, volumes=volumes, budget=section.budget, wanted_free_bytes=int(section.keep_free)
+    )
 
 
 class BtrfsStorage:

@@ -22,9 +22,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, can_reflink
+from connectors.storage.sections import DirectoryOptions
 from connectors.storage.shelf import (
     MENDING,
     Shelf,
@@ -38,8 +40,29 @@ from connectors.storage.sidecar import Sidecar
 from connectors.syncfs import flush, open_folder, syncfs
 from connectors.threads import Threads
 from trigger.errors import StorageError
-from trigger.model import Finding, Severity, Snapshot, Space, Volume
+from trigger.model import Finding, Layout, Severity, Snapshot, Space, Volume
 from trigger.ports import Capability, Clone, Progress, Tagged
+
+
+def storage(section: DirectoryOptions, volumes: Sequence[Volume], layout: Layout) -> DirectoryStorage:
+    """Give the storage of a section; the log is left out, which comes back from the journal."""
+    return DirectoryStorage(
+        section.folder,
+        budget=section.budget,
+        wanted_free_bytes=int(section.keep_free),
+        paranoid=section.paranoid,
+        exclude=_log_in(volumes, layout),
+    )
+
+
+def _log_in(volumes: Sequence[Volume], layout: Layout) -> dict[str, list[str]]:
+    """Give by volume the pattern of the log that lies in it."""
+    roots = {volume.name: Path(volume.path).resolve() for volume in volumes}
+    return {
+        name: ["/".join((*map(escape, layout.log.relative_to(root).parts), "*"))]
+        for name, root in roots.items()
+        if layout.log.is_relative_to(root)
+    }
 
 
 class DirectoryStorage:

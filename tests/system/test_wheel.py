@@ -84,7 +84,7 @@ def test_every_module_can_be_loaded_from_the_wheel(programs: Path) -> None:
 def test_every_driver_named_in_the_table_is_in_the_wheel(programs: Path) -> None:
     program = (
         "from connectors import DRIVERS\n"
-        "from trigger.service.connect import driver\n"
-        "for name in DRIVERS: print(driver(*name.split('/')).__name__)\n"
+        "from trigger.config.drivers import driver\n"
+        "for name in DRIVERS: print(driver(*name.rsplit('/', 1)).__name__)\n"
     )
     assert len(run(str(programs / "python"), "-c", program).splitlines()) >= 3

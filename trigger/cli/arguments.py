@@ -56,8 +56,9 @@ def options(given: Path | None) -> Options:
     Raises:
         ConfigError: the file cannot be read, or is wrong.
     """
-    from trigger.config.options import load, place_in
-    from trigger.service.drivers import know_places
+    from trigger.config.drivers import know_places
+    from trigger.config.mistakes import place_in
+    from trigger.config.options import load
 
     know_places()  # whatever is shown of a log is written as its users write it
     path = config_path(given)

@@ -39,6 +39,9 @@ def init(
         Path | None, typer.Option("--output", "-o", help="Where to write it; - is standard output.", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    driver: Annotated[
+        str | None, typer.Option("--driver", help="Which kind of database it is; else the usual one.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Look at a running cluster and write a configuration for it, with comments.
@@ -52,7 +55,7 @@ def init(
     target = output or (SYSTEM_CONFIG if os.geteuid() == 0 else LOCAL_CONFIG)
     if str(target) != "-" and target.exists() and not force:
         raise ConfigError(f"{target} is there already", hint="--output writes elsewhere, --force replaces it")
-    found = asyncio.run(look(conninfo or from_environment(), databases or [], state_folder or default_state_folder()))
+    found = asyncio.run(look(driver, conninfo, databases or [], state_folder or default_state_folder()))
     written = text(found)
     parse(written, str(target))
     if str(target) == "-":
@@ -81,14 +84,15 @@ def init(
     show.say(f"       trigpoint run{option}                 protect it")
 
 
-async def look(conninfo: str, databases: list[str], state_folder: Path) -> Proposal:
-    """Give the proposal for the cluster behind `conninfo`; raises `DatabaseError` where it does not answer."""
-    from trigger.config.options import DatabaseOptions
+async def look(kind: str | None, at: str | None, databases: list[str], state_folder: Path) -> Proposal:
+    """Give the proposal for the cluster that is reached at `at`; raises `DatabaseError` where it does not answer."""
+    from trigger.config.drivers import driver
+    from trigger.config.options import reached
     from trigger.host import free_bytes, read_mounts, subvolume_of
-    from trigger.service.drivers import driver
     from trigger.service.initialise import propose
 
-    database = driver("database", "postgres")(DatabaseOptions(conninfo=conninfo, databases=["postgres"]))
+    section = reached(kind, at, os.environ)
+    database = driver("database", section.driver)(section)
     try:
         present = await database.existing()
         missing = [name for name in databases if name not in present]
@@ -98,7 +102,7 @@ async def look(conninfo: str, databases: list[str], state_folder: Path) -> Propo
     finally:
         await database.close()
     return propose(
-        conninfo,
+        section,
         databases or present,
         layout,
         state_folder=state_folder,
@@ -108,13 +112,6 @@ async def look(conninfo: str, databases: list[str], state_folder: Path) -> Propo
         ours=lambda folder: why_not_ours(folder) is None,
         free_bytes=free_bytes,
     )
-
-
-def from_environment() -> str:
-    """Give a connection string from libpq's environment variables, complete, since a service does not have them."""
-    user = os.environ.get("PGUSER", "postgres")
-    port = f" port={os.environ['PGPORT']}" if "PGPORT" in os.environ else ""
-    return f"host={os.environ.get('PGHOST', '/var/run/postgresql')}{port} user={user}"
 
 
 def default_state_folder() -> Path:

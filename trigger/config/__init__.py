@@ -1,4 +1,4 @@
-"""The configuration: every option, described once, and the reference made of it.
+"""The configuration: every option, described once, the sections that drivers bring, and the reference made of both.
 
-Imported by every room above. It knows the words only.
+Imported by every room above; `sections` by the drivers too. Only `drivers` loads connectors, by name.
 """

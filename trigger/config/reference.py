@@ -1,16 +1,17 @@
-"""The reference of all options, made from `trigger.config.options`: Markdown, a manual page, a commented TOML file."""
+"""The reference of all options, the service's own and every driver's: Markdown, a manual page, commented TOML."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from trigger.config import drivers
 from trigger.config.expressions import FACTS, FUNCTIONS
 from trigger.config.options import Options
 
@@ -33,6 +34,15 @@ class Option:
     limits: str
     example: Any
     doc: str
+    chosen_by: str = ""
+    """Which option says whether there is such a one: `storage.driver`; "" where it is always there."""
+    drivers: tuple[str, ...] = ()
+    """What that has to be, one of these."""
+
+    @property
+    def usual(self) -> bool:
+        """Whether it is there where no driver is named."""
+        return not self.drivers or drivers.names(self.chosen_by.partition(".")[0])[0] in self.drivers
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,29 +60,74 @@ class Section:
 
 def sections() -> list[Section]:
     """Give every section in the order of the file, the root first."""
-    return list(_walk(Options, "", repeated=False, required=True, doc=inspect.cleandoc(Options.__doc__ or "")))
+    return list(_walk(Options, "", repeated=False, required=True, doc=_doc(Options)))
 
 
 def _walk(model: Any, path: str, *, repeated: bool, required: bool, doc: str) -> Iterator[Section]:
     below: list[tuple[Any, str, bool, bool, str]] = []
     options = []
-    for name, field in model.model_fields.items():
-        key = f"{path}{'[]' if repeated else ''}.{name}".lstrip(".")
+    for name in drivers.keys(model):
+        field = model.model_fields[name]
+        dotted = f"{path}.{name}".lstrip(".")
         annotation = _without_none(field.annotation)
         inner = get_args(annotation)[0] if get_origin(annotation) is list else annotation
         if hasattr(inner, "model_fields"):
-            words = " ".join(part for part in (inspect.cleandoc(inner.__doc__ or ""), field.description) if part)
-            dotted = f"{path}.{name}".lstrip(".")
+            words = " ".join(part for part in (_doc(inner), field.description) if part)
             below.append((inner, dotted, inner is not annotation, field.is_required(), words))
         else:
-            options.append(_option(key, name, field))
+            options.append(_option(f"{path}{'[]' if repeated else ''}.{name}".lstrip("."), name, field))
     yield Section(path, repeated, required, doc, tuple(options))
     for inner, dotted, many, needed, words in below:
-        yield from _walk(inner, dotted, repeated=many, required=needed, doc=words)
+        if dotted in drivers.TABLES:
+            yield from _brought(dotted)
+        else:
+            yield from _walk(inner, dotted, repeated=many, required=needed, doc=words)
+
+
+def _brought(name: str) -> Iterator[Section]:
+    """Give the table of that name as all drivers bring it, and what lies below it."""
+    table, models = drivers.TABLES[name], drivers.brought(name)
+    found: list[tuple[Option, list[str]]] = []
+    below: list[Section] = []
+    for driver, model in models.items():
+        own, *inner = _walk(model, name, repeated=False, required=False, doc="")
+        for option in own.options:
+            drivers_with = next((having for known, having in found if known == option), None)
+            if drivers_with is None:
+                found.append((option, drivers_with := []))
+            drivers_with.append(driver)
+        below += [replace(one, doc=f"{one.doc} Only with {_is_one_of(table.chosen_by, [driver])}.") for one in inner]
+    options = [
+        option if len(having) == len(models) else replace(option, chosen_by=table.chosen_by, drivers=tuple(having))
+        for option, having in found
+    ]
+    options = [_choice(option, models) if option.key == table.chosen_by else option for option in options]
+    needed = any(option.required and option.usual for option in options)
+    yield Section(name, repeated=False, required=needed, doc=_doc(table.base), options=tuple(options))
+    yield from below
+
+
+def _choice(option: Option, models: Mapping[str, Any]) -> Option:
+    """Give the option by which a driver is chosen, with what each of them is."""
+    usual, several = next(iter(models)), len(drivers.names("database")) > 1
+    words = [option.doc]
+    for name, model in models.items():
+        goes_with = f" (with {_is_one_of('database.driver', model.of)})" if several and model.of else ""
+        words.append(f"`{name}`{goes_with}: {_doc(model)}")
+    choice = " or ".join(map(json.dumps, models))
+    return replace(option, type=choice, required=False, default=usual, example=usual, doc=" ".join(words))
+
+
+def _is_one_of(key: str, names: Iterable[str]) -> str:
+    return f"{key} = {' or '.join(map(json.dumps, names))}"
+
+
+def _doc(model: Any) -> str:
+    return " ".join(inspect.cleandoc(model.__doc__ or "").split())
 
 
 def _option(key: str, name: str, field: Any) -> Option:
-    default = None if field.is_required() else field.default
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
     annotation = _without_none(field.annotation)
     return Option(
         key=key,
@@ -118,7 +173,7 @@ def _type(annotation: Any) -> str:
     if _is_bytes(annotation):
         return "size"
     names = {str: "text", bool: "true or false", int: "whole number", float: "number", Path: "path"}
-    return names[annotation]
+    return names.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
 def _limits(metadata: list[Any]) -> str:
@@ -143,7 +198,8 @@ def facts(option: Option) -> str:
     if option.unit == "bytes":
         kind = 'number of bytes, or text such as "10GiB"'
     default = "needed" if option.required else f"default {_NONE if option.default is None else toml(option.default)}"
-    return "; ".join(part for part in (kind, option.limits, default) if part)
+    only = f"only with {_is_one_of(option.chosen_by, option.drivers)}" if option.drivers else ""
+    return "; ".join(part for part in (kind, option.limits, default, only) if part)
 
 
 def toml(value: Any) -> str:
@@ -177,7 +233,8 @@ def toml_text() -> str:
         for option in section.options:
             lines += ["", *_comment(option.doc), *_comment(f"({facts(option)})")]
             name = option.key.rpartition(".")[2]
-            lines.append(f"{'' if option.required and not mark else '#'}{name} = {toml(option.example)}")
+            stands = option.required and option.usual and not mark
+            lines.append(f"{'' if stands else '#'}{name} = {toml(option.example)}")
     return "\n".join(lines) + "\n"
 
 

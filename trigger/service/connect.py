@@ -8,13 +8,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from glob import escape
 from pathlib import Path
 from socket import gethostname
-from typing import Any
 
 from trigger import host
 from trigger.catalog.catalog import Catalog, Upgrade
+from trigger.config.drivers import driver, know_places
 from trigger.config.options import Options
 from trigger.errors import AgentError, ConfigError, DatabaseError
 from trigger.model import Finding, Layout, Severity, Volume
@@ -22,7 +21,6 @@ from trigger.ports import Agent, Capability, Database, Journal, Recovery, Source
 from trigger.protect.logs import Logs
 from trigger.restore.clones import Site
 from trigger.service import costs, surroundings
-from trigger.service.drivers import driver, know_places
 from trigger.shape import data
 from trigger.trusted import replace_file, why_not_ours
 
@@ -107,41 +105,15 @@ async def connect(
     catalog = await Catalog.open(options.catalog_path, upgrade=upgrade)
     try:
         database.recognise(await catalog.seen())
-        journal = driver("journal", options.journal.driver)(database, layout, options.journal, options.journal_folder)
-        recovery = driver("recovery", options.database.driver)(database, layout, volumes, options.restore, options.name)
-        agents = [
-            driver("agent", options.agent.driver)(
-                gethostname(), state_folder=options.state_folder, hooks=options.agent.hooks
-            )
-        ]
-        storage = _storage(options, volumes, layout)
+        journal = driver("journal", options.journal.driver)(options.journal, database, layout, options.journal_folder)
+        recovery = driver("recovery", options.database.driver)(options.restore, database, layout, volumes, options.name)
+        agents = [driver("agent", options.agent.driver)(options.agent, gethostname(), options.state_folder)]
+        storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
     except BaseException:
         await catalog.close()
         raise
     sources = database.sources()
     return Parts(options, volumes, layout, database, sources, agents, storage, catalog, journal, recovery)
-
-
-def _storage(options: Options, volumes: Sequence[Volume], layout: Layout) -> Any:
-    chosen = options.storage
-    settings: dict[str, Any] = {"budget": chosen.budget, "wanted_free_bytes": int(chosen.keep_free)}
-    match chosen.driver:
-        case "btrfs":
-            settings["volumes"] = volumes
-        case "directory":
-            settings["paranoid"] = chosen.paranoid
-            settings["exclude"] = _log_in(volumes, layout)
-    return driver("storage", chosen.driver)(chosen.folder, **settings)
-
-
-def _log_in(volumes: Sequence[Volume], layout: Layout) -> dict[str, list[str]]:
-    """Give by volume the pattern of the log that lies in it."""
-    roots = {volume.name: Path(volume.path).resolve() for volume in volumes}
-    return {
-        name: ["/".join((*map(escape, layout.log.relative_to(root).parts), "*"))]
-        for name, root in roots.items()
-        if layout.log.is_relative_to(root)
-    }
 
 
 async def known_layout(database: Database, state_folder: Path) -> Layout:

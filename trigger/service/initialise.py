@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Any
 
 from trigger.config.reference import sections, toml
+from trigger.config.sections import DatabaseOptions
 from trigger.host import Mount, mount_of
 from trigger.model import Layout
 from trigger.service import costs
@@ -23,6 +25,9 @@ class Proposal:
     name: str
     state_folder: Path
     conninfo: str
+    """How the cluster is reached, for people."""
+    database: Mapping[str, Any]
+    """What its driver wants to be told, by key."""
     databases: tuple[str, ...]
     volumes: tuple[tuple[str, Path], ...]
     driver: str
@@ -36,7 +41,7 @@ class Proposal:
 
 
 def propose(
-    conninfo: str,
+    section: DatabaseOptions,
     databases: Sequence[str],
     layout: Layout,
     *,
@@ -50,8 +55,8 @@ def propose(
     """Give the configuration for a cluster.
 
     Args:
-        conninfo: how it was reached.
-        databases: what there is; `postgres` is left out where there is another.
+        section: how it was reached, through databases that every cluster has.
+        databases: what there is; those of `section` are left out where there is another.
         layout: where its files lie.
         state_folder: where we may keep our state.
         mounts: the mounts of this host.
@@ -63,12 +68,16 @@ def propose(
     parts = list(layout.places.items())
     host = _Host(mounts, subvolume_of, ours, root=root)
     driver, volumes, folder, why = _storage(parts, host, state_folder)
-    wanted = tuple(name for name in databases if name != "postgres") or tuple(databases)
+    wanted = tuple(name for name in databases if name not in section.databases) or tuple(databases)
+    told = {"driver": section.driver} | section.model_dump(mode="json", exclude_unset=True, exclude={"databases"})
     interval, points_why = 1.0, tuple[str, ...]()
     if driver != "btrfs" or len(volumes) > 1:
         interval, points_why = _rare(layout.log_file_bytes, free_bytes(state_folder))
     found = tuple(volumes)
-    return Proposal("main", state_folder, conninfo, wanted, found, driver, folder, tuple(why), interval, points_why)
+    return Proposal(
+        *("main", state_folder, section.address, told, wanted, found),
+        *(driver, folder, tuple(why), interval, points_why),
+    )
 
 
 def _rare(segment_bytes: int, free_bytes: int) -> tuple[float, tuple[str, ...]]:
@@ -155,13 +164,13 @@ def text(proposal: Proposal) -> str:
         *_line("state_folder", proposal.state_folder),
         "",
         "[database]",
-        *_line("database.conninfo", proposal.conninfo),
-        *_line("database.databases", list(proposal.databases)),
     ]
+    for key, value in {**proposal.database, "databases": list(proposal.databases)}.items():
+        lines += _line(f"database.{key}", value, proposal.database["driver"])
     for name, path in proposal.volumes:
         lines += ["", "[[volumes]]", *_line("volumes[].name", name), *_line("volumes[].path", path)]
     lines += ["", "[storage]", *(f"# {plain(why)}" for why in proposal.why)]
-    lines += [f"driver = {toml(proposal.driver)}", *_line("storage.folder", proposal.storage_folder)]
+    lines += [f"driver = {toml(proposal.driver)}", *_line("storage.folder", proposal.storage_folder, proposal.driver)]
     lines += [*_line("storage.keep_free", "1GiB"), *_line("storage.budget", 200)]
     interval = proposal.interval_seconds
     lines += ["", "[points]", *(f"# {plain(why)}" for why in proposal.points_why)]
@@ -188,6 +197,8 @@ _RULES = (
 )
 
 
-def _line(key: str, value: object) -> list[str]:
-    doc = next(option.doc for section in sections() for option in section.options if option.key == key)
+def _line(key: str, value: object, driver: str = "") -> list[str]:
+    """Give an option under its meaning, as the driver has it that brings it."""
+    options = (option for section in sections() for option in section.options if option.key == key)
+    doc = next(option.doc for option in options if not option.drivers or driver in option.drivers)
     return [f"# {doc}", f"{key.rpartition('.')[2]} = {toml(value)}"]

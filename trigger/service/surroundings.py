@@ -27,7 +27,7 @@ def check(options: Options, volumes: Sequence[Volume]) -> list[Finding]:
     return [
         *check_places(places, volumes),
         *check_ours({what: path for what, path in places.items() if what != "storage folder"}),
-        *check_secrets([path for path in (options.database.password_file, options.agent.hooks) if path]),
+        *check_secrets(options.guarded_files),
         *check_state_folder(options.state_folder),
         check_clock(clock_is_synchronised()),
     ]

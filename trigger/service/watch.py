@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from trigger.config.drivers import driver
 from trigger.config.options import Options
 from trigger.errors import SourceError
 from trigger.model import Commit
 from trigger.protect.commit_lines import read
 from trigger.service.control import ask
-from trigger.service.drivers import driver
 
 ASK_SECONDS = 10.0
 BOUND = 1_000_000

@@ -1,4 +1,4 @@
-"""How the parts of one PostgreSQL cluster are put together: its journal, and the servers of its clones.
+"""How the parts of one PostgreSQL cluster are put together, each from its own section: its journal, its clones.
 
 Everything here is made from a `Layout`, which the service keeps, so that a restore needs no running cluster.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from connectors.databases.postgres import places
 from connectors.databases.postgres.clone.isolation import Placement
@@ -21,12 +20,13 @@ from connectors.databases.postgres.log.receiver import Receiver
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.programs import find_programs
+from connectors.databases.postgres.sections import ArchiveOptions, CloneOptions, PostgresOptions, ReceivewalOptions
 from trigger.errors import ConfigError
 from trigger.model import Layout, Volume
 
 
-def database(section: Any, suffix: str = "") -> Postgres:
-    """Give the cluster that a section `database` names; `suffix` keeps what is made in it apart from a service's."""
+def database(section: PostgresOptions, suffix: str = "") -> Postgres:
+    """Give the cluster that a section names; `suffix` keeps what is made in it apart from a service's."""
     return Postgres(
         section.conninfo,
         section.databases,
@@ -38,15 +38,19 @@ def database(section: Any, suffix: str = "") -> Postgres:
     )
 
 
-def received_journal(database: Postgres, layout: Layout, section: Any, folder: Path) -> PostgresJournal:  # noqa: ARG001 - needs no more
+def received_journal(
+    section: ReceivewalOptions,  # noqa: ARG001 - all that it holds is the folder
+    database: Postgres,
+    layout: Layout,
+    folder: Path,
+) -> PostgresJournal:
     """Give the journal that PostgreSQL's own `pg_receivewal` keeps in `folder`."""
     programs = find_programs(places.major(layout), database.bin_directory)
-
     receiver = Receiver(database.conninfo, programs, database.journal_slot, recognise=database.recognised)
     return _journal(database, layout, folder, receiver)
 
 
-def archived_journal(database: Postgres, layout: Layout, section: Any, folder: Path) -> PostgresJournal:
+def archived_journal(section: ArchiveOptions, database: Postgres, layout: Layout, folder: Path) -> PostgresJournal:
     """Give the journal that is read from an archive through its own `restore_command`, by way of `folder`."""
     return _journal(database, layout, folder, ArchiveReader(section.restore_command, database))
 
@@ -66,9 +70,9 @@ def _journal(database: Postgres, layout: Layout, folder: Path, feed: Feed) -> Po
 
 
 def recovery(
-    database: Postgres, layout: Layout, volumes: Sequence[Volume], section: Any, name: str
+    section: CloneOptions, database: Postgres, layout: Layout, volumes: Sequence[Volume], name: str
 ) -> PostgresRecovery:
-    """Give what brings up the servers of clones of the cluster called `name`, by a section `restore`.
+    """Give what brings up the servers of clones of the cluster called `name`.
 
     Raises:
         PreflightError: part of the cluster lies outside the volumes.

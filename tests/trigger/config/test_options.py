@@ -112,6 +112,12 @@ def test_defaults_stand_where_nothing_is_said() -> None:
     assert [volume.path for volume in given.volume_list] == ["/srv/data"]
 
 
+def test_what_was_allowed_with_btrfs_once_is_read_there_still_and_shown_to_nobody() -> None:
+    assert parse(f'{SMALLEST}driver = "btrfs"\nparanoid = true\n', "x").storage.driver == "btrfs"
+    (shown,) = [option for section in sections() for option in section.options if option.key == "storage.paranoid"]
+    assert shown.drivers == ("directory",)
+
+
 @pytest.mark.parametrize(
     ("written", "size"), [("4096", 4096), ('"10GiB"', 10 << 30), ('"1.5 MB"', 1_500_000), ('"0"', 0)]
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.trigger.service.test_initialise import BTRFS, EXT4, layout, proposed
+from tests.trigger.service.test_initialise import BTRFS, EXT4, REACHED, layout, proposed
 from trigger.config.options import PointOptions, parse
 from trigger.model import Severity
 from trigger.service.costs import DAY_SECONDS, INTERVALS_SECONDS, look, points_a_day, proposed_interval_seconds
@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 def with_room(free_bytes: int, mounts: Any = EXT4, **more: Any) -> Any:
     return propose(
-        "host=/run/postgresql",
+        REACHED,
         ["bank"],
         layout(**more),
         state_folder=Path("/var/lib/trigpoint"),

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from connectors.databases.postgres import places
+from connectors.databases.postgres.sections import PostgresOptions
 from trigger.config.options import parse
 from trigger.host import Mount
 from trigger.model import Layout
 from trigger.service.initialise import Proposal, propose, text
 
 EXT4 = [Mount(Path("/"), "ext4")]
+REACHED = PostgresOptions(driver="postgres", conninfo="host=/run/postgresql", databases=["postgres"])
 BTRFS = [*EXT4, Mount(Path("/srv/pg"), "btrfs")]
 
 
@@ -28,7 +30,7 @@ def layout(data: str = "/srv/pg/data", **more: Any) -> Layout:
 def proposed(found: Layout, mounts: list[Mount] | None = None, *, root: bool = True, **more: Any) -> Proposal:
     given: dict[str, Any] = {"subvolume_of": lambda path: path, "databases": ["bank", "postgres"]} | more
     return propose(
-        "host=/run/postgresql",
+        REACHED,
         given["databases"],
         found,
         state_folder=Path("/var/lib/trigpoint"),
