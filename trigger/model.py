@@ -123,6 +123,25 @@ class CommitRecord(NamedTuple):
     outcome: Outcome
 
 
+class Logged(NamedTuple):
+    """A commit as the log itself has it, whether any stream showed it or not."""
+
+    history: History
+    name: Name
+    start: At
+    end: At
+    time_us: int
+    children: tuple[Name, ...]
+    """What people may call it besides: for PostgreSQL the ids of its savepoints."""
+    did: str
+    """What its record says of what was done, in words; "" where it says no more than that it was committed."""
+
+    @property
+    def record(self) -> CommitRecord:
+        """What a catalog would keep of it; nobody has an outcome for it."""
+        return CommitRecord("", self.name, self.start, self.end, self.time_us, (), Outcome.MISSED)
+
+
 class Cause(StrEnum):
     """Why a recovery point was taken."""
 

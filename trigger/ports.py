@@ -7,12 +7,12 @@ Contracts that hold for every port:
 - Blocking work runs in threads; the event loop is never held for longer than a few milliseconds.
 - Drivers do not retry, log or count. They raise the error of their port, with a hint, and say whether it is
   retryable; the service decides.
-- Names, paths and ids are validated where they are made (`trigger.model`); a driver may rely on their form.
+- Names, paths and ids are validated where they are made (`trigger.model`).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,12 +29,13 @@ from trigger.model import (
     Finding,
     Flush,
     Layout,
+    Logged,
     Retained,
     Snapshot,
     Space,
     Volume,
 )
-from trigger.position import History, Lineage, Position
+from trigger.position import At, History, Lineage, Name, Position
 from trigger.replay import Replay, Running, Target
 
 
@@ -410,8 +411,7 @@ class Journal(Protocol):
     async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
         """Put into `folder` every file that a replay asks for, and what proves where it ended; gives the bytes.
 
-        Raises:
-            JournalError: part of the stretch is not held; the message names the first missing segment.
+        Raises `JournalError` where part of the stretch is not held; the message names the first missing segment.
         """
         ...
 
@@ -420,6 +420,13 @@ class Journal(Protocol):
 
         A file of a history is asked for by a start in that history, or in its past, that does not lie behind it. The
         newest file stays in any case, and all of them where there are no starts.
+        """
+        ...
+
+    def commits(self, lineage: Lineage, begin: At, end: At, like: Name) -> AsyncGenerator[Logged, None]:
+        """Give the commits whose records begin from `begin` up to `end`, in order, by the log itself, all of it read.
+
+        What no stream shows too. `like` is a name near those there: a log may say less. Raises `JournalError`.
         """
         ...
 
@@ -475,8 +482,7 @@ class Recovery(Protocol):
     async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
         """Start the stopped server of a clone as it was left; with `listen` it is reached there too, with a password.
 
-        Raises:
-            RestoreError: it was never brought up, or does not come up.
+        Raises `RestoreError` where it was never brought up, or does not come up.
         """
         ...
 
@@ -488,9 +494,7 @@ class Recovery(Protocol):
         """Make a stopped clone fit to take the place of the cluster it was made of.
 
         It gets back the configuration, and the links into `volumes`, as its snapshot had them, and what isolated it
-        is taken away; so it works only where the volumes lie. Repeating the call changes nothing.
-
-        Raises:
-            RestoreError: its server still runs, or what was put aside is not there.
+        is taken away; so it works only where the volumes lie. Repeating the call changes nothing. Raises
+        `RestoreError` where its server still runs, or what was put aside is not there.
         """
         ...

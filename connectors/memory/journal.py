@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from pathlib import Path
 
 from connectors.memory.book import Entry
@@ -14,9 +14,9 @@ from connectors.memory.lives import Held
 from connectors.memory.manner import Manner
 from connectors.memory.world import Staged, World
 from trigger.errors import JournalError
-from trigger.model import Extent, Finding, Severity
+from trigger.model import Extent, Finding, Logged, Severity
 from trigger.ports import Progress
-from trigger.position import LAST, History, Lineage, Position
+from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Replay
 
 
@@ -137,6 +137,19 @@ class MemoryJournal:
             released += sum(size // manner.file_bytes for size in gone)
             held.pieces[history.branch] = [(max(start, limit), end) for start, end in pieces if end > limit]
         return released
+
+    async def commits(self, lineage: Lineage, begin: int, end: int, like: Name) -> AsyncGenerator[Logged, None]:  # noqa: ARG002 - its log says all of each
+        """Give the commits of a stretch of a lineage that are held, those that no stream shows too."""
+        await asyncio.sleep(0)
+        held = dict(self._all())
+        for history, low, high in lineage.stretches():
+            first, last = max(low, begin), min(high, end)
+            pieces = held[history].pieces[history.branch] if history in held else []
+            for entry in held[history].entries.get(history.branch, []) if history in held else []:
+                commit, there = entry.commit, any(start <= entry.start and entry.end <= to for start, to in pieces)
+                if commit is not None and there and first <= entry.start < last:
+                    did = "" if commit.stream else "shown by no stream"
+                    yield Logged(history, commit.name, commit.start, commit.end, commit.time_us, (), did)
 
     def file_start(self, position: Position) -> int:
         """Give where the file that holds a position begins."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import AsyncGenerator, Collection
 from pathlib import Path
 
-from trigger.model import Extent, Finding, Severity
+from trigger.model import Extent, Finding, Logged, Severity
 from trigger.ports import Progress
-from trigger.position import History, Lineage, Position
+from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Replay
 
 
@@ -51,6 +51,13 @@ class NoLog:
         """Let go of nothing."""
         await asyncio.sleep(0)
         return 0
+
+    async def commits(self, lineage: Lineage, begin: int, end: int, like: Name) -> AsyncGenerator[Logged, None]:  # noqa: ARG002 - the port's
+        """Give nothing."""
+        await asyncio.sleep(0)
+        nothing: tuple[Logged, ...] = ()
+        for one in nothing:
+            yield one
 
     def file_start(self, position: Position) -> int:
         """Give the place itself: there are no files."""

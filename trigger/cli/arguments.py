@@ -6,11 +6,13 @@ import contextlib
 import os
 import re
 import sys
+import time as clock
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta, timezone, tzinfo
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from zoneinfo import ZoneInfo
 
 import typer
 
@@ -77,10 +79,14 @@ def options(given: Path | None) -> Options:
 def time(text: str) -> datetime:
     """Give the time written in `text`, aware; raises `ConfigError` where it has no zone.
 
-    A naive time would mean another moment on the operator's laptop than on the server.
+    A naive time would mean another moment on the operator's laptop than on the server. The zone may be a name, as in
+    PostgreSQL's log: `2026-03-01 12:00:05.250 CET`.
     """
+    moment, _, name = text.strip().rpartition(" ")
+    zone = _zone(name) if moment and name[:1].isalpha() else None
     try:
-        parsed = datetime.fromisoformat(text.strip())
+        parsed = datetime.fromisoformat(moment if zone is not None else text.strip())
+        parsed = parsed.replace(tzinfo=zone) if zone is not None and parsed.tzinfo is None else parsed
     except ValueError:
         raise ConfigError(
             f"not a time: {text!r}", hint="times are ISO-8601 with a zone, such as 2026-03-01T12:00:05.25Z"
@@ -91,6 +97,15 @@ def time(text: str) -> datetime:
             hint=f"add Z for UTC ({text.strip()}Z) or an offset ({text.strip()}+02:00)",
         )
     return parsed
+
+
+def _zone(name: str) -> tzinfo | None:
+    """Give the zone of a name, or of an abbreviation that this host's own zone uses; None for no such."""
+    if name in (local := clock.tzname):  # both of it have an offset of their own, in summer and in winter
+        return timezone(timedelta(seconds=-(clock.altzone if local.index(name) else clock.timezone)), name)
+    with contextlib.suppress(ValueError, OSError, KeyError):
+        return ZoneInfo(name)
+    return None
 
 
 def transaction(text: str) -> Name:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trigger.cli import arguments, catalog, configuration, points, restores, rules, service, setup
+from trigger.cli import arguments, catalog, configuration, log, points, restores, rules, service, setup
 from trigger.errors import ConfigError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -89,6 +89,7 @@ app.command("status")(service.status)
 app.command("list")(points.list_points)
 app.command("show")(points.show_point)
 app.command("find")(points.find)
+app.command("commits")(log.commits)
 app.command("restore")(restores.restore_state)
 app.add_typer(restores.clones, name="clones")
 app.command("verify")(restores.verify_point)

@@ -291,7 +291,7 @@ def _show_found(found: list[Location]) -> None:
                     {Where.POINT: f"point {one.point}", Where.INTERVAL: "an interval"}.get(one.where, one.where),
                 ),
                 ("why", one.reason),
-                ("commit", record and f"{record.name} of {record.stream}, {show.moment(_time(record), digits=6)}"),
+                ("commit", record and f"{_called(record)}, {show.moment(_time(record), digits=6)}"),
                 ("record", record and f"{record.start} to {record.end}"),
                 ("markers", record and ", ".join(record.markers)),
                 ("history", one.history),
@@ -301,3 +301,7 @@ def _show_found(found: list[Location]) -> None:
                 ("restore", record and one.base and f"trigpoint restore --to-xid {record.name} {one.aside}".rstrip()),
             ]
         )
+
+
+def _called(record: CommitRecord) -> str:
+    return f"{record.name} of {record.stream}" if record.stream else str(record.name)

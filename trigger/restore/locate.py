@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError, RestoreError
-from trigger.model import CommitRecord, Extent, Gap, Outcome, RecoveryPoint
+from trigger.model import CommitRecord, Extent, Gap, Logged, Outcome, RecoveryPoint
 from trigger.ports import Journal
 from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Target
+from trigger.restore import log_search
 from trigger.restore.planner import plan
 from trigger.restore.target import naming
 
@@ -27,6 +28,8 @@ class Where(StrEnum):
     """It lies between two points: the later one's snapshot holds it, a replay from the earlier one stops at it."""
     GAP = "gap"
     """It is in a stretch in which commits may have gone unprotected, or was missed."""
+    LOG = "log"
+    """The catalog has no word of it; it lies in the log that is kept."""
     UNKNOWN = "unknown"
 
 
@@ -97,7 +100,11 @@ async def locate(
     if at is not None:
         return [_of_place(at, known, lineage, stream)]
     words = f" or lies in one of {len(known.gaps)} gaps" if known.gaps else ""
-    return [_unknown(f"it is not in the catalog: it did not qualify, was not seen by any source{words}")]
+    if name is None or stream is not None:
+        return [_unknown(f"it is not in the catalog: it did not qualify, was not seen by any source{words}")]
+    logged = await log_search.named(name, lineage, catalog, journal)
+    why = f"neither the catalog nor the log that is kept has it: it was not committed, or is older than that{words}"
+    return [_of_logged(one, known, lineage) for one in logged] or [_unknown(why)]
 
 
 class _Way(NamedTuple):
@@ -178,6 +185,13 @@ def _of_commit(found: Found, known: _Known, lineage: Lineage) -> Location:
         return Location(Where.POINT, record, history, way.after, found.point, None, reason, way.base)
     reason = f"point {found.point} holds it among others; {way.words}"
     return Location(Where.INTERVAL, record, history, way.after, found.point, None, reason, way.base)
+
+
+def _of_logged(one: Logged, known: _Known, lineage: Lineage) -> Location:
+    way = known.way(Target(one.history, one.start, True, f"commit {one.name}", commit=one.record), lineage)
+    did = f", which {one.did}" if one.did else ""
+    reason = f"no stream showed it, or no rule asked for it; it lies in the log{did}; {way.words}"
+    return Location(Where.LOG, one.record, one.history, way.after, None, None, reason, way.base)
 
 
 async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lineage) -> Location:

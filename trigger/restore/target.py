@@ -20,6 +20,7 @@ from trigger.model import Outcome, RecoveryPoint, State, from_microseconds
 from trigger.ports import Database, Journal
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
+from trigger.restore import log_search
 
 _SHOWN = 5
 
@@ -83,9 +84,11 @@ async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Da
     if named.latest:
         return await _latest(lineage, catalog, database)
     if named.before is not None:
-        return await _before(await _transaction(named.before, named.stream, lineage, catalog), lineage, catalog)
+        return await _before(
+            await _transaction(named.before, named.stream, lineage, catalog, journal), lineage, catalog
+        )
     if named.name is not None:
-        return _commit(await _transaction(named.name, named.stream, lineage, catalog))
+        return _commit(await _transaction(named.name, named.stream, lineage, catalog, journal))
     return _commit(await _marked(named.marker or "", named.stream, lineage, catalog))
 
 
@@ -131,7 +134,8 @@ def _commit(found: Found, words: str = "") -> Target:
 
 def _words(found: Found) -> str:
     record = found.record
-    return f"commit {record.name} of {record.stream} ({found.history.place(record.start)})"
+    where = f"of {record.stream}" if record.stream else "in the log"
+    return f"commit {record.name} {where} ({found.history.place(record.start)})"
 
 
 def _up_to(at: int, lineage: Lineage, description: str, reach: int | None = None) -> Target:
@@ -220,8 +224,12 @@ def _last(found: Found | None) -> str:
     return f", the last commit in the catalog being {found.record.name} of {found.record.stream}"
 
 
-async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog: Catalog) -> Found:
+async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog: Catalog, journal: Journal) -> Found:
+    """Give the commit of a name: by the catalog, else by the log itself, which has DDL and savepoints too."""
     found = await catalog.find(name=name, stream=stream)
+    if stream is None and not any(_in(one, lineage) for one in found):
+        logged = await log_search.named(name, lineage, catalog, journal)
+        found += [Found(one.record, None, "", one.history) for one in logged]
     return _only(found, f"transaction {name}", lineage)
 
 
@@ -245,9 +253,9 @@ def _only(found: list[Found], what: str, lineage: Lineage) -> Found:
             hint=f"to bring back that abandoned state add {naming(history, lineage.history)}",
         )
     raise RestoreError(
-        f"{what} is not in the catalog",
-        hint="it did not qualify, was never seen, or was not committed (trigpoint find); any place in the log can be"
-        " restored with --to-lsn",
+        f"{what} is in neither the catalog nor the log that is kept",
+        hint="it was not committed, or is older than the log; trigpoint commits --around lists those of a time, and"
+        " any place in the log can be restored with --to-lsn",
     )
 
 

@@ -14,6 +14,7 @@ from trigger.model import Gap, Outcome
 from trigger.position import Name
 from trigger.protect.window import record
 from trigger.restore.locate import Location, Where, locate
+from trigger.restore.target import Named
 
 
 async def only(it: Bank, **named: Any) -> Location:
@@ -143,8 +144,26 @@ def test_what_the_catalog_does_not_know_is_said_to_be_unknown(tmp_path: Path) ->
         await it.point()
         found = await only(it, name=Name("", 1))
         assert (found.where, found.point) == (Where.UNKNOWN, None)
-        assert "did not qualify" in found.reason
+        assert "was not committed" in found.reason
         with pytest.raises(RestoreError, match="exactly one"):
             await locate(it.catalog, it.site.journal)
+
+    run(tmp_path, story)
+
+
+def test_a_commit_that_no_stream_showed_is_found_in_the_log_with_the_way_back(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        first = await it.point()
+        unseen = it.world.cluster.commit("")
+        it.commit()
+        await it.point()
+        found = await only(it, name=unseen.name)
+        assert (found.where, found.base, found.point) == (Where.LOG, first.number, None)
+        target = await it.resolve(Named(before=unseen.name))
+        assert (target.at, target.inclusive) == (unseen.start, False)
+        nowhere = await only(it, name=Name("", 999_999))
+        assert nowhere.where is Where.UNKNOWN
+        assert "neither the catalog nor the log" in nowhere.reason
 
     run(tmp_path, story)

@@ -208,7 +208,7 @@ def test_a_name_that_nothing_or_several_things_bear_is_refused_with_what_to_say_
         await it.point()
         with pytest.raises(RestoreError, match=rf"names 2 commits.*{first.name} of bank.*{second.name} of bank"):
             await it.resolve(Named(marker="payday"))
-        with pytest.raises(RestoreError, match="transaction 1 is not in the catalog"):
+        with pytest.raises(RestoreError, match="transaction 1 is in neither the catalog nor the log"):
             await it.resolve(Named(name=Name("", 1)))
         with pytest.raises(RestoreError, match="exactly one target"):
             await it.resolve(Named(name=Name("", 1), place="3"))

@@ -8,11 +8,13 @@ already.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from connectors.databases.postgres.log import search
 from connectors.databases.postgres.log.audit import Audit
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
@@ -20,9 +22,9 @@ from connectors.databases.postgres.log.wal import PAGE_BYTES, holds_commit
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
-from trigger.model import Extent, Finding, Severity
+from trigger.model import Extent, Finding, Logged, Severity
 from trigger.ports import Progress
-from trigger.position import History, Lineage, Position
+from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Replay, Target
 
 _PROOF_SEGMENTS = 32
@@ -118,6 +120,24 @@ class PostgresJournal:
     async def lineage(self, history: History) -> Lineage:
         """Give the past of `history` by its timeline history file; raises `JournalError` where that is not held."""
         return await self._folders.threads.run(lambda: self._folders.of(history).lineage(history))
+
+    async def commits(self, lineage: Lineage, begin: int, end: int, like: Name) -> AsyncGenerator[Logged, None]:
+        """Give the commits of a stretch of a lineage, by the log itself; see port `Journal`."""
+        run = self._folders.threads.run
+        for history, low, high in lineage.stretches():
+            segments = await run(partial(self._folders.of, history))
+            dump = await run(partial(self._dump_for, segments))
+            if dump is None:
+                raise JournalError(
+                    f"there is no pg_waldump for the log of {history}",
+                    hint="install the programs of that version of PostgreSQL",
+                )
+            for extent in await run(segments.extents):
+                first, last = max(low, begin, extent.start), min(high, end, extent.end)
+                if extent.history == history and first < last:
+                    async with aclosing(search.commits(segments, dump, history, first, last, like)) as found:
+                        async for one in found:
+                            yield one
 
     def file_start(self, position: Position) -> int:
         """Give where the segment that holds a position begins; each life has segments of a size of its own."""

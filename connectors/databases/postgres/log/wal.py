@@ -238,6 +238,15 @@ def _collect(segment: Slices, position: int, count: int, limit: int) -> tuple[by
     return b"".join(parts), position
 
 
+def behind(start: int, length: int, segment_bytes: int) -> int:
+    """Give where the record behind one of `length` bytes may begin, which begins at `start`, leaping page headers."""
+    at, left = start, _aligned(length)
+    while left > (room := PAGE_BYTES - at % PAGE_BYTES):
+        at, left = at + room, left - room
+        at += _SHORT.size + (0 if at % segment_bytes else _LONG.size)
+    return at + left
+
+
 def joins(before: Tail, following: Slices, start: int) -> bool:
     """Whether a segment goes on where the complete one before it ends: its first record names the last one there.
 

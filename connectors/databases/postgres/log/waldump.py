@@ -138,6 +138,13 @@ class WalDump:
                         break
         return found
 
+    async def transactions(self, stretch: Stretch) -> AsyncGenerator[str, None]:
+        """Give what is printed of each end of a transaction in a stretch, times in UTC; ends where its log does."""
+        with contextlib.suppress(_EndOfLog):
+            async with aclosing(self._lines(stretch, "--rmgr=Transaction")) as lines:
+                async for line in lines:
+                    yield line
+
     async def preview(self, stretch: Stretch) -> Preview:
         """Give what a replay of a stretch would do to folders and files, and the settings that the server had in it."""
         found = Preview([], [], {})
@@ -166,7 +173,7 @@ class WalDump:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             limit=_CHUNK_BYTES,
-            env=minimal_environment(),
+            env=minimal_environment() | {"TZ": "UTC"},
             cwd="/",
             start_new_session=True,
             **as_owner(self._owner),

@@ -1,0 +1,71 @@
+"""Whatever was committed can be named: DDL, another database's commits, a savepoint, what no rule took; by the log."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.fixtures.service import Deployment, deployment
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+RULES = '[[rules]]\nname = "marked"\nmarkers = ["keep-*"]\n'
+
+
+def committed(here: Deployment, *statements: str, database: str = "postgres") -> str:
+    """Run statements in one transaction; gives its id, as `pg_current_xact_id` says it."""
+    with here.cluster.connect(database) as connection, connection.transaction():
+        for statement in statements:
+            connection.execute(statement)
+        row = connection.execute("SELECT pg_current_xact_id()::text").fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def brought_back(here: Deployment, question: str, *target: str) -> Any:
+    """Give the answer of the state that a target leads to, which every check must hold of."""
+    here.wait_for(lambda: here.trigpoint("restore", *target, "--dry-run", check=False).returncode == 0, "a plan")
+    report = here.ask("restore", *target, "--name", "named")
+    try:
+        assert all(held for _, held, _ in report["checks"]), report["checks"]
+        with psycopg.connect(f"{report['conninfo']} dbname=postgres") as clone:
+            return clone.execute(question).fetchone()
+    finally:
+        here.trigpoint("clones", "drop", "named")
+
+
+@pytest.mark.parametrize("major", [15, 18])
+def test_a_drop_that_no_stream_shows_is_listed_found_and_undone_by_its_transaction_id(major: int) -> None:
+    with deployment(major, "directory", extra=RULES) as here:
+        here.cluster.sql("CREATE TABLE account AS SELECT n FROM generate_series(1, 1000) n")
+        here.cluster.sql("CREATE DATABASE other")
+        here.start()
+        saved = committed(here, "INSERT INTO account VALUES (0)", "SAVEPOINT s", "INSERT INTO account VALUES (-1)")
+        child = here.cluster.sql("SELECT xmin::text FROM account WHERE n = -1")[0][0]
+        elsewhere = committed(here, "CREATE TABLE t (v int)", database="other")
+        began = datetime.now(UTC)
+        dropped = committed(here, "DROP TABLE account")
+        committed(here, "CREATE TABLE later (v int)")
+        here.settle()
+        listed = here.ask("commits", "--around", began.isoformat(), "--within", "30")
+        by_name = {one["name"]: one for one in listed}
+        assert {saved, elsewhere, dropped} <= set(by_name)
+        assert "DDL" in by_name[dropped]["did"]
+        assert "drops" in by_name[dropped]["did"]
+        assert child in by_name[saved]["children"]
+        (found,) = here.ask("find", "--xid", dropped)
+        assert found["where"] == "log"
+        assert found["base"]
+        count = "SELECT count(*)::int FROM account"
+        assert brought_back(here, count, "--before-xid", dropped) == (1002,)
+        assert brought_back(here, count, "--before-xid", child) == (1000,)
+        assert brought_back(here, "SELECT to_regclass('account')::text", "--to-xid", dropped) == (None,)
+        refused = here.trigpoint("restore", "--before-xid", "4000000", "--dry-run", check=False)
+        assert refused.returncode != 0
+        assert "in neither the catalog nor the log" in refused.stderr
+        printed = here.trigpoint("commits", "--around", began.strftime("%Y-%m-%d %H:%M:%S.%f UTC")).stdout
+        assert dropped in printed
+        assert here.stop() == 0

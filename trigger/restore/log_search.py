@@ -1,0 +1,80 @@
+"""Find commits in the log itself: any transaction, by any of its names, or around a time.
+
+What the catalog has no word of (DDL alone, other databases, what no rule took) lies in the log all the same. To read
+all of it takes long, so it is read between neighbouring points, and the newest part first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing
+from datetime import datetime
+from itertools import pairwise
+
+from trigger.catalog.catalog import Catalog
+from trigger.errors import JournalError
+from trigger.model import Logged, RecoveryPoint, to_microseconds
+from trigger.ports import Journal
+from trigger.position import LAST, Lineage, Name
+
+MOST = 10_000
+"""So many commits are given at once at most."""
+
+
+async def named(name: Name, lineage: Lineage, catalog: Catalog, journal: Journal) -> list[Logged]:
+    """Give the commits that a name means, of the newest part of a lineage's log that has any; none where none has.
+
+    Raises:
+        JournalError, CatalogError: they cannot be read.
+    """
+    for begin, end in reversed(list(pairwise(_marks(await catalog.bases(), lineage)))):
+        async with aclosing(journal.commits(lineage, begin, end, name)) as commits:
+            found = [one async for one in commits if name == one.name or name in one.children]
+        if found:
+            return found
+    return []
+
+
+async def around(
+    since: datetime, until: datetime, lineage: Lineage, catalog: Catalog, journal: Journal
+) -> list[Logged]:
+    """Give the commits of a lineage from a time up to another, by the stamps in the log, in the order of the log.
+
+    Clocks go back, and a stamp is made before its place in the log: the log is read between the points that were cut
+    surely before and surely after, by our clock.
+
+    Raises:
+        JournalError: the log cannot be read, or there are more than `MOST`.
+        CatalogError: the catalog cannot be read.
+    """
+    bases = [base for base in await catalog.bases() if base.mark_in(lineage.history)]
+    begin = max(_marks([base for base in bases if base.opened_at < since], lineage)[:-1])
+    end = min([LAST, *_ends([base for base in bases if base.opened_at > until], lineage)])
+    last = await catalog.commit_before(end, lineage)
+    like = last.record.name if last else Name("", 0)
+    first, beyond = to_microseconds(since), to_microseconds(until)
+    found: list[Logged] = []
+    async with aclosing(journal.commits(lineage, begin, end, like)) as commits:
+        async for one in commits:
+            if first <= one.time_us <= beyond:
+                found.append(one)
+            if len(found) > MOST:
+                raise JournalError(f"more than {MOST} commits lie there", hint="name a shorter time")
+    return found
+
+
+def _marks(bases: Sequence[RecoveryPoint], lineage: Lineage) -> list[int]:
+    """Give where the log is divided by the floors of points: from its beginning to its end."""
+    floors = {
+        mark.floor.at
+        for base in bases
+        if (mark := base.mark_in(lineage.history)) is not None and lineage.includes(mark.floor)
+    }
+    return [0, *sorted(floors), LAST]
+
+
+def _ends(bases: Sequence[RecoveryPoint], lineage: Lineage) -> Iterator[int]:
+    for base in bases:
+        mark = base.mark_in(lineage.history)
+        if mark is not None and lineage.includes(mark.floor):
+            yield mark.holds_at_most
