@@ -342,3 +342,44 @@ def _write_log(cluster: Cluster, segments: int) -> None:
 def _segments(deployed: Deployment) -> list[str]:
     names = (entry.name.removesuffix(".partial") for entry in (deployed.state / "journal").iterdir())
     return sorted(name for name in names if len(name) == 24)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["the old catalog can be read", "the old catalog is lost"])
+def test_a_catalog_that_is_made_anew_says_the_same_of_two_lives_of_a_log(kept: bool) -> None:
+    with spoken(15) as deployed:
+        cluster = deployed.cluster
+        deployed.start()
+        before = tell(cluster, "one", "two")
+        deployed.settle()
+        deployed.stop()
+        copy = copied(deployed)
+        deployed.start()
+        tell(cluster, "three")
+        deployed.settle()
+        deployed.stop()
+        cluster.stop()
+        put_back(cluster, copy)
+        cluster.start()
+        deployed.start()
+        after = tell(cluster, "drei")
+        deployed.settle()
+        cluster.sql("CHECKPOINT")
+        settled = cluster.sql("SELECT pg_current_wal_lsn()::text")[0][0]
+        behind = f"SELECT confirmed_flush_lsn >= '{settled}' FROM pg_replication_slots WHERE slot_type = 'logical'"
+        deployed.wait_for(lambda: cluster.sql(behind) == [(True,)], "the slot has gone on without a point")
+        assert deployed.stop() == 0
+        points, gaps = deployed.ask("list", "--limit", "1000"), deployed.ask("list", "--gaps")
+        assert all(point["commits"] for point in points if point["cause"] == "commit"), points
+        found = {told.xid: deployed.ask("find", "--xid", str(told.xid)) for told in before + after}
+        if not kept:
+            for path in deployed.state.glob("catalog.sqlite*"):
+                path.unlink()
+        rebuilt = deployed.ask("catalog", "rebuild")
+        assert (rebuilt["lost_points"], rebuilt["changed_points"], rebuilt["lost_gaps"]) == ([], {}, [])
+        assert deployed.ask("list", "--limit", "1000") == points
+        assert deployed.ask("list", "--gaps") == gaps
+        assert {xid: deployed.ask("find", "--xid", str(xid)) for xid in found} == found
+        deployed.start()
+        more = deployed.ask("list", "--gaps")[len(gaps) :]
+        assert [("made anew" in gap["reason"]) for gap in more] == ([] if kept else [True])
+        assert deployed.stop() == 0
