@@ -382,7 +382,7 @@ class SegmentFolder:
             for partial in (False, True):
                 name = SegmentName(timeline, needed.number, partial)
                 source = self.file(name)
-                if source.name in self.damaged:
+                if source.name in self.damaged and source.exists():  # what was lost may come again, unfinished at first
                     if needed.until is None:
                         continue  # the replay stops before it
                     raise JournalError(
