@@ -248,6 +248,35 @@ def test_no_replay_leads_over_a_log_that_pg_resetwal_began_anew() -> None:
         assert deployed.stop() == 0
 
 
+def test_a_timeline_number_that_pg_resetwal_made_up_begins_a_new_life_and_stays_it() -> None:
+    with spoken(15) as deployed:
+        cluster = deployed.cluster
+        deployed.start()
+        before = tell(cluster, "one", "two")
+        deployed.settle()
+        deployed.stop()
+        cluster.stop()
+        cluster.run("pg_resetwal", "-l", "000000050000000000000040", "-D", str(cluster.data))
+        cluster.start()
+        deployed.start()
+        after = tell(cluster, "three", "four")
+        deployed.settle()
+        old, new = histories(deployed)
+        assert new == f"{old.partition('/')[0]}/5+1"
+        assert deployed.stop() == 0
+        deployed.start()
+        later = tell(cluster, "five")
+        deployed.settle()
+        assert histories(deployed) == [old, new], "the next start knows the life that was begun"
+        assert all(gap["closed_by"] for gap in deployed.ask("list", "--gaps"))
+        for told in (before[1], after[1], later[0]):
+            assert_found_and_delivered(deployed, told)
+        status = deployed.status()
+        assert status["ready"], status
+        assert not status["troubles"], status
+        assert deployed.stop() == 0
+
+
 def test_after_pg_upgrade_the_old_cluster_s_commits_are_named_listed_and_restored() -> None:
     with spoken(15) as deployed:
         cluster = deployed.cluster
