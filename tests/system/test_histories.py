@@ -204,6 +204,36 @@ def test_a_copy_put_back_while_the_service_runs_is_noticed_when_it_connects_agai
         assert deployed.stop() == 0
 
 
+def test_a_volume_that_an_older_snapshot_of_itself_takes_the_place_of_while_the_service_runs_is_protected() -> None:
+    with spoken(15) as deployed:
+        cluster, aside = deployed.cluster, deployed.root / "aside"
+        deployed.start()
+        before = tell(cluster, "one")
+        deployed.settle()
+        cluster.stop()
+        _btrfs("snapshot", cluster.data, aside)
+        cluster.start()
+        lost = tell(cluster, "two", "three")
+        deployed.settle()
+        cluster.stop()
+        _btrfs("delete", cluster.data)
+        _btrfs("snapshot", aside, cluster.data)
+        cluster.start()
+        deployed.wait_for(lambda: len(histories(deployed)) == 2, "the first point of the new life")
+        after = tell(cluster, "zwei")
+        deployed.settle()
+        old, new = histories(deployed)
+        assert new == f"{old}+1"
+        assert_each_has_one_outcome(deployed, after, new)
+        for told in (before[0], lost[0], after[0]):
+            assert_found_and_delivered(deployed, told)
+        assert deployed.stop() == 0
+
+
+def _btrfs(*words: str | Path) -> None:
+    subprocess.run(["btrfs", "subvolume", *map(str, words)], check=True, capture_output=True)
+
+
 def test_a_copy_that_holds_all_that_is_known_goes_on_in_the_same_history() -> None:
     """Nothing that we know of was lost, and nothing is made of it."""
     with spoken(15) as deployed:

@@ -252,6 +252,8 @@ async def clear_away(cluster: Protected) -> None:
 async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> None:
     """Put every break of a stream into the catalog as a gap, and what was lost with it as missed."""
     while window.breaks:  # others may come while one is written down
+        for agent in cluster.agents:  # the server is another one by now, maybe on volumes that took the place of others
+            await agent.prepare(cluster.volumes)
         broken = window.breaks[0]
         lineage = await cluster.logs.lineage(broken.stream)
         lost = window.lost(broken, lineage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from tests.fixtures.bank import Bank, run
 from trigger.errors import RestoreError
 from trigger.model import Gap, Outcome
-from trigger.position import Name
+from trigger.position import Name, Position
 from trigger.protect.window import record
 from trigger.restore.locate import Location, Where, locate
 
@@ -127,5 +128,21 @@ def test_what_the_catalog_does_not_know_is_said_to_be_unknown(tmp_path: Path) ->
         assert "did not qualify" in found.reason
         with pytest.raises(RestoreError, match="exactly one"):
             await locate(it.catalog, it.site.journal)
+
+    run(tmp_path, story)
+
+
+def test_a_commit_of_the_life_before_is_named_by_its_history_before_the_first_point_of_the_new_one(
+    tmp_path: Path,
+) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        commit = it.commit()
+        await it.point()
+        assert (await only(it, name=commit.name)).aside == ""
+        again = Position(replace(commit.history, incarnation=1), commit.start)
+        await it.catalog.record_gap(Gap("bank", commit.position, again, "an older copy", it.site.clock.now()))
+        assert (await only(it, name=commit.name)).aside == f"--history {commit.history}"
 
     run(tmp_path, story)
