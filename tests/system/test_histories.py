@@ -86,7 +86,7 @@ def assert_found_and_delivered(deployed: Deployment, told: Told) -> None:
         with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
             rows = connection.execute("SELECT word FROM said ORDER BY id").fetchall()
         delivered.append(tuple(row[0] for row in rows))
-        deployed.trigpoint("clones", "drop", "found")
+        deployed.trigpoint("clones", "drop", "--yes", "found")
     assert told.all in delivered
 
 

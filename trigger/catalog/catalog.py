@@ -384,6 +384,20 @@ class Catalog:
         found = [(position, await self.commit_before(LAST, position.history)) for position in await self._furthest()]
         return [Seen(position, last.record if last else None) for position, last in found]
 
+    async def present(self, of: History) -> History | None:
+        """Give the history that the database of `of` has gone on to; None where it is protected no more.
+
+        Where commits are seen again behind a gap that is open, no point stands there yet.
+        """
+        for gap in reversed(await self.gaps(open_only=True)):
+            if gap.until.history.is_of_system(of):
+                return gap.until.history
+        latest = await self.latest()
+        if latest is None:
+            return of
+        mark = latest.mark_in(of)
+        return (mark.ceiling or mark.floor).history if mark else None
+
     async def _furthest(self) -> list[Position]:
         return await self._read(commit_index.furthest)
 
