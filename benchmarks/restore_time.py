@@ -141,7 +141,7 @@ def ours(deployed: Deployment, commit: CommitRecord) -> dict[str, float]:
     began = time.monotonic()
     report: dict[str, Any] = deployed.ask("restore", "--to-xid", str(commit.name))
     took = time.monotonic() - began
-    deployed.trigpoint("clones", "drop", report["name"])
+    deployed.trigpoint("clones", "drop", "--yes", report["name"])
     return {"all": took, **report["seconds"], "replay_mb": report["replay_bytes"] / 1e6}
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trigger.errors import TrigpointError
+from trigger.errors import TrigpointError, remedy
 from trigger.trusted import NotOursError
 
 
@@ -58,8 +58,7 @@ def _words(error: Exception) -> tuple[str, str, int]:
         return error.message, error.remedy, 1
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        hint = "run it as the user that may, or as root" if isinstance(error, PermissionError) else ""
-        return what, hint, 1
+        return what, remedy(error), 1
     return str(error) or type(error).__name__, "", 1
 
 

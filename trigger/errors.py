@@ -19,6 +19,7 @@ once, where it is handled; elsewhere it is raised on.
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -113,3 +114,12 @@ class VerifyError(TrigpointError):
     """A restored point is not what it should be."""
 
     exit_code = 10
+
+
+def remedy(error: OSError) -> str:
+    """Give what the operator can do about an error of the system; "" for nothing that is known."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room on the filesystem that it lies on, or raise the quota"
+    if error.errno == errno.EROFS:
+        return "its filesystem is read-only; the kernel does that after errors: see its log, and mount it writable"
+    return "run it as the user that may, or as root" if isinstance(error, PermissionError) else ""

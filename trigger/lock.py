@@ -6,7 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from trigger.trusted import open_file, open_ours
+from trigger.trusted import naming, open_file, open_ours
 
 
 def lock(path: Path) -> int | None:
@@ -20,7 +20,8 @@ def lock(path: Path) -> int | None:
     """
     folder = open_ours(path.parent)
     try:
-        descriptor = open_file(Path(path.name), os.O_RDWR | os.O_CREAT, folder=folder)
+        with naming(path):
+            descriptor = open_file(Path(path.name), os.O_RDWR | os.O_CREAT, folder=folder)
     finally:
         os.close(folder)
     try:

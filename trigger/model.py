@@ -342,6 +342,8 @@ class RecoveryPoint:
     """Free text of whoever asked for it."""
     failure: str = ""
     """Why it failed; "" otherwise."""
+    gaps: tuple[Gap, ...] = ()
+    """The gaps that were open when it was; once sealed it closes them."""
     verification: Verification | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict)
     """What a tag says beside that, as a later version may; kept as it was."""

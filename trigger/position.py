@@ -109,9 +109,10 @@ class History:
     def parse(cls, text: str, kind: str) -> Self:
         """Give the history of a kind written in `text`; raises `PositionError` for anything else."""
         match = _HISTORY.fullmatch(text)
-        if match is None:
+        found = cls(kind, match[1], int(match[2]), int(match[3] or 0)) if match else None
+        if found is None or str(found) != text:  # one history has one spelling
             raise PositionError(f"not a history: {text!r}", hint="such as 7391/1, or 7391/1+1 for a second life of it")
-        return cls(kind, match[1], int(match[2]), int(match[3] or 0))
+        return found
 
     def place(self, at: int) -> Place:
         """Give a number as a place of this history."""

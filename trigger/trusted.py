@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 _STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -92,12 +93,29 @@ def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, folder
     return descriptor
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system inside the block say what it is about: calls by descriptor do not know."""
+    try:
+        yield
+    except NotOursError:
+        raise
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all, durably, for nobody else's eyes; root gives it to the folder's owner.
 
     Raises:
         OSError: it cannot be written.
     """
+    with naming(path):
+        _replace(path, text)
+
+
+def _replace(path: Path, text: str) -> None:
     folder = os.open(path.parent, _FOLDER & ~os.O_NOFOLLOW)
     draft = Path(f".{path.name}.{os.getpid()}")
     try:

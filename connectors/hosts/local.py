@@ -103,19 +103,25 @@ class LocalAgent:
         self._threads = Threads(f"flush of {name}", limit=32)
 
     async def prepare(self, volumes: Sequence[Volume]) -> None:
-        """Open every volume's filesystem and read the hooks; a second call takes the place of the first."""
-        await self.close()
+        """Open every volume's filesystem and read the hooks; a second call takes the place of the first.
+
+        What the descriptors of before have not told yet of a filesystem that still is one of ours is asked for first.
+        """
+        before, self._filesystems = self._filesystems or {}, None
         self._order = [volume.name for volume in volumes]
         try:
             async with asyncio.timeout(_PREPARE_SECONDS):
-                self._filesystems = await self._threads.run(partial(self._open, volumes))
+                self._filesystems = await self._threads.run(partial(self._open, volumes, before))
         except TimeoutError:
             raise AgentError(f"{self.name}: the volumes did not open within {_PREPARE_SECONDS:g} s") from None
         except OSError as error:
             message = f"{self.name}: {error.filename or 'a volume'} cannot be opened: {error.strerror}"
             raise AgentError(message, hint="mount it, and let the agent's user read it", retryable=False) from error
+        finally:
+            for filesystem in before.values():
+                filesystem.close()
 
-    def _open(self, volumes: Sequence[Volume]) -> dict[str, _Filesystem]:
+    def _open(self, volumes: Sequence[Volume], before: dict[str, _Filesystem]) -> dict[str, _Filesystem]:
         if self._hooks_file is not None:
             self._hooks = read_hooks(self._hooks_file)
         self._poisoned = {volume.name: words for volume in volumes if (words := self._read_poison(volume.name))}
@@ -136,7 +142,20 @@ class LocalAgent:
             for filesystem in opened.values():
                 os.close(filesystem.descriptor)
             raise
+        for device in opened.keys() & before.keys():
+            self._ask_last(before[device])
         return opened
+
+    def _ask_last(self, filesystem: _Filesystem) -> None:
+        """Have a descriptor that goes tell of write-back errors that the one in its place was opened too late for."""
+        if not filesystem.doing:  # else a thread is asking
+            filesystem.doing = "syncfs"
+            try:
+                syncfs(filesystem.descriptor)
+            except OSError as error:
+                self._poison(filesystem, error)
+            finally:
+                filesystem.left()
 
     async def flush(self, point: str, deadline_seconds: float) -> tuple[Flush, ...]:
         """Run the hooks, flush every filesystem once, and give one proof a volume, in the order of `prepare`.

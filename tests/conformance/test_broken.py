@@ -241,6 +241,7 @@ class OpensItsDescriptorTooLate(LocalAgent):
         if self._filesystems is not None:
             with contextlib.suppress(OSError):
                 flush(Path(self._wanted[0].path))  # somebody else asks, and is told of the error
+            await self.close()
             await super().prepare(self._wanted)
         return await super().flush(point, deadline_seconds)
 

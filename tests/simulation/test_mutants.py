@@ -45,7 +45,7 @@ MUTANTS = (
     Mutant(
         "acknowledges idle streams before the catalog knows",
         pipeline,
-        "settle_idle",
+        "settle",
         "    for stream, through",
         "    await window.settle(collected.settled)\n    for stream, through",
         "P4",

@@ -136,7 +136,7 @@ def _assert_comes_back(deployed: Deployment, option: str, xids: set[int]) -> Non
         with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
             assert {int(row[0]) for row in connection.execute("SELECT xid::text FROM truth")} == xids
     finally:
-        deployed.trigpoint("clones", "drop", "back")
+        deployed.trigpoint("clones", "drop", "--yes", "back")
 
 
 def _through(deployed: Deployment, xid: int) -> set[int]:

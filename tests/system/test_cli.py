@@ -262,15 +262,15 @@ def test_a_state_is_planned_restored_listed_and_dropped(bank: Deployment) -> Non
     again = fails(bank, "restore", "--to-xid", str(xid), "--name", "look")
     assert again.returncode == 9
     assert "there is a clone look already" in again.stderr
-    assert bank.trigpoint("clones", "drop", "look").stdout == "dropped look\n"
+    assert bank.trigpoint("clones", "drop", "--yes", "look").stdout == "dropped look\n"
     assert bank.ask("clones", "list") == []
-    assert fails(bank, "clones", "drop", "look").returncode == 9
+    assert fails(bank, "clones", "drop", "--yes", "look").returncode == 9
 
 
 def test_before_a_transaction_is_the_state_without_it(bank: Deployment) -> None:
     report = bank.ask("restore", "--before-xid", str(xid_of(bank, 5)), "--name", "before")
     assert count_in(report["conninfo"]) == 5
-    bank.trigpoint("clones", "drop", "before")
+    bank.trigpoint("clones", "drop", "--yes", "before")
 
 
 def test_a_target_that_cannot_be_reached_is_exit_code_9_with_the_reason(bank: Deployment) -> None:
@@ -382,7 +382,7 @@ def test_what_is_given_up_is_not_restored_any_more_and_its_log_goes_too() -> Non
         assert fails(deployed, "restore", "--to-xid", xids[0]).returncode == 9
         assert deployed.ask("find", "--xid", xids[0])[0]["record"]["xid"] == int(xids[0])
         deployed.ask("restore", "--to-xid", xids[2], "--name", "back")
-        deployed.trigpoint("clones", "drop", "back")
+        deployed.trigpoint("clones", "drop", "--yes", "back")
         assert deployed.status()["journal"] == []
         assert deployed.stop() == 0
         assert deployed.trigpoint("expire", str(points[1]), "--yes").stdout.startswith("expired  no point is older")

@@ -88,7 +88,7 @@ def test_a_restore_that_was_told_to_outlive_its_terminal_does(here: Deployment) 
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0
     assert [clone["state"] for clone in here.ask("clones", "list")] == ["running"]
-    here.trigpoint("clones", "drop", "ended")
+    here.trigpoint("clones", "drop", "--yes", "ended")
     require_nothing_left(here)
 
 

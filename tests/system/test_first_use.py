@@ -45,7 +45,7 @@ def test_what_init_writes_protects_the_cluster_and_brings_a_commit_back(unknown:
     with psycopg.connect(f"{report['conninfo']} dbname=shop") as clone:
         assert clone.execute("SELECT array_agg(n ORDER BY n) FROM sold").fetchone() == ([0, 1, 2],)
     assert unknown.ask("verify")["passed"]
-    unknown.trigpoint("clones", "drop", report["name"])
+    unknown.trigpoint("clones", "drop", "--yes", report["name"])
     assert unknown.stop() == 0
     unknown.trigpoint("release", "--yes")
     assert unknown.cluster.sql("SELECT count(*) FROM pg_replication_slots") == [(0,)]

@@ -346,5 +346,5 @@ def _assert_comes_back(house: House, marker: str) -> None:
         with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
             last = connection.execute("SELECT what FROM truth ORDER BY id DESC LIMIT 1").fetchone()
     finally:
-        house.deployed.trigpoint("clones", "drop", "back")
+        house.deployed.trigpoint("clones", "drop", "--yes", "back")
     assert last == (marker,)

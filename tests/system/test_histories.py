@@ -86,7 +86,7 @@ def assert_found_and_delivered(deployed: Deployment, told: Told) -> None:
         with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
             rows = connection.execute("SELECT word FROM said ORDER BY id").fetchall()
         delivered.append(tuple(row[0] for row in rows))
-        deployed.trigpoint("clones", "drop", "found")
+        deployed.trigpoint("clones", "drop", "--yes", "found")
     assert told.all in delivered
 
 
@@ -204,6 +204,36 @@ def test_a_copy_put_back_while_the_service_runs_is_noticed_when_it_connects_agai
         assert deployed.stop() == 0
 
 
+def test_a_volume_that_an_older_snapshot_of_itself_takes_the_place_of_while_the_service_runs_is_protected() -> None:
+    with spoken(15) as deployed:
+        cluster, aside = deployed.cluster, deployed.root / "aside"
+        deployed.start()
+        before = tell(cluster, "one")
+        deployed.settle()
+        cluster.stop()
+        _btrfs("snapshot", cluster.data, aside)
+        cluster.start()
+        lost = tell(cluster, "two", "three")
+        deployed.settle()
+        cluster.stop()
+        _btrfs("delete", cluster.data)
+        _btrfs("snapshot", aside, cluster.data)
+        cluster.start()
+        deployed.wait_for(lambda: len(histories(deployed)) == 2, "the first point of the new life")
+        after = tell(cluster, "zwei")
+        deployed.settle()
+        old, new = histories(deployed)
+        assert new == f"{old}+1"
+        assert_each_has_one_outcome(deployed, after, new)
+        for told in (before[0], lost[0], after[0]):
+            assert_found_and_delivered(deployed, told)
+        assert deployed.stop() == 0
+
+
+def _btrfs(*words: str | Path) -> None:
+    subprocess.run(["btrfs", "subvolume", *map(str, words)], check=True, capture_output=True)
+
+
 def test_a_copy_that_holds_all_that_is_known_goes_on_in_the_same_history() -> None:
     """Nothing that we know of was lost, and nothing is made of it."""
     with spoken(15) as deployed:
@@ -245,6 +275,35 @@ def test_no_replay_leads_over_a_log_that_pg_resetwal_began_anew() -> None:
         assert all(gap["closed_by"] for gap in gaps)
         for told in (before[1], after[0], after[1]):
             assert_found_and_delivered(deployed, told)
+        assert deployed.stop() == 0
+
+
+def test_a_timeline_number_that_pg_resetwal_made_up_begins_a_new_life_and_stays_it() -> None:
+    with spoken(15) as deployed:
+        cluster = deployed.cluster
+        deployed.start()
+        before = tell(cluster, "one", "two")
+        deployed.settle()
+        deployed.stop()
+        cluster.stop()
+        cluster.run("pg_resetwal", "-l", "000000050000000000000040", "-D", str(cluster.data))
+        cluster.start()
+        deployed.start()
+        after = tell(cluster, "three", "four")
+        deployed.settle()
+        old, new = histories(deployed)
+        assert new == f"{old.partition('/')[0]}/5+1"
+        assert deployed.stop() == 0
+        deployed.start()
+        later = tell(cluster, "five")
+        deployed.settle()
+        assert histories(deployed) == [old, new], "the next start knows the life that was begun"
+        assert all(gap["closed_by"] for gap in deployed.ask("list", "--gaps"))
+        for told in (before[1], after[1], later[0]):
+            assert_found_and_delivered(deployed, told)
+        status = deployed.status()
+        assert status["ready"], status
+        assert not status["troubles"], status
         assert deployed.stop() == 0
 
 
@@ -342,3 +401,44 @@ def _write_log(cluster: Cluster, segments: int) -> None:
 def _segments(deployed: Deployment) -> list[str]:
     names = (entry.name.removesuffix(".partial") for entry in (deployed.state / "journal").iterdir())
     return sorted(name for name in names if len(name) == 24)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["the old catalog can be read", "the old catalog is lost"])
+def test_a_catalog_that_is_made_anew_says_the_same_of_two_lives_of_a_log(kept: bool) -> None:
+    with spoken(15) as deployed:
+        cluster = deployed.cluster
+        deployed.start()
+        before = tell(cluster, "one", "two")
+        deployed.settle()
+        deployed.stop()
+        copy = copied(deployed)
+        deployed.start()
+        tell(cluster, "three")
+        deployed.settle()
+        deployed.stop()
+        cluster.stop()
+        put_back(cluster, copy)
+        cluster.start()
+        deployed.start()
+        after = tell(cluster, "drei")
+        deployed.settle()
+        cluster.sql("CHECKPOINT")
+        settled = cluster.sql("SELECT pg_current_wal_lsn()::text")[0][0]
+        behind = f"SELECT confirmed_flush_lsn >= '{settled}' FROM pg_replication_slots WHERE slot_type = 'logical'"
+        deployed.wait_for(lambda: cluster.sql(behind) == [(True,)], "the slot has gone on without a point")
+        assert deployed.stop() == 0
+        points, gaps = deployed.ask("list", "--limit", "1000"), deployed.ask("list", "--gaps")
+        assert all(point["commits"] for point in points if point["cause"] == "commit"), points
+        found = {told.xid: deployed.ask("find", "--xid", str(told.xid)) for told in before + after}
+        if not kept:
+            for path in deployed.state.glob("catalog.sqlite*"):
+                path.unlink()
+        rebuilt = deployed.ask("catalog", "rebuild")
+        assert (rebuilt["lost_points"], rebuilt["changed_points"], rebuilt["lost_gaps"]) == ([], {}, [])
+        assert deployed.ask("list", "--limit", "1000") == points
+        assert deployed.ask("list", "--gaps") == gaps
+        assert {xid: deployed.ask("find", "--xid", str(xid)) for xid in found} == found
+        deployed.start()
+        more = deployed.ask("list", "--gaps")[len(gaps) :]
+        assert [("made anew" in gap["reason"]) for gap in more] == ([] if kept else [True])
+        assert deployed.stop() == 0

@@ -151,7 +151,7 @@ def go_on(here: Deployment, payments: list[int]) -> list[int]:
     later = pay(here)
     report = here.ask("restore", "--to-point", str(point), "--name", "one")
     assert held(report["conninfo"]) == payments
-    here.trigpoint("clones", "drop", "one")
+    here.trigpoint("clones", "drop", "--yes", "one")
     stop(here)
     return [*payments, later]
 
@@ -166,7 +166,7 @@ def test_kills_before_the_swap_leave_production_as_it_was_and_clones_to_drop(ban
     assert [clone["state"] for clone in left] == ["unfinished"] * len(places)
     require_in_place(here, bank.now)
     for clone in left:
-        here.trigpoint("clones", "drop", clone["name"])
+        here.trigpoint("clones", "drop", "--yes", clone["name"])
     require_nothing_left(here, [])
     assert here.ask("clones") == []
 
@@ -232,7 +232,7 @@ def test_a_swap_whose_clone_was_dropped_is_not_finished_but_taken_back(bank: Ban
     here = bank.here
     kill(here, "after-rename@1", *bank.restore)
     (left,) = here.ask("clones")
-    here.trigpoint("clones", "drop", left["name"])
+    here.trigpoint("clones", "drop", "--yes", left["name"])
     refused = here.trigpoint("restore", "--resume", "last", check=False)
     assert refused.returncode == RestoreError.exit_code
     undo(here)

@@ -53,7 +53,7 @@ def asked_of_a_clone(here: Deployment, question: str, *target: str) -> list[tupl
         with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
             return connection.execute(question.encode()).fetchall()
     finally:
-        here.trigpoint("clones", "drop", "one")
+        here.trigpoint("clones", "drop", "--yes", "one")
 
 
 def planned(here: Deployment, *target: str) -> dict[str, Any]:

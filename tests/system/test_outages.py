@@ -90,7 +90,7 @@ def _assert_comes_back(deployed: Deployment, xid: int) -> None:
     try:
         assert _holds(report["conninfo"]) == {one for one in judge.written_ids(deployed.cluster) if one <= xid}
     finally:
-        deployed.trigpoint("clones", "drop", "back")
+        deployed.trigpoint("clones", "drop", "--yes", "back")
 
 
 def _journal(deployed: Deployment) -> Path:
@@ -228,7 +228,7 @@ def test_a_restore_that_needs_a_lost_segment_is_refused_by_its_name(deployed: De
     deployed.wait_for(lambda: not _findings(deployed), "a whole journal")
     report = deployed.ask("restore", "--to-lsn", place, "--name", "back")
     assert report["name"] == "back"
-    deployed.trigpoint("clones", "drop", "back")
+    deployed.trigpoint("clones", "drop", "--yes", "back")
     assert deployed.stop() == 0
 
 
@@ -296,7 +296,7 @@ def test_a_small_budget_thins_points_and_every_commit_still_comes_back(deployed:
     for xid in thinned[:: max(1, len(thinned) // 3)]:
         _assert_comes_back(deployed, xid)
     assert _holds(report["conninfo"])
-    deployed.trigpoint("clones", "drop", "pin")
+    deployed.trigpoint("clones", "drop", "--yes", "pin")
     assert _oldest_segment(deployed) <= min(_log_from(point) for point in _sealed(deployed))
     assert deployed.stop() == 0
     judge.assert_nothing_is_left_over(deployed, judge.read(deployed))

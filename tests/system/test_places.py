@@ -57,7 +57,7 @@ def require_exact(here: Deployment, commits: dict[int, Lsn], xid: int) -> None:
     report = here.ask("restore", "--to-xid", str(xid), "--name", "one")
     with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
         held = {int(row[0]) for row in connection.execute("SELECT xid::text FROM truth")}
-    here.trigpoint("clones", "drop", "one")
+    here.trigpoint("clones", "drop", "--yes", "one")
     assert held == {other for other, at in commits.items() if at <= commits[xid]}
 
 
@@ -144,7 +144,7 @@ def test_commits_in_a_tablespace_come_back_exactly_with_the_log_on_another_volum
     data = Path(report["data_directory"])
     for link in (data / "pg_wal", *(data / "pg_tblspc").iterdir()):
         assert link.resolve().is_relative_to(spread.root / "snapshots" / "clones" / "two")
-    spread.trigpoint("clones", "drop", "two")
+    spread.trigpoint("clones", "drop", "--yes", "two")
     result = spread.ask("verify")
     assert result["passed"], result["checks"]
 
@@ -223,7 +223,7 @@ def test_a_tablespace_that_is_made_on_no_volume_is_a_trouble_until_it_is_gone_an
         assert f"pg_tblspc/{oid} of the cluster leads to {elsewhere}, which the clone has no copy of" in words
         assert "restore a commit from before it was there" in words
         assert [clone["name"] for clone in here.ask("clones")] == ["before"]
-        here.trigpoint("clones", "drop", "before")
+        here.trigpoint("clones", "drop", "--yes", "before")
         here.cluster.sql("DROP TABLESPACE elsewhere")
         here.wait_for(lambda: here.status()["troubles"] == [], "no trouble any more")
         assert here.stop() == 0

@@ -81,7 +81,7 @@ def test_a_payment_comes_back_exactly_by_every_name_it_has(bank: Deployment) -> 
         assert report["checks"]
         assert all(held_true for _, held_true, _ in report["checks"])
         assert not list((bank.state / "staging").glob("*"))
-        bank.trigpoint("clones", "drop", "one")
+        bank.trigpoint("clones", "drop", "--yes", "one")
         print(f"{bank.storage} {option}: {seconds:.2f} s, {report['seconds']}")
     assert bank.ask("clones", "list") == []
     assert not list((bank.root / "snapshots" / "clones").glob("*"))
@@ -123,7 +123,7 @@ def test_a_restore_that_is_killed_is_found_and_dropped_with_its_server(bank: Dep
     assert killed.returncode == -signal.SIGKILL
     (left,) = bank.ask("clones", "list")
     assert (left["name"], left["state"]) == ("one", "unfinished")
-    bank.trigpoint("clones", "drop", "one")
+    bank.trigpoint("clones", "drop", "--yes", "one")
     assert bank.ask("clones", "list") == []
     assert not list((bank.state / "staging").glob("*"))
     assert not servers_in(bank.root / "snapshots")
@@ -146,7 +146,7 @@ def test_a_clone_comes_up_again_as_it_was_left(bank: Deployment, how: str) -> No
     (clone,) = bank.ask("clones", "start", "one")
     assert clone["state"] == "running"
     assert held(report["conninfo"]) == [*range(8), 1000]
-    bank.trigpoint("clones", "drop", "one")
+    bank.trigpoint("clones", "drop", "--yes", "one")
     assert not servers_in(bank.root / "snapshots")
 
 
@@ -175,7 +175,7 @@ def test_a_clone_listens_over_tcp_only_where_it_was_asked_to_and_wants_a_passwor
     assert held(clone["record"]["conninfo"]) == list(range(COMMITS))
     with pytest.raises(psycopg.OperationalError, match="refused"):
         psycopg.connect(**over_tcp, user="auditor", password="seen by this test alone")
-    bank.trigpoint("clones", "drop", "one")
+    bank.trigpoint("clones", "drop", "--yes", "one")
     bank.cluster.sql("DROP ROLE auditor")
 
 

@@ -142,7 +142,7 @@ def test_a_restore_to_a_commit_of_one_database_holds_those_of_the_other_that_lie
         for option, until in (("--to-xid", logged[xid]), ("--before-xid", Lsn(logged[xid] - 1))):
             report = shared.ask("restore", option, str(xid), "--name", "back")
             held = held_by(report["conninfo"])
-            shared.trigpoint("clones", "drop", "back")
+            shared.trigpoint("clones", "drop", "--yes", "back")
             wanted = {name: {x for x in xids if logged[x] <= until} for name, xids in written.items()}
             assert held == wanted, f"{option} {xid} of {_of(written, xid)}"
 
@@ -223,4 +223,4 @@ def _assert_both_come_back(deployed: Deployment, xid: int) -> None:
     """What was lost to the record is not lost to a restore: the log has it."""
     report = deployed.ask("restore", "--to-xid", str(xid), "--name", "back")
     assert held_by(report["conninfo"]) == written_by(deployed.cluster)
-    deployed.trigpoint("clones", "drop", "back")
+    deployed.trigpoint("clones", "drop", "--yes", "back")

@@ -162,7 +162,7 @@ def _assert_comes_back(deployed: Deployment, made: Made, holds: set[int], lacks:
         with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
             held = {int(row[0]) for row in connection.execute("SELECT xid::text FROM truth")}
     finally:
-        deployed.trigpoint("clones", "drop", "back")
+        deployed.trigpoint("clones", "drop", "--yes", "back")
     assert holds <= held
     assert not lacks & held
 

@@ -39,7 +39,7 @@ def words_behind(deployed: Deployment, xid: int) -> list[str]:
     assert all(held for _, held, _ in report["checks"]), report["checks"]
     with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
         rows = connection.execute("SELECT word FROM said ORDER BY id").fetchall()
-    deployed.trigpoint("clones", "drop", "old")
+    deployed.trigpoint("clones", "drop", "--yes", "old")
     return [row[0] for row in rows]
 
 

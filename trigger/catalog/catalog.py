@@ -175,12 +175,23 @@ class Catalog:
         """
         return await self._read(partial(commit_index.settled_through, stream=stream))
 
+    async def all_settled(self) -> dict[str, Position]:
+        """Give by stream what `settled` gives."""
+        return await self._read(commit_index.all_settled)
+
     async def settle(self, stream: str, through: Position) -> None:
         """Note that `stream` is settled up to `through`, no qualifying commit between; never goes back.
 
         One small write; callers limit its rate.
         """
         await self._write(partial(commit_index.settle, stream=stream, through=through))
+
+    async def new_in_this_life(self, records: Sequence[CommitRecord], history: History) -> list[CommitRecord]:
+        """Give those of `records`, commits of `history` in log order, that no earlier life of that log has.
+
+        What a copy that was put back shares with the time before has its outcome there.
+        """
+        return await self._read(partial(commit_index.new_in_this_life, records=records, history=history))
 
     async def miss(self, records: Sequence[CommitRecord], reason: str, history: History) -> None:
         """Record that no point will hold `records`, commits of `history` in log order, and why.
@@ -373,6 +384,20 @@ class Catalog:
         found = [(position, await self.commit_before(LAST, position.history)) for position in await self._furthest()]
         return [Seen(position, last.record if last else None) for position, last in found]
 
+    async def present(self, of: History) -> History | None:
+        """Give the history that the database of `of` has gone on to; None where it is protected no more.
+
+        Where commits are seen again behind a gap that is open, no point stands there yet.
+        """
+        for gap in reversed(await self.gaps(open_only=True)):
+            if gap.until.history.is_of_system(of):
+                return gap.until.history
+        latest = await self.latest()
+        if latest is None:
+            return of
+        mark = latest.mark_in(of)
+        return (mark.ceiling or mark.floor).history if mark else None
+
     async def _furthest(self) -> list[Position]:
         return await self._read(commit_index.furthest)
 
@@ -381,6 +406,13 @@ class Catalog:
     async def record_gap(self, gap: Gap) -> Gap:
         """Record a gap and give it; one between the same positions that is open already is given instead."""
         return await self._write(partial(point_index.record_gap, gap=gap))
+
+    async def take_over(self, found: Collection[Gap], settled: Mapping[str, Position]) -> None:
+        """Take over what another catalog knew: gaps that are not here, and how far streams were settled.
+
+        A stream that is known to have gone on to a later history stays there.
+        """
+        await self._write(partial(point_index.take_over, found=found, settled=settled))
 
     async def close_gaps(self, point_number: int) -> None:
         """Note that a sealed point closes every gap that was known when it was opened.

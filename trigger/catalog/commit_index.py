@@ -49,6 +49,11 @@ _SETTLED = (
     .join(streams, streams.c.id == settled.c.stream)
     .where(streams.c.name == bindparam("name"))
 )
+_ALL_SETTLED = (
+    select(streams.c.name, *OF_HISTORY, settled.c.through)
+    .join_from(settled, histories)
+    .join(streams, streams.c.id == settled.c.stream)
+)
 _OF_STREAM = (
     select(blocks.c.first, blocks.c.last)
     .join_from(blocks, streams, streams.c.id == blocks.c.stream)
@@ -110,7 +115,7 @@ def record_missing(connection: Connection, records: Sequence[CommitRecord], hist
     """Write those `records` that lie in no block yet, wherever in the log that is, and give how many were new."""
     new = 0
     for mine in _by_stream(records).values():
-        for run in _unrecorded(connection, mine, history, strict=False):
+        for run in _unrecorded(connection, _new_in_this_life(connection, mine, history), history, strict=False):
             _insert(connection, run, history, point=point, reason=None)
             new += len(run)
     count(connection, REPEATED, len(records) - new)
@@ -134,6 +139,11 @@ def _unrecorded(
             raise CatalogError(f"commit {crossing} overlaps one that is recorded, up to {history.place(last)}")
         runs.append([record for record in whole if record.start >= last])
     return [run for run in runs if run]
+
+
+def new_in_this_life(connection: Connection, records: Sequence[CommitRecord], history: History) -> list[CommitRecord]:
+    """Give those records of a history that no earlier incarnation of it has an outcome of."""
+    return [one for mine in _by_stream(records).values() for one in _new_in_this_life(connection, mine, history)]
 
 
 def _new_in_this_life(
@@ -175,6 +185,11 @@ def settled_through(connection: Connection, stream: str) -> Position | None:
     """Give the last position up to which every commit of `stream` has an outcome."""
     row = connection.execute(_SETTLED, {"name": stream}).one_or_none()
     return position_of(history_of(row), row.through) if row else None
+
+
+def all_settled(connection: Connection) -> dict[str, Position]:
+    """Give by stream what `settled_through` gives."""
+    return {row.name: position_of(history_of(row), row.through) for row in connection.execute(_ALL_SETTLED)}
 
 
 def history_of(row: Row[*tuple[Any, ...]]) -> History:

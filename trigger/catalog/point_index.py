@@ -71,7 +71,7 @@ def open_point(connection: Connection, draft: RecoveryPoint) -> RecoveryPoint:
     there = _row(connection, _BY_ID, draft.id)
     if there is not None:
         return _parsed(there)
-    point = replace(draft, number=_next_number(connection))
+    point = replace(draft, number=_next_number(connection), gaps=tuple(all_gaps(connection, open_only=True)))
     known = connection.scalar(_LAST_GAP) or 0
     _insert_point(connection, point, gaps_before=known)
     reached("catalog-point-opened")
@@ -134,11 +134,15 @@ def adopt(connection: Connection, point: RecoveryPoint, records: Sequence[Commit
         return False
     taken = point.number < 1 or _row(connection, _BY_NUMBER, point.number) is not None
     number = _next_number(connection) if taken else point.number
+    history = point.floor.history
     adopted = replace(point, number=number)
     _insert_point(connection, adopted, gaps_before=0)
     reached("catalog-point-adopted")
-    history = point.floor.history
-    commit_index.record_missing(connection, records, history, point=number)
+    new = commit_index.record_missing(connection, records, history, point=number)
+    if new < len(records):  # an earlier version counted, and tagged, what two lives of a log share with both
+        _store(connection, replace(adopted, commits=new))
+    for gap in point.gaps:
+        take_over_gap(connection, replace(gap, closed_by=number))
     reached("catalog-adopted-written")
     newest = number == connection.scalar(_LAST_NUMBER)
     for stream, end in {record.stream: Position(history, record.end) for record in records}.items():
@@ -276,6 +280,24 @@ def record_gap(connection: Connection, gap: Gap) -> Gap:
     connection.execute(insert(gaps).values(where | rest))
     reached("catalog-gap-recorded")
     return gap
+
+
+def take_over_gap(connection: Connection, gap: Gap) -> None:
+    """Insert a gap that another catalog knew, open or closed, unless it is there already."""
+    where = _gap_row(connection, gap) | {"found_at_us": to_microseconds(gap.found_at)}
+    same = select(gaps.c.id).where(*(gaps.c[name] == value for name, value in where.items()))
+    if connection.execute(same).first() is None:
+        connection.execute(insert(gaps).values(where | {"reason": gap.reason, "closed_by": gap.closed_by}))
+
+
+def take_over(connection: Connection, found: Collection[Gap], settled: Mapping[str, Position]) -> None:
+    """Insert the gaps that are not there, and settle streams as far as another catalog knew, unless that is behind."""
+    for gap in found:
+        take_over_gap(connection, gap)
+    for stream, through in settled.items():
+        here = commit_index.settled_through(connection, stream)
+        if here is None or not here.history.is_of_system(through.history) or here.history.age <= through.history.age:
+            commit_index.settle(connection, stream, through)
 
 
 def close_gaps(connection: Connection, number: int) -> None:

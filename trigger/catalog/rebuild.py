@@ -1,8 +1,9 @@
 """Make the catalog anew from the tags in the storage, and say what only the old one knew.
 
-The old file is set aside, never removed; where the new one cannot be made, it comes back to its place. What tags do
-not hold is listed: failed and expired points, missed commits, gaps, results of verifications; where the old file cannot
-be read any more, that is said instead.
+The old file is set aside, never removed; where the new one cannot be made, it comes back to its place. A tag holds the
+gaps that its point closed. How far each stream is settled moves on without a tag, and a gap may stand open: both are
+taken over from the old file. What then is in neither is listed: failed and expired points, missed commits, results of
+verifications; where the old file cannot be read any more, that is said instead.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from trigger.catalog.catalog import Catalog
 from trigger.catalog.reconcile import Reconciliation
 from trigger.errors import CatalogError
 from trigger.model import Gap, Outcome, RecoveryPoint, State
+from trigger.position import Position
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,12 @@ class Known:
     gaps: Sequence[Gap]
     missed: int
     """How many commits no point holds."""
+    settled: Mapping[str, Position] = field(default_factory=dict)
+    """By stream up to where every commit has its outcome."""
+
+
+Fill = Callable[[Known], Awaitable[tuple[Reconciliation, Known]]]
+"""Makes a catalog anew, beside what the old one knew; gives what was adopted, and what the new one knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +62,14 @@ class Rebuilt:
     lost_missed: int
 
 
-async def rebuild(path: Path, now: datetime, fill: Callable[[], Awaitable[tuple[Reconciliation, Known]]]) -> Rebuilt:
+async def rebuild(path: Path, now: datetime, fill: Fill) -> Rebuilt:
     """Set the catalog at `path` aside and make it anew.
 
     Args:
         path: the catalog's file; nothing else may have it open.
         now: names the file that is set aside.
-        fill: opens a catalog at `path`, which is not there by then, and adopts into it what the storage has.
+        fill: opens a catalog at `path`, which is not there by then, adopts into it what the storage has, and takes
+            over what it is given.
 
     Raises:
         CatalogError, StorageError: the new one could not be made; the old one is where it was.
@@ -68,7 +77,7 @@ async def rebuild(path: Path, now: datetime, fill: Callable[[], Awaitable[tuple[
     old, unreadable = await _known_of_old(path)
     aside = set_aside(path, now) if path.exists() else None
     try:
-        done, new = await fill()
+        done, new = await fill(old)
     except BaseException:
         _put_back(path, aside)
         raise
@@ -84,10 +93,16 @@ async def rebuild(path: Path, now: datetime, fill: Callable[[], Awaitable[tuple[
     )
 
 
+async def take_over(catalog: Catalog, old: Known) -> None:
+    """Put into a catalog what an older one knew beside its points, and tags do not say."""
+    await catalog.take_over(old.gaps, old.settled)
+
+
 async def known(catalog: Catalog) -> Known:
     """Give what a catalog knows that tags may not."""
     points = {point.id: point for point in await catalog.points(newest_first=False)}
-    return Known(points, await catalog.gaps(), (await catalog.totals()).commits.get(Outcome.MISSED, 0))
+    missed = (await catalog.totals()).commits.get(Outcome.MISSED, 0)
+    return Known(points, await catalog.gaps(), missed, await catalog.all_settled())
 
 
 async def _known_of_old(path: Path) -> tuple[Known, str]:

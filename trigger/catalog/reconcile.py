@@ -76,7 +76,7 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
     systems = {point.floor.history.system for point in in_catalog.values()}
-    for stray in in_storage.values():
+    for _, stray in sorted(in_storage.items()):  # oldest first: a later life of a log does not repeat an earlier one
         if stray.point not in in_catalog:
             await _settle_stray(catalog, storage, stray, systems, done)
     if done:

@@ -13,7 +13,7 @@ any damage is noticed. The text is one line of ASCII JSON without spaces, keys s
     commit    [stream, name, start, end, microseconds since 1970, [marker …], outcome]
     name      [text, number or null]
     changes   {table: [inserted, updated, deleted, truncated]}
-    proofs    flushes, snapshots, verification: objects by field name
+    proofs    flushes, snapshots, verification, and gaps: objects by field name
 
 `sha256` is the digest of the content in exactly this form. A text that is not byte for byte what `encode` would
 write (a line end behind it apart) is refused, so no flipped bit goes unseen, not even one in a space or an escape.
@@ -42,6 +42,7 @@ from trigger.model import (
     Changes,
     CommitRecord,
     Flush,
+    Gap,
     Mark,
     Outcome,
     RecoveryPoint,
@@ -193,6 +194,7 @@ def _point_out(point: RecoveryPoint) -> dict[str, Any]:
         "sealed_at": point.sealed_at and _time_out(point.sealed_at),
         "note": point.note,
         "failure": point.failure,
+        "gaps": [_gap_out(gap) for gap in point.gaps],
         "verification": point.verification and _verification_out(point.verification),
     }
 
@@ -215,6 +217,7 @@ def _point_in(value: Mapping[str, Any]) -> RecoveryPoint:
         sealed_at=_time_in(sealed_at) if (sealed_at := value.get("sealed_at")) else None,
         note=value.get("note", ""),
         failure=value.get("failure", ""),
+        gaps=tuple(_gap_in(gap) for gap in value.get("gaps", ())),
         verification=_verification_in(verification) if (verification := value.get("verification")) else None,
     )
 
@@ -326,6 +329,21 @@ def _snapshot_out(snapshot: Snapshot) -> dict[str, object]:
 
 def _snapshot_in(value: Mapping[str, Any]) -> Snapshot:
     return Snapshot(**_known(Snapshot, value))
+
+
+def _gap_out(gap: Gap) -> dict[str, object]:
+    return {
+        "stream": gap.stream,
+        "after": _position_out(gap.after),
+        "until": _position_out(gap.until),
+        "reason": gap.reason,
+        "found_at": _time_out(gap.found_at),
+    }
+
+
+def _gap_in(value: Mapping[str, Any]) -> Gap:
+    after, until = _position_in(value["after"]), _position_in(value["until"])
+    return Gap(value["stream"], after, until, value["reason"], _time_in(value["found_at"]))
 
 
 def _verification_out(verification: Verification) -> dict[str, object]:

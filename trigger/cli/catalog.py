@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Make the catalog anew from what the storage holds.")
 
 
+_UNKNOWN = (
+    "failed and expired points, missed commits, open gaps, results of verifications, and what lies behind the newest"
+    " commit of each stream: the next start records a gap there"
+)
+
+
 @app.command("rebuild")
 def rebuild(config: Config = None, as_json: Json = False) -> None:
     """Set the catalog aside and make it anew from the tags of all snapshots; the service must not run.
 
-    Where that fails, the old catalog is put back. Says what only the old one knew, as far as it can still be read.
-    Where streams had been settled further than the newest tag says, the next start takes up from there: the source
-    repeats commits, or a gap is recorded.
+    Where that fails, the old catalog is put back. What tags do not say is taken over from the old one as far as that
+    can still be read (open gaps, how far streams are settled), or listed. Where it cannot, the next start records a gap
+    behind the newest commit that a tag knows: nobody can say any more what lies there.
     """
     done = asyncio.run(_rebuild(options(config)))
     if as_json:
@@ -39,6 +45,7 @@ def rebuild(config: Config = None, as_json: Json = False) -> None:
             ("points", f"{done.sealed} sealed, {len(done.done.adopted)} adopted from tags"),
             ("old catalog", done.set_aside or "there was none"),
             ("not readable", done.unreadable),
+            ("not known any more", None if done.set_aside and not done.unreadable else _UNKNOWN),
             ("removed", ", ".join(done.done.removed)),
             ("left alone", ", ".join(done.done.strange)),
             ("only the old one knew", f"points {lost}" if lost else None),
@@ -50,14 +57,16 @@ def rebuild(config: Config = None, as_json: Json = False) -> None:
 
 
 async def _rebuild(chosen: Options) -> Rebuilt:
-    from trigger.catalog.rebuild import known
+    from trigger.catalog.rebuild import known, take_over
     from trigger.catalog.rebuild import rebuild as make_anew
     from trigger.catalog.reconcile import reconcile
     from trigger.service.service import opened
 
-    async def fill() -> tuple[Reconciliation, Known]:
+    async def fill(old: Known) -> tuple[Reconciliation, Known]:
         async with opened(chosen) as parts:
-            return await reconcile(parts.catalog, parts.storage), await known(parts.catalog)
+            done = await reconcile(parts.catalog, parts.storage)
+            await take_over(parts.catalog, old)
+            return done, await known(parts.catalog)
 
     with only_one(chosen.state_folder):
         return await make_anew(chosen.catalog_path, datetime.now(UTC), fill)

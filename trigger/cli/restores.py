@@ -324,9 +324,18 @@ def list_clones(config: Config = None, as_json: Json = False) -> None:
     """List the clones: what each holds, whether its server runs, how to reach it."""
     found, swaps = at(options(config), _clones_and_swaps)
     show_clones(found, as_json=as_json)
-    for swap in () if as_json else swaps:
-        done = "stands in place of production" if swap.finished else "was cut off on the way into production's place"
+    for number, swap in () if as_json else enumerate(swaps, 1):
+        done = _became(swap, next((later for later in swaps[number:] if later.finished), None))
         show.note(f"{swap.target} {done}; trigpoint restore --undo {swap.name} puts the old state back")
+
+
+def _became(swap: Swap, later: Swap | None) -> str:
+    """Give what became of a restore in place, of which the next one took the place if there is one."""
+    if not swap.finished:
+        return "was cut off on the way into production's place"
+    if later is None:
+        return "stands in place of production"
+    return f"stood in place of production before {later.name}"
 
 
 async def _clones_and_swaps(parts: Parts) -> tuple[list[CloneStatus], list[Swap]]:
@@ -392,10 +401,11 @@ def start_clones(
 
 
 @clones.command("drop")
-def drop_clones(names: Names, config: Config = None, as_json: Json = False) -> None:
+def drop_clones(names: Names, yes: Yes = False, config: Config = None, as_json: Json = False) -> None:
     """Stop the servers of clones and remove all there is of them. Production is not touched."""
     from trigger.restore.clones import drop
 
+    confirm(f"stop and remove, with all that was written to them since, the clones {', '.join(names)}", yes=yes)
     at(options(config), lambda parts: _each(names, parts, drop))
     if as_json:
         show.print_json(names)

@@ -137,7 +137,7 @@ async def drop_clones(place: Place) -> None:
     """Remove every clone, the ones made by hand too; raises `TrigpointError`."""
     names = [clone["name"] for clone in json.loads(await _run(place, "clones", "list", "--json"))]
     if names:
-        await _run(place, "clones", "drop", *names)
+        await _run(place, "clones", "drop", "--yes", *names)
 
 
 async def _run(place: Place, *arguments: str) -> bytes:

@@ -102,7 +102,10 @@ async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
 
 async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, cause: Cause) -> None:
     """Take one point for everything that is pending, and settle it if it was sealed."""
-    collected = window.collect()
+    collected = await without_shared(cluster.catalog, window.collect())
+    if cause is Cause.COMMIT and not collected.pending:
+        await settle(cluster, window, collected)
+        return
     point = await take(cluster, cause, collected, agenda.note)
     if point.state is State.SEALED:
         await cluster.catalog.close_gaps(point.number)
@@ -115,6 +118,18 @@ async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, ca
         agenda.trouble = f"point {point.number} failed: {point.failure}"
         log.error("point %d failed, trying again in %.0f s: %s", point.number, pause, point.failure)
     await clear_away(cluster)
+
+
+async def without_shared(catalog: Catalog, collected: Collected) -> Collected:
+    """Give what was collected without what comes again: a copy that was put back shares it with the life before.
+
+    It has its outcome there, so it is no reason for a point, and belongs into no tag.
+    """
+    history = collected.newest.commit.history if collected.newest else None
+    if history is None or not history.incarnation:
+        return collected
+    new = {(one.stream, one.start) for one in await catalog.new_in_this_life(collected.records(), history)}
+    return replace(collected, pending=[p for p in collected.pending if (p.commit.stream, p.commit.start) in new])
 
 
 async def take(cluster: Protected, cause: Cause, collected: Collected, note: str = "") -> RecoveryPoint:
@@ -238,6 +253,8 @@ async def clear_away(cluster: Protected) -> None:
 async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> None:
     """Put every break of a stream into the catalog as a gap, and what was lost with it as missed."""
     while window.breaks:  # others may come while one is written down
+        for agent in cluster.agents:  # the server is another one by now, maybe on volumes that took the place of others
+            await agent.prepare(cluster.volumes)
         broken = window.breaks[0]
         lineage = await cluster.logs.lineage(broken.stream)
         lost = window.lost(broken, lineage)
@@ -273,8 +290,12 @@ async def leave_lost_base(cluster: Protected, window: Window, agenda: Agenda) ->
 async def settle_idle(cluster: Protected, window: Window) -> None:
     """Note how far the streams were seen while nothing qualified, then let the servers forget it."""
     collected = window.collect()
-    if collected.pending:
-        return
+    if not collected.pending:
+        await settle(cluster, window, collected)
+
+
+async def settle(cluster: Protected, window: Window, collected: Collected) -> None:
+    """Note how far the streams go without a commit that needs an outcome, then let the servers forget it."""
     for stream, through in collected.settled.items():
         await cluster.catalog.settle(stream, through)
     await window.settle(collected.settled)

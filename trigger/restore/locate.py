@@ -16,7 +16,7 @@ from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
 from trigger.restore.planner import plan
-from trigger.restore.target import naming
+from trigger.restore.target import is_left, naming
 
 
 class Where(StrEnum):
@@ -91,8 +91,12 @@ async def locate(
     found = await catalog.find(name=name, place=at, time=time, marker=marker, stream=stream)
     lineage = await _lineage(latest.ceiling.history, journal) if latest and latest.ceiling else None
     if found:
-        there = [_of_commit(one, known, await _lineage(one.history, journal)) for one in found]
-        return [replace(one, aside=_aside(one, lineage)) for one in there]
+        left = [await is_left(_wanted(one), catalog, journal) for one in found]
+        lines = [await _lineage(one.history, journal) for one in found]
+        there = [_of_commit(*each) for each in zip(found, [known] * len(found), lines, left, strict=True)]
+        gone_on = known.gone_on()
+        present = await _lineage(gone_on, journal) if gone_on else lineage
+        return [replace(one, aside=_aside(one, present)) for one in there]
     if lineage is None:
         return [_unknown("there is no sealed recovery point yet")]
     if time is not None:
@@ -124,12 +128,13 @@ class _Known:
     journal: Journal
     extents: Sequence[Extent]
 
-    def way(self, target: Target, lineage: Lineage) -> _Way:
-        """Give how a target is brought back, or why it is not."""
+    def way(self, target: Target, lineage: Lineage, *, left: bool = False) -> _Way:
+        """Give how a target is brought back, or why it is not; `left`: its history is, and gets no more log."""
         if not self.journal.replays:
             return _Way("no log is kept of this database: only points can be brought back, as they were cut")
         try:
-            found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=self.journal.file_start)
+            start = self.journal.file_start
+            found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=start, left=left)
         except RestoreError as error:
             return _Way(f"{'not yet restorable' if error.retryable else 'it cannot be restored'}: {error.message}")
         number = found.base.number
@@ -145,6 +150,10 @@ class _Known:
             if (mark := base.mark_in(target.history)) and mark.ceiling and lineage.includes(mark.ceiling)
         ]
         return max((one for one in ceilings if target.at is None or one[0] <= target.at), default=(0, None))[1]
+
+    def gone_on(self) -> History | None:
+        """Give the history in which commits are seen by now, where no point stands in it yet; None for no other."""
+        return next((gap.until.history for gap in reversed(self.gaps) if not gap.closed_by), None)
 
     def gap_at(self, at: int, lineage: Lineage, stream: str | None) -> Gap | None:
         """Give the gap around a place; one that begins on a branch that was left begins here where that was left.
@@ -173,9 +182,14 @@ async def _lineage(history: History, journal: Journal) -> Lineage:
         return Lineage(history)
 
 
-def _of_commit(found: Found, known: _Known, lineage: Lineage) -> Location:
+def _wanted(found: Found) -> Target:
+    record = found.record
+    return Target(found.history, record.start, True, f"commit {record.name}", commit=record)
+
+
+def _of_commit(found: Found, known: _Known, lineage: Lineage, left: bool) -> Location:
     record, history = found.record, found.history
-    way = known.way(Target(history, record.start, True, f"commit {record.name}", commit=record), lineage)
+    way = known.way(_wanted(found), lineage, left=left)
     if record.outcome is Outcome.MISSED or found.point is None:
         gap = known.gap_at(record.start, lineage, record.stream)
         reason = f"it was missed: {found.reason}; {way.words}"
@@ -198,7 +212,7 @@ async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lin
     last = await catalog.as_of(time, lineage)
     if last is None:
         return _unknown(f"the catalog knows no commit at or before {time.isoformat()}")
-    there = _of_commit(last, known, lineage)
+    there = _of_commit(last, known, lineage, left=False)
     reason = f"the last qualifying commit by then is {last.record.name} of {last.record.stream}: {there.reason}"
     return replace(there, reason=reason)
 

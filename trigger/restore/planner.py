@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from trigger.errors import RestoreError
 from trigger.model import Extent, Mark, RecoveryPoint, State, to_microseconds
-from trigger.position import At, History, Lineage, Position
+from trigger.position import At, History, Lineage, Place, Position
 from trigger.replay import Replay, Target
 
 FileStart = Callable[[Position], int]
@@ -100,6 +100,7 @@ def plan(
     replay_bytes_per_second: float,
     *,
     file_start: FileStart = unfiled,
+    left: bool = False,
 ) -> Plan:
     """Give the cheapest way to `target`, which starts from the newest base that fits.
 
@@ -112,6 +113,7 @@ def plan(
         lineage: the past of `target.history`.
         replay_bytes_per_second: how fast this machine replays, measured; above 0.
         file_start: where the file of the log that holds a position begins; a log is read from there.
+        left: the database has gone on in another history, so the journal comes no further in this one.
 
     Raises:
         RestoreError: the target lies outside the lineage, before the first base, beyond the journal, or behind a
@@ -139,7 +141,7 @@ def plan(
             continue
         log = Stretch(begin, _end(target, held, begin))
         return _replayed(base, target, log, replay_bytes_per_second, passed)
-    raise _refusal(target, bases, lineage, held, holes)
+    raise _refusal(target, bases, lineage, held, holes, left=left)
 
 
 def own(point: RecoveryPoint) -> Target:
@@ -393,6 +395,8 @@ def _refusal(
     lineage: Lineage,
     held: Sequence[Stretch],
     holes: Sequence[tuple[RecoveryPoint, Stretch]],
+    *,
+    left: bool,
 ) -> RestoreError:
     """Give the error that says why nothing fits, with the nearest thing that would."""
     written = lineage.history.place
@@ -401,13 +405,7 @@ def _refusal(
         last = held[-1].end if held else None
         if last is None or hole.start >= last:
             ends = "holds nothing yet" if last is None else f"ends at {written(last)}"
-            or_else = "; --to-latest needs less of it" if target.time is not None else ""
-            return RestoreError(
-                f"{target.description} lies in the future of the journal, which {ends} and must reach"
-                f" {written(hole.end)}",
-                hint=f"wait until the journal has caught up (trigpoint status), or name an earlier target{or_else}",
-                retryable=True,
-            )
+            return _beyond(target, lineage, ends, written(hole.end), left=left)
         return RestoreError(
             f"the log between {_between(hole, lineage)} is missing"
             f" on the way from point {base.number} to {target.description}",
@@ -423,10 +421,29 @@ def _refusal(
         )
     ends_at, first = min(mine, key=lambda one: one[0])
     when = f", sealed {first.sealed_at.isoformat()}" if first.sealed_at else ""
+    taken_for = _mark(first, lineage.history).floor.at
+    its_own = target.at is not None and taken_for in (target.at, _needed(target))
+    which = f"its own, point {first.number}, is" if its_own else f"the earliest is point {first.number}, which"
+    what = f"{which} {'the earliest, and ' if its_own else ''}may hold log up to {written(ends_at)}{when}"
     return RestoreError(
-        f"no recovery point is early enough for {target.description}: the earliest is point {first.number},"
-        f" which may hold log up to {written(ends_at)}{when}",
+        f"no recovery point is early enough for {target.description}: {what}",
         hint=f"the earliest target that can be restored is --to-lsn {written(ends_at)}",
+    )
+
+
+def _beyond(target: Target, lineage: Lineage, ends: str, needed: Place, *, left: bool) -> RestoreError:
+    """Give the error for a target to which the journal has not come, or never will."""
+    if left:
+        return RestoreError(
+            f"{target.description} lies behind all that the journal has of {lineage.history}: it {ends}, and the"
+            f" database has gone on in another history, so that it never reaches {needed}",
+            hint="name an earlier target: what was not received before that history was left is lost",
+        )
+    or_else = "; --to-latest needs less of it" if target.time is not None else ""
+    return RestoreError(
+        f"{target.description} lies in the future of the journal, which {ends} and must reach {needed}",
+        hint=f"wait until the journal has caught up (trigpoint status), or name an earlier target{or_else}",
+        retryable=True,
     )
 
 

@@ -25,6 +25,7 @@ from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, clone_name, new_name
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.planner import Plan, plan
+from trigger.restore.target import is_left
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,9 @@ async def prepare(target: Target, site: Site, *, wait_seconds: float = JOURNAL_W
     while True:
         lineage, file_start = await site.journal.lineage(target.history), site.journal.file_start
         bases, extents = await site.catalog.bases(), await site.journal.extents()
+        left = await is_left(target, site.catalog, site.journal)
         try:
-            return plan(target, bases, extents, lineage, site.replay_bytes_per_second, file_start=file_start)
+            return plan(target, bases, extents, lineage, site.replay_bytes_per_second, file_start=file_start, left=left)
         except RestoreError as error:
             if not error.retryable or loop.time() >= deadline:
                 raise

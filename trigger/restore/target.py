@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from trigger.catalog.catalog import Catalog, Found
-from trigger.errors import DatabaseError, RestoreError
+from trigger.errors import DatabaseError, JournalError, RestoreError
 from trigger.model import Outcome, RecoveryPoint, State, from_microseconds
 from trigger.ports import Database, Journal
 from trigger.position import LAST, History, Lineage, Name, Position
@@ -121,9 +121,13 @@ async def _lineage(history: str | None, catalog: Catalog, journal: Journal) -> L
     present = latest.ceiling.history
     if history is None:
         return await journal.lineage(present)
-    if history.isascii() and history.isdigit():
-        return await journal.lineage(Lineage(present).branch(int(history)))
-    return await journal.lineage(History.parse(history, present.kind))
+    by_branch = history.isascii() and history.isdigit() and str(int(history)) == history
+    wanted = Lineage(present).branch(int(history)) if by_branch else History.parse(history, present.kind)
+    known = await _known(catalog, journal)
+    if wanted not in known:
+        there = ", ".join(map(str, sorted(known, key=lambda one: (one.system, one.age))))
+        raise RestoreError(f"nothing is known of the history {wanted}", hint=f"there are: {there}")
+    return await journal.lineage(wanted)
 
 
 def _commit(found: Found, words: str = "") -> Target:
@@ -257,6 +261,29 @@ def _only(found: list[Found], what: str, lineage: Lineage) -> Found:
         hint="it was not committed, or is older than the log; trigpoint commits --around lists those of a time, and"
         " any place in the log can be restored with --to-lsn",
     )
+
+
+async def is_left(target: Target, catalog: Catalog, journal: Journal) -> bool:
+    """Whether the log of a target's history comes no further: the database has gone on in another, from before it."""
+    present = await catalog.present(target.history)
+    if present is None or present == target.history:
+        return present is None
+    at = max(target.at or 0, target.reach or 0, target.commit.end if target.commit else 0)
+    try:
+        lineage = await journal.lineage(present)
+    except JournalError:
+        lineage = Lineage(present)
+    return not lineage.includes(Position(target.history, at))
+
+
+async def _known(catalog: Catalog, journal: Journal) -> set[History]:
+    """Give every history that a commit, a point or a piece of log is known of."""
+    marks = [mark for base in await catalog.bases() for mark in base.marks]
+    return {
+        *(seen.position.history for seen in await catalog.seen()),
+        *(position.history for mark in marks for position in mark.positions),
+        *(extent.history for extent in await journal.extents()),
+    }
 
 
 def naming(history: History, present: History) -> str:

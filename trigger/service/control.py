@@ -18,7 +18,7 @@ from typing import Any
 from trigger.errors import ConfigError, TrigpointError
 from trigger.host import make_passage
 from trigger.lock import lock
-from trigger.trusted import NotOursError
+from trigger.trusted import NotOursError, naming
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ def _ours_alone(path: Path) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(made.fileno(), 0o600)
-        made.bind(str(path))
+        with naming(path):
+            made.bind(str(path))
     except BaseException:
         made.close()
         raise

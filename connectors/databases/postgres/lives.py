@@ -7,6 +7,7 @@ same place. Where that is something else, or the server has not come so far, a n
 no base of the one before is used across.
 
 The same holds for a timeline that is new to us: the log that it shares with the one before is compared at its end.
+One without a history file (`pg_resetwal` gave it its number) shares nothing, and begins a new incarnation.
 
 What the server has no longer at hand cannot be compared, and what the journal's disk does not give neither. A copy put
 back then goes unnoticed until its log ends below a place that was seen, or is joined to the journal: a segment whose
@@ -27,7 +28,7 @@ from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, holds_commit
 from connectors.databases.postgres.lsn import Lsn
-from connectors.databases.postgres.stream.copyboth import Present, System, identify, timeline_history
+from connectors.databases.postgres.stream.copyboth import NO_PAST, Present, System, identify, timeline_history
 from connectors.databases.postgres.stream.physical import read_log
 from trigger.errors import JournalError, PositionError, SourceError
 from trigger.model import Commit, CommitRecord
@@ -153,6 +154,7 @@ class Lives:
         if self.folders is not None:
             self.folders.begin(again, self.writer, past)
         self._newest[history.system] = again.incarnation
+        self._note(Position(again, 0))
         return again
 
     async def _known_of(self, history: History) -> _Known:
@@ -187,12 +189,27 @@ class Lives:
             return f"the log has another record at {Lsn(held.at)} than before"
         if commit is not None and await self._has_another_commit(dsn, system, commit):
             return f"the log has something else at {Lsn(commit.start)} than commit {commit.name}"
-        return "" if history in self._ends or history.branch == 1 else await self._other_past(dsn, history)
+        if history in self._ends or history.branch == 1:
+            return ""
+        text = await timeline_history(dsn, history.branch, self.deadline_seconds)
+        if text == NO_PAST:
+            return "" if await self._is_begun(history) else f"timeline {history.branch} has no history file"
+        return await self._other_past(dsn, history, text)
 
-    async def _other_past(self, dsn: str, history: History) -> str:
+    async def _is_begun(self, history: History) -> bool:
+        """Whether the journal has begun the log of a timeline without a past; where its disk hangs none is begun."""
+        if self.folders is None:
+            return False
+        try:
+            folder = await self._in_thread(partial(self.folders.of, history))
+            return history.branch in await self._in_thread(folder.histories)
+        except (OSError, JournalError):
+            return True
+
+    async def _other_past(self, dsn: str, history: History, text: str) -> str:
         """Give what shows that a timeline which is new to us did not begin on the log that is known; "" for nothing."""
         try:
-            past = lsn.lineage(history, await timeline_history(dsn, history.branch, self.deadline_seconds))
+            past = lsn.lineage(history, text)
         except PositionError as error:
             raise SourceError(f"the server's history of timeline {history.branch} cannot be read: {error}") from error
         for before, _, left_at in reversed(past.stretches()[:-1]):

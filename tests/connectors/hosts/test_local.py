@@ -177,3 +177,26 @@ def test_descriptors_are_let_go_by_a_second_prepare_and_by_close(
         assert len(list(Path("/proc/self/fd").iterdir())) == before
 
     asyncio.run(prepare_often())
+
+
+def test_an_error_that_comes_before_a_second_prepare_is_told_by_it(
+    two_folders: tuple[Volume, ...], tmp_path: Path
+) -> None:
+    calls = iter([None, OSError(5, "Input/output error")])
+
+    def once(descriptor: int) -> None:
+        os.fstat(descriptor)
+        if error := next(calls):
+            raise error
+
+    async def prepare_twice() -> None:
+        agent = LocalAgent("host", state_folder=tmp_path)
+        await agent.prepare(two_folders)
+        await agent.flush(POINT, 10)
+        await agent.prepare(two_folders)
+        with pytest.raises(AgentError, match="is poisoned"):
+            await agent.flush(POINT, 10)
+        await agent.close()
+
+    with patch.object(local, "syncfs", once):
+        asyncio.run(prepare_twice())

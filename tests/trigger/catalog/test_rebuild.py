@@ -33,7 +33,7 @@ from trigger.position import History, Name, Position
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HISTORY = History("postgres", "7391", 1)
 
-Fill = Callable[[], Awaitable[tuple[Reconciliation, Known]]]
+Fill = Callable[[Known], Awaitable[tuple[Reconciliation, Known]]]
 
 
 def at(lsn: int) -> Position:
@@ -61,7 +61,7 @@ async def written(path: Path) -> RecoveryPoint:
 def filling(path: Path, *points: RecoveryPoint) -> Fill:
     """Give a `fill` that adopts `points`, as a storage with their tags would have it."""
 
-    async def fill() -> tuple[Reconciliation, Known]:
+    async def fill(old: Known) -> tuple[Reconciliation, Known]:
         assert not path.exists(), "the old file must be out of the way"
         catalog = await Catalog.open(path)
         done = Reconciliation()
@@ -143,7 +143,7 @@ def test_nothing_is_overwritten_by_setting_aside(tmp_path: Path) -> None:
 def failing(path: Path, error: BaseException) -> Fill:
     """Give a `fill` that makes a catalog and fails before it is closed, as with a storage that cannot be read."""
 
-    async def fill() -> tuple[Reconciliation, Known]:
+    async def fill(old: Known) -> tuple[Reconciliation, Known]:
         catalog = await Catalog.open(path)
         await catalog.open_point(id=point_id(NOW, 9), cause=Cause.DEMAND, marks=[Mark(at(900))], opened_at=NOW)
         assert path.with_name(path.name + "-wal").exists()

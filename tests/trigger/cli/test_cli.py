@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 from typer.main import get_command
@@ -18,9 +21,12 @@ from typer.main import get_command
 from trigger import __main__ as program
 from trigger import errors
 from trigger.cli import arguments, cli, json_reference
-from trigger.cli.restores import TARGETS
+from trigger.cli.restores import TARGETS, _became, drop_clones
+from trigger.errors import ConfigError
+from trigger.lock import lock
 from trigger.model import RecoveryPoint
-from trigger.service.control import NotRunningError
+from trigger.restore.inplace import Swap
+from trigger.service.control import NotRunningError, _ours_alone
 
 ROOT = Path(__file__).parents[3]
 
@@ -413,3 +419,50 @@ def test_init_never_replaces_a_file_unasked(config: Path, capsys: pytest.Capture
     assert trigpoint("init", "--output", config) == 2
     assert "is there already" in capsys.readouterr().err
     assert config.read_text() == before
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "make room"), (errno.EROFS, "is read-only")])
+def test_a_disk_that_takes_no_lock_and_no_socket_is_named_with_a_remedy(
+    tmp_path: Path, number: int, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused, on_a_socket = (OSError(number, os.strerror(number)) for _ in range(2))
+    with (
+        patch("trigger.trusted.os.open", side_effect=_only_new_files(refused)),
+        pytest.raises(OSError, match=refused.strerror) as locked,
+    ):
+        lock(tmp_path / "lock")
+    with (
+        patch("trigger.service.control.os.fchmod"),
+        patch("trigger.service.control.socket.socket", return_value=Mock(**{"bind.side_effect": on_a_socket})),
+        pytest.raises(OSError, match=refused.strerror) as bound,
+    ):
+        _ours_alone(tmp_path / "control.sock")
+    for error, name in ((locked.value, "lock"), (bound.value, "control.sock")):
+        assert program._explain(error) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"error: {tmp_path / name}: {os.strerror(number)}" in said
+        assert remedy in said
+
+
+def _only_new_files(error: OSError) -> Callable[..., int]:
+    real = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_CREAT:
+            raise error
+        return real(path, flags, *rest, **named)
+
+    return refuse
+
+
+def test_of_two_restores_in_place_only_the_later_one_stands_there() -> None:
+    first, second = (Swap(name, "commit 7", "clone", (), finished=True) for name in ("1", "2"))
+    assert _became(first, second) == "stood in place of production before 2"
+    assert _became(second, None) == "stands in place of production"
+    assert _became(replace(second, finished=False), None) == "was cut off on the way into production's place"
+
+
+def test_clones_are_not_dropped_unasked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="this will stop and remove") as refused:
+        drop_clones(["one", "two"], config=tmp_path / "nothing.toml")
+    assert "--yes" in refused.value.hint

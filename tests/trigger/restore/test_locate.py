@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from tests.fixtures.bank import Bank, run
-from trigger.errors import RestoreError
-from trigger.model import Gap, Outcome
-from trigger.position import Name
+from trigger.errors import PositionError, RestoreError
+from trigger.model import Extent, Gap, Outcome
+from trigger.position import Name, Position
 from trigger.protect.window import record
 from trigger.restore.locate import Location, Where, locate
+from trigger.restore.restore import prepare
 from trigger.restore.target import Named
 
 
@@ -165,5 +168,63 @@ def test_a_commit_that_no_stream_showed_is_found_in_the_log_with_the_way_back(tm
         nowhere = await only(it, name=Name("", 999_999))
         assert nowhere.where is Where.UNKNOWN
         assert "neither the catalog nor the log" in nowhere.reason
+
+    run(tmp_path, story)
+
+
+def test_a_commit_of_the_life_before_is_named_by_its_history_before_the_first_point_of_the_new_one(
+    tmp_path: Path,
+) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        commit = it.commit()
+        await it.point()
+        assert (await only(it, name=commit.name)).aside == ""
+        again = Position(replace(commit.history, incarnation=1), commit.start)
+        await it.catalog.record_gap(Gap("bank", commit.position, again, "an older copy", it.site.clock.now()))
+        assert (await only(it, name=commit.name)).aside == f"--history {commit.history}"
+
+    run(tmp_path, story)
+
+
+def test_a_commit_that_the_journal_never_got_of_a_life_that_was_left_is_not_called_restorable_later(
+    tmp_path: Path,
+) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        commit = it.commit()
+        it.commit()
+        await it.point()
+        target = await it.resolve(Named(name=commit.name))
+        with patch.object(it.site.journal, "extents", nothing):
+            assert "not yet restorable" in (await only(it, name=commit.name)).reason
+            again = Position(replace(commit.history, incarnation=1), commit.start)
+            await it.catalog.record_gap(Gap("bank", commit.position, again, "an older copy", it.site.clock.now()))
+            assert "it cannot be restored: " in (await only(it, name=commit.name)).reason
+            with pytest.raises(RestoreError, match="has gone on in another history") as refused:
+                await prepare(target, it.site)
+        assert not refused.value.retryable
+
+    run(tmp_path, story)
+
+
+async def nothing() -> list[Extent]:
+    return []
+
+
+def test_a_history_that_nobody_knows_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        point = await it.point()
+        system = point.floor.history.system
+        for unknown in ("7", f"{system}/1+9", "elsewhere/1"):
+            with pytest.raises(RestoreError, match="nothing is known of the history") as refused:
+                await it.resolve(Named(latest=True, history=unknown))
+            assert refused.value.hint == f"there are: {point.floor.history}"
+        for misspelt in ("01", f"{system}/01", f"{system}/1+0", f"{system}/1+01"):
+            with pytest.raises(PositionError, match="not a history"):
+                await it.resolve(Named(latest=True, history=misspelt))
 
     run(tmp_path, story)

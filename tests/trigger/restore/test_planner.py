@@ -64,8 +64,8 @@ def before(lsn: int, history: History = HISTORY) -> Target:
     return Target(history, Lsn(lsn), False, "before commit 77")
 
 
-def make(target: Target, *bases: RecoveryPoint, extents: tuple[Extent, ...] = WHOLE) -> Plan:
-    return plan(target, bases, extents, LINEAGE, 1000.0, file_start=file_start)
+def make(target: Target, *bases: RecoveryPoint, extents: tuple[Extent, ...] = WHOLE, left: bool = False) -> Plan:
+    return plan(target, bases, extents, LINEAGE, 1000.0, file_start=file_start, left=left)
 
 
 def test_the_newest_base_that_ends_before_the_commit_record_is_chosen() -> None:
@@ -184,6 +184,19 @@ def test_a_refusal_names_the_earliest_state_that_can_be_restored() -> None:
         make(commit(0x1000, 0x1030), base(2, 0x2F00, 0x3000), base(1, 0x2000, 0x2100))
     assert "the earliest is point 1, which may hold log up to 0/2100" in refusal.value.message
     assert refusal.value.hint == "the earliest target that can be restored is --to-lsn 0/2100"
+
+
+def test_a_refusal_for_what_the_earliest_point_was_taken_for_says_that_it_is_its_own() -> None:
+    own = Target(HISTORY, Lsn(0x2000), False, "point 1: the state at 0/2000")
+    for target in (own, commit(0x1FD0, 0x2000)):
+        with pytest.raises(RestoreError, match="its own, point 1, is the earliest, and may hold log up to 0/2100"):
+            make(target, base(1, 0x2000, 0x2100))
+
+
+def test_a_target_that_a_history_which_was_left_never_comes_to_is_not_waited_for() -> None:
+    with pytest.raises(RestoreError, match=r"it ends at 0/9000, and the.* has gone on in another history") as refused:
+        make(commit(0x9000, 0x9030), base(1, 0x2000, 0x2100), left=True)
+    assert not refused.value.retryable
 
 
 def test_a_refusal_names_the_missing_log() -> None:

@@ -48,8 +48,12 @@ _MEND = (
 )
 _FEED = (
     "see that the server archives (archive_mode, archive_command, pg_stat_archiver), and that restore_command reads the"
-    " same archive and may do so; commits in this segment and behind it cannot be restored exactly until it comes. If"
-    " it is lost for good, put the next one that there is into the journal's folder and start the service again"
+    " same archive and may do so; commits in this segment and behind it cannot be restored exactly until it comes"
+)
+_SKIP = (
+    "; if it is lost for good, stop the service, copy the next segment that there is into {folder}, as a file that the"
+    " user of the service may read, and start it again: the journal goes on behind it, and the first point from then on"
+    " is the next to restore from"
 )
 
 
@@ -120,6 +124,7 @@ class ArchiveReader:
         self._threads = Threads("restore_command")
         self._broken = ""
         self._late = ""
+        self._folder = Path()
         self._finished_since: float | None = None
 
     async def check(self, segment_bytes: int) -> list[Finding]:
@@ -144,7 +149,8 @@ class ArchiveReader:
         if self._broken:
             message = f"the archive cannot be read: {self._broken}"
             return [Finding(_COMMAND, Severity.WARNING, message, _MEND)]
-        return [Finding("archive", Severity.WARNING, self._late, _FEED)] if self._late else []
+        remedy = _FEED + _SKIP.format(folder=self._folder)
+        return [Finding("archive", Severity.WARNING, self._late, remedy)] if self._late else []
 
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
         """Fetch one file if the folder does not have it; whether it has it now. Blocks for `fetch_seconds` at most."""
@@ -209,7 +215,7 @@ class ArchiveReader:
         Raises:
             JournalError: the folder is empty, and the server does not say where to begin.
         """
-        following = await self._resume(segments)
+        following, self._folder = await self._resume(segments), segments.path
         looked_at = -math.inf
         while True:
             if (now := asyncio.get_running_loop().time()) >= looked_at + self._poll_seconds:

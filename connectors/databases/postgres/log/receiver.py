@@ -325,7 +325,10 @@ async def _reserved(connection: psycopg.AsyncConnection[Any], slot: str) -> tupl
 
 async def _fork(connection: psycopg.AsyncConnection[Any], head: _Head) -> tuple[int, Lsn] | None:
     """Give the server's timeline and where it left the one before."""
-    row = await (await connection.execute(f"TIMELINE_HISTORY {head.timeline}".encode())).fetchone()
+    try:
+        row = await (await connection.execute(f"TIMELINE_HISTORY {head.timeline}".encode())).fetchone()
+    except psycopg.errors.UndefinedFile:  # pg_resetwal gave it its number: it left none
+        return None
     if row is None:
         return None
     text = row[1] if isinstance(row[1], str) else bytes(row[1]).decode(errors="replace")

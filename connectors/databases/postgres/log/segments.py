@@ -29,7 +29,7 @@ from connectors.databases.postgres.log.wal import (
 )
 from connectors.databases.postgres.lsn import Lsn
 from connectors.threads import Threads
-from trigger.errors import JournalError, PositionError
+from trigger.errors import JournalError, PositionError, remedy
 from trigger.model import Extent
 from trigger.ports import Progress
 from trigger.position import LAST, History, Lineage, Position
@@ -104,7 +104,8 @@ class SegmentFolder:
         except NotOursError as error:
             raise JournalError(f"no journal is kept in {self.path}: {error.message}", hint=error.remedy) from error
         except OSError as error:
-            raise JournalError(f"the journal folder {self.path} cannot be made: {error.strerror}") from error
+            message = f"the journal folder {self.path} cannot be made: {error.strerror}"
+            raise JournalError(message, hint=remedy(error)) from error
 
     def names(self) -> list[SegmentName]:
         """Give the segments by timeline and number; a complete one hides a partial one of the same stretch."""
@@ -202,7 +203,7 @@ class SegmentFolder:
         if text is None:
             raise JournalError(
                 f"{history.branch:08X}.history is not in {self.path}",
-                hint="the journal never saw that timeline, or the file was deleted; fetch it from the server's pg_wal",
+                hint="if the server is or was on that timeline, fetch the file from its pg_wal or from an archive",
             )
         try:
             return lsn.lineage(history, text)
@@ -382,7 +383,7 @@ class SegmentFolder:
             for partial in (False, True):
                 name = SegmentName(timeline, needed.number, partial)
                 source = self.file(name)
-                if source.name in self.damaged:
+                if source.name in self.damaged and source.exists():  # what was lost may come again, unfinished at first
                     if needed.until is None:
                         continue  # the replay stops before it
                     raise JournalError(

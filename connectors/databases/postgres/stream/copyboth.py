@@ -34,6 +34,9 @@ _KERNEL_BYTES = 768
 """What a message that the server sends by itself takes of a socket's room beside its bytes, which count double at the
 most (a Unix socket on Linux 6; over TCP it is less)."""
 _POSTGRES_EPOCH_SECONDS = 946_684_800
+NO_SUCH_FILE = "58P01"
+NO_PAST = "# the server has no history file of this timeline: pg_resetwal began it, on nothing that is known\n"
+"""What stands for that file, as one in which no earlier timeline is named."""
 _REFUSED_FOR_GOOD = ("28", "3D", "42501")
 """SQLSTATEs that waiting does not heal: authentication, no such database, no privilege."""
 
@@ -108,10 +111,15 @@ class CopyBoth:
         return lsn.lineage(history, await self.past(history.branch))
 
     async def past(self, timeline: int) -> str:
-        """Give the server's history file of a timeline; "" for the first, which has none."""
+        """Give the server's history file of a timeline; "" for the first, which has none, `NO_PAST` where it lacks."""
         if timeline == 1:
             return ""
-        row = await self._command(f"TIMELINE_HISTORY {timeline:d}")
+        try:
+            row = await self._command(f"TIMELINE_HISTORY {timeline:d}")
+        except StreamRefusedError as error:
+            if error.sqlstate != NO_SUCH_FILE:
+                raise
+            return NO_PAST
         return row[1].decode(errors="replace")
 
     async def _command(self, command: str) -> list[bytes]:

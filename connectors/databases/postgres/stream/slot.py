@@ -172,5 +172,6 @@ def resume(after: Position | None, lineage: Lineage, confirmed: Lsn, flushed: Ls
             f"the log ends at {flushed}, before what was settled ({after.place}): the cluster is an older copy",
         )
     if made or confirmed > after.at:
-        return confirmed, made or f"the slot was recreated or moved ahead to {confirmed}, settled was {after.place}"
+        ahead = f"the slot goes on at {confirmed}, and no commit behind {after.place} is known to be settled"
+        return confirmed, made or f"{ahead}: it was recreated or moved ahead, or the catalog was made anew"
     return Lsn(after.at), ""

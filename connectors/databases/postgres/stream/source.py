@@ -20,7 +20,14 @@ from psycopg import conninfo
 from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.lsn import Lsn, history, transaction
 from connectors.databases.postgres.stream import publication, slot
-from connectors.databases.postgres.stream.copyboth import CopyBoth, Present, StreamRefusedError, identify, refused
+from connectors.databases.postgres.stream.copyboth import (
+    NO_SUCH_FILE,
+    CopyBoth,
+    Present,
+    StreamRefusedError,
+    identify,
+    refused,
+)
 from connectors.databases.postgres.stream.pace import Pace
 from connectors.databases.postgres.stream.pgoutput import Committed, Decoder, UnstreamableError
 from trigger.errors import SourceError
@@ -36,7 +43,6 @@ _LOCK_SECONDS = 0.25
 """How long the upkeep of the publication waits for a table that somebody has locked."""
 _SLOT_IN_USE = "55006"
 _NO_SUCH_PUBLICATION = "42704"
-_NO_SUCH_FILE = "58P01"
 _SKIPPED_PUBLICATION = "skipped loading publication"
 """What PostgreSQL 18 warns of, and goes on without the changes, where the versions before stop with an error."""
 _WRAP = 1 << 32
@@ -320,7 +326,7 @@ class PostgresSource:
             self._streaming = "off" if isinstance(error, UnstreamableError) else "on"
             if isinstance(error, StreamRefusedError):
                 self._publications_broken |= error.sqlstate == _NO_SUCH_PUBLICATION
-                self._log_removed |= error.sqlstate == _NO_SUCH_FILE
+                self._log_removed |= error.sqlstate == NO_SUCH_FILE
             raise
         return drained
 

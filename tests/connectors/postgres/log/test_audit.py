@@ -294,3 +294,42 @@ def test_a_missing_first_segment_is_named(kept: Kept) -> None:
         asyncio.run(
             kept.journal.stage(replay_from(Position(extent.history, extent.start), target), kept.folder / "s", silent)
         )
+
+
+def _received_anew(kept: Kept) -> None:
+    """Lose the newest whole segment; its log comes again, and is not whole yet."""
+    newest = kept.complete()[-1]
+    for file in newest.parent.glob("*.partial"):
+        file.unlink()
+    newest.rename(newest.with_name(f"{newest.name}.partial"))
+
+
+def _hole_before_the_unfinished(kept: Kept) -> None:
+    kept.complete()[-1].unlink()
+
+
+def _hole_and_what_is_behind_it_comes_anew(kept: Kept) -> None:
+    _received_anew(kept)
+    kept.complete()[-1].unlink()
+
+
+HOLES = {
+    "the newest comes again": _received_anew,
+    "before an unfinished one": _hole_before_the_unfinished,
+    "both": _hole_and_what_is_behind_it_comes_anew,
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_every_stretch_that_is_held_behind_or_before_a_hole_can_be_staged_also_after_an_audit(
+    kept: Kept, hole: str
+) -> None:
+    HOLES[hole](kept)
+    assert asyncio.run(kept.again().audit()), "the loss is told"
+    journal = kept.again()
+    extents = asyncio.run(journal.extents())
+    assert extents
+    for number, extent in enumerate(extents):
+        target = Target(extent.history, extent.end - 8, False, "all that is held")
+        replay = replay_from(Position(extent.history, extent.start), target)
+        assert asyncio.run(journal.stage(replay, kept.folder / f"s{number}", silent))
