@@ -38,6 +38,8 @@ class Held:
     """Where each timeline left its ancestors: the history files."""
     ceilings: dict[int, tuple[int, int]] = field(default_factory=dict)
     """How far snapshots may hold each timeline, and which start of the server that was in."""
+    last: dict[History, Commit | CommitRecord] = field(default_factory=dict)
+    """The last commit that was seen: what a source remembers of which no log is kept to compare."""
     number: int = 0
     """How many lives of any log were known before it."""
     taken: list[Taken] = field(default_factory=list)
@@ -79,9 +81,16 @@ class Lives:
         """Take note of how far a log has come, durably, and of its last commit."""
         history = position.history
         self._ends[history] = max(self._ends.get(history, 0), position.at)
-        last = self._last.get(history)
+        known = self._commits_of(history)
+        last = known.get(history)
         if commit is not None and (last is None or last.start < commit.start):
-            self._last[history] = commit
+            known[history] = commit
+
+    def _commits_of(self, history: History) -> dict[History, Commit | CommitRecord]:
+        """Give where the last commit of a history is remembered: durably, where no log of it is kept."""
+        lives = self._held.get(history.system, [])
+        durable = not self._cluster.manner.replays and history.incarnation < len(lives)
+        return lives[history.incarnation].last if durable else self._last
 
     def ceiling(self, position: Position) -> None:
         """Take note of what snapshots may hold."""
@@ -161,7 +170,7 @@ class Lives:
         return "" if there == record else f"the log has another record at {record.start} than before"
 
     def _other_commit(self, present: History) -> str:
-        commit, book = self._last.get(present), self._cluster.book
+        commit, book = self._commits_of(present).get(present), self._cluster.book
         if commit is None or book.first <= commit.start < book.begin(present.branch):
             return ""
         there = book.entry_at(present.branch, commit.start)

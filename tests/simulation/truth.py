@@ -192,7 +192,7 @@ def _commits_of(parts: Sequence[Part], timeline: int, incarnation: int) -> dict[
     for book, upto in parts:
         history = book.history(timeline, incarnation)
         found = {key: commit for key, commit in found.items() if not book.first <= key.start < upto}
-        there = [entry for entry in book.logs[timeline] if entry.end <= upto]
+        there = [entry for entry in book.logs.get(timeline, ()) if entry.end <= upto]
         found |= {Key(history, entry.start): entry.commit for entry in there if entry.commit is not None}
     return found
 
