@@ -18,7 +18,7 @@ from trigger.catalog.rebuild import Rebuilt
 from trigger.catalog.reconcile import Reconciliation
 from trigger.config.reference import Section
 from trigger.keep.expire import GivenUp
-from trigger.model import CommitRecord, Finding, Gap, RecoveryPoint, Verification
+from trigger.model import CommitRecord, Finding, Gap, Logged, RecoveryPoint, Verification
 from trigger.position import History, Name, Place, Position
 from trigger.protect.rehearse import RehearsedPoint
 from trigger.restore.clones import CloneStatus
@@ -104,6 +104,7 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("list --gaps", list[Gap]),
     ("show", {"point": RecoveryPoint, "commits": list[CommitRecord]}),
     ("find", list[Location]),
+    ("commits", list[Logged]),
     ("restore", Report),
     ("restore --dry-run", Plan),
     ("restore --in-place", {"report": Report, "swap": Swap}),
