@@ -104,6 +104,30 @@ async def what_was_not_acknowledged_comes_again(rig: SourceRig) -> None:
 
 
 @claim
+async def a_stream_that_is_opened_again_behind_what_was_delivered_tells_the_server_of_what_was_settled_alone(
+    rig: SourceRig,
+) -> None:
+    """Its caller has no outcome yet for what it resumes behind: after a crash it must come again."""
+    after = await settled(rig)
+    rig.commit("pending")
+    source = rig.driver()
+    assert await source.open(after) is None
+    commits, _ = await read_until(source, "pending")
+    await source.close()
+    again = rig.driver()
+    assert await again.open(commits[-1].position) is None
+    rig.commit("next")
+    await read_until(again, "next")
+    await again.heartbeat()
+    await again.close()
+    anew = rig.driver()
+    assert await anew.open(after) is None
+    commits, _ = await read_until(anew, "next")
+    await anew.close()
+    assert markers(commits) == ["pending", "next"]
+
+
+@claim
 async def a_cancelled_read_loses_nothing(rig: SourceRig) -> None:
     source = rig.driver()
     assert await source.open(None) is None

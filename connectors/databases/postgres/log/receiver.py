@@ -147,7 +147,10 @@ class Receiver:
             if not await segments.threads.run(partial(is_of, segments, history)):
                 return None
             async with self._connect() as connection:
-                await _make_slot(connection, self._slot)
+                begin, head = await _make_slot(connection, self._slot), await _head(connection)
+                if begin is not None and begin[1] > head.written:  # of a log that is no more, as before pg_resetwal
+                    await connection.execute(f"DROP_REPLICATION_SLOT {self._slot} WAIT".encode())
+                    await _make_slot(connection, self._slot)
             await segments.threads.run(partial(_drop_half_made, segments))
             async with self._arguments() as (option, environment):
                 return await self._supervise(segments, option, environment)

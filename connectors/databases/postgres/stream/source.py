@@ -145,10 +145,11 @@ class PostgresSource:
         self._lineage = await self._within(stream.lineage(present.history))
         self._forked_at = self._lineage.forks[-1][1] if self._lineage.forks else 0
         publications, useless = await self._publish(side)
-        confirmed, made = await self._slot(side, stream, useless)
+        confirmed, made = await self._slot(side, stream, useless, present.flushed)
         behind, reason = slot.resume(after, self._lineage, confirmed, present.flushed, made)
         await self._start(stream, behind, publications)
-        self._after = self._through = self._settled = behind
+        self._after = self._through = behind
+        self._settled = confirmed  # what was delivered before may have no outcome yet, and is not to be forgotten
         self._says_where_it_begins = after is None
         self._decoder, self._relations_seen, self._failed = Decoder(decode=stream.decode), 0, False
         self._reported = 0
@@ -199,10 +200,14 @@ class PostgresSource:
             return publications, "log that the slot needs was removed"
         return publications, ""
 
-    async def _slot(self, side: psycopg.AsyncConnection[Any], stream: CopyBoth, useless: str) -> tuple[Lsn, str]:
+    async def _slot(
+        self, side: psycopg.AsyncConnection[Any], stream: CopyBoth, useless: str, flushed: Lsn
+    ) -> tuple[Lsn, str]:
         """Find or make the slot; gives where it begins, and why the one that was there before is not used ("")."""
         async with asyncio.timeout(self._deadline_seconds):
             found = await slot.look(side, self.slot, self.name)
+        if found is not None and found.confirmed > flushed:  # as after pg_resetwal
+            useless = useless or f"the slot is of another log, and waits for {found.confirmed}, beyond this one"
         if found is not None and not found.lost and not useless:
             if found.failover != self.failover and stream.server_version >= slot.FAILOVER_VERSION:
                 await self._unless_in_use(
