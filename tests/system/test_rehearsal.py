@@ -67,3 +67,24 @@ def test_what_a_rehearsal_that_was_killed_left_goes_with_the_next_one() -> None:
         killed.wait()
         assert "rehearsed: protected after" in here.trigpoint("check", "--rehearse").stdout
         assert made(here) == before
+
+
+def test_a_rehearsal_that_is_refused_since_another_one_is_at_work_takes_nothing_from_it() -> None:
+    with deployment(18, "directory", databases=("postgres", "rehearsal_2026")) as here:
+        here.start()
+        here.settle()
+        assert here.stop() == 0
+        command = [sys.executable, "-m", "trigger", "check", "--rehearse", "--json", "--config", str(here.config)]
+        first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while "trigpoint_rehearsal_postgres" not in made(here)[0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = here.trigpoint("check", "--rehearse", check=False)
+        assert "another trigpoint works in" in second.stderr
+        out, _ = first.communicate(timeout=120)
+        assert first.returncode == 0, out
+        assert "trigpoint_rehearsal_2026" in made(here)[0], "the service's own slot of a database that is called so"
+        here.start()
+        assert here.ask("list", "--gaps") == []
+        assert here.stop() == 0

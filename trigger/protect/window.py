@@ -167,10 +167,12 @@ class Window:
 
         A round is of one history, since one point is: the earliest of the log whose commit waits longest. Where a
         stream has gone on to a new history, what is pending there waits for the next round. A stream whose break has no
-        gap in the catalog yet gives nothing: to settle what lies behind the break would hide what was lost in it.
+        gap in the catalog yet gives nothing: to settle what lies behind the break would hide what was lost in it. Nor
+        does one that is not connected while another one of its log has gone on to a later history: nobody has said yet
+        what of it is part of that.
         """
         broken = {one.stream for one in self._breaks}
-        streams = [stream for name, stream in self._streams.items() if name not in broken]
+        streams = [s for name, s in self._streams.items() if name not in broken and not self._is_left_behind(s)]
         history = _earliest_of_oldest([s.pending[0] for s in streams if s.pending])
         pending: list[Pending] = []
         settled: dict[str, Position] = {}
@@ -183,6 +185,13 @@ class Window:
             if through is not None:
                 settled[stream.source.name] = through
         return Collected(sorted(pending, key=lambda p: p.commit.end), settled)
+
+    def _is_left_behind(self, stream: _Stream) -> bool:
+        if stream.connected or not stream.pending:
+            return False
+        mine = stream.pending[0].commit.history
+        others = [other.through.history for other in self._streams.values() if other.connected and other.through]
+        return any(other.is_of_system(mine) and other.age > mine.age for other in others)
 
     async def more(self, until: float | None) -> None:
         """Wait until something has changed since the last call, or the loop's clock shows `until`."""

@@ -52,22 +52,19 @@ async def rehearse(options: Options, progress: Progress) -> Rehearsal:
     """
     apart = _apart(options)
     clock = asyncio.get_running_loop().time
-    try:
-        async with alone(apart, suffix=SUFFIX) as parts, _gone_at_the_end(parts):
-            await preflight(parts, force=False)
-            began = clock()
-            progress("protect", 0, 0)
-            async with _at_work(await begin(parts)) as service:
-                protected = clock()
-                progress("take a point", 0, 0)
-                point = await service.point("rehearsal")
-                taken = clock()
-                if point.state is not State.SEALED:
-                    raise TrigpointError(f"the point of the rehearsal failed: {point.failure}")
-                verification = await _proven(point, parts, progress)
-            return Rehearsal(protected - began, taken - protected, clock() - taken, verification)
-    finally:
-        await asyncio.to_thread(_remove, apart)
+    async with alone(apart, suffix=SUFFIX) as parts, _gone_at_the_end(parts):
+        await preflight(parts, force=False)
+        began = clock()
+        progress("protect", 0, 0)
+        async with _at_work(await begin(parts)) as service:
+            protected = clock()
+            progress("take a point", 0, 0)
+            point = await service.point("rehearsal")
+            taken = clock()
+            if point.state is not State.SEALED:
+                raise TrigpointError(f"the point of the rehearsal failed: {point.failure}")
+            verification = await _proven(point, parts, progress)
+        return Rehearsal(protected - began, taken - protected, clock() - taken, verification)
 
 
 def _apart(options: Options) -> Options:
@@ -117,7 +114,7 @@ async def _at_work(service: Service) -> AsyncIterator[Service]:
 
 @contextlib.asynccontextmanager
 async def _gone_at_the_end(parts: Parts) -> AsyncIterator[None]:
-    """Remove at the end what was made in the storage and in the cluster."""
+    """Remove at the end what was made in the cluster, in the storage, and in folders of its own, while it is ours."""
     try:
         yield
     finally:
@@ -125,11 +122,15 @@ async def _gone_at_the_end(parts: Parts) -> AsyncIterator[None]:
 
 
 async def _clear(parts: Parts) -> None:
-    for clone in await parts.storage.clones():
-        await parts.storage.drop_clone(clone.name)
-    for found in await parts.storage.tagged():
-        await parts.storage.delete(found.point)
-    await parts.database.remove()
+    """Remove it all; slots first, for which the server keeps log. What cannot go is told, and goes next time."""
+    try:
+        await parts.database.remove()
+    finally:
+        for clone in await parts.storage.clones():
+            await parts.storage.drop_clone(clone.name)
+        for found in await parts.storage.tagged():
+            await parts.storage.delete(found.point)
+        await asyncio.to_thread(_remove, parts.options)
 
 
 def _remove(apart: Options) -> None:

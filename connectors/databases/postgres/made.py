@@ -39,7 +39,22 @@ class Unused(NamedTuple):
 async def unused(connection: psycopg.AsyncConnection[Any], prefix: str, used: Collection[str]) -> list[Unused]:
     """Give the slots of our prefix that are not among `used`; errors of psycopg pass through."""
     cursor = await connection.execute(_SLOTS.encode(), [f"{prefix}_", list(used)])
-    return [Unused(*row) for row in await cursor.fetchall()]
+    found = [Unused(*row) for row in await cursor.fetchall()]
+    return [one for one in found if is_ours(one.name, one.database, prefix)]
+
+
+def is_ours(name: str, database: str | None, prefix: str) -> bool:
+    """Whether a slot that begins like one of ours is one, and not that of a service with a longer or shorter prefix.
+
+    A slot is called by its prefix and its database. Where it bears the name that its database has now, the rest is the
+    prefix; where it does not, the database was renamed.
+    """
+    if database is None:
+        return name == f"{prefix}_journal"
+    parts = name.split("_")
+    prefixes = ("_".join(parts[:count]) for count in range(1, len(parts)))
+    theirs = [one for one in prefixes if slot.slot_name(one, database) == name]
+    return not theirs or prefix in theirs
 
 
 async def read(connection: psycopg.AsyncConnection[Any], prefix: str) -> list[str]:

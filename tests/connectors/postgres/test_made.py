@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from connectors.databases.postgres.database import Postgres
+from connectors.databases.postgres.made import is_ours
+from connectors.databases.postgres.stream.slot import slot_name
 from tests.fixtures.postgres import Cluster, running_cluster
 from tests.fixtures.service import deployment
 from tests.fixtures.volumes import plain_folder
@@ -94,6 +96,28 @@ def test_what_another_service_of_the_same_name_reads_is_left_to_it(cluster: Clus
     assert asyncio.run(run()) == []
     assert slots(cluster) == ["trigpoint_shop"]
     assert publications(cluster, "shop") == ["trigpoint", "trigpoint_keyed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "database", "prefix", "ours"),
+    [
+        ("trigpoint_shop", "shop", "trigpoint", True),
+        ("trigpoint_shop", "store", "trigpoint", True),  # it was renamed
+        ("trigpoint_b_shop", "b_shop", "trigpoint", True),
+        ("trigpoint_b_shop", "shop", "trigpoint", False),
+        ("trigpoint_b_shop", "shop", "trigpoint_b", True),
+        ("trigpoint_rehearsal_2026", "rehearsal_2026", "trigpoint_rehearsal", False),
+        ("trigpoint_rehearsal_2026", "rehearsal_2026", "trigpoint", True),
+        ("trigpoint_journal", None, "trigpoint", True),
+        ("trigpoint_b_journal", None, "trigpoint", False),
+        (slot_name("trigpoint", "Größe"), "Größe", "trigpoint", True),
+        (slot_name("trigpoint_b", "Größe"), "Größe", "trigpoint", False),
+    ],
+)
+def test_a_slot_belongs_to_the_prefix_that_is_left_when_its_databases_name_is_taken_off(
+    name: str, database: str | None, prefix: str, ours: bool
+) -> None:
+    assert is_ours(name, database, prefix) is ours
 
 
 @pytest.mark.slow

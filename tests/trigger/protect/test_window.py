@@ -367,6 +367,8 @@ class Scripted:
 
     heartbeat_seconds = 10.0
     trouble = ""
+    stays = False
+    """Whether the last connection holds."""
 
     def __init__(self, name: str, *script: tuple[Break | None, Batch]) -> None:
         self.name = name
@@ -382,7 +384,7 @@ class Scripted:
 
     async def read(self) -> Batch:
         if not self._batches:
-            await asyncio.sleep(1)
+            await asyncio.sleep(1 if self._script or not self.stays else 1000)
             raise SourceError("the connection broke")
         return self._batches.pop()
 
@@ -452,3 +454,26 @@ def test_of_two_logs_the_one_whose_commit_waits_longest_comes_first_whatever_it_
 
     near, far = ((None, Batch(busy[:1], busy[0].position)), (None, Batch(busy[1:], busy[1].position))), waits
     play_scripted([Scripted("far", (None, Batch([far], far.position))), Scripted("near", *near)], act)
+
+
+def test_a_stream_that_cannot_come_back_after_a_failover_does_not_keep_the_others_from_their_points() -> None:
+    old, new = History("postgres", "7001", 1), History("postgres", "7001", 2)
+    left, mine = commit_at(old, 20, "far"), commit_at(new, 30, "near")
+    far = Scripted("far", (None, Batch([left], left.position)))
+    near = Scripted(
+        "near",
+        (None, Batch([], Position(old, 10))),
+        (Break(Position(new, 10), "a failover"), Batch([mine], mine.position)),
+    )
+    near.stays = True
+
+    async def act(window: Window) -> None:
+        await asyncio.sleep(10)
+        assert dict(window.connected()) == {"far": False, "near": True}
+        for broken in window.breaks:
+            window.forget(broken, ())
+        collected = window.collect()
+        assert [one.commit for one in collected.pending] == [mine]
+        assert set(collected.settled) == {"near"}
+
+    play_scripted([far, near], act)
