@@ -127,6 +127,10 @@ class History:
         """Whether both are of one database, whatever became of it."""
         return (self.kind, self.system) == (other.kind, other.system)
 
+    def is_of_life(self, other: History) -> bool:
+        """Whether both are branches of one incarnation of one log."""
+        return self.is_of_system(other) and self.incarnation == other.incarnation
+
     @property
     def age(self) -> tuple[int, int]:
         """What orders the histories of one database by when they began."""

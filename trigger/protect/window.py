@@ -94,7 +94,13 @@ class _Stream:
         self.weight += pending.commit.weight
 
     def settle(self, through: Position) -> None:
-        """Let go of the commits up to `through`."""
+        """Let go of the commits up to `through`; of none where the stream has gone back to an earlier history since."""
+        if (
+            self.through is not None
+            and self.through.history != through.history
+            and _at_or_before(self.through, through)
+        ):
+            return
         while self.pending and _at_or_before(self.pending[0].commit.position, through):
             self.weight -= self.pending.popleft().commit.weight
 

@@ -163,7 +163,8 @@ class _Known:
         """
         for gap in self.gaps:
             ends_here, after = lineage.includes(gap.until), lineage.shared(gap.after)
-            if stream not in (None, gap.stream) or (after is None and not ends_here):
+            elsewhere = not gap.after.history.is_of_life(gap.until.history)
+            if stream not in (None, gap.stream) or (after is None and not (ends_here and elsewhere)):
                 continue
             if (after or 0) <= at and (at < gap.until.at or not ends_here):
                 return gap

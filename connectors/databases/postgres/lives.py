@@ -116,7 +116,7 @@ class Lives:
             if through is not None:
                 self._note(through)
             known = await self._known_of(history)
-            if known.end > system.flushed or known.branch > system.timeline:  # it went on meanwhile, maybe
+            if known.end > system.flushed:  # it went on meanwhile, maybe
                 system = await self._still(dsn, system)
             if await self._contradiction(dsn, system, history, known):
                 past = await timeline_history(dsn, system.timeline, self.deadline_seconds)
@@ -161,9 +161,7 @@ class Lives:
         """Give what is known of a history by now; streams and the journal go on while the server is asked."""
         held = await self._held_of(history, LAST)
         end = max(self._ends.get(history, 0), held.end if held else 0)
-        life = (history.system, history.incarnation)
-        branches = [one.branch for one in self._ends if (one.system, one.incarnation) == life]
-        return _Known(held, end, self._last.get(history), max(branches, default=0))
+        return _Known(held, end, self._last.get(history))
 
     async def _still(self, dsn: str, before: System) -> System:
         """Ask a server again how far it has come; raises `SourceError` where it is not where it was."""
@@ -181,8 +179,6 @@ class Lives:
         What is known must be older than what the server said: else a log that goes on would contradict itself.
         """
         held, commit = known.held, known.commit
-        if known.branch > history.branch:
-            return f"the server was on timeline {known.branch} before, and has gone back to {history.branch}"
         if known.end > system.flushed:
             return f"the log ends at {system.flushed}, and was at {Lsn(known.end)} before"
         if held is not None and await self._differs(dsn, system.timeline, held):
@@ -279,15 +275,11 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is known of a history at one moment: the last that is held, how far it was seen, its last commit.
-
-    And the newest timeline that its life was on.
-    """
+    """What is known of a history at one moment: the last that is held, how far it was seen, its last commit."""
 
     held: _Held | None
     end: int
     commit: Commit | CommitRecord | None
-    branch: int
 
 
 def _tail_of(folder: SegmentFolder, name: SegmentName, limit: int = LAST) -> _Held | None:

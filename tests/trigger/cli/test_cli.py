@@ -31,7 +31,21 @@ from trigger.service.control import NotRunningError, _ours_alone
 ROOT = Path(__file__).parents[3]
 
 COMMANDS = (
-    *("init", "check", "explain", "run", "point", "status", "list", "show", "find", "restore", "verify", "expire"),
+    *(
+        "init",
+        "check",
+        "explain",
+        "run",
+        "point",
+        "status",
+        "list",
+        "show",
+        "find",
+        "commits",
+        "restore",
+        "verify",
+        "expire",
+    ),
     *("reconcile", "clear", "release", "clones", "catalog", "rules", "config"),
 )
 BELOW = (

@@ -13,7 +13,7 @@ from tests.simulation.virtual import VirtualLoop
 from trigger.errors import SourceError
 from trigger.model import Changes, Commit, Outcome
 from trigger.ports import Batch, Break
-from trigger.position import History, Name, Position
+from trigger.position import History, Lineage, Name, Position
 from trigger.protect.window import Window
 
 Test = Callable[["Stage"], Coroutine[Any, Any, None]]
@@ -477,3 +477,23 @@ def test_a_stream_that_cannot_come_back_after_a_failover_does_not_keep_the_other
         assert set(collected.settled) == {"near"}
 
     play_scripted([far, near], act)
+
+
+def test_what_a_later_history_settled_lets_go_of_nothing_where_the_server_went_back() -> None:
+    """As where a restore in place is undone: commits of the timeline of before come again behind those of the later."""
+    old, new = History("postgres", "7001", 1), History("postgres", "7001", 2)
+    later, mine = commit_at(new, 30), commit_at(old, 40)
+    source = Scripted(
+        "bank",
+        (None, Batch([later], later.position)),
+        (Break(Position(old, 35), "undone"), Batch([mine], mine.position)),
+    )
+
+    async def act(window: Window) -> None:
+        await asyncio.sleep(10)
+        for broken in window.breaks:
+            window.forget(broken, window.lost(broken, Lineage(old)))
+        await window.settle({"bank": later.position})
+        assert [one.commit for one in window.collect().pending] == [mine]
+
+    play_scripted([source], act)
