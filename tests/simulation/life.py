@@ -171,8 +171,9 @@ class Life:
         point = answer.result()
         present = self.world.lives(cluster).lineage().history
         mark = point.mark_in(present)
-        same = mark is not None and mark.floor.history == present
-        if point.state is State.SEALED and mark is not None and same and mark.floor.at < asked:
+        if mark is None or point.state is not State.SEALED:
+            return
+        if mark.floor.history != present or mark.floor.at < asked:
             self.too_early.append(f"point {point.number} holds log up to {mark.floor}, it was asked for at {asked}")
 
     def give_up_the_past(self) -> None:

@@ -177,7 +177,8 @@ class Agenda:
             self._last, self._cron_after = self._began
         self.open_gap = False
         self.trouble = ""
-        self._answer(point)
+        if point.cause is not Cause.COMMIT:  # that one holds its commit, and not surely what was there when one asked
+            self._answer(point)
 
     def failed(self, now: float, point: RecoveryPoint | None) -> float:
         """Note that a round failed, with the failed point if there is one; gives the seconds until the next."""

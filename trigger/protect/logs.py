@@ -52,12 +52,18 @@ class Logs:
         """Give where a point begins in each log, first in the one of the newest commit.
 
         That is the commit itself for a point that is taken for it, and the end of the log for one taken for a moment.
-        Commits of before a switch of the history, or of a log that is no more, are a floor of their own in any case.
+
+        Raises:
+            DatabaseError: the history of the commit, for which the point is not taken, was left.
         """
         own = self._by_stream[newest.stream] if newest else self.databases[0]
         others = [database for database in self.databases if database is not own]
         floor = await _floor(own, cause, newest)
         return (Mark(floor), *[Mark(await database.record_end()) for database in others])
+
+    async def has_left(self, commit: Commit) -> bool:
+        """Whether a commit's database is in another history by now: no point of the present moment can hold both."""
+        return (await self.lineage(commit.stream)).history != commit.history
 
     async def cover(self, marks: Sequence[Mark]) -> Sequence[Covered]:
         """Give the marks with where a replay would begin, each floor durable in the lineage of now.
@@ -121,7 +127,9 @@ async def _floor(database: Database, cause: Cause, newest: Commit | None) -> Pos
     end = await database.record_end()
     if newest is None:
         return end
-    return end if end.history == newest.history and end.covers(newest.position) else newest.position
+    if end.history != newest.history:
+        raise DatabaseError(f"{newest.position} is not in {end.history}: the history has changed", retryable=True)
+    return end if end.covers(newest.position) else newest.position
 
 
 async def _require_cover(database: Database, floor: Position) -> Position:

@@ -106,7 +106,10 @@ async def protect_pending(cluster: Protected, window: Window, agenda: Agenda, ca
     if cause is Cause.COMMIT and not collected.pending:
         await settle(cluster, window, collected)
         return
-    point = await take(cluster, cause, collected, agenda.note)
+    note = agenda.note
+    if cause is not Cause.COMMIT and collected.newest and await cluster.logs.has_left(collected.newest.commit):
+        cause, note = Cause.COMMIT, ""  # what is of before a failover gets its own point; the present is the next one's
+    point = await take(cluster, cause, collected, note)
     if point.state is State.SEALED:
         await cluster.catalog.close_gaps(point.number)
         reached("after-close-gaps")

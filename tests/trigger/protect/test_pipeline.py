@@ -410,6 +410,48 @@ def test_a_point_that_is_asked_for_holds_what_is_there_though_an_older_commit_wa
     Stage(min_interval_seconds=500, max_delay_seconds=500).play(act)
 
 
+def test_a_point_that_is_asked_for_after_a_failover_holds_what_is_there_though_a_commit_of_before_waits() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before flush", AgentError("busy"))
+        kept = stage.cluster.commit("bank")
+        await asyncio.sleep(0.5)
+        stage.cluster.promote(kept.end, keep_slots=True)
+        stage.cluster.write_ahead(5000)  # what no stream shows
+        asked_at, present = stage.cluster.inserted, stage.cluster.lineage().history
+        answer = stage.agenda.ask("before the upgrade")
+        stage.window.wake()
+        async with asyncio.timeout(30):
+            point = await answer
+        assert (point.cause, point.floor.history, point.note) == (Cause.DEMAND, present, "before the upgrade")
+        assert point.floor.at >= asked_at
+        before = (await stage.points())[-2]
+        assert (before.cause, before.floor, before.note) == (Cause.COMMIT, kept.position, "")
+        assert await stage.outcomes() == {kept.name: Outcome.PROTECTED}
+
+    Stage().play(act)
+
+
+@pytest.mark.parametrize("moment", ["before record_end", "after open_point", "before durable"])
+def test_a_failover_in_the_round_that_was_asked_for_leaves_it_no_point_of_before(moment: str) -> None:
+    async def act(stage: Stage) -> None:
+        waiting = stage.cluster.commit("bank")
+        await asyncio.sleep(1)
+        stage.cluster.write_ahead(1000)
+        asked_at = stage.cluster.inserted
+        stage.cluster.flush()
+        stage.when(moment, lambda: stage.cluster.promote(asked_at, keep_slots=True))
+        answer = stage.agenda.ask("before the upgrade")
+        stage.window.wake()
+        async with asyncio.timeout(60):
+            point = await answer
+        assert point.state is State.SEALED
+        assert (point.cause, point.floor.at >= asked_at) == (Cause.DEMAND, True)
+        await asyncio.sleep(30)
+        assert await stage.outcomes() == {waiting.name: Outcome.PROTECTED}
+
+    Stage(min_interval_seconds=500, max_delay_seconds=500).play(act)
+
+
 def test_whoever_asks_is_never_answered_with_a_point_of_before() -> None:
     async def act(stage: Stage) -> None:
         (old,) = await stage.points()

@@ -3,6 +3,10 @@
 PostgreSQL's convention for such a command is kept: it fails for a file that is not there, so a failure alone is no
 trouble. It is one where the command itself could not do its work (ended by a signal, not found, not executable), and
 where the server finished a segment long ago that the archive still does not give.
+
+An archive keeps what an earlier life of the cluster, or another server, put there: timelines that a restore in place
+began and `--undo` left, or a standby that is no longer the primary. So no timeline is followed but those that lead to
+where the server itself is.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.programs import as_owner, last_lines, minimal_environment
 from connectors.threads import Threads
-from trigger.errors import ConfigError, DatabaseError, JournalError, SourceError
+from trigger.errors import ConfigError, DatabaseError, JournalError, PositionError, SourceError
 from trigger.model import Finding, Severity
-from trigger.position import Position
+from trigger.position import Lineage, Position
 
 _COMMAND = "restore_command"
 _NAME_LENGTH = 24
@@ -56,6 +60,8 @@ _SKIP = (
     " is the next to restore from"
 )
 
+_FOREIGN = "it has the log of another life of the cluster under that name, as where an older copy was put back"
+
 
 class _Refusal(NamedTuple):
     """Why a file was not given."""
@@ -74,6 +80,10 @@ class Server(Protocol):
 
     async def durable(self) -> Position:
         """Give how far the server has come."""
+        ...
+
+    async def lineage(self) -> Lineage:
+        """Give the history that it is in, and its past; may raise `PositionError` too."""
         ...
 
     async def archived(self) -> str:
@@ -215,33 +225,38 @@ class ArchiveReader:
         Raises:
             JournalError: the folder is empty, and the server does not say where to begin.
         """
-        following, self._folder = await self._resume(segments), segments.path
-        looked_at = -math.inf
+        following, self._folder = await self._resume(segments, None), segments.path
+        lineage, looked_at = None, -math.inf
         while True:
             if (now := asyncio.get_running_loop().time()) >= looked_at + self._poll_seconds:
-                looked_at = now
-                if await self._has_moved(segments):
+                looked_at, lineage = now, await self._lineage() or lineage
+                if lineage and not await segments.threads.run(partial(is_of, segments, lineage.history)):
                     return
+                if lineage and following.timeline not in _timelines(lineage):
+                    following = await self._resume(segments, lineage)
             if await self._fetch_own(segments, following):
                 self._broken, self._late, self._finished_since = "", "", None
                 following = SegmentName(following.timeline, following.number + 1)
                 continue
             refusal = self._refusal
-            if (fork := await self._next_timeline(segments, following)) is not None:
-                following = fork
-                continue
-            if refusal is not None:
+            await segments.threads.run(partial(self._fetch_histories, segments, following.timeline))
+            if lineage and (wanted := _behind(following, lineage, segments.segment_bytes)) is not None:
+                refusal = await segments.threads.run(partial(self._fetch_past, segments, wanted.timeline, lineage))
+                if refusal is None:
+                    following = wanted
+                    continue
+                await self._judge(wanted, segments.segment_bytes, refusal)
+            elif refusal is not None:
                 await self._judge(following, segments.segment_bytes, refusal)
             await segments.threads.run(partial(self._fill, segments, following))
             await asyncio.sleep(self._poll_seconds)
 
-    async def _has_moved(self, segments: SegmentFolder) -> bool:
-        """Whether the server's log belongs into another folder by now; of one that does not answer nobody knows."""
+    async def _lineage(self) -> Lineage | None:
+        """Give the history that the server is in, and its past; of one that does not answer nobody knows."""
         try:
-            history = (await self._server.durable()).history
-        except DatabaseError:
-            return False
-        return not await segments.threads.run(partial(is_of, segments, history))
+            return await self._server.lineage()
+        except (DatabaseError, PositionError):
+            return None
 
     async def _fetch_own(self, segments: SegmentFolder, name: SegmentName) -> bool:
         """Fetch a segment, unless the archive has the log of another life of the cluster under its name."""
@@ -252,8 +267,7 @@ class ArchiveReader:
         if joins and (not segments.incarnation or not await self._is_foreign(segments, name)):
             return True
         await segments.threads.run(partial(segments.delete, [name]))
-        why = "it has the log of another life of the cluster under that name, as where an older copy was put back"
-        self._refusal = _Refusal(why, broken=True)
+        self._refusal = _Refusal(_FOREIGN, broken=True)
         return False
 
     async def _is_foreign(self, segments: SegmentFolder, name: SegmentName) -> bool:
@@ -289,9 +303,14 @@ class ArchiveReader:
                 if not self.fetch(segments, SegmentName(before.timeline, number).text(segments.segment_bytes)):
                     return
 
-    async def _resume(self, segments: SegmentFolder) -> SegmentName:
-        """Give behind what is held; where nothing is, the beginning, which an empty partial segment keeps in mind."""
+    async def _resume(self, segments: SegmentFolder, lineage: Lineage | None) -> SegmentName:
+        """Give behind what is held; where nothing is, the beginning, which an empty partial segment keeps in mind.
+
+        Where it is known what the server is in, what is held of timelines that do not lead there does not count.
+        """
         names = await segments.threads.run(segments.names)
+        if lineage is not None:
+            names = [name for name in names if name.timeline in _timelines(lineage)]
         if held := [name for name in names if not name.partial]:
             newest = max(held)
             return SegmentName(newest.timeline, newest.number + 1)
@@ -305,13 +324,36 @@ class ArchiveReader:
         await segments.threads.run(partial(segments.mark, first._replace(partial=True), self.owner))
         return first
 
-    async def _next_timeline(self, segments: SegmentFolder, following: SegmentName) -> SegmentName | None:
-        """Give where a timeline that left this one goes on; None while the archive knows of none."""
-        for timeline in itertools.count(following.timeline + 1):
-            if not await segments.threads.run(partial(self.fetch, segments, f"{timeline:08X}.history")):
+    def _fetch_histories(self, segments: SegmentFolder, timeline: int) -> None:
+        """Fetch the history of every later timeline, whoever began it: a clone is to get a number that none has."""
+        for later in itertools.count(timeline + 1):
+            if not self.fetch(segments, f"{later:08X}.history"):
+                return
+
+    def _fetch_past(self, segments: SegmentFolder, timeline: int, lineage: Lineage) -> _Refusal | None:
+        """Fetch the history file of a timeline that leads to the server's; gives why it is not there."""
+        name = f"{timeline:08X}.history"
+        if not self.fetch(segments, name):
+            return self._refusal and self._refusal._replace(why=f"{name}, which is needed first: {self._refusal.why}")
+        past = tuple(itertools.takewhile(lambda fork: fork[0] != timeline, lineage.forks))
+        try:
+            if segments.lineage(lsn.history("", timeline)).forks == past:
                 return None
-            lineage = await segments.threads.run(partial(segments.lineage, lsn.history("", timeline)))
-            left = dict(lineage.forks).get(following.timeline)
-            if left is not None:
-                return SegmentName(timeline, left // segments.segment_bytes)
-        return None
+        except JournalError:  # it is damaged, and asked for again
+            pass
+        if (file := segments.locate(name)) is not None:
+            file.unlink()
+        return _Refusal(f"{name}, which is needed first: {_FOREIGN}", broken=True)
+
+
+def _timelines(lineage: Lineage) -> list[int]:
+    """Give the timelines that lead to a history, its own last."""
+    return [history.branch for history, _, _ in lineage.stretches()]
+
+
+def _behind(following: SegmentName, lineage: Lineage, segment_bytes: int) -> SegmentName | None:
+    """Give where the log goes on that has left the timeline of a segment; None where it is on that one still."""
+    for (before, _, left), (after, _, _) in itertools.pairwise(lineage.stretches()):
+        if before.branch == following.timeline:
+            return SegmentName(after.branch, left // segment_bytes)
+    return None

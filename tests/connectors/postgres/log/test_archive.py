@@ -18,7 +18,7 @@ from tests.connectors.postgres.log.test_wal import SEGMENT_BYTES, START, SYSTEM,
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import DatabaseError
 from trigger.model import Severity
-from trigger.position import Position
+from trigger.position import Lineage, Position
 
 SEGMENT = "000000010000000000000001"
 
@@ -39,6 +39,9 @@ class Server:
         raise AssertionError
 
     async def durable(self) -> Position:
+        raise AssertionError
+
+    async def lineage(self) -> Lineage:
         raise AssertionError
 
     async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
@@ -107,18 +110,34 @@ def test_a_check_tries_the_command_on_what_the_server_archived_last(
 
 
 class Ahead(Server):
-    """A server that has come to the end of the second segment, in the first life of its log."""
+    """A server that has come to the end of the second segment, and says of no segment that it has other log there."""
+
+    def __init__(self, lineage: Lineage) -> None:
+        super().__init__()
+        self.past = lineage
+
+    async def redo(self) -> Position:
+        return Position(self.past.history, Lsn(START))
 
     async def durable(self) -> Position:
-        return Position(history(str(SYSTEM), 1), Lsn(START + 2 * SEGMENT_BYTES))
+        return Position(self.past.history, Lsn(START + 2 * SEGMENT_BYTES))
+
+    async def lineage(self) -> Lineage:
+        return self.past
+
+    async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
+        return False
 
 
 NUMBER = START // SEGMENT_BYTES
+FIRST = Lineage(history(str(SYSTEM), 1))
 
 
-def followed(segments: SegmentFolder, archive: Path, until: Callable[[ArchiveReader], bool]) -> ArchiveReader:
+def followed(
+    segments: SegmentFolder, archive: Path, until: Callable[[ArchiveReader], bool], present: Lineage = FIRST
+) -> ArchiveReader:
     """Follow an archive until something is so; gives who did."""
-    reader = ArchiveReader(f"cp {archive}/%f %p", Ahead(), poll_seconds=0.02)
+    reader = ArchiveReader(f"cp {archive}/%f %p", Ahead(present), poll_seconds=0.02, late_seconds=0.2)
 
     async def work() -> None:
         task = asyncio.create_task(reader.run(segments))
@@ -152,3 +171,80 @@ def test_a_segment_of_another_log_behind_ours_is_not_taken_and_said_and_ours_is_
         (archive / text).write_bytes(ours[1])
         reader = followed(segments, archive, lambda _: segments.file(name).exists())
         assert segments.file(name).read_bytes() == ours[1]
+
+
+def put(folder: Path, segment: bytes, timeline: int, number: int) -> None:
+    (folder / SegmentName(timeline, number).text(SEGMENT_BYTES)).write_bytes(segment)
+
+
+def put_history(folder: Path, timeline: int, *forks: tuple[int, int]) -> None:
+    lines = [f"{before}\t{Lsn(START + at)}\tno recovery target specified\n" for before, at in forks]
+    (folder / f"{timeline:08X}.history").write_text("".join(lines))
+
+
+def held(segments: SegmentFolder) -> list[tuple[int, int]]:
+    return [(name.timeline, name.number - NUMBER) for name in segments.names() if not name.partial]
+
+
+def lineage(timeline: int, *forks: tuple[int, int], incarnation: int = 0) -> Lineage:
+    past = tuple((before, START + at) for before, at in forks)
+    return Lineage(history(str(SYSTEM), timeline, incarnation), past)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["anew", "once led astray"])
+def test_a_timeline_in_the_archive_that_the_server_has_left_or_never_was_on_is_not_followed(captured: bool) -> None:
+    first, second, _ = two_segments([100], 200)
+    present = lineage(1, incarnation=1)  # as after `restore --undo`, or a failback to the old primary
+    with plain_folder() as folder, plain_folder() as archive:
+        segments = SegmentFolder(folder, SEGMENT_BYTES, None, 1)
+        put(archive, first, 1, NUMBER)
+        put(archive, first, 2, NUMBER)
+        put_history(archive, 2, (1, 500))
+        if captured:
+            put(folder, first, 1, NUMBER)
+            put(folder, first, 2, NUMBER)
+        reader = followed(segments, archive, lambda reader: bool(reader.findings()), present)
+        (finding,) = reader.findings()
+        missing = SegmentName(1, NUMBER + 1).text(SEGMENT_BYTES)
+        assert f"the archive does not give segment {missing}, which the server has finished" in finding.message
+        assert held(segments) == ([(1, 0), (2, 0)] if captured else [(1, 0)])
+        put(archive, second, 1, NUMBER + 1)
+        reader = followed(segments, archive, lambda _: (1, 1) in held(segments), present)
+        assert reader.findings() == []
+
+
+def test_a_timeline_that_the_server_went_over_to_is_followed_past_one_that_it_left(segments: SegmentFolder) -> None:
+    first, second, _ = two_segments([100], 200)
+    segments = SegmentFolder(segments.path, SEGMENT_BYTES, None)
+    present = lineage(3, (1, 300))  # it went from timeline 1 to 2, was restored from before, and went from 1 to 3
+    with plain_folder() as archive:
+        put(segments.path, first, 1, NUMBER)
+        put_history(archive, 2, (1, 500))
+        put(archive, first, 2, NUMBER)
+        reader = followed(segments, archive, lambda _: (2, 0) in held(segments), lineage(2, (1, 500)))
+        put(archive, second, 2, NUMBER + 1)
+        put(archive, first, 3, NUMBER)
+        reader = followed(segments, archive, lambda reader: bool(reader.findings()), present)
+        assert "00000003.history, which is needed first" in reader.findings()[0].message
+        assert held(segments) == [(1, 0), (2, 0)]
+        put_history(archive, 3, (1, 300))
+        followed(segments, archive, lambda _: (3, 0) in held(segments), present)
+        assert (held(segments), sorted(segments.histories())) == ([(1, 0), (2, 0), (3, 0)], [2, 3])
+
+
+def test_a_history_file_of_another_life_in_the_archive_is_not_taken_for_the_servers_own_and_said(
+    segments: SegmentFolder,
+) -> None:
+    first, _, _ = two_segments([100], 200)
+    segments = SegmentFolder(segments.path, SEGMENT_BYTES, None)
+    present = lineage(2, (1, 700))
+    with plain_folder() as archive:
+        put(segments.path, first, 1, NUMBER)
+        put(archive, first, 2, NUMBER)
+        put_history(archive, 2, (1, 500))
+        reader = followed(segments, archive, lambda reader: bool(reader.findings()), present)
+        assert "00000002.history, which is needed first: it has the log of another" in reader.findings()[0].message
+        assert held(segments) == [(1, 0)]
+        put_history(archive, 2, (1, 700))
+        followed(segments, archive, lambda _: (2, 0) in held(segments), present)
+        assert segments.lineage(history("", 2)).forks == present.forks
