@@ -52,6 +52,7 @@ _OTHER_PAST = re.compile(
     r"is not in this server's history|requested timeline \d+ is not|requested timeline \d+ does not"
 )
 _WENT_BACK = re.compile(r"starting timeline \d+ is not present in the server")
+_ENGLISH = re.compile(r"(C|POSIX|en)\b|en_|C\.|$")
 _WAIT = "until it goes on, the server keeps the log for the journal's slot, up to max_slot_wal_keep_size"
 _BY_HAND = (
     "the server went back to an earlier timeline, as where an old data directory was put back; the journal follows by"
@@ -112,9 +113,18 @@ class Receiver:
         return segments.locate(name) is not None
 
     async def check(self, segment_bytes: int) -> list[Finding]:  # noqa: ARG002 - the feed's
-        """Say which program receives the log, and by which slot."""
+        """Say which program receives the log, and by which slot; and whether the server's words can be understood."""
         program = self._programs.path("pg_receivewal")
-        return [Finding("pg_receivewal", Severity.OK, f"{program} receives the log, by slot {self._slot}")]
+        found = [Finding("pg_receivewal", Severity.OK, f"{program} receives the log, by slot {self._slot}")]
+        with contextlib.suppress(TimeoutError, psycopg.Error, OSError):  # which others find, and say
+            async with self._connect() as connection:
+                row = await (await connection.execute(b"SHOW lc_messages")).fetchone()
+                if not _may_ask_for_english(connection) and row and not _ENGLISH.match(str(row[0])):
+                    role = connection.info.user
+                    message = f"lc_messages is {row[0]}: by its words alone a program tells why no log comes any more"
+                    remedy = f"have a superuser run: ALTER ROLE \"{role}\" SET lc_messages = 'C'"
+                    found.append(Finding("pg_receivewal", Severity.WARNING, message, remedy))
+        return found
 
     def findings(self) -> list[Finding]:
         """Give why nothing is received at present; nothing while it is."""
@@ -151,8 +161,9 @@ class Receiver:
                 if begin is not None and begin[1] > head.written:  # of a log that is no more, as before pg_resetwal
                     await connection.execute(f"DROP_REPLICATION_SLOT {self._slot} WAIT".encode())
                     await _make_slot(connection, self._slot)
+                english = _may_ask_for_english(connection)
             await segments.threads.run(partial(_drop_half_made, segments))
-            async with self._arguments() as (option, environment):
+            async with self._arguments(english=english) as (option, environment):
                 return await self._supervise(segments, option, environment)
         except (TimeoutError, OSError, psycopg.Error, SourceError) as error:
             return last_lines(str(error))
@@ -252,9 +263,14 @@ class Receiver:
                 yield connection
 
     @contextlib.asynccontextmanager
-    async def _arguments(self) -> AsyncIterator[tuple[list[str], dict[str, str]]]:
-        """Give the options and the environment with which the program connects; secrets go into files."""
+    async def _arguments(self, *, english: bool) -> AsyncIterator[tuple[list[str], dict[str, str]]]:
+        """Give the options and the environment with which the program connects; secrets go into files.
+
+        With `english` the server is asked for words that are known here: it is it that says why no log comes.
+        """
         found = conninfo_to_dict(self._conninfo)
+        if english:
+            found["options"] = f"{found.get('options') or ''} -c lc_messages=C".strip()
         secrets = {name: str(found.pop(name)) for name in sorted(_SECRETS) if name in found}
         for name in ("dbname", "replication"):
             found.pop(name, None)
@@ -311,6 +327,11 @@ async def _head(connection: psycopg.AsyncConnection[Any]) -> _Head:
     row = await (await connection.execute(b"IDENTIFY_SYSTEM")).fetchone()
     assert row is not None
     return _Head(str(row[0]), int(row[1]), Lsn.parse(row[2]))
+
+
+def _may_ask_for_english(connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether the role may set `lc_messages`, which is a superuser's."""
+    return connection.info.parameter_status("is_superuser") == "on"
 
 
 async def _make_slot(connection: psycopg.AsyncConnection[Any], slot: str) -> tuple[int, Lsn] | None:

@@ -21,6 +21,7 @@ from connectors.databases.postgres.log.archive import ArchiveReader
 from connectors.databases.postgres.log.journal import PostgresJournal
 from connectors.databases.postgres.log.receiver import Receiver
 from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.programs import minimal_environment
 from tests.fixtures.restores import SEGMENT_BYTES, Ground, damage, fill, ground, replay_from, silent
 from tests.fixtures.volumes import plain_folder
 from trigger.position import Position
@@ -245,7 +246,22 @@ def test_a_journal_that_cannot_follow_it_says_what_to_do(newest: Ground, monkeyp
     asyncio.run(run())
 
 
-def test_a_hole_that_the_server_cannot_fill_is_crossed_and_reported(newest: Ground) -> None:
+@pytest.mark.parametrize("language", ["English", "German"])
+def test_a_hole_that_the_server_cannot_fill_is_crossed_and_reported(
+    language: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the server's words alone `pg_receivewal` tells that the log is gone, so it is asked to speak English."""
+    if language == "German":
+        german = minimal_environment() | {"LANGUAGE": "de", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
+        monkeypatch.setattr("tests.fixtures.postgres.minimal_environment", lambda: german)
+    with ground(18, folder, btrfs=False) as newest:
+        if language == "German":
+            newest.cluster.sql("ALTER SYSTEM SET lc_messages = 'C.UTF-8'")
+            newest.cluster.sql("SELECT pg_reload_conf()")
+        _crosses_a_hole(newest)
+
+
+def _crosses_a_hole(newest: Ground) -> None:
     async def run() -> None:
         here = newest
         async with here.journaling():
