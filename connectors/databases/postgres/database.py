@@ -293,15 +293,16 @@ class Postgres:
         sources = self.sources()
         gone = [] if unused else [name for source in sources for name in await source.remove()]
         used = [*(source.slot for source in sources), *([self.journal_slot] if unused else [])]
-        others = sorted(set(await self.existing()) - set(self.databases))
+        there = await self.existing()
         try:
             async with asyncio.timeout(self._slow_deadline_seconds):
                 async with await self._connect(self._deadline_seconds) as connection:
                     gone += await made.drop(connection, self.name, used)
                     read = await made.read(connection, self.name)
-                for database in (one for one in others if one not in read):
+                for database in there:
                     async with await connect(self._dsn(database)) as connection:
-                        gone += await made.unpublish(connection, self.name)
+                        is_unused = database not in (*self.databases, *read)
+                        gone += await made.unpublish(connection, self.name, unused=is_unused)
         except TimeoutError:
             raise DatabaseError("what was made in the cluster could not be dropped in time") from None
         except psycopg.Error as error:

@@ -26,6 +26,10 @@ SELECT slot_name, database, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart
 _READ = "SELECT DISTINCT database FROM pg_replication_slots WHERE starts_with(slot_name, %s) AND database IS NOT NULL"
 
 
+PASSING = ("_rehearsal", "_try")
+"""What stands behind the prefix of what a rehearsal, or a trial of rules, makes for a while."""
+
+
 class Unused(NamedTuple):
     """A slot that bears our prefix, that no stream of now is called by, and that nobody reads."""
 
@@ -68,10 +72,34 @@ async def drop(connection: psycopg.AsyncConnection[Any], prefix: str, used: Coll
     return [f"slot {one.name}" for one in found if await slot.drop(connection, one.name)]
 
 
-async def unpublish(connection: psycopg.AsyncConnection[Any], prefix: str) -> list[str]:
-    """Drop our publications in the database of a connection; gives their names."""
-    database = connection.info.dbname
-    return [f"publication {name} in {database}" for name in await publication.drop(connection, prefix)]
+async def unpublish(connection: psycopg.AsyncConnection[Any], prefix: str, *, unused: bool) -> list[str]:
+    """Drop the publications in the database of a connection that nobody needs; gives their names.
+
+    Those are ours, if the database is `unused`, and those of a rehearsal or a trial that was killed, which goes on if
+    there is a slot of it.
+    """
+    database, gone = connection.info.dbname, []
+    for name in [*([prefix] if unused else []), *(prefix + suffix for suffix in PASSING)]:
+        if name == prefix or database not in await read(connection, name):
+            gone += [f"publication {one} in {database}" for one in await publication.drop(connection, name)]
+    return gone
+
+
+async def left_behind(connection: psycopg.AsyncConnection[Any], prefix: str) -> Iterator[Finding]:
+    """Say which publications of a rehearsal or a trial that was killed are in the database of a connection."""
+    database, found = connection.info.dbname, []
+    for name in (prefix + suffix for suffix in PASSING):
+        if database not in await read(connection, name):
+            found += list(await publication.existing(connection, name))
+    return (
+        Finding(
+            f"publication {name} in {database}",
+            Severity.WARNING,
+            "it was left by a rehearsal or a trial that was killed; a table that loses its primary key refuses UPDATE",
+            "trigpoint release --unused drops it",
+        )
+        for name in found
+    )
 
 
 def judge(found: Collection[Unused]) -> Iterator[Finding]:

@@ -189,6 +189,7 @@ async def check_database(dsn: str, source: PostgresSource, deadline_seconds: flo
                 findings = list(check_encoding(source.name, encoding_of(connection)))
                 findings += await _check_publications(connection, source)
                 findings += await _check_slot(connection, source)
+                findings += await made.left_behind(connection, source.publication)
                 findings += await _check_standbys(connection, source)
             stream = await CopyBoth.connect(dsn, deadline_seconds)
             await stream.close()

@@ -98,6 +98,41 @@ def test_what_another_service_of_the_same_name_reads_is_left_to_it(cluster: Clus
     assert publications(cluster, "shop") == ["trigpoint", "trigpoint_keyed"]
 
 
+def test_publications_of_a_rehearsal_that_was_killed_are_named_and_dropped_though_its_slots_are_gone(
+    cluster: Cluster,
+) -> None:
+    """A table that loses its key would refuse UPDATE, for good: nobody keeps them up to date."""
+    asyncio.run(made_for(cluster, "postgres"))
+    for name in ("trigpoint_rehearsal", "trigpoint_rehearsal_keyed"):
+        cluster.sql(f"CREATE PUBLICATION {name}")
+    found = [one for one in asked(cluster, lambda database: database.check([])) if "rehearsal" in one.subject]
+    assert {one.severity for one in found} == {Severity.WARNING}
+    assert len(found) == 2
+    gone = asked(cluster, lambda database: database.remove(unused=True))
+    assert gone == [f"publication trigpoint_rehearsal{of} in postgres" for of in ("", "_keyed")]
+    assert publications(cluster, "postgres") == ["trigpoint", "trigpoint_keyed"]
+
+
+def test_a_role_that_may_not_drop_publications_drops_its_slots_all_the_same(cluster: Cluster) -> None:
+    cluster.sql("CREATE ROLE tri LOGIN REPLICATION IN ROLE pg_monitor")
+    cluster.sql("CREATE PUBLICATION trigpoint FOR ALL TABLES WITH (publish = 'insert, truncate')")
+    cluster.sql("CREATE PUBLICATION trigpoint_keyed WITH (publish = 'update, delete')")
+
+    async def run() -> list[str]:
+        database = Postgres(cluster.conninfo.replace("user=postgres", "user=tri"), ["postgres"])
+        try:
+            (stream,) = database.sources()
+            await stream.open(None)
+            await stream.close()
+            return await database.remove()
+        finally:
+            await database.close()
+
+    assert asyncio.run(run()) == ["slot trigpoint_postgres"]
+    assert slots(cluster) == []
+    assert publications(cluster, "postgres") == ["trigpoint", "trigpoint_keyed"]
+
+
 @pytest.mark.parametrize(
     ("name", "database", "prefix", "ours"),
     [

@@ -57,6 +57,12 @@ SELECT pubname, puballtables, pubinsert, pubupdate, pubdelete, pubtruncate FROM 
 """
 
 
+_OWNED = """
+SELECT pubname FROM pg_publication
+ WHERE pubname = ANY (%s) AND pg_has_role(pubowner, 'USAGE') ORDER BY pubname
+"""
+
+
 class Table(NamedTuple):
     """One table as far as publishing its updates and deletes is concerned."""
 
@@ -145,8 +151,9 @@ async def _alter(connection: psycopg.AsyncConnection[Any], keyed: sql.Identifier
 
 
 async def drop(connection: psycopg.AsyncConnection[Any], name: str) -> list[str]:
-    """Remove both publications; gives the names of those that were there."""
-    found = list(await existing(connection, name))
+    """Remove both publications, as far as they are the role's to remove; gives the names of those that were."""
+    cursor = await connection.execute(_OWNED.encode(), [[name, name + KEYED_SUFFIX]])
+    found = [row[0] for row in await cursor.fetchall()]
     for publication in found:
         await connection.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(publication)))
     return found
