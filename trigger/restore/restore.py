@@ -191,12 +191,14 @@ async def require_room(found: Plan, site: Site) -> None:
     left = space.free_bytes - space.wanted_free_bytes
     if left < found.replay_bytes + _ROOM_BYTES:
         raise RestoreError(
-            f"the storage has {max(left, 0)} bytes to give, a replay of {found.replay_bytes} bytes may need more",
+            f"the storage has {max(left, 0)} bytes to give, a replay of {found.replay_bytes} bytes may need"
+            f" {found.replay_bytes + _ROOM_BYTES}",
             hint="drop clones (trigpoint clones) or snapshots, or grow the storage",
         )
     if (free := await asyncio.to_thread(clone_records.free_bytes, site.staging_folder)) < found.log_bytes + _ROOM_BYTES:
         raise RestoreError(
-            f"{site.staging_folder} has {free} bytes free, the log takes {found.log_bytes}",
+            f"{site.staging_folder} has {free} bytes free, and {found.log_bytes + _ROOM_BYTES} are asked for: for"
+            f" {found.log_bytes} of log, and as a reserve",
             hint="make room there, or put the state folder elsewhere",
         )
 

@@ -36,6 +36,8 @@ from trigger.shape import data
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+POINT_SECONDS = 30.0
+"""How long whoever asked for a point waits for a word while none can be taken."""
 GRACE_SECONDS = 30.0
 """How long a stop waits for the round at hand."""
 JOURNAL_RETRY_SECONDS = 5.0
@@ -68,10 +70,20 @@ class Service:
         self.window.wake()
 
     async def point(self, note: str) -> RecoveryPoint:
-        """Take a point now; gives it sealed or failed."""
+        """Take a point now; gives it sealed or failed.
+
+        Raises:
+            TrigpointError: for so long nothing was protected that whoever asked should know why; it is tried on.
+        """
         answer = self.agenda.ask(note)
         self.window.wake()
-        return await answer
+        while not (await asyncio.wait((answer,), timeout=POINT_SECONDS))[0]:
+            if why := self.agenda.trouble:
+                raise TrigpointError(
+                    f"no point could be taken within {POINT_SECONDS:g} s: {why}",
+                    hint="it is tried on: trigpoint status",
+                )
+        return answer.result()
 
     async def status(self) -> dict[str, Any]:
         """Give what an operator wants to know first, as JSON values; what cannot be read is null, and said why."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -82,6 +81,10 @@ SELECT current_setting('server_version_num')::int,
 """
 
 
+_GRANTS = (
+    "have a superuser run: GRANT pg_read_all_settings TO {role}; GRANT SELECT ON pg_file_settings TO {role};"
+    " GRANT EXECUTE ON FUNCTION pg_show_all_file_settings() TO {role}"
+)
 _PRESENT: LiteralString = (
     "SELECT array(SELECT datname::text FROM pg_database WHERE datallowconn AND NOT datistemplate ORDER BY datname)"
 )
@@ -133,7 +136,7 @@ class Postgres:
         self.journal_slot = f"{name}_journal"
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._confirmed: psycopg.AsyncConnection[Any] | None = None
-        self._system = ""
+        self._system = self._home = ""
         self._lineage = Lineage(history("", 0))
         self.lives = Lives(deadline_seconds)
         self._turn = asyncio.Lock()
@@ -164,7 +167,7 @@ class Postgres:
 
     async def recognised(self) -> History:
         """Give the history that the server is in, compared with what is known; raises `SourceError`."""
-        return (await self.lives.confirm(self._dsn(self.databases[0]))).history
+        return (await self.lives.confirm(self._any_dsn)).history
 
     async def present(self) -> History:
         """Give the history that the server is in; of one that does not answer, the last that is known.
@@ -181,7 +184,7 @@ class Postgres:
 
     async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
         """Whether the server has other log at the end of a segment than a folder has; see `Lives.differs`."""
-        return await self.lives.differs(self._dsn(self.databases[0]), segments, name)
+        return await self.lives.differs(self._any_dsn, segments, name)
 
     # ---- positions
 
@@ -225,7 +228,7 @@ class Postgres:
         if history.branch == 1:
             return Lineage(history)
         try:
-            stream = await CopyBoth.connect(self._dsn(self.databases[0]), self._deadline_seconds)
+            stream = await CopyBoth.connect(self._any_dsn, self._deadline_seconds)
             try:
                 async with asyncio.timeout(self._deadline_seconds):
                     return await stream.lineage(history)
@@ -317,8 +320,13 @@ class Postgres:
         Raises:
             DatabaseError: no answer, the role may not read the settings, or the files are not on this host.
         """
-        version, data, segment_bytes, spaces, files = await self._ask(_LAYOUT)
-        return await self._threads.run(partial(_look_at_files, version, data, segment_bytes, spaces, files))
+        try:
+            version, data, segment_bytes, spaces, files = await self._ask(_LAYOUT)
+        except DatabaseError as error:
+            if isinstance(error.__cause__, psycopg.errors.InsufficientPrivilege):
+                raise DatabaseError(error.message, hint=_GRANTS.format(role=self._role)) from error
+            raise
+        return await self._threads.run(partial(places.look_at_files, version, data, segment_bytes, spaces, files))
 
     async def archived(self) -> str:
         """Give the file of the log that the server archived last, "" for none; raises `DatabaseError`."""
@@ -368,11 +376,9 @@ class Postgres:
         return dsn.make_conninfo(self.conninfo, dbname=database)
 
     async def _connect(self, deadline_seconds: float) -> psycopg.AsyncConnection[Any]:
-        named = dsn.conninfo_to_dict(self.conninfo).get("dbname") or self.databases[0]
-        target = dsn.make_conninfo(self.conninfo, dbname=str(named), application_name=self.name)
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                connection = await connect(target)
+                connection = await self._connect_anywhere()
         except TimeoutError:
             raise DatabaseError(f"no connection to the database within {self._deadline_seconds:g} s") from None
         except psycopg.Error as error:
@@ -388,6 +394,35 @@ class Postgres:
             await _hang_up(connection)
             raise
         return connection
+
+    async def _connect_anywhere(self) -> psycopg.AsyncConnection[Any]:
+        """Connect to the first database that lets us in, for what the whole cluster is asked.
+
+        Raises:
+            psycopg.Error: none does; what the first one said.
+        """
+        named = dsn.conninfo_to_dict(self.conninfo).get("dbname")
+        candidates = dict.fromkeys([*([str(named)] if named else []), self._home, *self.databases, "postgres"])
+        refusal: psycopg.Error | None = None
+        for name in filter(None, candidates):
+            try:
+                connection = await connect(dsn.make_conninfo(self._dsn(name), application_name=self.name))
+            except psycopg.Error as error:
+                refusal = refusal or error
+                continue
+            self._home = name
+            return connection
+        assert refusal is not None
+        raise refusal
+
+    @property
+    def _role(self) -> str:
+        return self._connection.info.user if self._connection is not None else "the role"
+
+    @property
+    def _any_dsn(self) -> str:
+        """How to connect for what is not asked of one database: to the one that let us in last."""
+        return self._dsn(self._home or self.databases[0])
 
     async def _confirm(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Find out which history the server behind a connection is in, once for each: no other comes behind it."""
@@ -461,27 +496,3 @@ def _failed(what: str, error: psycopg.Error) -> DatabaseError:
 async def _hang_up(connection: psycopg.AsyncConnection[Any]) -> None:
     with contextlib.suppress(psycopg.Error, OSError):
         await connection.close()
-
-
-def _look_at_files(version: int, data: str, segment_bytes: int, spaces: list[list[str]], files: list[str]) -> Layout:
-    """Resolve what the server says of its files against this host's filesystem; touches nothing."""
-    try:
-        directory = Path(data).resolve(strict=True)
-        stat = directory.stat()
-        wal = (directory / "pg_wal").resolve(strict=True)
-        resolved = [(int(oid), Path(path).resolve(strict=True)) for oid, path in spaces]
-    except OSError as error:
-        raise DatabaseError(
-            f"the cluster's files are not reachable here: {error}",
-            hint="the service must run on the database's host, as a user that may read its data directory",
-        ) from error
-    outside = (Path(os.path.realpath(directory / file)) for file in files)
-    return places.layout(
-        version,
-        directory,
-        wal,
-        {oid: path for oid, path in resolved if not path.is_relative_to(directory)},
-        tuple(sorted({file for file in outside if not file.is_relative_to(directory)})),
-        (stat.st_uid, stat.st_gid),
-        segment_bytes,
-    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trigger.errors import ConfigError
+from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Layout
 
 _DATA, _WAL, _TABLESPACE = "data", "wal", "tablespace-"
@@ -75,3 +76,27 @@ def tablespaces(of: Layout) -> dict[int, Path]:
 def major(of: Layout) -> int:
     """Give the major version of the server."""
     return int(of.driver["version"]) // 10_000
+
+
+def look_at_files(version: int, data: str, segment_bytes: int, spaces: list[list[str]], files: list[str]) -> Layout:
+    """Resolve what the server says of its files against this host's filesystem; touches nothing."""
+    try:
+        directory = Path(data).resolve(strict=True)
+        stat = directory.stat()
+        wal = (directory / "pg_wal").resolve(strict=True)
+        resolved = [(int(oid), Path(path).resolve(strict=True)) for oid, path in spaces]
+    except OSError as error:
+        raise DatabaseError(
+            f"the cluster's files are not reachable here: {error}",
+            hint="the service must run on the database's host, as a user that may read its data directory",
+        ) from error
+    outside = (Path(os.path.realpath(directory / file)) for file in files)
+    return layout(
+        version,
+        directory,
+        wal,
+        {oid: path for oid, path in resolved if not path.is_relative_to(directory)},
+        tuple(sorted({file for file in outside if not file.is_relative_to(directory)})),
+        (stat.st_uid, stat.st_gid),
+        segment_bytes,
+    )

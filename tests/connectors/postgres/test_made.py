@@ -113,6 +113,24 @@ def test_publications_of_a_rehearsal_that_was_killed_are_named_and_dropped_thoug
     assert publications(cluster, "postgres") == ["trigpoint", "trigpoint_keyed"]
 
 
+def test_what_the_whole_cluster_is_asked_does_not_hang_on_one_database(cluster: Cluster) -> None:
+    async def run() -> None:
+        database = Postgres(cluster.conninfo, ["shop", "postgres"])
+        try:
+            before = await database.durable()
+            cluster.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shop'")
+            cluster.sql("ALTER DATABASE shop RENAME TO store")
+            assert (await database.durable()).history == before.history
+            async with database.bracket("still") as finish:
+                await finish()
+            findings = await database.check([])
+            assert any(one.subject == "database shop" and one.severity is Severity.REFUSED for one in findings)
+        finally:
+            await database.close()
+
+    asyncio.run(run())
+
+
 def test_a_role_that_may_not_drop_publications_drops_its_slots_all_the_same(cluster: Cluster) -> None:
     cluster.sql("CREATE ROLE tri LOGIN REPLICATION IN ROLE pg_monitor")
     cluster.sql("CREATE PUBLICATION trigpoint FOR ALL TABLES WITH (publish = 'insert, truncate')")

@@ -78,8 +78,9 @@ async def look(connection: psycopg.AsyncConnection[Any], name: str, database: st
     plugin, in_database, confirmed, wal_status, active_pid, invalidation, failover = row
     if (plugin, in_database) != (_PLUGIN, database):
         raise SourceError(
-            f"replication slot {name} is there, but for {plugin or 'a standby'} in database {in_database}",
-            hint="set another name for ours (database.name), or drop that slot if nobody needs it",
+            f"replication slot {name} is there, but for "
+            + (f"{plugin} in database {in_database}" if plugin else "a standby, or another service's journal"),
+            hint="set another prefix for ours (database.slot_prefix), or drop that slot if nobody needs it",
             retryable=False,
         )
     lost = f"invalidated by the server: {invalidation or 'its log was removed'}" if wal_status == "lost" else ""
