@@ -212,7 +212,16 @@ def _of_logged(one: Logged, known: _Known, lineage: Lineage) -> Location:
 async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lineage) -> Location:
     last = await catalog.as_of(time, lineage)
     if last is None:
-        return _unknown(f"the catalog knows no commit at or before {time.isoformat()}")
+        others = sorted(
+            {
+                f"--history {mark.floor.history}"
+                for base in known.bases
+                for mark in base.marks
+                if mark.floor.history.is_of_system(lineage.history) and not lineage.includes(mark.floor)
+            }
+        )
+        aside = f"; there are others, which restore takes: {', '.join(others)}" if others else ""
+        return _unknown(f"no commit at or before {time.isoformat()} is known of {lineage.history}{aside}")
     there = _of_commit(last, known, lineage, left=False)
     reason = f"the last qualifying commit by then is {last.record.name} of {last.record.stream}: {there.reason}"
     return replace(there, reason=reason)

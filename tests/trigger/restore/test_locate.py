@@ -228,3 +228,19 @@ def test_a_history_that_nobody_knows_is_refused_with_those_that_there_are(tmp_pa
                 await it.resolve(Named(latest=True, history=misspelt))
 
     run(tmp_path, story)
+
+
+def test_a_time_before_a_life_began_is_told_with_the_histories_of_the_lives_before(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        copy = it.world.cluster.copy()
+        first = it.commit()
+        await it.point()
+        it.world.cluster.put_back(copy)
+        it.seconds[0] += 100
+        await it.database.record_end()
+        await it.point()
+        found = await only(it, time=first.time + timedelta(seconds=1))
+        assert found.where is Where.UNKNOWN
+        assert f"--history {first.history}" in found.reason
+
+    run(tmp_path, story)
