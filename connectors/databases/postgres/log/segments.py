@@ -377,21 +377,25 @@ class SegmentFolder:
         return tuple(reversed(owners))
 
     def _stage_one(self, needed: Needed, stage: int, fetch: Callable[[str], bool]) -> bool:
-        """Put every file of a segment that is held into the open folder `stage`; whether the newest one was."""
-        newest = False
+        """Put every file of a segment that is held into the open folder `stage`; whether the newest one was.
+
+        Damage in an older timeline's file is none to a replay that has a newer one: PostgreSQL reads that.
+        """
+        newest = put = False
         for index, timeline in enumerate(needed.timelines):
             for partial in (False, True):
                 name = SegmentName(timeline, needed.number, partial)
                 source = self.file(name)
                 if source.name in self.damaged and source.exists():  # what was lost may come again, unfinished at first
-                    if needed.until is None:
-                        continue  # the replay stops before it
+                    if needed.until is None or put:
+                        continue  # the replay stops before it, or reads the newer one
                     raise JournalError(
                         f"segment {source.name} of the journal is damaged: {self.damaged[source.name]}",
                         hint="restore from a point after it, or put a sound copy in its place and audit again",
                     )
                 if (source.exists() or fetch(source.name)) and source.stat().st_size == self.segment_bytes:
                     self._put(source, stage, name.text(self.segment_bytes), copy=partial)
+                    put = True
                     if index == 0:
                         self._require_reaches(name, needed.until)
                         newest = True
