@@ -11,8 +11,9 @@ import pytest
 
 from tests.fixtures.postgres import Cluster
 from tests.fixtures.service import Deployment
-from tests.fixtures.volumes import run
+from tests.fixtures.volumes import plain_folder, run
 from tests.system.test_archive import Archive, archived
+from tests.system.test_histories import spoken, tell
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
@@ -101,3 +102,43 @@ def test_after_a_restore_in_place_the_archive_is_added_to_and_leads_to_what_is_t
         here.trigpoint("clones", "drop", "six")
         assert here.stop() == 0
         assert recovered(here, backup, archive) == ["one", "two", "five", "six"]
+
+
+def test_a_restore_in_place_after_one_that_was_undone_takes_no_timeline_that_the_archive_has_met() -> None:
+    with plain_folder() as folder, spoken(16, archive_mode="on") as here:
+        cluster, archive = here.cluster, Archive(folder)
+        cluster.configure({"archive_command": f"{archive.keep} %p %f"})
+        cluster.sql("SELECT pg_reload_conf()")
+        here.start()
+        kept = tell(cluster, "one", "two")[-1]
+        tell(cluster, "unwanted")
+        here.settle()
+        assert here.stop() == 0
+        cluster.stop()
+        here.trigpoint("restore", "--to-xid", str(kept.xid), "--in-place", "--yes")
+        cluster.start()
+        here.start()
+        tell(cluster, "three")
+        here.settle()
+        wait_for_archiver(cluster)
+        assert "00000002.history" in archive.held()
+        assert here.stop() == 0
+        cluster.stop()
+        here.trigpoint("restore", "--undo", "last")
+        cluster.start()
+        here.start()
+        kept = tell(cluster, "four")[-1]
+        here.settle()
+        tell(cluster, "unwanted too")
+        here.settle()
+        assert here.stop() == 0
+        cluster.stop()
+        before = archive.held()
+        here.trigpoint("restore", "--to-xid", str(kept.xid), "--in-place", "--yes")
+        cluster.start()
+        tell(cluster, "five")
+        wait_for_archiver(cluster)
+        held = archive.held()
+        assert {name: held[name] for name in before} == before
+        assert "00000003.history" in held
+        assert cluster.sql("SELECT failed_count FROM pg_stat_archiver") == [(0,)]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from connectors.databases.postgres import places
-from connectors.databases.postgres.log.segments import give
+from connectors.databases.postgres.log.files import give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import PreflightError, RestoreError

@@ -31,7 +31,7 @@ from connectors.databases.postgres.clone.sandbox import relations
 from connectors.databases.postgres.clone.scrub import scrub
 from connectors.databases.postgres.connection import encoding_of
 from connectors.databases.postgres.encoding import decoding, encoded
-from connectors.databases.postgres.log.segments import give
+from connectors.databases.postgres.log.files import give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn

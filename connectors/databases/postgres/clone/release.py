@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from connectors.databases.postgres.clone.isolation import OWN_FOLDER, is_segment
-from connectors.databases.postgres.log.segments import give
+from connectors.databases.postgres.log.files import give
 from connectors.databases.postgres.log.wal import history_timeline
 from trigger.errors import RestoreError
 from trigger.model import Volume
