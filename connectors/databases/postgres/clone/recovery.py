@@ -469,7 +469,7 @@ def _visible_log(isolated: Isolated, staged: Path, replay: Replay) -> Path:
         return staged
     own = isolated.folder / "log"
     own.mkdir(mode=0o700, exist_ok=True)
-    give(own, isolated.owner)
+    give(own, isolated.owner)  # where a link lies there, `write` refuses it
     for entry in staged.iterdir():
         if history_timeline(entry.name) is not None:
             isolation.write(own / entry.name, entry.read_text(), isolated.owner)
