@@ -238,7 +238,7 @@ class PostgresRecovery:
         isolated = Isolated(data, _owner_of(data), programs.major, ())
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
         written = control["Latest checkpoint's REDO WAL file"]  # of a server that was stopped: the last one
-        await asyncio.to_thread(release, data, clone, volumes, written)
+        await asyncio.to_thread(release, data, clone, self._placement, volumes, written)
 
     def _data(self, clone: Clone) -> Path | None:
         copy = dict(clone.paths).get(self._placement.data.volume)

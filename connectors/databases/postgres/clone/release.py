@@ -10,28 +10,25 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from connectors.databases.postgres.clone.inside import folder_of, part_of
-from connectors.databases.postgres.clone.isolation import OWN_FOLDER, is_segment, links, log_of, require_no_link_to
+from connectors.databases.postgres.clone import archiving
+from connectors.databases.postgres.clone.inside import entered, folder_of, part_of
+from connectors.databases.postgres.clone.isolation import OWN_FOLDER, Placement, Spot, links, log_of, require_no_link_to
 from connectors.databases.postgres.log.files import give
-from connectors.databases.postgres.log.wal import history_timeline
 from trigger.errors import RestoreError
 from trigger.model import Volume
 from trigger.ports import Clone
-from trigger.trusted import open_file
 
-_STATUS = "archive_status"
 _SETTINGS = "postgresql.auto.conf"
 _LEFT_OVER = ("postmaster.opts", "recovery.signal", "backup_label.old", "tablespace_map.old")
 
 
-def release(data: Path, clone: Clone, volumes: Sequence[Volume], written: str) -> None:
+def release(data: Path, clone: Clone, placement: Placement, volumes: Sequence[Volume], written: str) -> None:
     """Give a stopped clone at `data` production's configuration and links back; blocks on file operations.
 
-    `written` is the segment that its server wrote last.
+    `placement` is production's, which is still where it was; `written` the segment that the clone's server wrote last.
 
     Doing it again, also after a half done try, gives the same: our folder in it, which holds what was set aside, goes
     last. Everything is on stable storage when it returns.
@@ -56,8 +53,8 @@ def release(data: Path, clone: Clone, volumes: Sequence[Volume], written: str) -
             aside.replace(data / _SETTINGS)
         for name in _LEFT_OVER:
             (data / name).unlink(missing_ok=True)
-        with log_of(data, clone, volumes) as log:
-            _tell_archiver(log, written, owner)
+        with log_of(data, clone, volumes) as log, _log_in(*_production_log(placement, volumes)) as theirs:
+            archiving.tell(log, theirs, written, owner)
         if (data / OWN_FOLDER).exists():
             shutil.rmtree(data / OWN_FOLDER)
     except OSError as error:
@@ -65,56 +62,26 @@ def release(data: Path, clone: Clone, volumes: Sequence[Volume], written: str) -
     os.sync()  # the clone's server may have run without fsync; from here on this is production
 
 
-def _tell_archiver(log: int, written: str, owner: tuple[int, int]) -> None:
-    """Leave `archive_status` as PostgreSQL's own recovery does where archiving is on, which in a clone it is not.
-
-    The log of earlier timelines is done: production has archived it, and what the clone has of it is cut off where the
-    clone left it. The history file and the finished segments of the clone's own timeline wait for the archiver: without
-    the former a later recovery from the archive would follow the timeline that was given up (xlogarchive.c). What lies
-    at or behind `written` is not finished, or was made in advance.
-    """
-    names = sorted(name for name in os.listdir(log) if _is_file(name, log))
-    segments = [name for name in names if is_segment(name) and not (name[:8] == written[:8] and name >= written)]
-    own = int(written[:8], 16)
-    with _status_of(log, owner) as status:
-        for name in [*segments, *(name for name in names if history_timeline(name) is not None)]:
-            _mark(name, "ready" if int(name[:8], 16) == own else "done", status, owner)
-
-
-def _is_file(name: str, folder: int) -> bool:
-    return stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
-
-
 @contextlib.contextmanager
-def _status_of(log: int, owner: tuple[int, int]) -> Iterator[int]:
-    """Open `archive_status`, made and given away where it is not there."""
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(_STATUS, 0o700, dir_fd=log)
-    try:
-        status = os.open(_STATUS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=log)
-    except NotADirectoryError:
-        raise RestoreError(
-            f"{_STATUS} is a link or a file, which PostgreSQL makes none of", hint="see who put it there"
-        ) from None
-    try:
-        if os.geteuid() == 0:
-            os.fchown(status, *owner)
-        yield status
-    finally:
-        os.close(status)
+def _log_in(production: Path, below: Path) -> Iterator[int | None]:
+    """Open production's pg_wal, None where it is gone; raises `RestoreError` where a link leads away from it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            log = stack.enter_context(entered(production, below))
+        except FileNotFoundError:
+            log = None
+        except NotADirectoryError as error:
+            raise RestoreError(
+                f"what production has not archived yet cannot be told: {error.filename} is no folder",
+                hint="where pg_wal was moved, start the cluster and the service once, so that the place is known",
+            ) from error
+        yield log
 
 
-def _mark(name: str, state: str, status: int, owner: tuple[int, int]) -> None:
-    """Leave one word for the archiver about a file: `ready` where it has to be archived, else `done`."""
-    for old in ("ready", "done"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{name}.{old}", dir_fd=status)
-    file = open_file(Path(f"{name}.{state}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, folder=status)
-    try:
-        if os.geteuid() == 0:
-            os.fchown(file, *owner)
-    finally:
-        os.close(file)
+def _production_log(placement: Placement, volumes: Sequence[Volume]) -> tuple[Path, Path]:
+    """Give the volume that production's pg_wal lies in, and where in it."""
+    spot = placement.wal or Spot(placement.data.volume, f"{placement.data.path}/pg_wal".lstrip("/"))
+    return next(Path(volume.path).resolve() for volume in volumes if volume.name == spot.volume), Path(spot.path)
 
 
 def _leading_back(data: Path, clone: Clone, volumes: Sequence[Volume]) -> list[tuple[Path, Path]]:
