@@ -104,7 +104,7 @@ def test_after_a_restore_in_place_the_archive_is_added_to_and_leads_to_what_is_t
         planned(here, "--to-xid", last)
         report = here.ask("restore", "--to-xid", last, "--name", "six")
         assert all(held for _, held, _ in report["checks"])
-        here.trigpoint("clones", "drop", "six")
+        here.trigpoint("clones", "drop", "--yes", "six")
         assert here.stop() == 0
         assert recovered(here, backup, archive) == ["one", "two", "five", "six"]
 
