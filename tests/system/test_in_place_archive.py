@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import pytest
 
 from tests.fixtures.postgres import Cluster
 from tests.fixtures.service import Deployment
-from tests.fixtures.volumes import run
+from tests.fixtures.volumes import plain_folder, run
 from tests.system.test_archive import Archive, archived
+from tests.system.test_histories import spoken, tell
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
@@ -26,6 +28,10 @@ def say(cluster: Cluster, *said: str) -> str:
     for word in said:
         ((xid,),) = cluster.sql(f"INSERT INTO said (word) VALUES ('{word}') RETURNING pg_current_xact_id()::text")
     return str(xid)
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def copied(here: Deployment) -> Path:
@@ -98,6 +104,86 @@ def test_after_a_restore_in_place_the_archive_is_added_to_and_leads_to_what_is_t
         planned(here, "--to-xid", last)
         report = here.ask("restore", "--to-xid", last, "--name", "six")
         assert all(held for _, held, _ in report["checks"])
-        here.trigpoint("clones", "drop", "six")
+        here.trigpoint("clones", "drop", "--yes", "six")
         assert here.stop() == 0
         assert recovered(here, backup, archive) == ["one", "two", "five", "six"]
+
+
+@pytest.mark.parametrize("major", [15, 18])
+def test_what_production_had_not_archived_before_a_restore_in_place_is_archived_whole_after_it(major: int) -> None:
+    with plain_folder() as folder, spoken(major, archive_mode="on") as here:
+        cluster, archive = here.cluster, Archive(folder)
+        cluster.configure({"archive_command": f"{archive.keep} %p %f"})
+        cluster.sql("SELECT pg_reload_conf()")
+        backup = copied(here)
+        here.start()
+        say(cluster, "one")
+        wait_for_archiver(cluster)
+        archive.write(archive.keep, "exit 1")
+        for word in ("two", "three"):
+            say(cluster, word)
+            cluster.sql("SELECT pg_switch_wal()")
+        here.settle()
+        kept = say(cluster, "four")
+        say(cluster, "unwanted")
+        cluster.sql("SELECT pg_switch_wal()")
+        say(cluster, "unwanted too")
+        here.settle()
+        assert here.stop() == 0
+        cluster.stop()
+        before = archive.held()
+        log = cluster.data / "pg_wal"
+        waiting = {file.stem: digest(log / file.stem) for file in (log / "archive_status").glob("*.ready")}
+        assert len(waiting) >= 3
+        here.trigpoint("restore", "--to-xid", kept, "--in-place", "--yes")
+        archive.mend()
+        cluster.start()
+        say(cluster, "five")
+        wait_for_archiver(cluster)
+        held = archive.held()
+        assert held.items() >= (before | waiting).items(), "as production had it, and nothing else under its name"
+        numbers = [int(name[8:], 16) for name in held if len(name) == 24 and name.startswith("00000001")]
+        assert sorted(numbers) == list(range(min(numbers), max(numbers) + 1))
+        assert cluster.sql("SELECT failed_count FROM pg_stat_archiver") == [(0,)]
+        assert not list((cluster.data / "pg_wal" / "archive_status").glob("*.ready"))
+        assert recovered(here, backup, archive) == ["one", "two", "three", "four", "five"]
+
+
+def test_a_restore_in_place_after_one_that_was_undone_takes_no_timeline_that_the_archive_has_met() -> None:
+    with plain_folder() as folder, spoken(16, archive_mode="on") as here:
+        cluster, archive = here.cluster, Archive(folder)
+        cluster.configure({"archive_command": f"{archive.keep} %p %f"})
+        cluster.sql("SELECT pg_reload_conf()")
+        here.start()
+        kept = tell(cluster, "one", "two")[-1]
+        tell(cluster, "unwanted")
+        here.settle()
+        assert here.stop() == 0
+        cluster.stop()
+        here.trigpoint("restore", "--to-xid", str(kept.xid), "--in-place", "--yes")
+        cluster.start()
+        here.start()
+        tell(cluster, "three")
+        here.settle()
+        wait_for_archiver(cluster)
+        assert "00000002.history" in archive.held()
+        assert here.stop() == 0
+        cluster.stop()
+        here.trigpoint("restore", "--undo", "last")
+        cluster.start()
+        here.start()
+        kept = tell(cluster, "four")[-1]
+        here.settle()
+        tell(cluster, "unwanted too")
+        here.settle()
+        assert here.stop() == 0
+        cluster.stop()
+        before = archive.held()
+        here.trigpoint("restore", "--to-xid", str(kept.xid), "--in-place", "--yes")
+        cluster.start()
+        tell(cluster, "five")
+        wait_for_archiver(cluster)
+        held = archive.held()
+        assert {name: held[name] for name in before} == before
+        assert "00000003.history" in held
+        assert cluster.sql("SELECT failed_count FROM pg_stat_archiver") == [(0,)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trigger.errors import ConfigError, DatabaseError
+from trigger.trusted import open_file
 
 _DEBIAN = Path("/usr/lib/postgresql")
 _WHEEL_FOLDERS = {16: "pginstall", 18: "pginstall18"}
@@ -127,13 +128,18 @@ async def run(
         deadline_seconds: after it the program and all it started are killed.
         environment: added to a minimal environment (PATH, LANG=C, and HOME).
         told_lines: how many of its last lines are told where it fails.
-        output: a file to which what it prints is added, for as long as it or what it started lives; none is given then.
+        output: a file, and no link to one, to which what it prints is added, for as long as it or what it started
+            lives; none is given then.
 
     Raises:
         DatabaseError: it failed or did not end in time; the message ends with its last lines. A cancellation kills
             the program too.
     """
-    with output.open("ab") if output else contextlib.nullcontext(asyncio.subprocess.PIPE) as printed:
+    with (
+        os.fdopen(open_file(output, os.O_WRONLY | os.O_APPEND), "ab")
+        if output
+        else contextlib.nullcontext(asyncio.subprocess.PIPE) as printed
+    ):
         process = await asyncio.create_subprocess_exec(
             *map(str, arguments),
             stdin=asyncio.subprocess.DEVNULL,

@@ -8,9 +8,9 @@ original (lock file, slots, `ALTER SYSTEM` settings) is taken out, and every lin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from connectors.databases.postgres import places
-from connectors.databases.postgres.log.segments import give
+from connectors.databases.postgres.clone.inside import Part, empty, entered, folder_of, part_of
+from connectors.databases.postgres.log.files import give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import PreflightError, RestoreError
 from trigger.model import Address, Bracket, Layout, Volume
 from trigger.ports import Clone
 from trigger.replay import Replay
+from trigger.trusted import open_file
 
 OWN_FOLDER = "trigpoint"
 _OWN_LIFE = ("postmaster.pid", "postmaster.opts", "recovery.signal", "standby.signal", "backup_label.old")
 _SET_ASIDE = ("postgresql.auto.conf", "backup_label", "tablespace_map")
+_STATUS = "archive_status"
 _EMPTIED = ("pg_replslot", "pg_stat_tmp")
 _SEGMENT = re.compile(r"[0-9A-F]{24}(\.partial)?")
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_@+,./:=-]*")
@@ -147,6 +150,7 @@ def isolate(clone: Clone, placement: Placement, volumes: Sequence[Volume], brack
             f"there is no PostgreSQL cluster at {data}",
             hint="the data directory moved since the snapshot, or a nested subvolume was not cut with it",
         )
+    require_no_link_to(data, clone)
     if bracket is not None and "START WAL LOCATION" not in bracket.document.get("label", ""):
         raise RestoreError(
             f"the backup label of point {clone.point} is missing",
@@ -158,8 +162,14 @@ def isolate(clone: Clone, placement: Placement, volumes: Sequence[Volume], brack
     _take_out(isolated)
     _point_links_inside(isolated, clone, placement, volumes)
     if bracket is not None:
-        _start_from_label(isolated, bracket)
+        _start_from_label(isolated, clone, volumes, bracket)
     return isolated
+
+
+def require_no_link_to(data: Path, clone: Clone) -> None:
+    """Refuse a data directory to which a link inside the clone leads: it is another's, production's say."""
+    if folder_of(part_of(data, clone, ()), clone) is None:
+        raise RestoreError(f"a link inside the clone leads to {data}", hint="see who put it there; use another point")
 
 
 def major_of(data: Path) -> int:
@@ -206,22 +216,22 @@ def _take_out(isolated: Isolated) -> None:
         folder = isolated.data / name
         if folder.is_symlink():  # often a file system in memory, shared with production
             folder.unlink()
-        for entry in folder.iterdir() if folder.exists() else ():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         folder.mkdir(mode=0o700, exist_ok=True)
         give(folder, isolated.owner)
+        with entered(folder) as opened:
+            empty(opened)
 
 
 def _point_links_inside(isolated: Isolated, clone: Clone, placement: Placement, volumes: Sequence[Volume]) -> None:
     """Point every link of the data directory at the copy; one that would lead out of it refuses the restore (R11)."""
     known = {f"pg_tblspc/{oid}": spot for oid, spot in placement.tablespaces}
     known |= {"pg_wal": placement.wal} if placement.wal else {}
-    for link in _links(isolated.data):
+    for link in links(isolated.data, isolated.data / "pg_tblspc", isolated.data / "base"):
         name = str(link.relative_to(isolated.data))
-        inside = _inside(link.readlink(), clone, volumes)
+        inside = folder_of(part_of(link.readlink(), clone, volumes), clone)
         if inside is None and name in known:
-            inside = dict(clone.paths).get(known[name].volume, Path("/nowhere")) / known[name].path
-        if inside is None or not inside.is_dir():
+            inside = folder_of(Part(known[name].volume, Path(known[name].path)), clone)
+        if inside is None:
             raise RestoreError(
                 f"{name} of the cluster leads to {link.readlink()}, which the clone has no copy of",
                 hint="its server would write into production's files; restore a commit from before it was there, or"
@@ -232,38 +242,35 @@ def _point_links_inside(isolated: Isolated, clone: Clone, placement: Placement, 
         give(link, isolated.owner)
 
 
-def _links(data: Path) -> Iterator[Path]:
-    """Give the links in the places from which a server reads or writes data."""
-    for folder in (data, data / "pg_tblspc", data / "base"):
+def links(data: Path, *below: Path) -> Iterator[Path]:
+    """Give the links in the places from which a server reads or writes data: its folder, and others of it."""
+    for folder in (data, *below):
         for entry in sorted(folder.iterdir()):
             server_part = folder != data or entry.name.startswith("pg_") or entry.name in ("base", "global")
             if entry.is_symlink() and server_part and not entry.name.endswith(".conf"):
                 yield entry
 
 
-def _inside(path: Path, clone: Clone, volumes: Sequence[Volume]) -> Path | None:
-    """Give where the clone has its copy of a path of production, or of the clone itself; None where it has none."""
-    copies = dict(clone.paths)
-    for copy in copies.values():
-        if path.is_relative_to(copy):
-            return path
-    for volume in sorted(volumes, key=lambda volume: len(volume.path), reverse=True):
-        for root in (Path(volume.path), Path(os.path.realpath(volume.path))):
-            if path.is_relative_to(root) and volume.name in copies:
-                return copies[volume.name] / path.relative_to(root)
-    return None
-
-
-def _start_from_label(isolated: Isolated, bracket: Bracket) -> None:
+def _start_from_label(isolated: Isolated, clone: Clone, volumes: Sequence[Volume], bracket: Bracket) -> None:
     """Make the server start from the label; the copied log is no witness, since it was copied while it was written."""
-    log = isolated.data / "pg_wal"
-    for entry in log.iterdir():
-        if is_segment(entry.name) or history_timeline(entry.name):
-            entry.unlink()
-    status = log / "archive_status"
-    for entry in status.iterdir() if status.is_dir() else ():
-        entry.unlink()
+    with log_of(isolated.data, clone, volumes) as log:
+        empty(log, lambda name: is_segment(name) or history_timeline(name) is not None or name == _STATUS)
     write(isolated.data / "backup_label", bracket.document["label"], isolated.owner)
+
+
+@contextlib.contextmanager
+def log_of(data: Path, clone: Clone, volumes: Sequence[Volume]) -> Iterator[int]:
+    """Open the clone's own pg_wal; where that is a link, it may lead to production's by now.
+
+    Raises:
+        RestoreError: the clone has none.
+    """
+    log = data / "pg_wal"
+    folder = folder_of(part_of(log.readlink() if log.is_symlink() else log, clone, volumes), clone)
+    if folder is None:
+        raise RestoreError(f"{log} does not lead to a folder of the clone", hint="see who put a link there")
+    with entered(folder) as opened:
+        yield opened
 
 
 def is_segment(name: str) -> bool:
@@ -348,10 +355,12 @@ def settings(
 
 def point_at_log(isolated: Isolated, staged: Path) -> None:
     """Let the server of a copy find the folder of its log under a name of ours, whatever that folder is called."""
-    link = isolated.folder / _STAGED
-    link.unlink(missing_ok=True)
-    link.symlink_to(staged, target_is_directory=True)
-    give(link, isolated.owner)
+    with entered(isolated.folder) as folder:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_STAGED, dir_fd=folder)
+        os.symlink(staged, _STAGED, dir_fd=folder)
+        if os.geteuid() == 0:
+            os.chown(_STAGED, *isolated.owner, dir_fd=folder, follow_symlinks=False)
 
 
 def recovery_settings(replay: Replay) -> dict[str, str]:
@@ -399,21 +408,24 @@ def listen(isolated: Isolated, address: Address | None) -> None:
     encrypted, and nothing can be replicated.
     """
     write(isolated.folder / "pg_hba.conf", _HBA + (_HBA_OVER_TCP if address else ""), isolated.owner)
-    file = isolated.folder / _LISTEN_FILE
     if address is None:
-        file.unlink(missing_ok=True)
+        with entered(isolated.folder) as folder:
+            empty(folder, lambda name: name == _LISTEN_FILE)
     else:
         found = {"listen_addresses": address.host, "port": str(address.port)}
-        write(file, configuration(found), isolated.owner)
+        write(isolated.folder / _LISTEN_FILE, configuration(found), isolated.owner)
 
 
 def write(path: Path, text: str, owner: tuple[int, int]) -> Path:
     """Write a small file of the owner's, readable by nobody else; never through a link that lies there."""
-    path.unlink(missing_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    give(path, owner)
+    with entered(path.parent) as folder:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with os.fdopen(open_file(Path(path.name), flags, folder=folder), "w") as file:
+            file.write(text)
+            if os.geteuid() == 0:
+                os.fchown(file.fileno(), *owner)
     return path
 
 

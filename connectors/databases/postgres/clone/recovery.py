@@ -31,7 +31,7 @@ from connectors.databases.postgres.clone.sandbox import relations
 from connectors.databases.postgres.clone.scrub import scrub
 from connectors.databases.postgres.connection import encoding_of
 from connectors.databases.postgres.encoding import decoding, encoded
-from connectors.databases.postgres.log.segments import give
+from connectors.databases.postgres.log.files import give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn
@@ -238,7 +238,7 @@ class PostgresRecovery:
         isolated = Isolated(data, _owner_of(data), programs.major, ())
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
         written = control["Latest checkpoint's REDO WAL file"]  # of a server that was stopped: the last one
-        await asyncio.to_thread(release, data, clone, volumes, written)
+        await asyncio.to_thread(release, data, clone, self._placement, volumes, written)
 
     def _data(self, clone: Clone) -> Path | None:
         copy = dict(clone.paths).get(self._placement.data.volume)
@@ -469,7 +469,7 @@ def _visible_log(isolated: Isolated, staged: Path, replay: Replay) -> Path:
         return staged
     own = isolated.folder / "log"
     own.mkdir(mode=0o700, exist_ok=True)
-    give(own, isolated.owner)
+    give(own, isolated.owner)  # where a link lies there, `write` refuses it
     for entry in staged.iterdir():
         if history_timeline(entry.name) is not None:
             isolation.write(own / entry.name, entry.read_text(), isolated.owner)

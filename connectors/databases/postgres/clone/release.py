@@ -7,14 +7,16 @@ what they promised their clients is no longer true on the new timeline.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from connectors.databases.postgres.clone.isolation import OWN_FOLDER, is_segment
-from connectors.databases.postgres.log.segments import give
-from connectors.databases.postgres.log.wal import history_timeline
+from connectors.databases.postgres.clone import archiving
+from connectors.databases.postgres.clone.inside import entered, folder_of, part_of
+from connectors.databases.postgres.clone.isolation import OWN_FOLDER, Placement, Spot, links, log_of, require_no_link_to
+from connectors.databases.postgres.log.files import give
 from trigger.errors import RestoreError
 from trigger.model import Volume
 from trigger.ports import Clone
@@ -23,10 +25,10 @@ _SETTINGS = "postgresql.auto.conf"
 _LEFT_OVER = ("postmaster.opts", "recovery.signal", "backup_label.old", "tablespace_map.old")
 
 
-def release(data: Path, clone: Clone, volumes: Sequence[Volume], written: str) -> None:
+def release(data: Path, clone: Clone, placement: Placement, volumes: Sequence[Volume], written: str) -> None:
     """Give a stopped clone at `data` production's configuration and links back; blocks on file operations.
 
-    `written` is the segment that its server wrote last.
+    `placement` is production's, which is still where it was; `written` the segment that the clone's server wrote last.
 
     Doing it again, also after a half done try, gives the same: our folder in it, which holds what was set aside, goes
     last. Everything is on stable storage when it returns.
@@ -37,10 +39,12 @@ def release(data: Path, clone: Clone, volumes: Sequence[Volume], written: str) -
     """
     if (data / "postmaster.pid").exists():
         raise RestoreError(f"the clone at {data} still has a lock file", hint="stop its server first")
+    require_no_link_to(data, clone)
+    if (data / OWN_FOLDER).is_symlink():
+        raise _leads_out(data / OWN_FOLDER, clone)
     try:
         owner = data.stat().st_uid, data.stat().st_gid
-        for link in _links(data):
-            lead_back = _in_production(link.readlink(), clone, volumes)
+        for link, lead_back in _leading_back(data, clone, volumes):
             link.unlink()
             link.symlink_to(lead_back)
             give(link, owner)
@@ -49,7 +53,8 @@ def release(data: Path, clone: Clone, volumes: Sequence[Volume], written: str) -
             aside.replace(data / _SETTINGS)
         for name in _LEFT_OVER:
             (data / name).unlink(missing_ok=True)
-        _tell_archiver(_log_of(data, clone, volumes), written, owner)
+        with log_of(data, clone, volumes) as log, _log_in(*_production_log(placement, volumes)) as theirs:
+            archiving.tell(log, theirs, written, owner)
         if (data / OWN_FOLDER).exists():
             shutil.rmtree(data / OWN_FOLDER)
     except OSError as error:
@@ -57,55 +62,57 @@ def release(data: Path, clone: Clone, volumes: Sequence[Volume], written: str) -
     os.sync()  # the clone's server may have run without fsync; from here on this is production
 
 
-def _log_of(data: Path, clone: Clone, volumes: Sequence[Volume]) -> Path:
-    """Give where the clone's log lies now, whose link leads into production's volumes by now if it is one."""
-    log = data / "pg_wal"
-    if not log.is_symlink():
-        return log
-    copies, target = dict(clone.paths), log.readlink()
-    for volume in volumes:
-        if target.is_relative_to(volume.path) and volume.name in copies:
-            return copies[volume.name] / target.relative_to(volume.path)
-    return log
+@contextlib.contextmanager
+def _log_in(production: Path, below: Path) -> Iterator[int | None]:
+    """Open production's pg_wal, None where it is gone; raises `RestoreError` where a link leads away from it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            log = stack.enter_context(entered(production, below))
+        except FileNotFoundError:
+            log = None
+        except NotADirectoryError as error:
+            raise RestoreError(
+                f"what production has not archived yet cannot be told: {error.filename} is no folder",
+                hint="where pg_wal was moved, start the cluster and the service once, so that the place is known",
+            ) from error
+        yield log
 
 
-def _tell_archiver(log: Path, written: str, owner: tuple[int, int]) -> None:
-    """Leave `archive_status` as PostgreSQL's own recovery does where archiving is on, which in a clone it is not.
+def _production_log(placement: Placement, volumes: Sequence[Volume]) -> tuple[Path, Path]:
+    """Give the volume that production's pg_wal lies in, and where in it."""
+    spot = placement.wal or Spot(placement.data.volume, f"{placement.data.path}/pg_wal".lstrip("/"))
+    return next(Path(volume.path).resolve() for volume in volumes if volume.name == spot.volume), Path(spot.path)
 
-    The log of earlier timelines is done: production has archived it, and what the clone has of it is cut off where the
-    clone left it. The history file and the finished segments of the clone's own timeline wait for the archiver: without
-    the former a later recovery from the archive would follow the timeline that was given up (xlogarchive.c). What lies
-    at or behind `written` is not finished, or was made in advance.
+
+def _leading_back(data: Path, clone: Clone, volumes: Sequence[Volume]) -> list[tuple[Path, Path]]:
+    """Give each link of the data directory, and where in production's volumes it has to lead.
+
+    Raises:
+        RestoreError: one leads out of the clone, by other links or `..` too.
     """
-    names = sorted(entry.name for entry in log.iterdir() if entry.is_file())
-    segments = [name for name in names if is_segment(name) and not (name[:8] == written[:8] and name >= written)]
-    own = int(written[:8], 16)
-    status = log / "archive_status"
-    if status.is_symlink():
-        raise RestoreError(f"{status} is a link, which PostgreSQL makes none of", hint="see who put it there")
-    status.mkdir(mode=0o700, exist_ok=True)
-    give(status, owner)
-    for name in [*segments, *(name for name in names if history_timeline(name) is not None)]:
-        waits = int(name[:8], 16) == own
-        there, other = (status / f"{name}.{state}" for state in (("ready", "done") if waits else ("done", "ready")))
-        other.unlink(missing_ok=True)
-        os.close(os.open(there, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
-        give(there, owner)
-
-
-def _links(data: Path) -> Iterator[Path]:
-    for link in (data / "pg_wal", *sorted((data / "pg_tblspc").iterdir())):
-        if link.is_symlink():
-            yield link
-
-
-def _in_production(path: Path, clone: Clone, volumes: Sequence[Volume]) -> Path:
-    """Give the place in production's volumes that answers to a place in the clone, or is one already."""
     places = {volume.name: Path(volume.path) for volume in volumes}
-    for volume, copy in clone.paths:
-        if path.is_relative_to(copy) and volume in places:
-            return places[volume] / path.relative_to(copy)
-    for place in places.values():
-        if path.is_relative_to(place):
-            return path
-    raise RestoreError(f"a link of clone {clone.name} leads to {path}, which is in none of its volumes")
+    below = [_in_clone(data / name, clone, volumes) for name in ("pg_tblspc", "base")]
+    found = []
+    for link in links(data, *below):
+        part = part_of(link.readlink(), clone, volumes)
+        if part is None or part.volume not in places or folder_of(part, clone) is None:
+            raise _leads_out(link, clone)
+        found.append((link, places[part.volume] / part.path))
+    return found
+
+
+def _in_clone(folder: Path, clone: Clone, volumes: Sequence[Volume]) -> Path:
+    """Give the clone's own folder where a link in its place leads there, or back into production by now."""
+    if not folder.is_symlink():
+        return folder
+    own = folder_of(part_of(folder.readlink(), clone, volumes), clone)
+    if own is None:
+        raise _leads_out(folder, clone)
+    return own
+
+
+def _leads_out(link: Path, clone: Clone) -> RestoreError:
+    return RestoreError(
+        f"a link of clone {clone.name} leads to {link.readlink()}, which is in none of its volumes",
+        hint=f"see who put it at {link}",
+    )

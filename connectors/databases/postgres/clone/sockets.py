@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from connectors.databases.postgres.clone.isolation import Isolated, plain
-from connectors.databases.postgres.log.segments import give
+from connectors.databases.postgres.log.files import give
 from trigger.errors import RestoreError
 
 _PATH_LIMIT = 107 - len("/.s.PGSQL.65535.lock")

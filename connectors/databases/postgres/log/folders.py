@@ -12,7 +12,8 @@ import os
 import re
 from pathlib import Path
 
-from connectors.databases.postgres.log.segments import SegmentFolder, give
+from connectors.databases.postgres.log.files import give
+from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import page_header
 from connectors.databases.postgres.lsn import KIND
 from connectors.threads import Threads
@@ -56,6 +57,14 @@ class LogFolders:
         self._look()
         later = (self._later[life] for life in sorted(self._later))
         return [self._first, *(folder for folder in later if folder.path.is_dir())]
+
+    def of_system(self, system: str) -> list[SegmentFolder]:
+        """Give the folders that there are of a cluster's lives, the newest first."""
+        self._look()
+        found = [self._later[life] for life in sorted(self._later, reverse=True) if life[0] == system]
+        if self._is_first(system):
+            found.append(self._first)
+        return [folder for folder in found if folder.path.is_dir()]
 
     def newest(self, system: str) -> int:
         """Give the newest incarnation of a cluster that there is a folder of."""

@@ -164,8 +164,8 @@ class PostgresJournal:
         """Put into `folder` every file that a replay asks for; gives the bytes put there.
 
         For a place these are the segments through the one that holds it and the one behind, for a time or the end all
-        that is held on the target's timeline; and every history file, so that a clone's own timeline gets a number
-        that production never used.
+        that is held on the target's timeline; and every history file of all lives, so that a clone's own timeline gets
+        a number that production never used.
 
         Raises:
             JournalError: part of the stretch is missing or damaged; the message names the first such segment.
@@ -184,7 +184,9 @@ class PostgresJournal:
     def _stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
         segments = self._folders.of(replay.target.history)
         self._audit_of(segments).load()
-        size = segments.stage(replay, folder, progress, self._fetch_into(segments))
+        lives = self._folders.of_system(replay.target.history.system)
+        others = [life for life in lives if life is not segments]
+        size = segments.stage(replay, folder, progress, self._fetch_into(segments), others)
         _require_commit(SegmentFolder(folder, segments.segment_bytes), replay)
         return size
 

@@ -23,8 +23,9 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from connectors.databases.postgres import lsn
+from connectors.databases.postgres.log.files import give
 from connectors.databases.postgres.log.folders import is_of
-from connectors.databases.postgres.log.segments import SegmentFolder, give
+from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, as_owner, last_lines, minimal_environment

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import io
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from connectors.databases.postgres import lsn
+from connectors.databases.postgres.log.files import give, put_new, reading
 from connectors.databases.postgres.log.wal import (
     MAJORS,
     PageHeader,
@@ -36,7 +34,6 @@ from trigger.position import LAST, History, Lineage, Position
 from trigger.replay import Replay, Target
 from trigger.trusted import NotOursError, open_file, require_no_link, why_not_ours
 
-_FICLONE = 0x40049409
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP)
 
@@ -267,6 +264,7 @@ class SegmentFolder:
         folder: Path,
         progress: Progress,
         fetch: Callable[[str], bool] = lambda _: False,
+        others: Sequence[SegmentFolder] = (),
     ) -> int:
         """Put the files that a replay asks for into `folder`; gives the bytes.
 
@@ -276,6 +274,7 @@ class SegmentFolder:
                 is copied under its full name.
             progress: told in bytes.
             fetch: asked for a file by name where the folder does not have it; true if it has it now.
+            others: the folders of other lives of the same cluster.
 
         Raises:
             JournalError: a segment is missing or damaged; the message names the first.
@@ -289,10 +288,7 @@ class SegmentFolder:
         try:
             if self.owner is not None and os.geteuid() == 0:
                 os.fchown(stage, *self.owner)
-            for timeline in self.histories():
-                held = self.locate(f"{timeline:08X}.history")
-                if held is not None:
-                    self._put(held, stage, held.name)
+            self._stage_histories(stage, others)
             needed = self._needed(lineage, replay, fetch)
             for count, segment in enumerate(needed):
                 if not self._stage_one(segment, stage, fetch) and segment.until:
@@ -301,6 +297,20 @@ class SegmentFolder:
         finally:
             os.close(stage)
         return sum(entry.stat().st_size for entry in folder.iterdir())
+
+    def _stage_histories(self, stage: int, others: Sequence[SegmentFolder]) -> None:
+        """Put the history files into the open folder `stage`, and of each timeline that only `others` know theirs.
+
+        The latter are there for their numbers: a new timeline takes the first that has no file, and the archive and
+        the server's clients may have met it in the other life.
+        """
+        put: set[int] = set()
+        for folder in (self, *others):
+            for timeline in sorted(folder.histories().keys() - put):
+                held = folder.locate(f"{timeline:08X}.history")
+                if held is not None:
+                    self._put(held, stage, held.name)
+                    put.add(timeline)
 
     def end_of_run(self, timeline: int, at: Lsn) -> Lsn | None:
         """Give where the segments end that follow on each other from the one with `at` on; None where it is not there.
@@ -377,21 +387,25 @@ class SegmentFolder:
         return tuple(reversed(owners))
 
     def _stage_one(self, needed: Needed, stage: int, fetch: Callable[[str], bool]) -> bool:
-        """Put every file of a segment that is held into the open folder `stage`; whether the newest one was."""
-        newest = False
+        """Put every file of a segment that is held into the open folder `stage`; whether the newest one was.
+
+        Damage in an older timeline's file is none to a replay that has a newer one: PostgreSQL reads that.
+        """
+        newest = put = False
         for index, timeline in enumerate(needed.timelines):
             for partial in (False, True):
                 name = SegmentName(timeline, needed.number, partial)
                 source = self.file(name)
                 if source.name in self.damaged and source.exists():  # what was lost may come again, unfinished at first
-                    if needed.until is None:
-                        continue  # the replay stops before it
+                    if needed.until is None or put:
+                        continue  # the replay stops before it, or reads the newer one
                     raise JournalError(
                         f"segment {source.name} of the journal is damaged: {self.damaged[source.name]}",
                         hint="restore from a point after it, or put a sound copy in its place and audit again",
                     )
                 if (source.exists() or fetch(source.name)) and source.stat().st_size == self.segment_bytes:
                     self._put(source, stage, name.text(self.segment_bytes), copy=partial)
+                    put = True
                     if index == 0:
                         self._require_reaches(name, needed.until)
                         newest = True
@@ -427,14 +441,7 @@ class SegmentFolder:
                 except OSError as error:
                     if error.errno not in _NO_LINK:
                         raise
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with os.fdopen(open_file(Path(name), flags, folder=stage), "wb") as writing:
-                try:
-                    fcntl.ioctl(writing.fileno(), _FICLONE, file.fileno())
-                except OSError:
-                    shutil.copyfileobj(file, writing, 1 << 20)
-                if self.owner is not None and os.geteuid() == 0:
-                    os.fchown(writing.fileno(), *self.owner)
+            put_new(name, stage, file, self.owner)
 
     def _let_owner_read(self, source: int) -> None:
         """Let the owner of the data read, by group, a segment that somebody else wrote; never write it."""
@@ -481,16 +488,3 @@ class SegmentFolder:
         for name in names:
             self.file(name).unlink(missing_ok=True)
             self.damaged.pop(self.file(name).name, None)
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[io.FileIO]:
-    """Give an ordinary file to read, without a buffer; raises `NotOursError` for a link, a pipe or a device."""
-    with io.FileIO(open_file(path)) as file:
-        yield file
-
-
-def give(path: Path, owner: tuple[int, int] | None) -> None:
-    """Make `path` belong to (user, group); nothing where we are not root."""
-    if owner is not None and os.geteuid() == 0:
-        os.chown(path, *owner, follow_symlinks=False)

@@ -57,11 +57,11 @@ class Idle:
         return []
 
 
-def put(folder: Path, system: int, *numbers: int, size: int = SMALL, fill: bytes = b"\0") -> None:
+def put(folder: Path, system: int, *numbers: int, size: int = SMALL, fill: bytes = b"\0", timeline: int = 1) -> None:
     """Put segments without a record into a folder."""
     for number in numbers:
-        head = struct.pack("=HHIQI4xQII", 0xD110, 2, 1, number * size, 0, system, size, 8192)
-        (folder / SegmentName(1, number).text(size)).write_bytes(head + fill * (size - len(head)))
+        head = struct.pack("=HHIQI4xQII", 0xD110, 2, timeline, number * size, 0, system, size, 8192)
+        (folder / SegmentName(timeline, number).text(size)).write_bytes(head + fill * (size - len(head)))
 
 
 def begun(folders: LogFolders, life: History, *numbers: int) -> SegmentFolder:
@@ -151,10 +151,10 @@ def test_what_the_starts_of_several_lives_ask_for_stays_in_each_of_them(folder: 
     asyncio.run(run())
 
 
-def staged(made: PostgresJournal, folder: Path, life: History, until: int) -> None:
-    """Stage what is needed to go from the second segment to the end of what is held, at least to a place."""
+def staged(made: PostgresJournal, folder: Path, life: History, until: int, first: int = 2) -> None:
+    """Stage what is needed to go from a segment to the end of what is held, at least to a place."""
     latest = Target(life, None, False, "the latest of it")
-    asyncio.run(made.stage(Replay(latest, Position(life, Lsn(2 * SMALL)), until), folder / "staged", silent))
+    asyncio.run(made.stage(Replay(latest, Position(life, Lsn(first * SMALL)), until), folder / "staged", silent))
 
 
 def test_a_restore_of_an_earlier_life_does_not_take_the_log_of_the_present_one_from_the_archive(folder: Path) -> None:
@@ -170,6 +170,61 @@ def test_a_restore_of_an_earlier_life_does_not_take_the_log_of_the_present_one_f
     with pytest.raises(JournalError, match="000000010000000000000004 is not in the journal"):
         staged(made, folder, OLD, 6 * SMALL)
     assert numbers(folders.of(OLD)) == [1, 2, 3, 5]
+
+
+def left_in_segment_4(folder: Path) -> SegmentFolder:
+    """Give a log whose first timeline was left in the middle of a segment, which both timelines have."""
+    put(folder / "journal", 111, 2, 3, 4)
+    put(folder / "journal", 111, 4, 5, timeline=2)
+    (folder / "journal" / "00000002.history").write_text(f"1\t{Lsn(4 * SMALL + 600)}\tno reason\n")
+    return SegmentFolder(folder / "journal", SMALL)
+
+
+def through_the_fork(segments: SegmentFolder, folder: Path) -> int:
+    latest = Target(history("111", 2), None, False, "the latest of it")
+    return segments.stage(Replay(latest, Position(OLD, Lsn(2 * SMALL)), 6 * SMALL), folder / "staged", silent)
+
+
+def test_damage_in_the_file_of_the_timeline_that_was_left_stops_no_replay_that_reads_the_newer_one(
+    folder: Path,
+) -> None:
+    segments = left_in_segment_4(folder)
+    older = SegmentName(1, 4).text(SMALL)
+    segments.damaged[older] = "page 0/4002000 has no valid header"
+    through_the_fork(segments, folder)
+    staged = {entry.name for entry in (folder / "staged").iterdir()}
+    assert SegmentName(2, 4).text(SMALL) in staged
+    assert older not in staged
+
+
+@pytest.mark.parametrize("name", [SegmentName(2, 4), SegmentName(1, 3)], ids=["the newer one", "the only one"])
+def test_damage_in_the_file_that_a_replay_reads_is_said(folder: Path, name: SegmentName) -> None:
+    segments = left_in_segment_4(folder)
+    segments.damaged[name.text(SMALL)] = "page 0/4002000 has no valid header"
+    with pytest.raises(JournalError, match=f"segment {name.text(SMALL)} of the journal is damaged"):
+        through_the_fork(segments, folder)
+
+
+def test_damage_in_the_older_file_is_said_where_the_newer_one_is_not_there(folder: Path) -> None:
+    segments = left_in_segment_4(folder)
+    segments.file(SegmentName(2, 4)).unlink()
+    older = SegmentName(1, 4).text(SMALL)
+    segments.damaged[older] = "page 0/4002000 has no valid header"
+    with pytest.raises(JournalError, match=f"segment {older} of the journal is damaged"):
+        through_the_fork(segments, folder)
+
+
+def test_a_replay_meets_every_timeline_that_any_life_of_the_cluster_had(folder: Path) -> None:
+    put(folder / "journal", 111, *range(1, 6))
+    folders = LogFolders(folder / "journal", SMALL)
+    lives = (folders.of(OLD), begun(folders, NEW, *range(4, 8)), begun(folders, NEWEST, *range(4, 8)))
+    begun(folders, history("222", 1), 4).path.joinpath("00000007.history").write_text("another cluster's")
+    for number, (life, timelines) in enumerate(zip(lives, ((2, 3), (2, 4), (4,)), strict=True)):
+        for timeline in timelines:
+            (life.path / f"{timeline:08X}.history").write_text(f"1\t0/{number + 1}00000\tlife {number}\n")
+    staged(journal(folders, Idle(), NEWEST), folder, NEW, 8 * SMALL, first=4)
+    found = {entry.name: entry.read_text().split()[-1] for entry in (folder / "staged").glob("*.history")}
+    assert found == {"00000002.history": "1", "00000003.history": "0", "00000004.history": "1"}
 
 
 def test_the_log_of_a_cluster_with_segments_of_another_size_is_held_and_let_go_of_by_its_own_size(folder: Path) -> None:

@@ -1,0 +1,90 @@
+"""Ways inside a copy of a cluster on which root follows no link: all that lies there is its owner's to change."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trigger.model import Volume
+from trigger.ports import Clone
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Part(NamedTuple):
+    """A place in a volume, wherever that or a copy of it lies."""
+
+    volume: str
+    path: Path
+    """From the top of the volume on; "." for that."""
+
+
+def part_of(path: Path, clone: Clone, volumes: Sequence[Volume]) -> Part | None:
+    """Give what a path of production, or of the clone itself, means; None where the clone has no copy of it.
+
+    Only words are looked at, so that a path with `..` may mean anything, and is none.
+    """
+    if ".." in path.parts:
+        return None
+    copies = dict(clone.paths)
+    for volume, copy in copies.items():
+        if path.is_relative_to(copy):
+            return Part(volume, path.relative_to(copy))
+    for one in sorted(volumes, key=lambda volume: len(volume.path), reverse=True):
+        for root in (Path(one.path), Path(os.path.realpath(one.path))):
+            if path.is_relative_to(root) and one.name in copies:
+                return Part(one.name, path.relative_to(root))
+    return None
+
+
+def folder_of(part: Part | None, clone: Clone) -> Path | None:
+    """Give the clone's folder for a part of a volume; None where there is none, or a link is on the way to it."""
+    if part is None or part.volume not in dict(clone.paths):
+        return None
+    copy = dict(clone.paths)[part.volume]
+    try:
+        with entered(copy, part.path):
+            return copy / part.path
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def entered(top: Path, below: Path = Path()) -> Iterator[int]:
+    """Give a descriptor of the folder `below` in `top`, none of which, `top` included, may be a link.
+
+    Raises:
+        OSError: one is, or it is not there.
+    """
+    here = os.open(top, _FOLDER)
+    try:
+        place = top
+        for name in below.parts:
+            place /= name
+            here, above = _step(here, name, place), here
+            os.close(above)
+        yield here
+    finally:
+        os.close(here)
+
+
+def _step(here: int, name: str, place: Path) -> int:
+    try:
+        return os.open(name, _FOLDER, dir_fd=here)
+    except OSError as error:
+        error.filename = str(place)
+        raise
+
+
+def empty(folder: int, which: Callable[[str], bool] = lambda _: True) -> None:
+    """Remove from an open folder the entries with such names, and nothing that a link among them leads to."""
+    for name in filter(which, os.listdir(folder)):
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            shutil.rmtree(name, dir_fd=folder)
+        else:
+            os.unlink(name, dir_fd=folder)

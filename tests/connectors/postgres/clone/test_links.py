@@ -1,0 +1,154 @@
+"""Where the owner of a clone's data has put a link, nothing behind it is read, changed, made or given away by root."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from connectors.databases.postgres import lsn
+from connectors.databases.postgres.clone import isolation
+from connectors.databases.postgres.clone.isolation import Isolated, Placement, Spot
+from connectors.databases.postgres.clone.release import release
+from tests.fixtures.volumes import plain_folder
+from trigger.errors import RestoreError
+from trigger.model import Bracket, Volume
+from trigger.ports import Clone
+from trigger.position import Position
+
+pytestmark = [pytest.mark.root]
+
+NOBODY = 65534
+SEGMENT = f"{1:08X}{0:08X}{5:08X}"
+WRITTEN = f"{2:08X}{0:08X}{6:08X}"
+HISTORY = lsn.history("111", 1)
+BRACKET = Bracket(Position(HISTORY, 1), Position(HISTORY, 2), {"label": "START WAL LOCATION: 0/1 (file x)"})
+PLACEMENT = Placement(Spot("main", "data"), None, ())
+
+
+class Site:
+    """A volume of production, a clone of it, and a folder of root's beside them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.roots, self.volume, self.copy = folder / "roots", folder / "volume", folder / "clones" / "one"
+        self.data = self.copy / "data"
+        for made in (self.roots, self.volume / "data" / "pg_wal" / "archive_status"):
+            made.mkdir(parents=True)
+        for name in ("pg_tblspc", "base", "pg_replslot", "pg_stat_tmp", "pg_wal/archive_status"):
+            (self.data / name).mkdir(parents=True)
+        (self.data / "PG_VERSION").write_text("16\n")
+        for name in (SEGMENT, "backup", "00000002.history", "postgresql.conf"):
+            (self.roots / name).write_text("root's")
+        for one in (self.copy, *self.copy.rglob("*")):
+            os.chown(one, NOBODY, NOBODY)
+        self.clone = Clone("one", "point", (("main", self.copy),), datetime.now(UTC))
+        self.volumes = [Volume("main", str(self.volume))]
+
+    def isolate(self, bracket: Bracket | None = BRACKET) -> Isolated:
+        return isolation.isolate(self.clone, PLACEMENT, self.volumes, bracket)
+
+    def release(self) -> None:
+        release(self.data, self.clone, PLACEMENT, self.volumes, WRITTEN)
+
+    def lead(self, name: str, target: Path | str) -> None:
+        """Put a link in the place of a folder of the clone's data."""
+        if (self.data / name).exists():
+            for entry in sorted((self.data / name).rglob("*"), reverse=True):
+                entry.rmdir()
+            (self.data / name).rmdir()
+        (self.data / name).symlink_to(target)
+
+    def untouched(self) -> bool:
+        names = {entry.name for entry in self.roots.rglob("*")}
+        owners = {entry.lstat().st_uid for entry in (self.roots, *self.roots.rglob("*"))}
+        return names == {SEGMENT, "backup", "00000002.history", "postgresql.conf"} and owners == {0}
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with plain_folder() as folder:
+        yield Site(folder)
+
+
+def out_of(site: Site) -> list[Path | str]:
+    """Give ways by which a link leads out of the clone or the volume, though it begins in it."""
+    (site.copy / "way").symlink_to(site.roots.parent)
+    return [site.roots, site.copy / ".." / ".." / "roots", site.copy / "way" / "roots"]
+
+
+def test_no_status_of_the_archiver_is_emptied_behind_a_link(site: Site) -> None:
+    site.lead("pg_wal/archive_status", site.roots)
+    site.isolate()
+    assert site.untouched()
+    assert not (site.data / "pg_wal" / "archive_status").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["pg_wal", "pg_tblspc", "base", "pg_tblspc/16384"])
+@pytest.mark.parametrize("way", range(3), ids=["straight", "by dots", "by another link"])
+def test_a_clone_whose_folder_leads_out_of_it_is_neither_isolated_nor_released(site: Site, name: str, way: int) -> None:
+    target = out_of(site)[way]
+    site.lead(name, target)
+    for act in (site.isolate, site.release):
+        with pytest.raises(RestoreError, match="leads to"):
+            act()
+        assert site.untouched()
+        assert (site.data / name).readlink() == Path(target)
+
+
+def test_a_data_directory_that_is_a_link_is_not_isolated_nor_released(site: Site) -> None:
+    theirs = site.volume / "data"
+    (theirs / "PG_VERSION").write_text("16\n")
+    (theirs / "postmaster.opts").write_text("production's")
+    os.chown(theirs, NOBODY, NOBODY)
+    site.data.rename(site.copy / "moved")
+    site.data.symlink_to(theirs)
+    for act in (site.isolate, site.release):
+        with pytest.raises(RestoreError, match="a link inside the clone"):
+            act()
+    assert (theirs / "postmaster.opts").exists()
+
+
+def test_none_of_our_files_is_written_or_removed_where_a_link_leads(site: Site) -> None:
+    isolated = site.isolate()
+    isolated.folder.rmdir()
+    isolated.folder.symlink_to(site.roots)
+    acts = (
+        lambda: isolation.write_configuration(isolated, {}),
+        lambda: isolation.listen(isolated, None),
+        lambda: isolation.point_at_log(isolated, site.volume),
+    )
+    for act in acts:
+        with pytest.raises(NotADirectoryError):
+            act()
+    with pytest.raises(RestoreError, match="leads to"):
+        site.release()
+    assert site.untouched()
+
+
+def test_the_archiver_is_told_nothing_behind_a_link(site: Site) -> None:
+    site.isolate()
+    for name in (WRITTEN, "00000002.history"):
+        (site.data / "pg_wal" / name).touch()
+    site.lead("pg_wal/archive_status", site.roots)
+    with pytest.raises(RestoreError, match="archive_status"):
+        site.release()
+    assert site.untouched()
+
+
+def test_what_leads_into_the_clone_or_its_volume_leads_back_into_production(site: Site) -> None:
+    (site.copy / "log" / "archive_status").mkdir(parents=True)
+    (site.copy / "space").mkdir()
+    site.lead("pg_wal", site.volume / "log")
+    site.lead("pg_tblspc/16384", site.volume / "space")
+    site.isolate(None)
+    assert (site.data / "pg_wal").readlink() == site.copy / "log"
+    for name in (SEGMENT, WRITTEN, "00000002.history"):
+        (site.copy / "log" / name).touch()
+    for _ in range(2):
+        site.release()
+        assert (site.data / "pg_wal").readlink() == site.volume / "log"
+        assert (site.data / "pg_tblspc" / "16384").readlink() == site.volume / "space"
+    assert (site.copy / "log" / "archive_status" / f"{SEGMENT}.done").exists()
