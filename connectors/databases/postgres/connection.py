@@ -32,7 +32,10 @@ async def connect(dsn: str) -> psycopg.AsyncConnection[Any]:
     Errors of psycopg pass through; on any error, and on cancellation, nothing stays open.
     """
     raw = conninfo.make_conninfo(dsn, client_encoding=_RAW)
-    connection = await psycopg.AsyncConnection.connect(raw, autocommit=True)
+    try:
+        connection = await psycopg.AsyncConnection.connect(raw, autocommit=True)
+    except psycopg.OperationalError as error:
+        raise _legible(error) from None
     try:
         encoding = encoding_of(connection)
         if encoding != _RAW and readable(encoding):  # psycopg has its words for errors, and our parameters, in it
@@ -44,6 +47,13 @@ async def connect(dsn: str) -> psycopg.AsyncConnection[Any]:
         await connection.close()
         raise
     return connection
+
+
+def _legible(error: psycopg.OperationalError) -> psycopg.OperationalError:
+    """Give a refusal with the server's words in UTF-8, if they are that: nobody has told it of an encoding yet."""
+    said = error.pgconn.error_message if error.pgconn is not None else b""
+    legible = said and "\N{REPLACEMENT CHARACTER}" in str(error)
+    return psycopg.OperationalError(said.decode(errors="backslashreplace").strip()) if legible else error
 
 
 @lru_cache(64)

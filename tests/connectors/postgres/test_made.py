@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg
 import pytest
 
+from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.database import Postgres
 from connectors.databases.postgres.made import is_ours
+from connectors.databases.postgres.programs import minimal_environment
 from connectors.databases.postgres.stream.slot import slot_name
 from tests.fixtures.postgres import Cluster, running_cluster
 from tests.fixtures.service import deployment
@@ -190,3 +193,12 @@ def test_commit_never_waits_for_the_journal_by_its_programs_name_and_that_it_wai
         refused = here.trigpoint("check", check=False)
         assert refused.returncode != 0
         assert "synchronous_standby_names" in refused.stdout
+
+
+def test_a_refusal_of_a_server_that_speaks_another_language_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    german = minimal_environment() | {"LANGUAGE": "de", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
+    monkeypatch.setattr("tests.fixtures.postgres.minimal_environment", lambda: german)
+    with plain_folder() as folder, running_cluster(18, folder / "data", lc_messages="C.UTF-8") as made:
+        with pytest.raises(psycopg.OperationalError) as refused:
+            asyncio.run(connect(f"{made.conninfo} dbname=schrödinger"))
+    assert "schrödinger" in str(refused.value)
