@@ -198,7 +198,10 @@ def test_commit_never_waits_for_the_journal_by_its_programs_name_and_that_it_wai
 def test_a_refusal_of_a_server_that_speaks_another_language_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     german = minimal_environment() | {"LANGUAGE": "de", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
     monkeypatch.setattr("tests.fixtures.postgres.minimal_environment", lambda: german)
-    with plain_folder() as folder, running_cluster(18, folder / "data", lc_messages="C.UTF-8") as made:
-        with pytest.raises(psycopg.OperationalError) as refused:
-            asyncio.run(connect(f"{made.conninfo} dbname=schrödinger"))
+    with (
+        plain_folder() as folder,
+        running_cluster(18, folder / "data", lc_messages="C.UTF-8") as made,
+        pytest.raises(psycopg.OperationalError) as refused,
+    ):
+        asyncio.run(connect(f"{made.conninfo} dbname=schrödinger"))
     assert "schrödinger" in str(refused.value)
