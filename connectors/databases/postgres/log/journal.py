@@ -118,8 +118,21 @@ class PostgresJournal:
         return found
 
     async def lineage(self, history: History) -> Lineage:
-        """Give the past of `history` by its timeline history file; raises `JournalError` where that is not held."""
-        return await self._folders.threads.run(lambda: self._folders.of(history).lineage(history))
+        """Give the past of `history` by its timeline history file, which an archive is asked for.
+
+        Raises:
+            JournalError: nobody has it.
+        """
+        return await self._folders.threads.run(partial(self._lineage, history))
+
+    def _lineage(self, history: History) -> Lineage:
+        segments = self._folders.of(history)
+        try:
+            return segments.lineage(history)
+        except JournalError:
+            if not (segments.path.is_dir() and self._fetch_into(segments)(f"{history.branch:08X}.history")):
+                raise
+            return segments.lineage(history)
 
     async def commits(self, lineage: Lineage, begin: int, end: int, like: Name) -> AsyncGenerator[Logged, None]:
         """Give the commits of a stretch of a lineage, by the log itself; see port `Journal`."""

@@ -293,3 +293,18 @@ def test_each_life_has_files_of_its_own_size(folder: Path) -> None:
             assert kept.file_start(Position(life, Lsn(7 * SMALL + 5))) == 7 * SMALL // size * size
 
     asyncio.run(run())
+
+
+def test_the_history_file_that_a_lineage_needs_is_fetched_from_the_archive(folder: Path) -> None:
+    put(folder / "journal", 111, 1)
+    (folder / "archive" / "00000002.history").write_text("1\t0/100\tno recovery target specified\n")
+    folders = LogFolders(folder / "journal", SMALL)
+    reader = ArchiveReader(f"cp {folder / 'archive'}/%f %p", Server())
+
+    async def present() -> History:
+        return OLD
+
+    made = PostgresJournal(folders, reader, present, lambda _: None, lambda: OLD)
+    assert asyncio.run(made.lineage(history("111", 2))).forks == ((1, 0x100),)
+    with pytest.raises(JournalError, match="is not in"):
+        asyncio.run(made.lineage(history("111", 3)))
