@@ -205,6 +205,9 @@ def _of_commit(found: Found, known: _Known, lineage: Lineage, left: bool) -> Loc
 def _of_logged(one: Logged, known: _Known, lineage: Lineage) -> Location:
     way = known.way(Target(one.history, one.start, True, f"commit {one.name}", commit=one.record), lineage)
     did = f", which {one.did}" if one.did else ""
+    if gap := known.gap_at(one.start, lineage, None):
+        reason = f"it lies in a gap: {gap.reason}; the log has it{did}; {way.words}"
+        return Location(Where.GAP, one.record, one.history, way.after, None, gap, reason, way.base)
     reason = f"no stream showed it, or no rule asked for it; it lies in the log{did}; {way.words}"
     return Location(Where.LOG, one.record, one.history, way.after, None, None, reason, way.base)
 
