@@ -372,7 +372,7 @@ def test_a_missing_segment_ends_in_the_servers_own_words_and_no_server(folder: P
         with pytest.raises(RestoreError, match="recovery ended before configured recovery target was reached"):
             await here.recovery.start(clone, here.volumes, cut.replay(target), folder / "empty", silent)
         async with asyncio.timeout(5):  # it has said its last words, and is ending
-            while _servers_in(clone.paths[0][1]):
+            while _servers_in(clone.paths[0][1]):  # noqa: ASYNC110 - a program that ends by itself
                 await asyncio.sleep(0.05)
 
     with ground(15, folder, btrfs=True) as here:
