@@ -34,7 +34,7 @@ def brought_back(here: Deployment, question: str, *target: str) -> Any:
         with psycopg.connect(f"{report['conninfo']} dbname=postgres") as clone:
             return clone.execute(question).fetchone()
     finally:
-        here.trigpoint("clones", "drop", "named")
+        here.trigpoint("clones", "drop", "--yes", "named")
 
 
 @pytest.mark.parametrize("major", [15, 18])
