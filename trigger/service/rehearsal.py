@@ -11,7 +11,6 @@ import contextlib
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from trigger.config.options import CatalogOptions, Options
 from trigger.errors import TrigpointError
@@ -135,9 +134,5 @@ async def _clear(parts: Parts) -> None:
 
 def _remove(apart: Options) -> None:
     for folder in (apart.state_folder, apart.storage.folder):
-        _remove_folder(folder)
-
-
-def _remove_folder(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)

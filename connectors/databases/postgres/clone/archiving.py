@@ -17,7 +17,7 @@ from pathlib import Path
 
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.clone.isolation import is_segment
-from connectors.databases.postgres.log.files import put_new, reading
+from connectors.databases.postgres.log.files import give_open, put_new, reading
 from connectors.databases.postgres.log.wal import SegmentName, history_timeline, page_header
 from trigger.errors import RestoreError
 from trigger.trusted import open_file
@@ -48,11 +48,12 @@ def tell(log: int, production: int | None, written: str, owner: tuple[int, int])
     """
     own = _Own.of(log, written)
     with _status_of(log, owner) as status:
-        waiting = {name for name in _unarchived(log) if _timeline(name) != own.timeline}
+        snapshots = _unarchived(log)
+        waiting = {name for name in snapshots if _timeline(name) != own.timeline}
         if production is not None and _system(production) in ("", own.system):
             waiting = {name for name in _unarchived(production) if _timeline(name) != own.timeline}
             for name in waiting.copy():
-                if not _take(name, production, log, own, owner) and name not in _unarchived(log):
+                if not _take(name, production, log, own, owner) and name not in snapshots:
                     waiting.discard(name)
         names = [name for name in sorted(os.listdir(log)) if _is_file(name, log)]
         finished = [name for name in names if is_segment(name) and not (name[:8] == written[:8] and name >= written)]
@@ -163,8 +164,7 @@ def _status_of(log: int, owner: tuple[int, int]) -> Iterator[int]:
             f"{_STATUS} is a link or a file, which PostgreSQL makes none of", hint="see who put it there"
         ) from None
     try:
-        if os.geteuid() == 0:
-            os.fchown(status, *owner)
+        give_open(status, owner)
         yield status
     finally:
         os.close(status)
@@ -177,7 +177,6 @@ def _mark(name: str, state: str, status: int, owner: tuple[int, int]) -> None:
             os.unlink(f"{name}.{old}", dir_fd=status)
     file = open_file(Path(f"{name}.{state}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, folder=status)
     try:
-        if os.geteuid() == 0:
-            os.fchown(file, *owner)
+        give_open(file, owner)
     finally:
         os.close(file)

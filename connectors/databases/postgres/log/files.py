@@ -28,6 +28,12 @@ def give(path: Path, owner: tuple[int, int] | None) -> None:
         os.chown(path, *owner, follow_symlinks=False)
 
 
+def give_open(descriptor: int, owner: tuple[int, int] | None) -> None:
+    """Make what is open belong to (user, group); nothing where we are not root."""
+    if owner is not None and os.geteuid() == 0:
+        os.fchown(descriptor, *owner)
+
+
 def put_new(name: str, folder: int, file: io.FileIO, owner: tuple[int, int] | None) -> None:
     """Make a file of that name in an open folder, with what `file` holds (shared with it where that goes); give it.
 
@@ -40,5 +46,4 @@ def put_new(name: str, folder: int, file: io.FileIO, owner: tuple[int, int] | No
             fcntl.ioctl(writing.fileno(), _FICLONE, file.fileno())
         except OSError:
             shutil.copyfileobj(file, writing, 1 << 20)
-        if owner is not None and os.geteuid() == 0:
-            os.fchown(writing.fileno(), *owner)
+        give_open(writing.fileno(), owner)

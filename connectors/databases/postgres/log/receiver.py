@@ -160,8 +160,7 @@ class Receiver:
             async with self._connect() as connection:
                 begin, head = await _make_slot(connection, self._slot), await _head(connection)
                 if begin is not None and begin[1] > head.written:  # of a log that is no more, as before pg_resetwal
-                    await connection.execute(f"DROP_REPLICATION_SLOT {self._slot} WAIT".encode())
-                    await _make_slot(connection, self._slot)
+                    await _make_slot_anew(connection, self._slot)
                 english = _may_ask_for_english(connection)
             await segments.threads.run(partial(_drop_half_made, segments))
             async with self._arguments(english=english) as (option, environment):
@@ -232,8 +231,7 @@ class Receiver:
                 elif _OTHER_PAST.search(words) and head.timeline > 1:
                     begin = await _fork(connection, head)
                 if begin is None:
-                    await connection.execute(f"DROP_REPLICATION_SLOT {self._slot} WAIT".encode())
-                    begin = await _make_slot(connection, self._slot) or (head.timeline, head.written)
+                    begin = await _make_slot_anew(connection, self._slot) or (head.timeline, head.written)
             timeline, number = begin[0], begin[1] // segments.segment_bytes
             await segments.threads.run(
                 partial(_mark, segments, SegmentName(timeline, number, partial=True), self.owner)
@@ -340,6 +338,12 @@ async def _make_slot(connection: psycopg.AsyncConnection[Any], slot: str) -> tup
     with contextlib.suppress(psycopg.errors.DuplicateObject):
         await connection.execute(f"CREATE_REPLICATION_SLOT {slot} PHYSICAL RESERVE_WAL".encode())
     return await _reserved(connection, slot)
+
+
+async def _make_slot_anew(connection: psycopg.AsyncConnection[Any], slot: str) -> tuple[int, Lsn] | None:
+    """Drop the slot and make it again; gives what `_make_slot` gives."""
+    await connection.execute(f"DROP_REPLICATION_SLOT {slot} WAIT".encode())
+    return await _make_slot(connection, slot)
 
 
 async def _reserved(connection: psycopg.AsyncConnection[Any], slot: str) -> tuple[int, Lsn] | None:

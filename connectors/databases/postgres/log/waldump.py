@@ -128,14 +128,13 @@ class WalDump:
     async def commits(self, stretch: Stretch, limit: int) -> list[LoggedCommit]:
         """Give the first `limit` commits whose records begin in a stretch; fewer where its log ends before."""
         found: list[LoggedCommit] = []
-        with contextlib.suppress(_EndOfLog):
-            async with aclosing(self._lines(stretch, "--rmgr=Transaction")) as lines:
-                async for line in lines:
-                    commit = parse_commit(line)
-                    if commit is not None and commit.start >= stretch.start:
-                        found.append(commit)
-                    if len(found) >= limit:
-                        break
+        async with aclosing(self.transactions(stretch)) as lines:
+            async for line in lines:
+                commit = parse_commit(line)
+                if commit is not None and commit.start >= stretch.start:
+                    found.append(commit)
+                if len(found) >= limit:
+                    break
         return found
 
     async def transactions(self, stretch: Stretch) -> AsyncGenerator[str, None]:
