@@ -136,7 +136,7 @@ class Postgres:
         self.journal_slot = f"{name}_journal"
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._confirmed: psycopg.AsyncConnection[Any] | None = None
-        self._system = self._home = ""
+        self._system = self._home = self._role = ""
         self._lineage = Lineage(history("", 0))
         self.lives = Lives(deadline_seconds)
         self._turn = asyncio.Lock()
@@ -410,14 +410,10 @@ class Postgres:
             except psycopg.Error as error:
                 refusal = refusal or error
                 continue
-            self._home = name
+            self._home, self._role = name, connection.info.user
             return connection
         assert refusal is not None
         raise refusal
-
-    @property
-    def _role(self) -> str:
-        return self._connection.info.user if self._connection is not None else "the role"
 
     @property
     def _any_dsn(self) -> str:

@@ -17,6 +17,7 @@ from connectors.databases.postgres.stream.slot import slot_name
 from tests.fixtures.postgres import Cluster, running_cluster
 from tests.fixtures.service import deployment
 from tests.fixtures.volumes import plain_folder
+from trigger.errors import DatabaseError
 from trigger.model import Severity
 
 pytestmark = pytest.mark.server
@@ -205,3 +206,18 @@ def test_a_refusal_of_a_server_that_speaks_another_language_can_be_read(monkeypa
     ):
         asyncio.run(connect(f"{made.conninfo} dbname=schrödinger"))
     assert "schrödinger" in str(refused.value)
+
+
+def test_a_role_that_may_not_read_where_the_files_lie_is_told_what_to_be_granted(cluster: Cluster) -> None:
+    cluster.sql("CREATE ROLE tri LOGIN REPLICATION")
+
+    async def run() -> None:
+        database = Postgres(cluster.conninfo.replace("user=postgres", "user=tri"), ["postgres"])
+        try:
+            with pytest.raises(DatabaseError) as refused:
+                await database.layout()
+            assert "GRANT SELECT ON pg_file_settings TO tri" in refused.value.hint
+        finally:
+            await database.close()
+
+    asyncio.run(run())
