@@ -8,6 +8,7 @@ from typing import Self
 from trigger.errors import PositionError
 from trigger.position import History, Lineage, Name, Place
 
+_WRAP = 1 << 32
 KIND = "postgres"
 _LSN = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
 
@@ -37,6 +38,15 @@ def history(system: str, timeline: int, incarnation: int = 0) -> History:
 def transaction(xid: int) -> Name:
     """Give what a commit is called: its full transaction id, with the epoch."""
     return Name("", xid)
+
+
+def full_xid(xid: int, near: int) -> int:
+    """Give the 64-bit transaction id whose low half is `xid`, the one nearest to `near`.
+
+    Exact, since the server keeps all transactions that may still be decoded within 2^31 of the next one, also where
+    the low half has just begun again at 3 (T7).
+    """
+    return near + (xid - near + _WRAP // 2) % _WRAP - _WRAP // 2
 
 
 def lineage(of: History, text: str) -> Lineage:

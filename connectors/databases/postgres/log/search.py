@@ -13,7 +13,7 @@ from pathlib import Path
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import behind
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
-from connectors.databases.postgres.lsn import Lsn
+from connectors.databases.postgres.lsn import Lsn, full_xid, transaction
 from trigger.model import Logged, to_microseconds
 from trigger.position import History, Name
 
@@ -25,7 +25,6 @@ _COMMIT = re.compile(
 _TIME = re.compile(r"(\d{4,}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?) UTC")
 _FILES = re.compile(r"rels: ([^;]+)")
 _CHILDREN = re.compile(r"subxacts: ([\d ]+)")
-_WRAP = 1 << 32
 
 
 async def commits(
@@ -72,8 +71,7 @@ def _logged(line: str, history: History, segment_bytes: int, like: Name) -> Logg
 
 
 def _near(low: int, like: Name) -> Name:
-    near = like.number or 0
-    return Name("", max(near + (low - near + _WRAP // 2) % _WRAP - _WRAP // 2, low))
+    return transaction(max(full_xid(low, like.number or 0), low))  # of no commit that is known: as it stands there
 
 
 def _did(line: str) -> str:

@@ -18,7 +18,7 @@ import psycopg
 from psycopg import conninfo
 
 from connectors.databases.postgres.connection import connect
-from connectors.databases.postgres.lsn import Lsn, history, transaction
+from connectors.databases.postgres.lsn import Lsn, full_xid, history, transaction
 from connectors.databases.postgres.stream import publication, slot
 from connectors.databases.postgres.stream.copyboth import (
     NO_SUCH_FILE,
@@ -45,7 +45,6 @@ _SLOT_IN_USE = "55006"
 _NO_SUCH_PUBLICATION = "42704"
 _SKIPPED_PUBLICATION = "skipped loading publication"
 """What PostgreSQL 18 warns of, and goes on without the changes, where the versions before stop with an error."""
-_WRAP = 1 << 32
 
 _T = TypeVar("_T")
 
@@ -466,15 +465,6 @@ async def _first_of_its_timeline(dsn: str, through: Position | None) -> Present:
     """Give the history of a server of which nothing is known."""
     system = await identify(dsn, _ALONE_SECONDS)
     return Present(history(system.identifier, system.timeline), system.flushed)
-
-
-def full_xid(xid: int, near: int) -> int:
-    """Give the 64-bit transaction id whose low half is `xid`, the one nearest to `near`.
-
-    Exact, since the server keeps all transactions that may still be decoded within 2^31 of the next one, also where
-    the low half has just begun again at 3 (T7).
-    """
-    return near + (xid - near + _WRAP // 2) % _WRAP - _WRAP // 2
 
 
 def _literal(text: str) -> str:

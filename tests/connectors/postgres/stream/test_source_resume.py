@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from connectors.databases.postgres.lsn import Lsn
+from connectors.databases.postgres.lsn import Lsn, full_xid
 from connectors.databases.postgres.stream.slot import resume, slot_name
-from connectors.databases.postgres.stream.source import full_xid
 from trigger.position import History, Lineage, Position
 
 HERE = Lineage(History("postgres", "s", 3), ((1, Lsn(100)), (2, Lsn(200))))
