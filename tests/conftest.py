@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from connectors.databases.postgres.programs import find_programs
 from trigger.errors import ConfigError
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # a busy machine is no fault of what is tested
 
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 

@@ -50,7 +50,7 @@ class Place(int):
         return f"{type(self).__name__}({self})"
 
     def __format__(self, spec: str) -> str:
-        return format(str(self), spec)
+        return int.__format__(self, spec) if spec[-1:] in set("bcdoxX") else format(str(self), spec)
 
 
 At = Annotated[int, Place]
@@ -89,7 +89,7 @@ class Name(NamedTuple):
         return self.text if self.number is None else f"{self.text}{self.number}"
 
     def __format__(self, spec: str) -> str:
-        return format(str(self), spec)
+        return int.__format__(self, spec) if spec[-1:] in set("bcdoxX") else format(str(self), spec)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,13 @@ from tests.fixtures import judge
 from tests.fixtures.memory import peak_megabytes
 from tests.fixtures.postgres import MAJORS
 from tests.fixtures.service import Deployment, deployment
+from trigger.protect.window import BOUND
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
 LIMIT_MEGABYTES = 150
-BACKLOG = 100_000
+BACKLOG = BOUND - 1
+"""As many commits as wait without a point: the next one fills the window, and what is full makes a point due."""
 ROWS = 5_000_000
 TABLES = ("a", "b", "c", "d")
 NO_POINT_UNASKED = "[points]\nmin_interval_seconds = 3600\nmax_delay_seconds = 3600\nrestore_objective_seconds = 3600\n"

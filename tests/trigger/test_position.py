@@ -41,6 +41,7 @@ def trees(draw: st.DrawFn) -> dict[int, Lineage]:
 def test_an_lsn_is_read_as_it_is_printed(lsn: Lsn) -> None:
     assert Lsn.parse(str(lsn)) == lsn
     assert f"{lsn:>20}" == str(lsn).rjust(20)
+    assert f"{lsn:#x}" == hex(int(lsn))  # what prints any number in a base prints this one
     assert repr(lsn) == f"Lsn({lsn})"
 
 

@@ -27,7 +27,7 @@ HOSTILE = (
 @given(HOSTILE)
 @example(GOOD.upper())
 @example(GOOD + "\n")
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_only_a_point_id_leads_to_a_folder_and_that_lies_directly_in_ours(text: str) -> None:
     shelf = Shelf(Path("/storage"), budget=1, wanted_free_bytes=0)
     if is_point_id(text):
@@ -38,7 +38,7 @@ def test_only_a_point_id_leads_to_a_folder_and_that_lies_directly_in_ours(text: 
 
 
 @given(HOSTILE)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_only_a_plain_name_leads_to_a_clone_and_that_lies_directly_among_clones(text: str) -> None:
     shelf = Shelf(Path("/storage"), budget=1, wanted_free_bytes=0)
     try:
@@ -53,7 +53,7 @@ def test_only_a_plain_name_leads_to_a_clone_and_that_lies_directly_among_clones(
 
 
 @given(HOSTILE)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_only_a_plain_name_is_taken_for_a_volume(text: str) -> None:
     try:
         require_names([Volume(text, "/data")])
@@ -66,7 +66,7 @@ def test_only_a_plain_name_is_taken_for_a_volume(text: str) -> None:
 
 
 @given(HOSTILE, HOSTILE)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 def test_calls_with_any_names_touch_nothing_outside_the_storage(tmp_path: Path, name: str, other: str) -> None:
     source, bystander = tmp_path / "data", tmp_path / "bystander"
     for folder in (source, bystander):

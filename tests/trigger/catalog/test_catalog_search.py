@@ -91,7 +91,7 @@ def in_line(truth: Iterable[Found], line: History | Lineage) -> list[Found]:
     return [found for found in truth if belongs(found)]
 
 
-searches = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+searches = settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 1 << 32)
 jitters = st.sampled_from([0, 1_500, 400_000])
 

@@ -308,7 +308,7 @@ def gives(
     return states
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.data())
 def test_a_plan_gives_exactly_the_target_and_a_refusal_means_that_no_base_could(data: st.DataObject) -> None:
     world = data.draw(worlds())

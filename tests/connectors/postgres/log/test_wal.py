@@ -113,7 +113,7 @@ def test_other_files_are_no_segments(name: str) -> None:
     assert SegmentName.parse(name, 16 << 20) is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 300), st.integers(7_000, 30_000)), min_size=1, max_size=40),
     carried=st.one_of(st.just(0), st.integers(1, 40_000)),
@@ -217,7 +217,7 @@ def joined(before: bytes, behind: bytes) -> bool:
     return joins(tail(memoryview(before), START), memoryview(behind), START + SEGMENT_BYTES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 300), st.integers(1_000, 9_000)), max_size=12),
     crossing=st.one_of(st.integers(0, 300), st.integers(30_000, 60_000)),
