@@ -67,12 +67,13 @@ class Break(NamedTuple):
 class Source(Protocol):
     """One stream of commits of a database (for PostgreSQL: one logical slot in one database).
 
-    Its places are those of the database's log, where it has one that is kept as a journal; a source that only triggers
-    has a history of its own, by whatever rises with its commits. It looks whether that is still the same history at
-    every `open`, by something that cannot repeat: where it is not, positions bear a new incarnation from there on.
+    Its places are those of the database's log, where one is kept as a journal; a source that only triggers has a
+    history of its own, by whatever rises with its commits. At every `open` it looks, by something that cannot repeat,
+    whether that is the same history still: else positions bear a new incarnation. Without a journal, whose last record
+    it could compare, it keeps that itself, durably, before it gives a place behind it.
 
-    The stream delivers each commit at least once, in log order, however often the connection breaks. Nothing is
-    forgotten by the server before it was acknowledged.
+    The stream delivers each commit at least once, in log order, however often the connection breaks. The server
+    forgets nothing before it was acknowledged.
     """
 
     name: str
@@ -330,8 +331,7 @@ class Storage(Protocol):
     async def retag(self, point: str, tag: str) -> None:
         """Replace the tag of a point durably and at once (the old one or the new one, never neither).
 
-        Where it is missing or cannot be read, and the snapshots are whole, it is written anew, for those that `tagged`
-        shows.
+        Where it is missing or cannot be read, and the snapshots are whole, it is written anew: `tagged` shows which.
 
         Raises:
             StorageError: there is no snapshot, or it cannot be written.

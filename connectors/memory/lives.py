@@ -33,13 +33,11 @@ class Held:
     pieces: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """What the journal holds of each timeline, joined, by position."""
     entries: dict[int, list[Entry]] = field(default_factory=dict)
-    """The records in it."""
+    """The records in it; where no log is kept, of each timeline the last one that was there when anything was said."""
     forks: dict[int, Forks] = field(default_factory=dict)
     """Where each timeline left its ancestors: the history files."""
     ceilings: dict[int, tuple[int, int]] = field(default_factory=dict)
     """How far snapshots may hold each timeline, and which start of the server that was in."""
-    last: dict[History, Commit | CommitRecord] = field(default_factory=dict)
-    """The last commit that was seen: what a source remembers of which no log is kept to compare."""
     number: int = 0
     """How many lives of any log were known before it."""
     taken: list[Taken] = field(default_factory=list)
@@ -81,16 +79,18 @@ class Lives:
         """Take note of how far a log has come, durably, and of its last commit."""
         history = position.history
         self._ends[history] = max(self._ends.get(history, 0), position.at)
-        known = self._commits_of(history)
-        last = known.get(history)
+        last = self._last.get(history)
         if commit is not None and (last is None or last.start < commit.start):
-            known[history] = commit
+            self._last[history] = commit
 
-    def _commits_of(self, history: History) -> dict[History, Commit | CommitRecord]:
-        """Give where the last commit of a history is remembered: durably, where no log of it is kept."""
-        lives = self._held.get(history.system, [])
-        durable = not self._cluster.manner.replays and history.incarnation < len(lives)
-        return lives[history.incarnation].last if durable else self._last
+    def remember(self) -> None:
+        """Keep the last record that is flushed, durably, where no log is kept that has it; before its end is told."""
+        cluster = self._cluster
+        if cluster.manner.replays:
+            return
+        log = cluster.logs[cluster.timeline]
+        index = bisect_right(log, cluster.flushed, key=lambda entry: entry.end)
+        self.held.entries[cluster.timeline] = log[max(0, index - 1) : index]
 
     def ceiling(self, position: Position) -> None:
         """Take note of what snapshots may hold."""
@@ -114,6 +114,7 @@ class Lives:
             held.taken.append(Taken(book, self._cluster.timeline))
         lineage = self.lineage()
         held.forks |= {branch: book.forks[branch] for branch in self._branches(lineage) if branch in book.forks}
+        self.remember()
         return lineage
 
     def lineage(self) -> Lineage:
@@ -154,7 +155,7 @@ class Lives:
         ceiling, start = held.ceilings.get(branch, (0, 0))
         last = held.last_until(branch, ceiling)
         manner = self._cluster.manner
-        compared = last.end if last is not None else manner.first if manner.replays else ceiling
+        compared = ceiling if not manner.replays else last.end if last is not None else manner.first
         if ceiling > self._cluster.inserted or (start != self._cluster.starts and compared < ceiling):
             return f"snapshots may hold the log up to {ceiling}, which cannot be compared"
         return ""
@@ -170,7 +171,7 @@ class Lives:
         return "" if there == record else f"the log has another record at {record.start} than before"
 
     def _other_commit(self, present: History) -> str:
-        commit, book = self._commits_of(present).get(present), self._cluster.book
+        commit, book = self._last.get(present), self._cluster.book
         if commit is None or book.first <= commit.start < book.begin(present.branch):
             return ""
         there = book.entry_at(present.branch, commit.start)

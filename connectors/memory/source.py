@@ -98,7 +98,9 @@ class MemorySource:
                     through = entry.end
                     break
         self._read_until = through
-        self._world.lives(cluster).saw(self._lineage.at(through), commits[-1] if commits else None)
+        lives = self._world.lives(cluster)
+        lives.remember()
+        lives.saw(self._lineage.at(through), commits[-1] if commits else None)
         return Batch(commits, self._lineage.at(through))
 
     def _of_this_life(self, commit: Commit) -> Commit:

@@ -70,6 +70,43 @@ def test_an_older_copy_that_was_put_back_is_another_life_whether_or_not_it_has_p
     told(story)
 
 
+def test_a_copy_that_has_not_come_so_far_is_another_life_whatever_is_held_of_it() -> None:
+    async def story(world: World) -> None:
+        copy = world.cluster.copy()
+        world.cluster.write_ahead(400)
+        await MemoryDatabase(world).record_end()
+        world.cluster.put_back(copy)
+        assert (await MemoryDatabase(world).lineage()).history.incarnation == 1
+
+    told(story)
+
+
+@pytest.mark.parametrize("service", ["lives on", "was killed"])
+def test_a_copy_of_what_keeps_no_log_is_another_life_though_it_has_the_last_commit_and_has_passed_the_end(
+    service: str,
+) -> None:
+    async def story(world: World) -> None:
+        world.cluster.commit("bank")
+        _, through = await read(world)
+        copy = world.cluster.copy()
+        world.cluster.commit("bank")
+        world.cluster.advance_slot("bank")  # so that nobody is given it
+        source = MemorySource(world, "bank")
+        broken = await source.open(through)
+        assert broken is not None
+        assert broken.until.history.incarnation == 0
+        if service == "was killed":
+            world.kill_service()
+        world.cluster.put_back(copy)
+        for _ in range(5):
+            world.cluster.commit("bank")
+        broken = await source.open(through)
+        assert broken is not None
+        assert broken.until.history.incarnation == 1
+
+    told(story, World(manners=(ANNOUNCED,)))
+
+
 def test_a_copy_that_lacks_nothing_that_was_known_goes_on_in_the_same_life() -> None:
     async def story(world: World) -> None:
         world.cluster.commit("bank")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class Acts:
         cluster = self.of(self.story.streams[0])
         flushed = cluster.flushed
         self._act_commit(self.story.streams[0], {}, (), 0, "async")
-        self.loop.call_later(0.05, self._promote, cluster, flushed, True)
+        self._later(0.05, self._promote, cluster, flushed, True)
 
     def _turn_put_back(self, _life: Life) -> None:
         """An older copy is put back, and goes beyond where the log was."""
@@ -83,8 +84,13 @@ class Acts:
     def _turn_burst(self, _life: Life) -> None:
         """The host writes back what the server has written but not flushed, again and again."""
         for step in range(1, 7):
-            self.loop.call_later(step * 0.0004, self._act_commit, self.story.streams[0], {}, (), 0, "written")
-            self.loop.call_later(step * 0.0004, self.of(self.story.streams[0]).write_back)
+            self._later(step * 0.0004, self._act_commit, self.story.streams[0], {}, (), 0, "written")
+            self._later(step * 0.0004, self.of(self.story.streams[0]).write_back)
+
+    def _later(self, seconds: float, happen: Callable[..., None], *arguments: Any) -> None:
+        """Let something happen a little later, unless the story has ended by then."""
+        if self.loop.time() + seconds < self.story.ends_at:
+            self.loop.call_later(seconds, happen, *arguments)
 
     def _do(self, act: Act) -> None:
         self.note(f"act {act.name} {' '.join(map(str, act.arguments))}")

@@ -76,6 +76,11 @@ def is_copied_in_silence(story: Story) -> bool:
     return [act.name for act in story.acts].count("ddl") >= 12
 
 
+def is_copied_and_moved(story: Story) -> bool:
+    """Whether an older copy is put back, and slots are moved ahead while nobody is there."""
+    return happens("put_back")(story) and happens("advance_slot")(story)
+
+
 def is_crowded(story: Story) -> bool:
     """Whether the storage bears few snapshots, and the journal gets holes."""
     return is_narrow(story) and happens("damage_journal")(story)

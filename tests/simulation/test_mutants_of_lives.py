@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from connectors.memory import journal, lives, source
-from tests.simulation.mutants import Mutant, check, is_copied_in_silence
+from tests.simulation.mutants import Mutant, check, is_copied_and_moved, is_copied_in_silence
 from trigger.keep import expire
 from trigger.protect import logs, window
 from trigger.restore import locate, planner
@@ -31,14 +31,25 @@ MUTANTS = (
         needs=is_copied_in_silence,
     ),
     Mutant(
-        "does not look how far the log had come",
+        "looks neither how far the log had come nor what is there",
         lives,
         "Lives._contradiction",
         "if self._ends.get(present, 0) > cluster.flushed_records:",
         "if False:",
         "P1|P2|liveness",
+        ("if reason := self._other_record(held, branch, left_at):", "if reason := '':"),
         sort="announced",
         needs=is_copied_in_silence,
+    ),
+    Mutant(
+        "keeps no record of a log that is not kept",
+        lives,
+        "Lives.remember",
+        "log[max(0, index - 1) : index]",
+        "[]",
+        "P1",
+        sort="announced",
+        needs=is_copied_and_moved,
     ),
     Mutant(
         "puts the end of a gap where the log was before",

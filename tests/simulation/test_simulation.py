@@ -19,7 +19,7 @@ from random import SystemRandom
 import pytest
 
 from tests.simulation.run import Result, simulate
-from tests.simulation.story import SORTS
+from tests.simulation.story import SORTS, tell
 from tests.simulation.virtual import DeadlockError, RealWaitError, VirtualLoop
 
 BASE = int(os.environ.get("TRIGPOINT_SEED") or SystemRandom().randrange(10**9))
@@ -51,20 +51,14 @@ def test_no_place_within_a_record_is_taken_for_the_end_of_one() -> None:
     assert not simulate(215_209_180, "plain").violation
 
 
-BROKEN = {
-    "announced": "a few of 1,000 runs break: where no log is kept, a copy put back that has the last commit which is"
-    " remembered, or comes past the end that is known, is not told apart"
-}
-"""A kind that no released driver makes, in which a few runs of a thousand break a promise, and why."""
+@pytest.mark.parametrize("sort", SORTS)
+def test_nothing_happens_any_more_when_a_story_has_ended(sort: str) -> None:
+    """A slot was moved ahead right behind that now and then, and nobody was there to say so."""
+    for story in (tell(seed, sort) for seed in range(BASE, BASE + 1000)):
+        assert all(act.at < story.ends_at for act in story.acts), story.seed
 
 
-@pytest.mark.parametrize(
-    "sort",
-    [
-        pytest.param(sort, marks=pytest.mark.xfail(reason=BROKEN[sort], strict=False)) if sort in BROKEN else sort
-        for sort in SORTS
-    ],
-)
+@pytest.mark.parametrize("sort", SORTS)
 def test_the_promises_hold_whatever_kind_of_database_it_is(sort: str) -> None:
     broken = verdict([simulate(seed, sort) for seed in range(BASE, BASE + SEEDS_A_SORT)])
     assert not broken, f"TRIGPOINT_SEED={BASE}, sort {sort}\n{broken}"
