@@ -94,14 +94,11 @@ class _Stream:
         self.weight += pending.commit.weight
 
     def settle(self, through: Position) -> None:
-        """Let go of the commits up to `through`; of none where the stream has gone back to an earlier history since."""
-        if (
-            self.through is not None
-            and self.through.history != through.history
-            and _at_or_before(self.through, through)
-        ):
-            return
-        while self.pending and _at_or_before(self.pending[0].commit.position, through):
+        """Let go of the commits up to `through` in its history: what is settled never says more than that of others.
+
+        A server may have come to a history before another one, after it, or both.
+        """
+        while self.pending and _is_up_to(self.pending[0].commit.position, through):
             self.weight -= self.pending.popleft().commit.weight
 
     def forget(self, gone: Iterable[Pending]) -> None:
@@ -332,8 +329,12 @@ def _comes_again(position: Position, until: Position) -> bool:
     return position.history == until.history and position.at > until.at
 
 
+def _is_up_to(position: Position, through: Position) -> bool:
+    return position.history == through.history and position.at <= through.at
+
+
 def _at_or_before(position: Position, through: Position) -> bool:
-    """Whether `position` is settled by `through`; an earlier history lies before a later one of the same database."""
+    """Whether `position` was delivered by then; an earlier history lies before a later one of the same database."""
     if position.history == through.history:
         return position.at <= through.at
     return position.history.is_of_system(through.history) and position.history.age < through.history.age
