@@ -133,6 +133,8 @@ class Database(Protocol):
 
     kind: str
     """What its histories are of; see `History.kind`."""
+    session: int
+    """Another one whenever it had to connect again: who asked twice in one session asked one start of the server."""
 
     def recognise(self, seen: Collection[Seen]) -> None:
         """Take note of what is known from before of each history, of this database and of others.
@@ -155,10 +157,7 @@ class Database(Protocol):
         ...
 
     async def ceiling(self) -> Position:
-        """Give a position at or after everything that a snapshot finished before this call can hold.
-
-        For PostgreSQL the insert position: log that was written but not yet flushed may be in a snapshot too.
-        """
+        """Give where nothing that a finished snapshot holds lies behind: the insert position, not the flushed one."""
         ...
 
     async def redo(self) -> Position | None:

@@ -24,6 +24,7 @@ class MemoryDatabase:
         self._cluster = cluster or world.cluster
         self.kind = self._cluster.manner.kind
         self._bracketed = False
+        self.session = -1
 
     def recognise(self, seen: Collection[Seen]) -> None:
         """Take note of what is known from before."""
@@ -145,4 +146,5 @@ class MemoryDatabase:
         if not self._cluster.up:
             raise DatabaseError("the server does not answer")
         self._world.lives(self._cluster).confirm()
+        self.session = self._cluster.session
         return self._cluster

@@ -20,11 +20,12 @@ Finish = Callable[[], Awaitable[Sequence[Bracket | None]]]
 
 
 class Covered(NamedTuple):
-    """A mark whose floor is durable, in the log of its database, which was durable to somewhere."""
+    """A mark whose floor is durable, in the log of its database, which was durable to somewhere in a session."""
 
     mark: Mark
     database: Database
     durable: Position
+    session: int
 
 
 class Logs:
@@ -74,7 +75,8 @@ class Logs:
         covered = []
         for mark, database in await self._each(marks):
             durable = await _require_cover(database, mark.floor)
-            covered.append(Covered(replace(mark, redo=await database.redo()), database, durable))
+            session = database.session
+            covered.append(Covered(replace(mark, redo=await database.redo()), database, durable, session))
         return covered
 
     @contextlib.asynccontextmanager
@@ -109,13 +111,15 @@ async def ceilings(covered: Sequence[Covered], brackets: Sequence[Bracket | None
     A bracketed copy was complete before its bracket ended, so the end of the bracket is the ceiling.
 
     Raises:
-        DatabaseError: the history of a log changed during the round.
+        DatabaseError: the history of a log changed during the round, or may have, and changed back.
     """
     found = []
-    for (mark, database, durable), bracket in zip(covered, brackets, strict=True):
+    for (mark, database, durable, session), bracket in zip(covered, brackets, strict=True):
         ceiling = bracket.stop if bracket else await database.ceiling()
         if ceiling.history != durable.history:
             raise DatabaseError(f"the history changed during the round, from {durable} to {ceiling}")
+        if bracket is None and database.session != session:
+            raise DatabaseError("the connection broke during the round: the server may have been another one meanwhile")
         redo = bracket.start if bracket else mark.redo
         found.append(replace(mark, ceiling=ceiling, redo=redo, bracket=bracket))
     return tuple(found)

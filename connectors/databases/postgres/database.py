@@ -135,6 +135,7 @@ class Postgres:
         self._failover = failover
         self.journal_slot = f"{name}_journal"
         self._connection: psycopg.AsyncConnection[Any] | None = None
+        self.session = 0
         self._confirmed: psycopg.AsyncConnection[Any] | None = None
         self._system = self._home = self._role = ""
         self._lineage = Lineage(history("", 0))
@@ -441,6 +442,7 @@ class Postgres:
                 kept = self._connection is not None
                 if self._connection is None:
                     self._connection = await self._connect(self._deadline_seconds)
+                    self.session += 1
                 try:
                     if of_log:
                         await self._confirm(self._connection)

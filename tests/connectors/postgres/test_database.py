@@ -72,6 +72,20 @@ def test_durable_covers_what_was_committed_and_ceiling_covers_durable(cluster: C
     with_database(cluster, act)
 
 
+def test_a_session_is_another_one_once_the_connection_broke(cluster: Cluster) -> None:
+    async def act(database: Postgres) -> None:
+        await database.durable()
+        first = database.session
+        await database.ceiling()
+        assert database.session == first
+        ours = "usename = current_user AND pid <> pg_backend_pid()"
+        cluster.sql(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {ours}")
+        await database.ceiling()
+        assert database.session != first
+
+    with_database(cluster, act)
+
+
 def test_a_record_ends_at_record_end_and_is_durable_whatever_others_write(cluster: Cluster) -> None:
     """The flushed position would not do: it is often in the middle of a record of theirs."""
     stop = threading.Event()

@@ -297,6 +297,22 @@ def test_a_history_that_changes_during_the_round_fails_it() -> None:
     Stage().play(act)
 
 
+def test_a_server_that_was_in_another_history_while_it_was_cut_and_is_back_fails_the_round() -> None:
+    async def act(stage: Stage) -> None:
+        commit = stage.cluster.commit("bank")
+        copy = stage.cluster.copy()
+        stage.when("before snapshot", lambda: stage.cluster.promote(keep_slots=True))
+        stage.when("after snapshot", lambda: stage.cluster.put_back(copy))
+        await asyncio.sleep(1)
+        failed = (await stage.points())[1]
+        assert failed.state is State.FAILED
+        assert "may have been another one" in failed.failure
+        await asyncio.sleep(20)
+        assert await stage.outcomes() == {commit.name: Outcome.PROTECTED}
+
+    Stage().play(act)
+
+
 def test_a_commit_that_a_failover_left_behind_is_missed_and_its_gap_is_recorded_and_closed() -> None:
     async def act(stage: Stage) -> None:
         kept = stage.cluster.commit("bank")
