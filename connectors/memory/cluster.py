@@ -70,10 +70,6 @@ class Cluster:
         self.session = 0
         """Counts up whenever all connections break."""
 
-    def was(self, system: str) -> bool:
-        """Whether an identity is that of one of its servers, of now or before."""
-        return system == self.identity or system.startswith(f"{self.identity}-")
-
     @property
     def system(self) -> str:
         """The identity of the present server."""

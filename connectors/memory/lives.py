@@ -39,7 +39,7 @@ class Held:
     ceilings: dict[int, tuple[int, int]] = field(default_factory=dict)
     """How far snapshots may hold each timeline, and which start of the server that was in."""
     number: int = 0
-    """How many lives of any log were known before it."""
+    """How many lives of any log were known before it; nothing of ours looks at it."""
     taken: list[Taken] = field(default_factory=list)
     """What was taken for this one, in the order in which it was; nothing of ours looks at it."""
 
@@ -134,11 +134,6 @@ class Lives:
         """Give what shows that the log of the server is another one than what was known; "" for nothing."""
         lineage, cluster = self.lineage(), self._cluster
         present = lineage.history
-        mine = [lives for system, lives in self._held.items() if self._cluster.was(system)]
-        if held.number < max(one.number for lives in mine for one in lives):
-            return f"the server was another one since, and has gone back to {present.system}"
-        if (newest := max(held.forks, default=0)) > present.branch:
-            return f"the server was on timeline {newest} before, and has gone back to {present.branch}"
         for history, _, left_at in lineage.stretches():
             branch = history.branch
             forks = held.forks.get(branch)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from tests.conformance.source_rigs import SourceRig
 from trigger.errors import SourceError
 from trigger.model import Commit
-from trigger.ports import Source
+from trigger.ports import Break, Source
 from trigger.position import Position
 
 CLAIMS: list[Callable[[SourceRig], Awaitable[None]]] = []
@@ -205,6 +207,44 @@ async def after_a_crash_of_the_server_nothing_is_lost_and_nothing_settled_comes_
     commits, _ = await read_until(source, "behind")
     await source.close()
     assert markers(commits) == ["before", "behind"]
+
+
+async def _gone_back(rig: SourceRig, copy: Any, after: Position) -> Break:
+    """Have the server leave its history, see a commit in the new one, put a copy back; gives the break that is told."""
+    rig.promote()
+    source = rig.driver()
+    await source.open(after)
+    rig.commit("elsewhere")
+    commits, _ = await read_until(source, "elsewhere")
+    left = commits[-1].position
+    assert left.history != after.history
+    await source.acknowledge(left)
+    await source.close()
+    rig.put_back(copy)
+    source = rig.driver()
+    found = await source.open(left)
+    assert found is not None
+    assert found.reason
+    rig.commit("back")
+    commits, _ = await read_until(source, "back")
+    await source.close()
+    assert commits[-1].history == found.until.history
+    return found
+
+
+@claim
+async def a_server_that_goes_back_to_what_it_left_goes_on_there_where_it_has_all_that_is_known(rig: SourceRig) -> None:
+    after = await settled(rig)
+    found = await _gone_back(rig, rig.copy(), after)
+    assert found.until.history == after.history
+
+
+@claim
+async def a_server_that_goes_back_to_what_it_left_and_lacks_what_is_known_is_another_life(rig: SourceRig) -> None:
+    copy = rig.copy()
+    after = await settled(rig)
+    found = await _gone_back(rig, copy, after)
+    assert found.until.history == replace(after.history, incarnation=after.history.incarnation + 1)
 
 
 @claim

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from connectors.databases.postgres.lives import Lives
 from connectors.databases.postgres.stream.source import PostgresSource
 from connectors.memory import MemorySource, World
 from tests.fixtures.postgres import Cluster
@@ -46,6 +50,18 @@ class SourceRig(Protocol):
         """Kill the server and start it again."""
         ...
 
+    def copy(self) -> Any:
+        """Give a copy of the server as it is now."""
+        ...
+
+    def put_back(self, copy: Any) -> None:
+        """Have the server go on from a copy of it."""
+        ...
+
+    def promote(self) -> None:
+        """Have the server leave its history for a new one, as a failover does."""
+        ...
+
 
 @dataclass
 class MemorySourceRig:
@@ -79,6 +95,15 @@ class MemorySourceRig:
         self.world.cluster.crash()
         self.world.cluster.restart()
 
+    def copy(self) -> Any:
+        return self.world.cluster.copy()
+
+    def put_back(self, copy: Any) -> None:
+        self.world.cluster.put_back(copy)
+
+    def promote(self) -> None:
+        self.world.cluster.promote(keep_slots=True)
+
 
 @dataclass
 class PostgresSourceRig:
@@ -92,9 +117,11 @@ class PostgresSourceRig:
         for database in (self.database, "postgres"):
             self.cluster.sql("CREATE TABLE IF NOT EXISTS t (id bigserial PRIMARY KEY)", database)
         self.slot = PostgresSource(self.cluster.conninfo, self.database).slot
+        self._lives = Lives()
 
     def driver(self) -> Source:
-        return PostgresSource(self.cluster.conninfo, self.database)
+        lives = self._lives
+        return PostgresSource(self.cluster.conninfo, self.database, recognise=lives.confirm, saw=lives.saw)
 
     def commit(self, marker: str) -> None:
         with self.cluster.connect(self.database) as connection, connection.transaction():
@@ -121,4 +148,22 @@ class PostgresSourceRig:
 
     def crash(self) -> None:
         self.cluster.kill()
+        self.cluster.start()
+
+    def copy(self) -> Any:
+        copy = self.cluster.data.parent / "copy"
+        self._copied(self.cluster.data, copy)
+        return copy
+
+    def put_back(self, copy: Any) -> None:
+        self._copied(copy, self.cluster.data)
+
+    def promote(self) -> None:
+        self.cluster.switch_timeline()
+
+    def _copied(self, data: Path, to: Path) -> None:
+        """Put a copy of a data directory into the place of another, while the server stands still."""
+        self.cluster.stop()
+        shutil.rmtree(to, ignore_errors=True)
+        subprocess.run(["cp", "-a", data, to], check=True)
         self.cluster.start()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from connectors.memory import MemorySource
+from connectors.memory import MemorySource, World
+from connectors.memory.manner import ANNOUNCED, BINLOG, MEMORY, Manner
 from tests.conformance import source_claims
 from tests.conformance.source_claims import CLAIMS
 from tests.conformance.source_rigs import MemorySourceRig, PostgresSourceRig, SourceRig
@@ -28,9 +29,10 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
+@pytest.mark.parametrize("manner", [MEMORY, BINLOG, ANNOUNCED], ids=lambda manner: manner.kind)
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__)
-def test_the_source_in_memory_keeps_every_claim(claim: Claim) -> None:
-    asyncio.run(_run(claim, MemorySourceRig()))
+def test_the_source_in_memory_keeps_every_claim(claim: Claim, manner: Manner) -> None:
+    asyncio.run(_run(claim, MemorySourceRig(world=World(manners=(manner,)))))
 
 
 @pytest.mark.server

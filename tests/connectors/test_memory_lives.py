@@ -132,19 +132,6 @@ def test_a_copy_that_lacks_what_snapshots_may_hold_is_another_life() -> None:
     told(story)
 
 
-def test_a_server_that_goes_back_to_a_timeline_is_in_another_life() -> None:
-    async def story(world: World) -> None:
-        copy = world.cluster.copy()
-        world.cluster.promote()
-        database = MemoryDatabase(world)
-        assert (await database.lineage()).history.branch == 2
-        world.cluster.put_back(copy)
-        history = (await database.lineage()).history
-        assert (history.branch, history.incarnation) == (1, 1)
-
-    told(story)
-
-
 def test_a_log_that_has_begun_anew_behind_the_old_one_is_another_life() -> None:
     async def story(world: World) -> None:
         world.cluster.commit("bank")

@@ -170,6 +170,8 @@ def _lives(draw: random.Random, ends_at: float) -> list[Act]:
     acts = [Act(draw.uniform(0, ends_at), "copy") for _ in range(draw.choice((1, 2, 3)))]
     if draw.random() < 0.2:
         acts += _quiet_copy(draw.uniform(0.5, ends_at), draw.choice((1, 2, 4)))
+    if draw.random() < 0.2:
+        acts += _way_back(draw, draw.uniform(0.5, ends_at))
     for _ in range(draw.choice((1, 1, 2))):
         at = draw.uniform(0.5, ends_at)
         if draw.random() < 0.25:
@@ -184,6 +186,13 @@ def _quiet_copy(at: float, ahead: int) -> list[Act]:
     """Nothing but records that commit nothing lies between a copy and what was seen when that is put back."""
     unseen = [Act(at + number * 0.01, "ddl", (400,)) for number in range(1, 13)]
     return [Act(at, "copy"), *unseen, Act(at + 0.4, "put_back", (0.999, ahead))]
+
+
+def _way_back(draw: random.Random, at: float) -> list[Act]:
+    """The server leaves its history for another one, and comes back to it with all that was known then, or less."""
+    left, back = at + draw.choice((0.02, 1.0)), at + draw.choice((1.5, 3.0))
+    away = Act(left, "promote", (draw.choice((0, 1, 2)), draw.random() < 0.6))
+    return [Act(at, "checkpoint"), Act(at + 0.01, "copy"), away, Act(back, "put_back", (0.999, draw.choice((0, 3))))]
 
 
 def _blink(draw: random.Random, streams: tuple[str, ...], at: float) -> list[Act]:

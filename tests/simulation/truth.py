@@ -48,10 +48,20 @@ class Truth:
         self.lost: list[Lost] = []
         self.opened: set[tuple[str, str, int]] = set()
         """Which streams were open in which lives of which systems."""
+        self._visited: dict[str, set[History]] = {}
+        self._visited_before: dict[tuple[str, Position, Position], frozenset[History]] = {}
 
     def leaves(self, cluster: Cluster) -> None:
         """Note that a cluster is about to leave its log for another."""
         self.lost.append(Lost(cluster.book, cluster.timeline, cluster.flushed))
+
+    def is_open(self, stream: str, history: History, after: Position | None, until: Position | None) -> None:
+        """Note that a stream was opened in a history, with a break from `after` where that is not None."""
+        self.opened.add((stream, history.system, history.incarnation))
+        visited = self._visited.setdefault(stream, set())
+        if after is not None and until is not None:
+            self._visited_before.setdefault((stream, after, until), frozenset(visited))
+        visited |= {one for one, _, _ in self.lineage(history).stretches()}
 
     # ---- histories and logs
 
@@ -169,10 +179,15 @@ class Truth:
         return held.number if held else -1
 
     def is_come_back(self, gap: Gap, history: History) -> bool:
-        """Whether a gap lies between two servers: it claims what was seen at another stay on one of them too."""
-        return history.system in (gap.after.history.system, gap.until.history.system) and (
-            gap.after.history.system != gap.until.history.system
-        )
+        """Whether a gap claims of a history what was seen at another stay there.
+
+        It lies between two servers, or the server had left that history for the one in which the gap begins.
+        """
+        between = gap.after.history.system, gap.until.history.system
+        if between[0] != between[1]:
+            return history.system in between
+        before = self._visited_before.get((gap.stream, gap.after, gap.until), frozenset())
+        return history != gap.after.history and history in before
 
 
 def _parts(held: Held, timeline: int) -> list[Part]:
