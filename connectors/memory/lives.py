@@ -45,9 +45,17 @@ class Held:
 
     def last_until(self, timeline: int, at: int) -> Entry | None:
         """Give the last record of a timeline that ends at or before a place."""
-        log = self.entries.get(timeline, [])
-        index = bisect_right(log, at, key=lambda entry: entry.end)
+        log, index = self._ending_by(timeline, at)
         return log[index - 1] if index else None
+
+    def leads_over(self, timeline: int, at: int) -> bool:
+        """Whether a record of a timeline begins before a place and ends behind it."""
+        log, index = self._ending_by(timeline, at)
+        return index < len(log) and log[index].start < at
+
+    def _ending_by(self, timeline: int, at: int) -> tuple[list[Entry], int]:
+        log = self.entries.get(timeline, [])
+        return log, bisect_right(log, at, key=lambda entry: entry.end)
 
 
 class Lives:
@@ -158,6 +166,8 @@ class Lives:
     def _other_record(self, held: Held, branch: int, left_at: int) -> str:
         """Give what shows that the last record that is held is not there."""
         record, book = held.last_until(branch, left_at), self._cluster.book
+        if held.leads_over(branch, left_at):
+            return f"timeline {branch} was left within a record, at {left_at}"
         if record is None:
             return ""
         if record.start < book.first:

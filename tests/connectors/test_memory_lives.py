@@ -132,6 +132,21 @@ def test_a_copy_that_lacks_what_snapshots_may_hold_is_another_life() -> None:
     told(story)
 
 
+def test_a_copy_that_was_promoted_within_a_record_that_is_held_is_another_life() -> None:
+    async def story(world: World) -> None:
+        copy = world.cluster.copy()
+        world.cluster.commit("bank", data_bytes=2000)
+        await read(world)
+        await journaled(world)
+        world.cluster.put_back(copy)
+        world.cluster.commit("bank", data_bytes=0)
+        world.cluster.promote()
+        history = (await MemoryDatabase(world).lineage()).history
+        assert (history.branch, history.incarnation) == (2, 1)
+
+    told(story)
+
+
 def test_a_log_that_has_begun_anew_behind_the_old_one_is_another_life() -> None:
     async def story(world: World) -> None:
         world.cluster.commit("bank")
