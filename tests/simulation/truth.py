@@ -181,11 +181,11 @@ class Truth:
     def is_come_back(self, gap: Gap, history: History) -> bool:
         """Whether a gap claims of a history what was seen at another stay there.
 
-        It lies between two servers, or the server had left that history for the one in which the gap begins.
+        It lies between two servers, and claims all of them and of those that came and went between; or the server had
+        left that history for the one in which the gap begins.
         """
-        between = gap.after.history.system, gap.until.history.system
-        if between[0] != between[1]:
-            return history.system in between
+        if gap.after.history.system != gap.until.history.system:
+            return True
         before = self._visited_before.get((gap.stream, gap.after, gap.until), frozenset())
         return history != gap.after.history and history in before
 
