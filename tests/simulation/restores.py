@@ -25,7 +25,7 @@ from trigger.model import (
 from trigger.position import History, Lineage, Position
 from trigger.replay import Replay, Target
 from trigger.restore import locate, planner
-from trigger.restore.target import Named, naming, resolve
+from trigger.restore.target import Named, resolve
 
 if TYPE_CHECKING:
     from tests.simulation.run import Simulation
@@ -194,7 +194,6 @@ async def check_promises(simulation: Simulation, catalog: Catalog, outcomes: Seq
     """What `find` says can be brought back comes back by what it says; without a log it says nothing of the kind."""
     draw = random.Random(simulation.story.seed ^ 0x9047)
     asked = draw.sample(sorted(outcomes, key=str), min(PROMISES, len(outcomes)))
-    newest = await catalog.latest()
     for number, found in enumerate(asked):
         there = await locate.locate(catalog, simulation.journal, name=found.record.name, stream=found.record.stream)
         mine = [one for one in there if one.record == found.record and one.history == found.history]
@@ -203,9 +202,9 @@ async def check_promises(simulation: Simulation, catalog: Catalog, outcomes: Seq
             said = mine[0].base is None and "no log is kept" in mine[0].reason
             require(said, f"P2: {found} is promised, and there is no log: {mine[0]}")
             await _check_taken_for(simulation, catalog, found)
-        elif mine[0].base is not None and newest is not None and newest.ceiling is not None:
+        elif mine[0].base is not None:
             simulation.promises += 1
-            target = await _resolved(simulation, catalog, found, newest.ceiling.history)
+            target = await _resolved(simulation, catalog, mine[0])
             wanted = simulation.truth.state(found.history, found.record.end)
             points, extents = await catalog.bases(), await simulation.journal.extents()
             lineage = await simulation.journal.lineage(target.history)
@@ -217,18 +216,17 @@ async def check_promises(simulation: Simulation, catalog: Catalog, outcomes: Seq
             await _check_plan(simulation, plan, wanted, f"promised-{number}")
 
 
-async def _resolved(simulation: Simulation, catalog: Catalog, found: Found, present: History) -> Target:
+async def _resolved(simulation: Simulation, catalog: Catalog, told: locate.Location) -> Target:
     """Give the target that a person who names a commit gets, by the option that `find` gives for its history."""
-    record = found.record
-    if len(simulation.world.clusters) > 1:
-        return Target(found.history, record.start, True, f"commit {record.name}", commit=record)
-    option = naming(found.history, present).rpartition(" ")[2] or None
+    record, option = told.record, told.aside.rpartition(" ")[2] or None
+    assert record is not None
+    assert told.history is not None
     try:
         return await resolve(Named(name=record.name, stream=record.stream, history=option), catalog, simulation.journal)
     except RestoreError as refusal:
         if "names" in refusal.message:  # an older copy counts on where it was: two commits bear one name
-            return Target(found.history, record.start, True, f"commit {record.name}", commit=record)
-        raise Violation(f"P2: find knows {found} by {option}, a restore does not: {refusal}") from refusal
+            return Target(told.history, record.start, True, f"commit {record.name}", commit=record)
+        raise Violation(f"P2: find knows {told} by {option}, a restore does not: {refusal}") from refusal
 
 
 async def _check_taken_for(simulation: Simulation, catalog: Catalog, found: Found) -> None:

@@ -94,9 +94,9 @@ async def locate(
         left = [await is_left(_wanted(one), catalog, journal) for one in found]
         lines = [await _lineage(one.history, journal) for one in found]
         there = [_of_commit(*each) for each in zip(found, [known] * len(found), lines, left, strict=True)]
-        gone_on = known.gone_on()
-        present = await _lineage(gone_on, journal) if gone_on else lineage
-        return [replace(one, aside=_aside(one, present)) for one in there]
+        gone_on = [await catalog.present(one.history) for one in found]
+        present = [await _lineage(one, journal) if one else lineage for one in gone_on]
+        return [replace(one, aside=_aside(one, line)) for one, line in zip(there, present, strict=True)]
     if lineage is None:
         return [_unknown("there is no sealed recovery point yet")]
     if time is not None:
@@ -150,10 +150,6 @@ class _Known:
             if (mark := base.mark_in(target.history)) and mark.ceiling and lineage.includes(mark.ceiling)
         ]
         return max((one for one in ceilings if target.at is None or one[0] <= target.at), default=(0, None))[1]
-
-    def gone_on(self) -> History | None:
-        """Give the history in which commits are seen by now, where no point stands in it yet; None for no other."""
-        return next((gap.until.history for gap in reversed(self.gaps) if not gap.closed_by), None)
 
     def gap_at(self, at: int, lineage: Lineage, stream: str | None) -> Gap | None:
         """Give the gap around a place; one that begins on a branch that was left begins here where that was left.

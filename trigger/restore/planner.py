@@ -66,6 +66,18 @@ class Plan:
         return _mark(self.base, self.target.history)
 
     @property
+    def beside(self) -> list[str]:
+        """Give what becomes of the other logs that the base stands in, one sentence each; none of them is replayed."""
+        notes = []
+        for mark in self.base.marks:
+            if mark is not self.mark:
+                is_copy = "a copy that only its own log makes whole" if mark.bracket else "as it was cut"
+                held = f"holds everything up to {mark.floor.place}, and nothing behind"
+                ends = mark.floor.history.place(mark.holds_at_most)
+                notes.append(f"{mark.floor.history} is {is_copy}, not replayed: it {held} {ends}")
+        return notes
+
+    @property
     def replay(self) -> Replay:
         """What leads a clone of the base to the target."""
         return Replay(self.target, self.log_from, self.log_until, self.mark.bracket, self.as_cut)
@@ -85,6 +97,7 @@ class Plan:
             limit = "at most to" if self.target.time is not None else "to"
             lines.append(f"replay    from {self.replay_from} {limit} {self.target.history.place(self.replay_to)}")
             lines.append(f"journal   {_size(self.log_bytes)} from {self.log_from.place}")
+        lines += [f"beside    {note}" for note in self.beside]
         lines.append(f"estimate  {_size(self.replay_bytes)} to replay, about {self.estimate_seconds:.1f} s")
         lines += [f"not       point {number}: {reason}" for number, reason in self.passed_over[:_SHOWN]]
         if len(self.passed_over) > _SHOWN:

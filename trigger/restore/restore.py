@@ -238,7 +238,7 @@ def _report(up: Raised, checks: tuple[tuple[str, bool, str], ...]) -> Report:
         replay_bytes=up.plan.replay_bytes,
         seconds=up.seconds,
         checks=checks,
-        notes=up.running.notes,
+        notes=(*up.plan.beside, *up.running.notes),
     )
 
 
@@ -250,5 +250,5 @@ def _record(up: Raised, site: Site) -> CloneRecord:
         created_at=site.clock.now(),
         conninfo=up.running.conninfo,
         data_directory=str(up.running.data_directory),
-        notes=up.running.notes,
+        notes=(*up.plan.beside, *up.running.notes),
     )

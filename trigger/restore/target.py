@@ -76,7 +76,7 @@ async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Da
         return await _as_cut(named, catalog)
     if named.point is not None:
         return await _at_point(await catalog.point(named.point), catalog, journal)
-    lineage = await _lineage(named.history, catalog, journal)
+    lineage = await _lineage_of(named, catalog, journal)
     if named.place is not None:
         return await _at_place(lineage.history.parse_place(named.place), named.stream, lineage, catalog)
     if named.time is not None:
@@ -111,6 +111,32 @@ async def _as_cut(named: Named, catalog: Catalog) -> Target:
     return Target(point.floor.history, None, True, words, commit=point.commit, point=point.id)
 
 
+async def _lineage_of(named: Named, catalog: Catalog, journal: Journal) -> Lineage:
+    """Give the lineage in which something is looked for.
+
+    Without a history that is named it is the present one of the database that the stream, or the commit, is of. Where
+    that is none of those in which the newest point stands, or nothing tells, it is the one of the first of them.
+
+    Raises:
+        RestoreError: several databases have such a commit.
+    """
+    latest = await catalog.latest()
+    if named.history is not None or latest is None or len(latest.marks) == 1:
+        return await _lineage(named.history, catalog, journal)
+    settled = await catalog.settled(named.stream) if named.stream is not None else None
+    histories = [settled.history] if settled else []
+    if not histories and (name := named.name or named.before or named.marker):
+        by = {"marker": named.marker} if named.marker is not None else {"name": named.name or named.before}
+        histories = [one.history for one in await catalog.find(**by)]
+    present = {mark.ceiling.history for one in histories if (mark := latest.mark_in(one)) and mark.ceiling}
+    if len(present) > 1:
+        there = ", ".join(sorted(map(str, present)))
+        raise RestoreError(
+            f"{name} names commits of several databases: in {there}", hint="say which: --database, or --history"
+        )
+    return await journal.lineage(*present) if present else await _lineage(None, catalog, journal)
+
+
 async def _lineage(history: str | None, catalog: Catalog, journal: Journal) -> Lineage:
     """Give the lineage of the newest point, or of a history that was named."""
     latest = await catalog.latest()
@@ -121,9 +147,11 @@ async def _lineage(history: str | None, catalog: Catalog, journal: Journal) -> L
     present = latest.ceiling.history
     if history is None:
         return await journal.lineage(present)
-    by_branch = history.isascii() and history.isdigit() and str(int(history)) == history
-    wanted = Lineage(present).branch(int(history)) if by_branch else History.parse(history, present.kind)
     known = await _known(catalog, journal)
+    by_branch = history.isascii() and history.isdigit() and str(int(history)) == history
+    wanted = next((one for one in known if str(one) == history), None)  # of whatever kind
+    if wanted is None:
+        wanted = Lineage(present).branch(int(history)) if by_branch else History.parse(history, present.kind)
     if wanted not in known:
         there = ", ".join(map(str, sorted(known, key=lambda one: (one.system, one.age))))
         raise RestoreError(f"nothing is known of the history {wanted}", hint=f"there are: {there}")
