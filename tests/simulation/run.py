@@ -48,6 +48,11 @@ SETTLED = """
     WHERE streams.name = ?
 """
 
+WRITTEN = """
+    SELECT histories.system, histories.incarnation FROM gaps
+    JOIN histories ON histories.id IN (gaps.after_history, gaps.until_history) WHERE gaps.stream = ?
+"""
+
 
 @dataclass
 class Result:
@@ -166,6 +171,8 @@ class Simulation(Acts):
         self.truth.is_open(stream, history, after, broken.until if broken else None)
         if after is not None and broken is not None:
             checks.check_break(self, stream, after, broken)
+        elif after is not None:
+            self.truth.is_back(stream, history, _raw(self.engine).execute(WRITTEN, (stream,)).fetchall())
 
     def begins(self, stream: str) -> None:
         """The service answers for a stream from where it first found it, once the catalog knows of the stream."""

@@ -7,7 +7,7 @@ the object that stands for them. Which true log a history means is known from wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -62,6 +62,19 @@ class Truth:
         if after is not None and until is not None:
             self._visited_before.setdefault((stream, after, until), frozenset(visited))
         visited |= {one for one, _, _ in self.lineage(history).stretches()}
+
+    def is_back(self, stream: str, history: History, written: Collection[tuple[str, int]]) -> None:
+        """Note that a stream goes on in a history without a break: of later lives nobody knows but by what is written.
+
+        The service was killed before a gap told of them, and the server is back: as if nobody had looked meanwhile.
+        """
+        known = {(stream, *life) for life in written}
+        later = {one for one in self.opened if one[0] == stream and self._is_later(one, history)}
+        self.opened -= later - known
+
+    def _is_later(self, opened: tuple[str, str, int], history: History) -> bool:
+        _, system, incarnation = opened
+        return self._number(replace(history, system=system, incarnation=incarnation)) > self._number(history)
 
     # ---- histories and logs
 
