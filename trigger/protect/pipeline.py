@@ -267,7 +267,7 @@ async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> N
         await cluster.catalog.record_gap(
             Gap(broken.stream, broken.after, broken.seen.until, broken.seen.reason, cluster.clock.now())
         )
-        window.forget(broken, lost)
+        window.forget(broken, [*lost, *window.given_again(broken, lineage)])
         agenda.open_gap = True
         log.error(
             "stream %s: gap from %s to %s: %s", broken.stream, broken.after, broken.seen.until, broken.seen.reason

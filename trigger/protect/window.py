@@ -35,6 +35,8 @@ class Broken(NamedTuple):
     stream: str
     after: Position
     seen: Break
+    pending: tuple[Pending, ...] = ()
+    """What was pending then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +228,19 @@ class Window:
         """Give the pending commits of a broken stream that `lineage` does not hold."""
         return [p for p in self._streams[broken.stream].pending if not lineage.includes(p.commit.position)]
 
+    def given_again(self, broken: Broken, lineage: Lineage) -> list[Pending]:
+        """Give what was pending at a break and lies behind its end in `lineage`: the stream gives that once more.
+
+        As where a server is back in a history that is younger than the place to which its slot has gone back.
+        """
+        until, before = broken.seen.until, set(map(id, broken.pending))
+        if not lineage.includes(until):
+            return []
+        mine = [p for p in self._streams[broken.stream].pending if id(p) in before]
+        return [p for p in mine if lineage.includes(p.commit.position) and p.commit.end > until.at]
+
     def forget(self, broken: Broken, lost: Iterable[Pending]) -> None:
-        """Let go of a break, and of what was lost with it: the catalog has both."""
+        """Let go of a break, and of what was lost with it or is given again: the catalog has the first two."""
         self._streams[broken.stream].forget(lost)
         self._breaks.remove(broken)
 
@@ -281,8 +294,8 @@ class Window:
         self._changed.set()
         if seen is not None:
             after = stream.through if stream.through is not None else seen.until
-            self._breaks.append(Broken(stream.source.name, after, seen))
             stream.forget(p for p in stream.pending if _comes_again(p.commit.position, seen.until))
+            self._breaks.append(Broken(stream.source.name, after, seen, tuple(stream.pending)))
             stream.through = seen.until
 
     @property

@@ -186,3 +186,26 @@ def test_nor_where_it_has_left_once_more_what_it_went_back_to_since() -> None:
         assert [pending.commit for pending in window.lost(begun_anew, Lineage(anew))] == [mine]
 
     play_scripted([source], act)
+
+
+def test_what_is_pending_where_a_server_is_back_is_not_kept_beside_what_its_slot_gives_once_more() -> None:
+    """The slot went back to before the history began, and the stream begins there."""
+    first, second, third = (History("postgres", "7001", branch) for branch in (1, 2, 3))
+    present = Lineage(second, ((1, 15),))
+    mine, away = commit_at(second, 20), commit_at(third, 30)
+    again = commit_at(second, 20)
+    source = Scripted(
+        "bank",
+        (None, Batch([mine], mine.position)),
+        (Break(Position(third, 25), "a failover"), Batch([away], away.position)),
+        (Break(Position(first, 5), "undone"), Batch([again], again.position)),
+    )
+
+    async def act(window: Window) -> None:
+        await asyncio.sleep(10)
+        for broken in window.breaks:
+            lost = window.lost(broken, present)
+            window.forget(broken, [*lost, *window.given_again(broken, present)])
+        assert [id(one.commit) for one in window.collect().pending] == [id(again)]
+
+    play_scripted([source], act)
