@@ -114,43 +114,47 @@ async def _as_cut(named: Named, catalog: Catalog) -> Target:
 async def _lineage_of(named: Named, catalog: Catalog, journal: Journal) -> Lineage:
     """Give the lineage in which something is looked for.
 
-    Without a history that is named it is the present one of the database that the stream, or the commit, is of. Where
-    that is none of those in which the newest point stands, or nothing tells, it is the one of the first of them.
+    Where the newest point stands in several logs, and no history is named whole, it is that of the database which the
+    stream, or the commit, is of.
 
     Raises:
-        RestoreError: several databases have such a commit.
+        RestoreError: nothing tells which database is meant, or several have such a commit.
     """
     latest = await catalog.latest()
-    if named.history is not None or latest is None or len(latest.marks) == 1:
+    if latest is None or len(latest.marks) == 1 or (named.history is not None and not _is_branch(named.history)):
         return await _lineage(named.history, catalog, journal)
     settled = await catalog.settled(named.stream) if named.stream is not None else None
     histories = [settled.history] if settled else []
-    if not histories and (name := named.name or named.before or named.marker):
+    name = named.name or named.before or named.marker
+    if not histories and name:
         by = {"marker": named.marker} if named.marker is not None else {"name": named.name or named.before}
         histories = [one.history for one in await catalog.find(**by)]
     present = {mark.ceiling.history for one in histories if (mark := latest.mark_in(one)) and mark.ceiling}
-    if len(present) > 1:
-        there = ", ".join(sorted(map(str, present)))
-        raise RestoreError(
-            f"{name} names commits of several databases: in {there}", hint="say which: --database, or --history"
-        )
-    return await journal.lineage(*present) if present else await _lineage(None, catalog, journal)
+    if len(present) != 1:
+        there = ", ".join(sorted(map(str, present or (mark.floor.history for mark in latest.marks))))
+        what = f"{name} names commits of" if present else "nothing tells which is meant of"
+        raise RestoreError(f"{what} several databases: in {there}", hint="say which: --database, or --history")
+    return await _lineage(named.history, catalog, journal, *present)
 
 
-async def _lineage(history: str | None, catalog: Catalog, journal: Journal) -> Lineage:
-    """Give the lineage of the newest point, or of a history that was named."""
+def _is_branch(history: str) -> bool:
+    return history.isascii() and history.isdigit() and str(int(history)) == history
+
+
+async def _lineage(history: str | None, catalog: Catalog, journal: Journal, present: History | None = None) -> Lineage:
+    """Give the lineage of the newest point, in its first log if `present` is None, or of a history that was named."""
     latest = await catalog.latest()
     if latest is None or latest.ceiling is None:
         raise RestoreError(
             "there is no sealed recovery point to start from", hint="trigpoint run takes the first at its start"
         )
-    present = latest.ceiling.history
+    present = present or latest.ceiling.history
     if history is None:
         return await journal.lineage(present)
     known = await _known(catalog, journal)
-    by_branch = history.isascii() and history.isdigit() and str(int(history)) == history
     wanted = next((one for one in known if str(one) == history), None)  # of whatever kind
     if wanted is None:
+        by_branch = _is_branch(history)
         wanted = Lineage(present).branch(int(history)) if by_branch else History.parse(history, present.kind)
     if wanted not in known:
         there = ", ".join(map(str, sorted(known, key=lambda one: (one.system, one.age))))
@@ -244,7 +248,9 @@ async def _at_point(point: RecoveryPoint, catalog: Catalog, journal: Journal) ->
         return _commit(Found(point.commit, point.number, "", floor.history), words)
     lineage = await journal.lineage(floor.history)
     last = await catalog.commit_before(floor.at, lineage)
-    present = await _lineage(None, catalog, journal)
+    latest = await catalog.latest()
+    mark = latest.mark_in(floor.history) if latest else None
+    present = await _lineage(None, catalog, journal, mark.ceiling.history if mark and mark.ceiling else None)
     if present.includes(floor):  # where a timeline was left, only the next one has a record behind the place
         lineage = present
     return _up_to(floor.at, lineage, f"{words}the state at {floor.place}{_last(last)}")

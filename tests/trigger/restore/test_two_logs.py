@@ -118,3 +118,30 @@ def test_a_history_of_another_kind_is_named_as_it_is_shown(tmp_path: Path) -> No
         assert target.commit.name == wanted.name
 
     told(tmp_path, story)
+
+
+def test_what_could_be_of_either_database_is_refused_until_it_is_said_which(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        wanted = sold(it)
+        await it.point()
+        for named in (Named(latest=True), Named(time=wanted.time), Named(name=Name("", 1)), Named(place="7")):
+            with pytest.raises(RestoreError, match=r"nothing tells which is meant of several databases: in 7001/1, "):
+                await it.resolve(named)
+        for named in (Named(latest=True), Named(time=wanted.time)):
+            assert (await it.resolve(replace(named, stream="shop"))).history == wanted.history
+
+    told(tmp_path, story)
+
+
+def test_a_branch_is_one_of_the_database_that_the_commit_is_of(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        wanted = it.commit()
+        it.world.cluster.promote()
+        sold(it)
+        await it.point()
+        target = await it.resolve(Named(latest=True, stream="bank", history="1"))
+        assert target.history == wanted.history
+
+    told(tmp_path, story)
