@@ -89,7 +89,7 @@ class Name(NamedTuple):
         return self.text if self.number is None else f"{self.text}{self.number}"
 
     def __format__(self, spec: str) -> str:
-        return int.__format__(self, spec) if spec[-1:] in set("bcdoxX") else format(str(self), spec)
+        return format(str(self), spec)
 
 
 @dataclass(frozen=True, slots=True)

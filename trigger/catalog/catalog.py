@@ -118,18 +118,22 @@ class Catalog:
             if self.file is not None:
                 schema.create_file(self.file)
                 self._inode = schema.inode(self.file)
-            with self._transaction(writes=False) as connection:
-                if migrations.is_current(connection):
-                    self._copy_is_kept = self.file is not None and migrations.has_copies(self.file)
-                    return
-                have = schema.version(connection)
+            have = self._version()
             if have is None or have >= schema.VERSION:
                 upgrade = contextlib.nullcontext(enter_result=True)
-            with upgrade as may:
-                self._upgrade(have, may=may)
+            if have != schema.VERSION:
+                with upgrade as may:
+                    self._upgrade(self._version(), may=may)  # somebody else may have brought it up meanwhile
+            self._copy_is_kept = self.file is not None and migrations.has_copies(self.file)
+
+    def _version(self) -> int | None:
+        with self._transaction(writes=False) as connection:
+            return schema.version(connection)
 
     def _upgrade(self, have: int | None, *, may: bool) -> None:
         """Make the tables, or bring them to the present version."""
+        if have == schema.VERSION:
+            return
         if not may:
             raise CatalogError(
                 f"its tables are of version {have}, this program's of version {schema.VERSION}",
@@ -137,7 +141,6 @@ class Catalog:
             )
         if self.file is not None and have is not None and have < schema.VERSION:
             migrations.keep_copy(self.file, have)
-            self._copy_is_kept = True
         with self._transaction(writes=True) as connection:
             migrations.migrate(connection)
 

@@ -16,14 +16,10 @@ from sqlalchemy import Connection, text
 
 from trigger.catalog.schema import VERSION, gaps, histories, metadata, reached, schema_version, version
 from trigger.errors import CatalogError
+from trigger.host import sync_folder
 
 KIND_OF_VERSION_1 = "postgres"
 """The only kind of database that version 1 knew."""
-
-
-def is_current(connection: Connection) -> bool:
-    """Whether the tables are there, in the version of this program."""
-    return version(connection) == VERSION
 
 
 def migrate(connection: Connection) -> None:
@@ -150,6 +146,7 @@ def keep_copy(file: Path, have: int) -> None:
         finally:
             os.close(descriptor)
         half_made.rename(copy)
+        sync_folder(copy.parent)
     except (OSError, sqlite3.Error) as error:
         with contextlib.suppress(OSError):
             half_made.unlink(missing_ok=True)

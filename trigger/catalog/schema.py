@@ -50,6 +50,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from trigger.errors import CatalogError, TrigpointError
+from trigger.host import sync_folder
 
 VERSION = 2
 """The version of the tables below; how older ones are brought to it is told by `migrations`."""
@@ -219,11 +220,7 @@ def create_file(path: Path) -> None:
     """Make an empty catalog file that only its owner can read, and its name durable; one that is there stays."""
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
 
 
 def inode(path: Path) -> tuple[int, int] | None:

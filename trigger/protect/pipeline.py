@@ -80,8 +80,10 @@ async def protect(cluster: Protected, window: Window, agenda: Agenda) -> None:
                 untidy, agenda.trouble = False, ""
             await record_breaks(cluster, window, agenda)
             await leave_lost_base(cluster, window, agenda)
-            due = agenda.next(now, cluster.clock.now(), window.log_ends, window_is_full=window.is_full)
-            match qualify(window.oldest, due, agenda.pace(now), cluster.options, now):
+            oldest = window.oldest
+            full = window.is_full and oldest is not None
+            due = agenda.next(now, cluster.clock.now(), window.log_ends, window_is_full=full)
+            match qualify(oldest, due, agenda.pace(now), cluster.options, now):
                 case Skip() if now >= settle_at:
                     await settle_idle(cluster, window)
                     settle_at = now + SETTLE_SECONDS

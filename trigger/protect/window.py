@@ -143,8 +143,13 @@ class Window:
 
     @property
     def oldest(self) -> Pending | None:
-        """The pending commit that waits longest; None where nothing is pending."""
-        return min((s.pending[0] for s in self._streams.values() if s.pending), key=lambda p: p.arrived, default=None)
+        """The commit that waits longest of those that `collect` can give; None where there is none."""
+        return min((s.pending[0] for s in self._giving() if s.pending), key=lambda p: p.arrived, default=None)
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When the first of all that wait arrived, by the loop's clock, also one that waits for its stream."""
+        return min((s.pending[0].arrived for s in self._streams.values() if s.pending), default=None)
 
     @property
     def breaks(self) -> Sequence[Broken]:
@@ -176,8 +181,7 @@ class Window:
         does one that is not connected while another one of its log has gone on to a later history: nobody has said yet
         what of it is part of that.
         """
-        broken = {one.stream for one in self._breaks}
-        streams = [s for name, s in self._streams.items() if name not in broken and not self._is_left_behind(s)]
+        streams = self._giving()
         history = _earliest_of_oldest([s.pending[0] for s in streams if s.pending])
         pending: list[Pending] = []
         settled: dict[str, Position] = {}
@@ -190,6 +194,10 @@ class Window:
             if through is not None:
                 settled[stream.source.name] = through
         return Collected(sorted(pending, key=lambda p: p.commit.end), settled)
+
+    def _giving(self) -> list[_Stream]:
+        broken = {one.stream for one in self._breaks}
+        return [s for name, s in self._streams.items() if name not in broken and not self._is_left_behind(s)]
 
     def _is_left_behind(self, stream: _Stream) -> bool:
         if stream.connected or not stream.pending:

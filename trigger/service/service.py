@@ -96,7 +96,7 @@ class Service:
         troubles += [
             _nearly_lost(one) for one in retained or () if one.left_bytes is not None and one.left_bytes < one.bytes
         ]
-        oldest, log_ends, base = self.window.oldest, self.window.log_ends, self.agenda.base
+        waiting_since, log_ends, base = self.window.waiting_since, self.window.log_ends, self.agenda.base
         now = asyncio.get_running_loop().time()
         return {
             "name": self.parts.options.name,
@@ -108,7 +108,7 @@ class Service:
             "log_ends": data(log_ends),
             "behind_bytes": dict(self.upkeep.behind.bytes),
             "pending_commits": len(self.window),
-            "oldest_pending_seconds": now - oldest.arrived if oldest else 0.0,
+            "oldest_pending_seconds": 0.0 if waiting_since is None else now - waiting_since,
             "commits_by_rule": dict(self.window.tally.as_dict()),
             "last_point": base.number if base else None,
             "last_sealed_at": data(base.sealed_at) if base else None,

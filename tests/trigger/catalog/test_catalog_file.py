@@ -68,15 +68,12 @@ def at_version(patch: pytest.MonkeyPatch, version: int, *steps: Callable[[Connec
 
 
 def test_a_catalog_of_a_later_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(catalog: Catalog) -> None:
-        pass
-
     where = tmp_path / "catalog.db"
     with monkeypatch.context() as later:
         at_version(later, 3)
-        with_catalog(nothing, where)
+        with_catalog(no_work, where)
     with pytest.raises(CatalogError, match=r"version 3, this program knows versions up to 2"):
-        with_catalog(nothing, where)
+        with_catalog(no_work, where)
 
 
 def test_an_older_catalog_is_brought_up_step_by_step_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +159,30 @@ def test_an_older_catalog_is_not_brought_up_while_another_process_works_in_its_f
     assert looked_at(tmp_path / "catalog.db.version-2") == (2, 100, False)
     with only_one(tmp_path):
         asyncio.run(open_it())  # it is of the present version, so that nobody is asked
+
+
+def test_who_waits_for_another_that_brings_it_up_keeps_the_copy_of_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = tmp_path / "catalog.db"
+
+    @contextlib.contextmanager
+    def another_one_first() -> Iterator[bool]:
+        with_catalog(no_work, where)
+        yield True
+
+    async def open_it() -> None:
+        await (await Catalog.open(where, upgrade=another_one_first())).close()
+
+    older(where)
+    at_version(monkeypatch, 3, colour)
+    asyncio.run(open_it())
+    assert looked_at(where) == (3, 100, True)
+    assert looked_at(tmp_path / "catalog.db.version-2") == (2, 100, False)
+
+
+async def no_work(catalog: Catalog) -> None:
+    """Open it and no more."""
 
 
 def test_the_folder_is_held_until_the_catalog_is_brought_up_and_no_longer(

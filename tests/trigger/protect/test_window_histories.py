@@ -127,6 +127,10 @@ def test_a_stream_that_cannot_come_back_after_a_failover_does_not_keep_the_other
         collected = window.collect()
         assert [one.commit for one in collected.pending] == [mine]
         assert set(collected.settled) == {"near"}
+        due = window.oldest
+        await window.settle(collected.settled)
+        assert (due and due.commit, window.oldest) == (mine, None), "a round could do nothing with what is left"
+        assert window.waiting_since is not None
 
     play_scripted([far, near], act)
 
