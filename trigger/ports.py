@@ -62,6 +62,8 @@ class Break(NamedTuple):
     until: Position
     """From here on commits are seen again: where the stream goes on, or what of the settled is its past too."""
     reason: str
+    ends: tuple[tuple[Position, Position], ...] = ()
+    """(end, where the next one begins) of each branch that was left since: nobody gives what it had behind its end."""
 
 
 class Source(Protocol):

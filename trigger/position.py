@@ -222,6 +222,20 @@ class Lineage:
         """Give where an ancestor was left; None for a history that is none."""
         return next((left_at for branch, left_at in self.forks if self.branch(branch) == history), None)
 
+    def ends_since(self, position: Position) -> tuple[tuple[Position, Position], ...]:
+        """Give (end, where the next one begins) of each branch that was left since `position`, oldest first.
+
+        What a branch had behind its end is no part of any later one. Nothing where `position` is of another past.
+        """
+        places = [left_at for history, _, left_at in self.stretches()[:-1]]
+        histories = [history for history, _, _ in self.stretches()]
+        steps = list(zip(histories, histories[1:], places, strict=False))
+        first = next((i for i, history in enumerate(histories) if history == position.history), len(histories))
+        return tuple(
+            (Position(old, max(left_at, position.at if old == position.history else 0)), Position(new, left_at))
+            for old, new, left_at in steps[first:]
+        )
+
     def at(self, at: int) -> Position:
         """Give the position of a place in the history that owned it in this lineage."""
         for branch, left_at in self.forks:

@@ -67,9 +67,12 @@ class MemorySource:
             reason = f"{after} is not in the past of {lineage.history}"
         elif slot.confirmed > after.at:
             reason = reason or f"the slot was moved ahead to {slot.confirmed}"
+        elif after.history != lineage.history:
+            reason = reason or f"{after.history} was left for {lineage.history}"
         elif not reason:
             return slot, None
-        return slot, Break(lineage.at(max(slot.confirmed, lineage.shared(after) or 0)), reason)
+        until = lineage.at(max(slot.confirmed, lineage.shared(after) or 0))
+        return slot, Break(until, reason, lineage.ends_since(after))
 
     async def read(self) -> Batch:
         """Wait for log that was flushed, and give the commits of this stream in it."""

@@ -209,6 +209,29 @@ async def after_a_crash_of_the_server_nothing_is_lost_and_nothing_settled_comes_
     assert markers(commits) == ["before", "behind"]
 
 
+@claim
+async def a_failover_is_a_break_that_tells_where_each_branch_that_was_left_ended(rig: SourceRig) -> None:
+    after = await settled(rig)
+    rig.commit("kept")
+    rig.promote()
+    source = rig.driver()
+    found = await source.open(after)
+    assert found is not None
+    if found.until.history.is_of_system(after.history):  # else it is another server, and all of the old one is behind
+        assert len(found.ends) == 1
+        end, begins = found.ends[0]
+        assert (end.history, end.at) == (after.history, begins.at)
+        assert end > after
+        rig.commit("new")
+        commits: list[Commit] = []
+        async with asyncio.timeout(20):
+            while not commits or commits[-1].markers != ("new",):
+                commits += (await source.read()).commits
+        assert commits[-1].position > begins
+        assert found.until <= after or markers(commits) == ["new"], "what is not given again lies in the gap"
+    await source.close()
+
+
 async def _gone_back(rig: SourceRig, copy: Any, after: Position) -> Break:
     """Have the server leave its history, see a commit in the new one, put a copy back; gives the break that is told."""
     rig.promote()

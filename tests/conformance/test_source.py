@@ -47,6 +47,12 @@ class SeesNoBreak(MemorySource):
         return None
 
 
+class ForgetsWhatWasLeft(MemorySource):
+    async def open(self, after: Position | None) -> Break | None:
+        found = await super().open(after)
+        return found and found._replace(ends=())
+
+
 class SaysNothingUntilThereIsLog(MemorySource):
     async def open(self, after: Position | None) -> Break | None:
         found = await super().open(after)
@@ -92,6 +98,7 @@ BROKEN: list[tuple[type[MemorySource], Claim]] = [
     (SeesNoBreak, source_claims.a_slot_that_was_dropped_is_a_break),
     (SeesNoBreak, source_claims.a_slot_that_somebody_made_anew_is_a_break),
     (SeesNoBreak, source_claims.a_slot_that_was_moved_ahead_is_a_break),
+    (ForgetsWhatWasLeft, source_claims.a_failover_is_a_break_that_tells_where_each_branch_that_was_left_ended),
     (SaysNothingUntilThereIsLog, source_claims.a_stream_opened_for_the_first_time_says_at_once_where_it_begins),
     (GivesSettledCommitsAgain, source_claims.a_restart_resumes_behind_what_was_settled),
     (LosesWhatACancelledReadHad, source_claims.a_cancelled_read_loses_nothing),

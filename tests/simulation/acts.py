@@ -192,7 +192,9 @@ class Acts:
         begun = [place for stream, place in self.began_at.items() if self.of(stream) is cluster]
         if at is not None and at < max(*begun, cluster.book.begin(cluster.timeline), 0):
             at = None
-        if not cluster.manner.branches:
+        if cluster.manner.branches:
+            self.truth.leaves(cluster)
+        else:
             self._leave(cluster)
         cluster.promote(at, keep_slots=keep_slots)
 

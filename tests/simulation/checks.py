@@ -104,7 +104,7 @@ def _check_outcome(
     if here is not None:
         missed = here.record.outcome is Outcome.MISSED and not _was_left(here, gaps)
         require(not missed, f"P1: {describe(commit)} is missed, but it is there")
-        seen = [gap for gap in inside if not simulation.truth.is_come_back(gap, here.history)]
+        seen = [gap for gap in inside if not simulation.truth.is_come_back(gap, here.history, commit.end)]
         require(not seen, f"P1: {describe(commit)} was seen, yet a gap claims it: {seen}")
     elif known is None or (at is not None and known.record.outcome is Outcome.MISSED):
         before = [gap for gap in gaps if _claims_anywhere(simulation, gap, commit)]
@@ -137,7 +137,8 @@ def _check_lost(
             has = Key(commit.history, commit.start) in found_at or true in known
             require(has, f"P1: {describe(commit)} was left behind, without a word")
     for key, commit in simulation.truth.flushed_and_lost():
-        ours = commit.stream and id(commit) not in simulation.not_ours[commit.stream] and matters(commit)
+        was_open = (commit.stream, key.history.system, key.history.incarnation) in simulation.truth.opened
+        ours = was_open and id(commit) not in simulation.not_ours[commit.stream] and matters(commit)
         if ours and id(commit) not in present and id(commit) not in known:
             inside = any(simulation.truth.claims(gap, commit.stream, key.history, commit.end) for gap in gaps)
             inside = inside or any(simulation.truth.came_up_since(gap, commit.stream, key.history) for gap in gaps)

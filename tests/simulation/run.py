@@ -168,7 +168,7 @@ class Simulation(Acts):
 
     def opened(self, stream: str, history: History, after: Position | None, broken: Break | None) -> None:
         """What is lost of a log is answered for by the streams that were open in it; a gap takes in nothing else."""
-        self.truth.is_open(stream, history, after, broken.until if broken else None)
+        self.truth.is_open(stream, history, after, broken)
         if after is not None and broken is not None:
             checks.check_break(self, stream, after, broken)
         elif after is not None:

@@ -15,6 +15,7 @@ from connectors.memory import Cluster, World
 from connectors.memory.book import Book
 from connectors.memory.lives import Held
 from trigger.model import Commit, Gap
+from trigger.ports import Break
 from trigger.position import LAST, History, Lineage, Position
 
 
@@ -26,7 +27,7 @@ class Key(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A log that the cluster has left for another, with its last timeline and how far that was flushed."""
+    """A log, or a timeline of it, that the cluster has left for another, with how far that was flushed."""
 
     book: Book
     timeline: int
@@ -48,20 +49,23 @@ class Truth:
         self.lost: list[Lost] = []
         self.opened: set[tuple[str, str, int]] = set()
         """Which streams were open in which lives of which systems."""
-        self._visited: dict[str, set[History]] = {}
-        self._visited_before: dict[tuple[str, Position, Position], frozenset[History]] = {}
+        self._stays: dict[str, list[set[History]]] = {}
+        """By stream the histories that each of its stays at a server led over, in order."""
+        self._stays_before: dict[tuple[str, Position], int] = {}
+        """How many stays of a stream came before the first that began with a break behind a place."""
 
     def leaves(self, cluster: Cluster) -> None:
         """Note that a cluster is about to leave its log for another."""
         self.lost.append(Lost(cluster.book, cluster.timeline, cluster.flushed))
 
-    def is_open(self, stream: str, history: History, after: Position | None, until: Position | None) -> None:
-        """Note that a stream was opened in a history, with a break from `after` where that is not None."""
+    def is_open(self, stream: str, history: History, after: Position | None, broken: Break | None) -> None:
+        """Note that a stream was opened in a history, with a break from `after` where there was one."""
         self.opened.add((stream, history.system, history.incarnation))
-        visited = self._visited.setdefault(stream, set())
-        if after is not None and until is not None:
-            self._visited_before.setdefault((stream, after, until), frozenset(visited))
-        visited |= {one for one, _, _ in self.lineage(history).stretches()}
+        stays = self._stays.setdefault(stream, [])
+        if after is not None and broken is not None:
+            for begin in (after, *(end for end, _ in broken.ends)):
+                self._stays_before.setdefault((stream, begin), len(stays))
+        stays.append({one for one, _, _ in self.lineage(history).stretches()})
 
     def is_back(self, stream: str, history: History, written: Collection[tuple[str, int]]) -> None:
         """Note that a stream goes on in a history without a break: of later lives nobody knows but by what is written.
@@ -134,19 +138,17 @@ class Truth:
         return found
 
     def flushed_and_lost(self) -> Iterator[tuple[Key, Commit]]:
-        """Give the commits of lives that have ended which were flushed and would have been seen."""
+        """Give the commits of logs and timelines that were left which were flushed."""
         for book, timeline, flushed in self.lost:
             incarnation = self.incarnation_of(book)
-            present = any(cluster.book is book for cluster in self._world.clusters)
+            present = any(cluster.book is book and cluster.timeline == timeline for cluster in self._world.clusters)
             if incarnation is None or present:
                 continue
             for entry in book.entries(book.lineage(timeline)):
                 commit = entry.commit
                 if commit is None or entry.end > flushed:
                     continue
-                if (commit.stream, book.system, incarnation) in self.opened:
-                    history = book.history(commit.history.branch, incarnation)
-                    yield Key(history, entry.start), commit
+                yield Key(book.history(commit.history.branch, incarnation), entry.start), commit
 
     def state(self, history: History, at: int) -> list[Commit]:
         """Give what the data hold at a place of a history."""
@@ -168,20 +170,29 @@ class Truth:
     def claims(self, gap: Gap, stream: str, history: History, end: int) -> bool:
         """Whether a gap says of a commit that it may have gone unseen.
 
-        Within one life of a log these are those behind its beginning and at or before its end; otherwise those behind
-        its beginning in the one life, at or before its end in the other, and all in lives between.
+        Within one life of a log these are those behind its beginning and at or before its end, and all behind its
+        beginning that are on no way to its end; otherwise those behind its beginning in the one life, at or before its
+        end in the other, and all in lives between.
         """
         after, until = gap.after, gap.until
         if stream != gap.stream:
             return False
         if _life(after.history) == _life(until.history):
-            inside = _life(history) == _life(until.history) and self.is_past(history, end, until)
-            return inside and not self.is_past(history, end, after)
+            if _life(history) != _life(until.history) or self.is_past(history, end, after):
+                return False
+            return self.is_past(history, end, until) or self._is_off_the_way(history, end, gap)
         if _life(history) == _life(after.history):
             return not self.is_past(history, end, after)
         if _life(history) == _life(until.history):
             return self.is_past(history, end, until)
         return self._number(after.history) < self._number(history) < self._number(until.history)
+
+    def _is_off_the_way(self, history: History, end: int, gap: Gap) -> bool:
+        """Whether what lies behind a gap's beginning is of a branch that was left since."""
+        after, until = gap.after, gap.until
+        passed_by = self.includes(history, after) and not self.includes(history, until)
+        left = history == after.history and not self.includes(until.history, Position(history, end))
+        return passed_by or left
 
     def came_up_since(self, gap: Gap, stream: str, history: History) -> bool:
         """Whether a life of a log came up, and went, after a stream was lost that is seen again by a gap's end."""
@@ -191,16 +202,18 @@ class Truth:
         held = self._world.held_of(history)
         return held.number if held else -1
 
-    def is_come_back(self, gap: Gap, history: History) -> bool:
+    def is_come_back(self, gap: Gap, history: History, end: int) -> bool:
         """Whether a gap claims of a history what was seen at another stay there.
 
         It lies between two servers, and claims all of them and of those that came and went between; or the server had
-        left that history for the one in which the gap begins.
+        left that history for the one in which the gap begins; or it went back since to what it had left then.
         """
         if gap.after.history.system != gap.until.history.system:
             return True
-        before = self._visited_before.get((gap.stream, gap.after, gap.until), frozenset())
-        return history != gap.after.history and history in before
+        stays, before = self._stays[gap.stream], self._stays_before[gap.stream, gap.after]
+        was_left = history != gap.after.history and any(history in stay for stay in stays[:before])
+        again = self._is_off_the_way(history, end, gap) and any(history in stay for stay in stays[before + 1 :])
+        return was_left or again
 
 
 def _parts(held: Held, timeline: int) -> list[Part]:

@@ -309,3 +309,14 @@ def test_a_history_file_gives_its_forks_and_ignores_comments_and_reasons() -> No
 def test_a_damaged_history_file_is_refused(line: str) -> None:
     with pytest.raises(PositionError):
         lineage(History("postgres", "7391", 2), line)
+
+
+def test_each_branch_that_was_left_since_a_position_ends_where_the_next_began_or_with_that_position() -> None:
+    one, two, three = (History("postgres", "7391", branch) for branch in (1, 2, 3))
+    lineage = Lineage(three, ((1, 100), (2, 200)))
+    both = ((Position(one, 100), Position(two, 100)), (Position(two, 200), Position(three, 200)))
+    assert lineage.ends_since(Position(one, 70)) == both
+    assert lineage.ends_since(Position(one, 130)) == ((Position(one, 130), Position(two, 100)), both[1])
+    assert lineage.ends_since(Position(two, 150)) == both[1:]
+    assert lineage.ends_since(Position(three, 250)) == ()
+    assert lineage.ends_since(Position(History("postgres", "7391", 4), 250)) == ()

@@ -266,14 +266,11 @@ async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> N
         reason = f"not in the past of {lineage.history}: {broken.seen.reason}"
         for history, left in itertools.groupby(lost, key=lambda pending: pending.commit.history):
             await cluster.catalog.miss([record(pending.commit, Outcome.MISSED) for pending in left], reason, history)
-        await cluster.catalog.record_gap(
-            Gap(broken.stream, broken.after, broken.seen.until, broken.seen.reason, cluster.clock.now())
-        )
+        for after, until in broken.holes:
+            await cluster.catalog.record_gap(Gap(broken.stream, after, until, broken.seen.reason, cluster.clock.now()))
+            log.error("stream %s: gap from %s to %s: %s", broken.stream, after, until, broken.seen.reason)
         window.forget(broken, [*lost, *window.given_again(broken, lineage)])
         agenda.open_gap = True
-        log.error(
-            "stream %s: gap from %s to %s: %s", broken.stream, broken.after, broken.seen.until, broken.seen.reason
-        )
 
 
 async def leave_lost_base(cluster: Protected, window: Window, agenda: Agenda) -> None:

@@ -38,6 +38,16 @@ class Broken(NamedTuple):
     pending: tuple[Pending, ...] = ()
     """What was pending then."""
 
+    @property
+    def holes(self) -> Sequence[tuple[Position, Position]]:
+        """(after, until) of each gap: from what was delivered to where it goes on, and behind the end of each branch.
+
+        Where a server that takes over goes on with all that was delivered, what the one before had later is lost.
+        """
+        until, ends = self.seen.until, self.seen.ends
+        whole = () if ends and self.after == until else ((self.after, until),)
+        return (*whole, *(one for one in ends if one[0].history.age >= until.history.age))
+
 
 @dataclass(frozen=True, slots=True)
 class Collected:

@@ -154,15 +154,18 @@ class _Known:
     def gap_at(self, at: int, lineage: Lineage, stream: str | None) -> Gap | None:
         """Give the gap around a place; one that begins on a branch that was left begins here where that was left.
 
-        One that ends in a later history reaches to the end of its own; one that comes from another life of the log is
-        all of this one before its end.
+        One that ends in a later history, or back in an earlier one, reaches to the end of its own; one that comes from
+        another life of the log, or back from a later history, is all of this one before its end.
         """
+        here = lineage.at(at).history
         for gap in self.gaps:
-            ends_here, after = lineage.includes(gap.until), lineage.shared(gap.after)
-            elsewhere = not gap.after.history.is_of_life(gap.until.history)
-            if stream not in (None, gap.stream) or (after is None and not (ends_here and elsewhere)):
+            after, until = gap.after.history, gap.until.history
+            comes = not after.is_of_life(until) or until.age < after.age
+            goes_back = comes and here == after
+            begin, ends_here = lineage.shared(gap.after), lineage.includes(gap.until) and not goes_back
+            if stream not in (None, gap.stream) or (begin is None and not (ends_here and comes)):
                 continue
-            if (after or 0) <= at and (at < gap.until.at or not ends_here):
+            if (begin or 0) <= at and (at < gap.until.at or not ends_here):
                 return gap
         return None
 

@@ -11,7 +11,7 @@ from trigger.errors import SourceError
 from trigger.model import Commit
 from trigger.ports import Batch, Break
 from trigger.position import History, Lineage, Name, Position
-from trigger.protect.window import Window
+from trigger.protect.window import Broken, Window
 
 
 class Scripted:
@@ -213,3 +213,20 @@ def test_what_is_pending_where_a_server_is_back_is_not_kept_beside_what_its_slot
         assert [id(one.commit) for one in window.collect().pending] == [id(again)]
 
     play_scripted([source], act)
+
+
+def test_what_each_branch_had_behind_its_end_is_a_gap_and_what_is_given_is_none() -> None:
+    one, two, three = (History("postgres", "7001", branch) for branch in (1, 2, 3))
+    first = (Position(one, 100), Position(two, 100))
+    second = (Position(two, 200), Position(three, 200))
+
+    def holes(after: Position, until: Position, *ends: tuple[Position, Position]) -> list[tuple[Position, Position]]:
+        return list(Broken("bank", after, Break(until, "a failover", ends)).holes)
+
+    kept = Position(one, 70)
+    assert holes(kept, kept, first, second) == [first, second]
+    beyond = Position(one, 130)
+    assert holes(beyond, first[1], (beyond, first[1]), second) == [(beyond, first[1]), second]
+    ahead = Position(three, 250)
+    assert holes(kept, ahead, first, second) == [(kept, ahead)], "it takes in all that was left on the way"
+    assert holes(Position(three, 210), ahead) == [(Position(three, 210), ahead)]

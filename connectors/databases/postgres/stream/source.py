@@ -154,7 +154,9 @@ class PostgresSource:
         self._reported = 0
         self._pace, self._taken_bytes = Pace(stream.holds_bytes), stream.taken_bytes
         self._reported_at, self._asked_at = asyncio.get_running_loop().time(), None
-        return Break(self._lineage.at(behind), reason) if reason else None
+        if not reason:
+            return None
+        return Break(self._lineage.at(behind), reason, self._lineage.ends_since(after) if after else ())
 
     async def _connect_side(self) -> psycopg.AsyncConnection[Any]:
         """Open the ordinary connection: it makes slot and publications and asks what the stream does not tell."""
