@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
@@ -20,6 +21,10 @@ from trigger.ports import Storage, Tagged
 log = logging.getLogger(__name__)
 
 INTERRUPTED = "interrupted before it was sealed"
+LARGE = 200
+"""A tag of more commits is read and written off the event loop: it takes half a second for a hundred thousand."""
+_LEAST_CHARACTERS = 8
+"""So little of a tag may a commit take."""
 GONE = "its snapshot is gone from the storage"
 
 
@@ -97,7 +102,7 @@ async def _settle_point(
     """Bring one point of the catalog to a state that agrees with what the storage has of it."""
     match point.state:
         case State.OPEN:
-            sealed = _sealed(found)
+            sealed = await _sealed(catalog, found)
             if sealed is not None:
                 await catalog.seal(sealed[0], sealed[1], {})
                 done.adopted.append(point.id)
@@ -127,7 +132,9 @@ def _shows_all(found: Tagged, point: RecoveryPoint) -> bool:
 async def _mend(catalog: Catalog, storage: Storage, point: RecoveryPoint, done: Reconciliation) -> None:
     """Write the damaged tag of a sealed point anew: the catalog holds all that it said."""
     try:
-        await storage.retag(point.id, tag.encode(point, await catalog.commits_of(point.number)))
+        commits = await catalog.commits_of(point.number)
+        writing = partial(tag.encode, point, commits)
+        await storage.retag(point.id, await catalog.apart(writing) if len(commits) > LARGE else writing())
     except StorageError as error:
         log.error("point %d: its tag in the storage is damaged, and not mended for now: %s", point.number, error)
         done.unreadable.append(point.id)
@@ -140,7 +147,7 @@ async def _settle_stray(
 ) -> None:
     """Adopt, remove or leave alone a snapshot that the catalog does not know."""
     try:
-        point, records = tag.decode(stray.tag or "")
+        point, records = await _decoded(catalog, stray.tag or "")
     except TrigpointError:
         done.strange.append(stray.point)
         return
@@ -164,12 +171,17 @@ async def _remove(storage: Storage, point: str, done: Reconciliation) -> bool:
     return True
 
 
-def _sealed(found: Tagged | None) -> tuple[RecoveryPoint, list[CommitRecord]] | None:
+async def _sealed(catalog: Catalog, found: Tagged | None) -> tuple[RecoveryPoint, list[CommitRecord]] | None:
     """Give the sealed point that a whole snapshot bears, or None."""
     if found is None or not found.complete or found.tag is None:
         return None
     try:
-        point, records = tag.decode(found.tag)
+        point, records = await _decoded(catalog, found.tag)
     except TrigpointError:
         return None
     return (point, records) if point.state is State.SEALED else None
+
+
+async def _decoded(catalog: Catalog, text: str) -> tuple[RecoveryPoint, list[CommitRecord]]:
+    reading = partial(tag.decode, text)
+    return await catalog.apart(reading) if len(text) > LARGE * _LEAST_CHARACTERS else reading()

@@ -14,6 +14,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
@@ -21,7 +22,7 @@ from trigger.catalog.reconcile import reconcile
 from trigger.config.options import PointOptions
 from trigger.errors import StorageError, TrigpointError
 from trigger.failpoint import reached
-from trigger.model import Cause, Flush, Gap, Outcome, RecoveryPoint, State, Volume, point_id
+from trigger.model import Cause, CommitRecord, Flush, Gap, Outcome, RecoveryPoint, State, Volume, point_id
 from trigger.ports import Agent, Capability, Clock, Storage
 from trigger.protect.agenda import Agenda
 from trigger.protect.logs import Finish, Logs, ceilings
@@ -133,7 +134,8 @@ async def without_shared(catalog: Catalog, collected: Collected) -> Collected:
     history = collected.newest.commit.history if collected.newest else None
     if history is None or not history.incarnation:
         return collected
-    new = {(one.stream, one.start) for one in await catalog.new_in_this_life(collected.records(), history)}
+    records = await catalog.apart(collected.records) if collected.is_large else collected.records()
+    new = {(one.stream, one.start) for one in await catalog.new_in_this_life(records, history)}
     return replace(collected, pending=[p for p in collected.pending if (p.commit.stream, p.commit.start) in new])
 
 
@@ -155,18 +157,17 @@ async def take(cluster: Protected, cause: Cause, collected: Collected, note: str
                 brackets = await finish()
             marks = await ceilings(covered, brackets)
             reached("after-ceiling")
-            records = collected.records()
             point = replace(
                 point,
                 state=State.SEALED,
                 marks=marks,
                 flushes=flushes,
                 snapshots=snapshots,
-                commits=len(records),
-                tables=collected.tables(),
                 sealed_at=cluster.clock.now(),
             )
-            await storage.retag(point.id, tag.encode(point, records))
+            summing = partial(sum_up, point, collected)
+            point, records, text = await catalog.apart(summing) if collected.is_large else summing()
+            await storage.retag(point.id, text)
             reached("after-retag")
     except TimeoutError:
         return await abandon(cluster, point, f"not done within {cluster.options.round_seconds:g} s, which is the limit")
@@ -175,6 +176,13 @@ async def take(cluster: Protected, cause: Cause, collected: Collected, note: str
     sealed = await catalog.seal(point, records, collected.settled)
     reached("after-seal")
     return sealed
+
+
+def sum_up(point: RecoveryPoint, collected: Collected) -> tuple[RecoveryPoint, list[CommitRecord], str]:
+    """Give a point with what its commits changed, their records, and the tag of both."""
+    records = collected.records()
+    point = replace(point, commits=len(records), tables=collected.tables())
+    return point, records, tag.encode(point, records)
 
 
 async def open_point(cluster: Protected, cause: Cause, newest: Pending | None, note: str) -> RecoveryPoint:

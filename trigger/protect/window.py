@@ -23,6 +23,9 @@ from trigger.protect.recent import Recent
 
 log = logging.getLogger(__name__)
 
+LARGE = 200
+"""Beyond so many commits, by weight, what is made of all of them is made off the event loop: it takes a second for a
+hundred thousand."""
 BOUND = 100_000
 """How many commits may wait in one window; beyond that the sources are not read, and the servers keep their log."""
 FIRST_BACKOFF_SECONDS = 0.2
@@ -62,6 +65,11 @@ class Collected:
     def newest(self) -> Pending | None:
         """The pending commit that ends last in the log; None where nothing is pending."""
         return self.pending[-1] if self.pending else None
+
+    @property
+    def is_large(self) -> bool:
+        """Whether records, tables and a tag of it take so long that the event loop must not be kept by them."""
+        return len(self.pending) > LARGE or sum(p.commit.weight for p in self.pending) > LARGE
 
     def records(self) -> list[CommitRecord]:
         """Give a record of each pending commit: the newest is protected, the others are coalesced into its point."""
