@@ -125,9 +125,20 @@ async def known_layout(database: Database, state_folder: Path) -> Layout:
         if not kept.exists():
             raise
         log.info("the layout is the one last seen, since the cluster does not answer: %s", error.message)
-        return database.recall(json.loads(kept.read_text()))
+        return _recalled(database, kept)
     replace_file(kept, json.dumps(data(layout), indent=2))
     return layout
+
+
+def _recalled(database: Database, kept: Path) -> Layout:
+    try:
+        document = json.loads(kept.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{kept}, which says where the cluster lies, cannot be read: {error}",
+            hint="start the cluster, which tells it anew",
+        ) from error
+    return database.recall(document)
 
 
 async def check(parts: Parts) -> list[Finding]:

@@ -11,7 +11,7 @@ import pytest
 
 from connectors.databases.postgres import places
 from tests.fixtures.service import deployment
-from trigger.errors import DatabaseError
+from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Layout
 from trigger.service.connect import known_layout
 
@@ -45,6 +45,38 @@ def test_the_layout_is_kept_for_our_eyes_only_and_read_back_where_the_cluster_do
     assert (tmp_path / "layout.json").stat().st_mode & 0o777 == 0o600
     assert known(None, tmp_path) == SEEN
     assert [path.name for path in tmp_path.iterdir()] == ["layout.json"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\x00", b"null", b"[]", b"{}", b"1", b'{"places": 1}', b"[" * 100_000]
+)
+def test_a_layout_that_was_kept_and_cannot_be_read_is_said_with_what_to_do_and_told_anew_by_the_cluster(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "layout.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="layout") as refused:
+        known(None, tmp_path)
+    assert refused.value.hint == "start the cluster, which tells it anew"
+    assert known(SEEN, tmp_path) == known(None, tmp_path) == SEEN
+
+
+def test_the_layout_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def flushing(descriptor: int) -> None:
+        told.append(f"flush {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def renaming(name: Path, target: str, **folders: int) -> None:
+        told.append(f"rename to {target}")
+        rename(name, target, **folders)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(os, "rename", renaming)
+    known(SEEN, tmp_path)
+    draft = f".layout.json.{os.getpid()}"
+    assert told == [f"flush {draft}", "rename to layout.json", f"flush {tmp_path.name}"]
 
 
 @pytest.mark.parametrize("name", ["layout.json", "layout.new", ".layout.json.{}"])
