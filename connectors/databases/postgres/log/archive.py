@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from connectors.databases.postgres import lsn
+from connectors.databases.postgres.log.files import flushed_size, take_place
 from connectors.databases.postgres.log.folders import is_of
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
@@ -136,6 +137,8 @@ class ArchiveReader:
         self._late = ""
         self._folder = Path()
         self._finished_since: float | None = None
+        self._replaced: dict[str, tuple[int, int]] = {}
+        """What was fetched for segments that were damaged, as it looked."""
 
     async def check(self, segment_bytes: int) -> list[Finding]:
         """Say whether the command brings back what the server archived last; only a copy of it is made, and removed."""
@@ -163,17 +166,36 @@ class ArchiveReader:
         return [Finding("archive", Severity.WARNING, self._late, remedy)] if self._late else []
 
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
-        """Fetch one file if the folder does not have it; whether it has it now. Blocks for `fetch_seconds` at most."""
-        if segments.locate(name) is not None:
-            return True
+        """Fetch one file that the folder does not have, or has cut short or damaged; whether a sound one is there now.
+
+        What is there is replaced where the archive has the file whole. Blocks for `fetch_seconds` at most.
+        """
+        if segments.is_sound(name) or self._is_as_fetched(segments, name):
+            return segments.is_sound(name)
         path = segments.path / f"{_FETCHING}.{os.getpid()}.{name}"  # a restore fetches beside the service
         path.unlink(missing_ok=True)
         self._refusal = self._ask(segments.segment_bytes, name, path, self._fetch_seconds)
         if self._refusal is not None:
             path.unlink(missing_ok=True)
             return False
-        path.replace(segments.path / name)
+        was_damaged = name in segments.damaged or segments.locate(name) is not None
+        take_place(path, segments.locate(name) or segments.path / name)
         (segments.path / f"{name}.partial").unlink(missing_ok=True)
+        return not was_damaged or self._replaces(segments, name)
+
+    def _is_as_fetched(self, segments: SegmentFolder, name: str) -> bool:
+        """Whether a file is still the one that was fetched for a damaged one: the archive has no better one."""
+        found = segments.locate(name)
+        return found is not None and self._replaced.get(name) == _stamp(found)
+
+    def _replaces(self, segments: SegmentFolder, name: str) -> bool:
+        """Whether what was fetched for a damaged segment is of the same log as its neighbours; else it goes."""
+        parsed = SegmentName.parse(name, segments.segment_bytes)
+        if parsed is not None and not segments.joins_neighbours(parsed):
+            segments.delete([parsed])
+            self._refusal = _Refusal(_FOREIGN, broken=True)
+            return False
+        self._replaced[name] = _stamp(segments.locate(name) or segments.path / name)
         return True
 
     def _ask(self, segment_bytes: int, name: str, path: Path, seconds: float) -> _Refusal | None:
@@ -188,9 +210,12 @@ class ArchiveReader:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             broken = code != -signal.SIGTERM and not 0 <= code <= _HIGHEST_CODE
             return _Refusal(f"the command ended with {how}{words and f': {words}'}", broken)
-        if not path.exists():
+        try:
+            size, is_segment = flushed_size(path), SegmentName.parse(name, segment_bytes) is not None
+        except FileNotFoundError:
             return _Refusal("the command ended well and gave no file", broken=False)
-        size, is_segment = path.stat().st_size, SegmentName.parse(name, segment_bytes) is not None
+        except OSError as error:
+            return _Refusal(f"what the command gave is of no use: {error}", broken=True)
         if is_segment and size != segment_bytes:  # perhaps it is just being written there
             return _Refusal(f"the command gave {size} of {segment_bytes} bytes", broken=False)
         return None
@@ -293,10 +318,13 @@ class ArchiveReader:
             self._late = f"the archive does not give segment {name}, which the server has finished: {refusal.why}"
 
     def _fill(self, segments: SegmentFolder, following: SegmentName) -> None:
-        """Fetch what is missing between the oldest segment and the next one, in case that the archive has it by now.
+        """Fetch what is missing or damaged from the oldest segment on, in case that the archive has it by now.
 
         A server archives a new timeline's history before the segments of the old one that it was behind with.
         """
+        for name in sorted(segments.damaged):
+            if segments.locate(name) is not None and not self.fetch(segments, name) and self._refusal is not None:
+                break
         held = [name for name in segments.names() if not name.partial]
         for before, behind in itertools.pairwise([*held, following]):
             for number in range(before.number + 1, behind.number):
@@ -344,6 +372,11 @@ class ArchiveReader:
         if (file := segments.locate(name)) is not None:
             file.unlink()
         return _Refusal(f"{name}, which is needed first: {_FOREIGN}", broken=True)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    seen = path.stat()
+    return seen.st_ino, seen.st_mtime_ns
 
 
 def _timelines(lineage: Lineage) -> list[int]:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ _STATE_FILE = "audit.json"
 _KEEP_SECONDS = 2.0
 """How much of a long audit may be lost with the process; it may never come to an end where that dies often."""
 _MISSING = "missing"
+_CUT = "truncated"
 _REMEDY = (
     "commits whose replay needs it cannot be restored: take a point now, and bring a sound copy of the file back if"
     " the server's pg_wal or another archive still has it"
@@ -79,11 +80,11 @@ class Audit:
         began_ns = time.time_ns()
         async with self.between_segments:
             state = await self._segments.threads.run(self.load)
-            names = [name for name in await self._segments.threads.run(self._segments.names) if not name.partial]
-            await self._segments.threads.run(partial(self._look_at_known, state, names))
+            held = await self._segments.threads.run(self._segments.complete)
+            await self._segments.threads.run(partial(self._look_at_known, state, held))
             state.looked_ns = began_ns
         kept_at = time.monotonic()
-        for name in names:
+        for name in held:
             async with self.between_segments:
                 await self._look_at_new(state, name)
                 if time.monotonic() - kept_at > _KEEP_SECONDS:
@@ -122,18 +123,18 @@ class Audit:
                 del state.damaged[name]
         self._keep()
 
-    def _look_at_known(self, state: _State, names: list[SegmentName]) -> None:
+    def _look_at_known(self, state: _State, held: Mapping[SegmentName, tuple[int, int]]) -> None:
         """See that what was looked at before is still there, whole, and not written to since."""
-        held = {name: self._segments.file(name).stat() for name in names}
         for timeline, known in state.timelines.items():
             for number in range(known.first, known.following):
                 name = SegmentName(timeline, number)
-                text, found = name.text(self._segments.segment_bytes), held.get(name)
-                if found is None:
+                text = name.text(self._segments.segment_bytes)
+                size, written_ns = held.get(name, (-1, 0))
+                if size < 0:
                     state.damaged[text] = _MISSING
-                elif found.st_size != self._segments.segment_bytes:
-                    state.damaged[text] = _truncated(found.st_size, self._segments.segment_bytes)
-                elif state.damaged.get(text) == _MISSING or found.st_mtime_ns > state.looked_ns:
+                elif size != self._segments.segment_bytes:
+                    state.damaged[text] = _truncated(size, self._segments.segment_bytes)
+                elif written_ns > state.looked_ns or _may_be_whole_by_now(state.damaged.get(text, "")):
                     known.following, known.resume = number, 0  # look at it anew, and at all behind it
                     state.damaged.pop(text, None)
                     break
@@ -190,7 +191,7 @@ class Audit:
             return _State(found["system"], timelines, dict(found["damaged"]), int(found.get("looked_ns", 0)), unknown)
         except FileNotFoundError:
             return _State()
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise JournalError(
                 f"what the audit of the journal found cannot be read from {path}: {error}",
                 hint="delete the file; the next audit looks at every segment again",
@@ -234,5 +235,10 @@ def _replace(path: Path, text: str) -> None:
     new.replace(path)
 
 
+def _may_be_whole_by_now(why: str) -> bool:
+    """Whether a segment of the right size that is there cannot be damaged as was found: another file took its place."""
+    return why == _MISSING or why.startswith(_CUT)
+
+
 def _truncated(size: int, wanted: int) -> str:
-    return f"truncated: {size} of {wanted} bytes"
+    return f"{_CUT}: {size} of {wanted} bytes"

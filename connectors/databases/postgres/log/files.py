@@ -22,6 +22,37 @@ def reading(path: Path, *, folder: int | None = None) -> Iterator[io.FileIO]:
         yield file
 
 
+def flushed_size(path: Path) -> int:
+    """Give the size of an ordinary file once all of it is on stable storage."""
+    with reading(path) as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def take_place(new: Path, place: Path) -> None:
+    """Put a file, which is on stable storage, in the place of another or of none, durably, as one changed just now."""
+    os.utime(new, follow_symlinks=False)
+    new.replace(place)
+    flush_folder(place.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Put the names in a folder on stable storage."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_flushed(path: Path, text: str) -> None:
+    """Write a small file, and put what it holds on stable storage; its name is the caller's business."""
+    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def give(path: Path, owner: tuple[int, int] | None) -> None:
     """Make `path` belong to (user, group); nothing where we are not root."""
     if owner is not None and os.geteuid() == 0:

@@ -8,11 +8,10 @@ of the cluster put back, another cluster in its place after pg_upgrade) goes on 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from pathlib import Path
 
-from connectors.databases.postgres.log.files import give
+from connectors.databases.postgres.log.files import flush_folder, give, write_flushed
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import page_header
 from connectors.databases.postgres.lsn import KIND
@@ -80,13 +79,10 @@ class LogFolders:
         folder.make(writer)
         if past:
             file = folder.path / f"{history.branch:08X}.history"
-            file.write_text(past)
+            write_flushed(file, past)
             give(file, writer)
-        descriptor = os.open(folder.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            flush_folder(folder.path)
+        flush_folder(folder.path.parent)
         return folder
 
     def _look(self) -> None:

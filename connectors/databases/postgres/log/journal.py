@@ -18,6 +18,7 @@ from connectors.databases.postgres.log import search
 from connectors.databases.postgres.log.audit import Audit
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.staging import Staging
 from connectors.databases.postgres.log.wal import PAGE_BYTES, holds_commit
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
@@ -42,7 +43,10 @@ class Feed(Protocol):
         ...
 
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
-        """Try to bring one file by name, now; whether it is there. Blocks, and ends by a deadline of its own."""
+        """Try to bring one file by name, now, unless a sound one is there; whether it is by now.
+
+        Blocks, and ends by a deadline of its own.
+        """
         ...
 
     def findings(self) -> list[Finding]:
@@ -199,7 +203,7 @@ class PostgresJournal:
         self._audit_of(segments).load()
         lives = self._folders.of_system(replay.target.history.system)
         others = [life for life in lives if life is not segments]
-        size = segments.stage(replay, folder, progress, self._fetch_into(segments), others)
+        size = Staging(segments, self._fetch_into(segments)).stage(replay, folder, progress, others)
         _require_commit(SegmentFolder(folder, segments.segment_bytes), replay)
         return size
 
@@ -210,12 +214,12 @@ class PostgresJournal:
         dump = await run(partial(self._dump_for, segments))
         fetch = await run(partial(self._fetch_into, segments))
         behind = Lsn((target.at or 0) + (1 if target.inclusive else 0))
-        staged, more = SegmentFolder(folder, segments.segment_bytes), 1
+        staged, staging, more = SegmentFolder(folder, segments.segment_bytes), Staging(segments, fetch), 1
         while dump and (end := await run(partial(staged.end_of_run, history.branch, behind))) is not None:
             stretch = Stretch(folder, history.branch, behind, end)
             if more > _PROOF_SEGMENTS or await dump.commits(stretch, limit=1):
                 return
-            if not await run(partial(segments.stage_behind, target, folder, fetch, more)):
+            if not await run(partial(staging.behind, target, folder, more)):
                 return
             more *= 2
 
@@ -224,7 +228,7 @@ class PostgresJournal:
         known = self._running or self._known()
         if known is not None and not segments.incarnation and self._folders.of(known) is segments:
             return partial(self._feed.fetch, segments)
-        return lambda name: segments.locate(name) is not None
+        return segments.is_sound
 
     async def release(self, starts: Collection[Position]) -> int:
         """Delete the segments that no replay from any of `starts` can ask for; gives how many.

@@ -110,8 +110,8 @@ class Receiver:
         self._threads = Threads("pg_receivewal")
 
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
-        """Whether a file is in the folder; a stream cannot be asked for one."""
-        return segments.locate(name) is not None
+        """Whether a sound file is in the folder; a stream cannot be asked for one."""
+        return segments.is_sound(name)
 
     async def check(self, segment_bytes: int) -> list[Finding]:  # noqa: ARG002 - the feed's
         """Say which program receives the log, and by which slot; and whether the server's words can be understood."""

@@ -1,4 +1,4 @@
-"""A folder of write-ahead log segments and timeline history files: what it holds, staging from it, thinning it.
+"""A folder of write-ahead log segments and timeline history files: what it holds, and what of it may go.
 
 All calls block on small file operations; the journals run them in `threads`.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.log.files import give, put_new, reading
+from connectors.databases.postgres.log.files import give, reading
+from connectors.databases.postgres.log.remembered import Remembered
 from connectors.databases.postgres.log.wal import (
     MAJORS,
     PageHeader,
@@ -29,23 +32,11 @@ from connectors.databases.postgres.lsn import Lsn
 from connectors.threads import Threads
 from trigger.errors import JournalError, PositionError, remedy
 from trigger.model import Extent
-from trigger.ports import Progress
 from trigger.position import LAST, History, Lineage, Position
-from trigger.replay import Replay, Target
 from trigger.trusted import NotOursError, open_file, require_no_link, why_not_ours
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP)
-
-
-@dataclass(frozen=True, slots=True)
-class Needed:
-    """One segment of a replay: on which timelines it may lie, newest first, and up to where it has to be held."""
-
-    number: int
-    timelines: tuple[int, ...]
-    until: Lsn | None
-    """None where the replay can do without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +51,17 @@ class _Read:
     def __getitem__(self, part: slice, /) -> bytes:
         begin = part.start or 0
         return os.pread(self.descriptor, part.stop - begin, begin)
+
+
+class _Held(NamedTuple):
+    """What a segment holds that can be used."""
+
+    system: str
+    end: Lsn | None
+    """None for nothing."""
+
+
+_NOTHING = _Held("", None)
 
 
 class SegmentFolder:
@@ -85,6 +87,7 @@ class SegmentFolder:
         self.top = path
         """The journal's own folder, in which this one lies where it is another."""
         self._system = ""
+        self._known = Remembered[_Held]()
         self.damaged: dict[str, str] = {}
         """Segments in which the audit found damage, and what; they are not held."""
 
@@ -106,12 +109,25 @@ class SegmentFolder:
 
     def names(self) -> list[SegmentName]:
         """Give the segments by timeline and number; a complete one hides a partial one of the same stretch."""
+        return self._names(self._listing())
+
+    def _names(self, entries: Iterable[str]) -> list[SegmentName]:
         found: dict[tuple[int, int], SegmentName] = {}
-        for entry in self._entries():
+        for entry in sorted(entries):
             name = SegmentName.parse(entry, self.segment_bytes)
             if name is not None and (not name.partial or (name.timeline, name.number) not in found):
                 found[name.timeline, name.number] = name
         return sorted(found.values())
+
+    def complete(self) -> dict[SegmentName, tuple[int, int]]:
+        """Give of each complete segment, by timeline and number, its size and when it was written to last."""
+        found, listing = {}, self._listing()
+        for name in self._names(listing):
+            if not name.partial:
+                text = self._file_name(name)
+                seen = (listing[text] / text).stat()
+                found[name] = seen.st_size, seen.st_mtime_ns
+        return found
 
     def file(self, name: SegmentName) -> Path:
         """Give the path of a segment, whether it is there or not."""
@@ -124,6 +140,13 @@ class SegmentFolder:
     def locate(self, name: str) -> Path | None:
         """Give the path of a file that is there, by name."""
         return next((found for folder in (self.path, self.aside) if (found := folder / name).exists()), None)
+
+    def is_sound(self, name: str) -> bool:
+        """Whether a file is there, by name; a segment whole, and not damaged as far as is known."""
+        found = self.locate(name)
+        if found is None or name in self.damaged:
+            return False
+        return SegmentName.parse(name, self.segment_bytes) is None or found.stat().st_size == self.segment_bytes
 
     def set_aside(self, name: SegmentName) -> None:
         """Move a segment out of the sight of a program that resumes behind the newest file; it is still held."""
@@ -169,6 +192,12 @@ class SegmentFolder:
                 if (header := page_header(file.read(64))) is not None:
                     yield header
 
+    def joins_neighbours(self, name: SegmentName) -> bool:
+        """Whether a segment goes on where the one before ends, and the one behind where it ends, as far as both are."""
+        before, behind = (SegmentName(name.timeline, name.number + step) for step in (-1, 1))
+        sound = [self.is_sound(one.text(self.segment_bytes)) for one in (before, behind)]
+        return not (sound[0] and not self.joins(name)) and not (sound[1] and not self.joins(behind))
+
     def joins(self, name: SegmentName) -> bool:
         """Whether a segment goes on where the complete one before it ends, as far as both are here."""
         before = SegmentName(name.timeline, name.number - 1)
@@ -185,7 +214,7 @@ class SegmentFolder:
     def histories(self) -> dict[int, str]:
         """Give the text of every timeline history file by timeline."""
         found = {}
-        for entry in self._entries():
+        for entry in sorted(self._listing()):
             timeline = history_timeline(entry)
             if timeline is not None:
                 with contextlib.suppress(FileNotFoundError), reading(self.locate(entry) or self.path / entry) as file:
@@ -211,10 +240,15 @@ class SegmentFolder:
             ) from error
 
     def extents(self) -> list[Extent]:
-        """Give the stretches that are held without a hole, damaged segments left out."""
+        """Give the stretches that are held without a hole, damaged segments left out.
+
+        Of a segment that looks as it did when it was read nothing is read again.
+        """
         found: list[Extent] = []
-        for name in self.names():
-            system, end = self._held(name)
+        known, self._known, listing = self._known, Remembered[_Held](), self._listing()
+        for name in self._names(listing):
+            text = self._file_name(name)
+            system, end = self._held(name, listing[text] / text, known)
             if end is None:
                 continue
             history, start = lsn.history(system, name.timeline, self.incarnation), name.start(self.segment_bytes)
@@ -235,82 +269,35 @@ class SegmentFolder:
         with reading(self.file(name)) as file:
             yield _Read(file.fileno())
 
-    def _held(self, name: SegmentName) -> tuple[str, Lsn | None]:
-        """Give the system identifier of a segment and where what it holds ends; None for nothing usable."""
-        if self.file(name).name in self.damaged:
-            return "", None
-        start = name.start(self.segment_bytes)
+    def _held(self, name: SegmentName, path: Path, known: Remembered[_Held]) -> _Held:
+        """Give what a segment holds that can be used."""
+        if path.name in self.damaged:
+            return _NOTHING
         try:
-            with reading(self.file(name)) as file:
-                whole = os.fstat(file.fileno()).st_size == self.segment_bytes
-                header = page_header(file.read(64)) if whole else None
-            if header is None or header.address != start:
-                return "", None
-            end = self.tail(name).end if name.partial else Lsn(start + self.segment_bytes)
+            seen = path.lstat()
+            held = known.get(path.name, seen) or self._read(name, path)
         except (FileNotFoundError, NotOursError, ValueError):  # released, completed or re-made in this moment; a link
-            return "", None
-        return header.system, end if end > start else None
+            return _NOTHING
+        self._known.put(path.name, seen, held)
+        return held
 
-    def _entries(self) -> list[str]:
-        found: set[str] = set()
-        for folder in (self.path, self.aside):
-            with contextlib.suppress(FileNotFoundError):
-                found.update(entry.name for entry in folder.iterdir())
-        return sorted(found)
+    def _read(self, name: SegmentName, path: Path) -> _Held:
+        start = name.start(self.segment_bytes)
+        with reading(path) as file:
+            whole = os.fstat(file.fileno()).st_size == self.segment_bytes
+            header = page_header(file.read(64)) if whole else None
+            if header is None or header.address != start:
+                return _NOTHING
+            end = tail(_Read(file.fileno()), start).end if name.partial else Lsn(start + self.segment_bytes)
+        return _Held(sys.intern(header.system), end if end > start else None)
 
-    def stage(
-        self,
-        replay: Replay,
-        folder: Path,
-        progress: Progress,
-        fetch: Callable[[str], bool] = lambda _: False,
-        others: Sequence[SegmentFolder] = (),
-    ) -> int:
-        """Put the files that a replay asks for into `folder`; gives the bytes.
-
-        Args:
-            replay: to a place it wants the segments through the one behind that; to a time or the end all that is held.
-            folder: made where it is missing; complete segments are linked or cloned where possible, a partial one
-                is copied under its full name.
-            progress: told in bytes.
-            fetch: asked for a file by name where the folder does not have it; true if it has it now.
-            others: the folders of other lives of the same cluster.
-
-        Raises:
-            JournalError: a segment is missing or damaged; the message names the first.
-        """
-        start, history = replay.log_from, replay.target.history
-        lineage = self._lineage_with(history, fetch)
-        if not lineage.includes(start):
-            raise JournalError(f"{start} is not in the past of {history}")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        stage = os.open(folder, _FOLDER)
-        try:
-            if self.owner is not None and os.geteuid() == 0:
-                os.fchown(stage, *self.owner)
-            self._stage_histories(stage, others)
-            needed = self._needed(lineage, replay, fetch)
-            for count, segment in enumerate(needed):
-                if not self._stage_one(segment, stage, fetch) and segment.until:
-                    raise self._missing(segment)
-                progress("stage the log", (count + 1) * self.segment_bytes, len(needed) * self.segment_bytes)
-        finally:
-            os.close(stage)
-        return sum(entry.stat().st_size for entry in folder.iterdir())
-
-    def _stage_histories(self, stage: int, others: Sequence[SegmentFolder]) -> None:
-        """Put the history files into the open folder `stage`, and of each timeline that only `others` know theirs.
-
-        The latter are there for their numbers: a new timeline takes the first that has no file, and the archive and
-        the server's clients may have met it in the other life.
-        """
-        put: set[int] = set()
-        for folder in (self, *others):
-            for timeline in sorted(folder.histories().keys() - put):
-                held = folder.locate(f"{timeline:08X}.history")
-                if held is not None:
-                    self._put(held, stage, held.name)
-                    put.add(timeline)
+    def _listing(self) -> dict[str, Path]:
+        """Give by the name of each file in which folder it lies."""
+        found: dict[str, Path] = {}
+        for folder in (self.aside, self.path):
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+                found |= {entry.name: folder for entry in entries}
+        return found
 
     def end_of_run(self, timeline: int, at: Lsn) -> Lsn | None:
         """Give where the segments end that follow on each other from the one with `at` on; None where it is not there.
@@ -324,131 +311,6 @@ class SegmentFolder:
         while number + 1 in numbers:
             number += 1
         return Lsn((number + 1) * self.segment_bytes)
-
-    def stage_behind(self, target: Target, folder: Path, fetch: Callable[[str], bool], count: int) -> int:
-        """Put up to `count` more segments behind those that were staged for `target` into `folder`; gives how many.
-
-        They are for the proof alone, so none that is missing, damaged or finds no room is an error.
-        """
-        timeline, at = target.history.branch, target.at or 0
-        there = [name.number for name in SegmentFolder(folder, self.segment_bytes).names() if name.timeline == timeline]
-        first = max(there, default=at // self.segment_bytes) + 1
-        stage = os.open(folder, _FOLDER)
-        try:
-            for number in range(first, first + count):
-                try:
-                    if not self._stage_one(Needed(number, (timeline,), None), stage, fetch):
-                        return number - first
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.unlink(SegmentName(timeline, number).text(self.segment_bytes), dir_fd=stage)
-                    return number - first
-        finally:
-            os.close(stage)
-        return count
-
-    def _lineage_with(self, history: History, fetch: Callable[[str], bool]) -> Lineage:
-        if history.branch > 1:
-            wanted = f"{history.branch:08X}.history"
-            _ = self.locate(wanted) or fetch(wanted)
-        return self.lineage(history)
-
-    def _needed(self, lineage: Lineage, replay: Replay, fetch: Callable[[str], bool]) -> list[Needed]:
-        """Give the segments of a replay in order.
-
-        PostgreSQL looks for a segment on the newest timeline first that had begun by then (`XLogFileReadAnyTLI`): the
-        segment in which a timeline was left exists on both, and the newer file holds the older one's part too.
-        """
-        start, until = replay.log_from.at, replay.until
-        first = start // self.segment_bytes
-        required = range(first, (until - 1) // self.segment_bytes + 1 if until > start else first)
-        last = max(first, required.stop)
-        if replay.target.at is None:
-            timeline = lineage.history.branch
-            last = max([last, *(name.number for name in self.names() if name.timeline == timeline)])
-            while fetch(SegmentName(timeline, last + 1).text(self.segment_bytes)):  # an archive may have more by now
-                last += 1
-        return [
-            Needed(
-                number,
-                self._owners(lineage, number),
-                Lsn(min(until, (number + 1) * self.segment_bytes)) if number in required else None,
-            )
-            for number in range(first, last + 1)
-        ]
-
-    def _owners(self, lineage: Lineage, number: int) -> tuple[int, ...]:
-        """Give the timelines on which a segment of a lineage may lie, newest first."""
-        owners, begin = [], 0
-        for timeline, left_at in (*lineage.forks, (lineage.history.branch, None)):
-            if begin <= number and (left_at is None or number <= left_at // self.segment_bytes):
-                owners.append(timeline)
-            begin = left_at // self.segment_bytes if left_at is not None else 0
-        return tuple(reversed(owners))
-
-    def _stage_one(self, needed: Needed, stage: int, fetch: Callable[[str], bool]) -> bool:
-        """Put every file of a segment that is held into the open folder `stage`; whether the newest one was.
-
-        Damage in an older timeline's file is none to a replay that has a newer one: PostgreSQL reads that.
-        """
-        newest = put = False
-        for index, timeline in enumerate(needed.timelines):
-            for partial in (False, True):
-                name = SegmentName(timeline, needed.number, partial)
-                source = self.file(name)
-                if source.name in self.damaged and source.exists():  # what was lost may come again, unfinished at first
-                    if needed.until is None or put:
-                        continue  # the replay stops before it, or reads the newer one
-                    raise JournalError(
-                        f"segment {source.name} of the journal is damaged: {self.damaged[source.name]}",
-                        hint="restore from a point after it, or put a sound copy in its place and audit again",
-                    )
-                if (source.exists() or fetch(source.name)) and source.stat().st_size == self.segment_bytes:
-                    self._put(source, stage, name.text(self.segment_bytes), copy=partial)
-                    put = True
-                    if index == 0:
-                        self._require_reaches(name, needed.until)
-                        newest = True
-                    break
-        return newest
-
-    def _require_reaches(self, name: SegmentName, until: Lsn | None) -> None:
-        """Refuse an unfinished segment that ends before what the replay needs of it."""
-        if name.partial and until is not None and (end := self.tail(name).end) < until:
-            raise JournalError(
-                f"the journal ends at {end} in segment {self.file(name).name}, before {until}",
-                hint="wait until it has received the log up to there, or see in `trigpoint status` why it does not",
-                retryable=True,
-            )
-
-    def _missing(self, needed: Needed) -> JournalError:
-        name = SegmentName(needed.timelines[0], needed.number).text(self.segment_bytes)
-        return JournalError(
-            f"segment {name} is not in the journal {self.path}",
-            hint="the log has a hole there; restore to a commit before it, or to a point after it",
-        )
-
-    def _put(self, source: Path, stage: int, name: str, *, copy: bool = False) -> None:
-        """Link, clone or copy one file into an open folder, so that the owner of the data, whose it is, can read it."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=stage)
-        with reading(source) as file:
-            if not copy:
-                self._let_owner_read(file.fileno())
-                try:
-                    os.link(f"/proc/self/fd/{file.fileno()}", name, dst_dir_fd=stage)  # that very file, by any name
-                    return
-                except OSError as error:
-                    if error.errno not in _NO_LINK:
-                        raise
-            put_new(name, stage, file, self.owner)
-
-    def _let_owner_read(self, source: int) -> None:
-        """Let the owner of the data read, by group, a segment that somebody else wrote; never write it."""
-        writer = os.fstat(source).st_uid
-        if self.owner is not None and os.geteuid() == 0 and self.owner[0] not in (0, writer):
-            os.fchown(source, -1, self.owner[1])
-            os.fchmod(source, 0o640)
 
     def mark(self, name: SegmentName, owner: tuple[int, int] | None) -> None:
         """Leave an empty file in the place of a segment, for whoever begins there."""

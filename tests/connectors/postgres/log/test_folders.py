@@ -14,6 +14,7 @@ from connectors.databases.postgres.log.archive import ArchiveReader
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.journal import Feed, PostgresJournal
 from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.staging import Staging
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import Lsn, history
 from tests.connectors.postgres.log.test_archive import Server
@@ -182,7 +183,7 @@ def left_in_segment_4(folder: Path) -> SegmentFolder:
 
 def through_the_fork(segments: SegmentFolder, folder: Path) -> int:
     latest = Target(history("111", 2), None, False, "the latest of it")
-    return segments.stage(Replay(latest, Position(OLD, Lsn(2 * SMALL)), 6 * SMALL), folder / "staged", silent)
+    return Staging(segments).stage(Replay(latest, Position(OLD, Lsn(2 * SMALL)), 6 * SMALL), folder / "staged", silent)
 
 
 def test_damage_in_the_file_of_the_timeline_that_was_left_stops_no_replay_that_reads_the_newer_one(

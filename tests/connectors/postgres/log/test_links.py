@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.staging import Staging
 from connectors.databases.postgres.log.wal import SegmentName
 from trigger.errors import JournalError
 from trigger.trusted import NotOursError
@@ -43,7 +44,7 @@ def test_a_segment_that_is_a_link_is_not_held_nor_staged_and_its_target_keeps_it
     stage = os.open(tmp_path, os.O_RDONLY)
     for copy in (False, True):
         with pytest.raises(NotOursError):
-            journal._put(journal.file(NAME), stage, "staged", copy=copy)
+            Staging(journal)._put(journal.file(NAME), stage, "staged", copy=copy)
     os.close(stage)
     assert not (tmp_path / "staged").exists()
     after = victim.stat()
