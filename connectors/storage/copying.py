@@ -117,13 +117,14 @@ class Copier:
 
     def _folder(self, place: _Place) -> None:
         before = os.fstat(place.source)
-        with os.scandir(place.source) as entries:
-            for entry in entries:
-                self._require_going_on()
-                name = f"{place.inside}{entry.name}"
-                if not self.leaves_out(name):
-                    with contextlib.suppress(_Vanished), _whole_name(name):
-                        self._entry(entry, place, name)
+        with os.scandir(place.source) as entries:  # all at once: what is renamed meanwhile may be listed twice
+            listed = {entry.name: entry for entry in entries}
+        for last, entry in listed.items():
+            self._require_going_on()
+            name = f"{place.inside}{last}"
+            if not self.leaves_out(name):
+                with contextlib.suppress(_Vanished), _whole_name(name):
+                    self._entry(entry, place, name)
         _keep_attributes(place.target, before)
 
     def _entry(self, entry: os.DirEntry[str], place: _Place, name: str) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -245,6 +248,48 @@ def test_a_file_that_is_cut_at_any_moment_of_its_copy_fails_no_snapshot(
     assert len(copied) <= 200_000
     assert copied[:left] == content[:left]
     assert house.kept(0, "other").read_bytes() == content
+
+
+def test_a_folder_that_is_removed_at_any_moment_of_its_copy_fails_no_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by DROP DATABASE; there are more files than one call to the kernel lists."""
+    house = House(tmp_path)
+    for folder in ("dropped", "other"):
+        (house.source / folder).mkdir()
+        for number in range(3000):
+            (house.source / folder / f"{number}").touch()
+    entry_of, seen = Copier._entry, list[str]()
+
+    def dropping(copier: Copier, entry: os.DirEntry[str], place: Any, name: str) -> None:
+        entry_of(copier, entry, place, name)
+        if name.startswith("dropped/") and not seen:
+            seen.append(name)
+            shutil.rmtree(house.source / "dropped")
+
+    monkeypatch.setattr(Copier, "_entry", dropping)
+    house.cut(0)
+    assert seen
+    assert len(list(house.kept(0, "other").iterdir())) == 3000
+
+
+def test_a_name_that_a_folder_lists_twice_fails_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some filesystems do where a file is replaced by a rename while the folder is listed (readdir(3p))."""
+    house = House(tmp_path)
+    for name in ("pg_filenode.map", "1247"):
+        (house.source / name).write_text("content")
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def twice(folder: int) -> Iterator[Any]:
+        with scandir(folder) as entries:
+            listed = list(entries)
+            yield iter(listed + listed)
+
+    monkeypatch.setattr(os, "scandir", twice)
+    house.cut(0)
+    monkeypatch.undo()
+    assert sorted(path.name for path in house.kept(0, "").iterdir()) == ["1247", "pg_filenode.map"]
 
 
 def test_a_cancelled_snapshot_stops_soon_and_leaves_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +153,9 @@ def followed(
                 await task
 
     asyncio.run(work())
+    for thread in threading.enumerate():  # a fetch that was abandoned goes on, and may bring what is archived later
+        if thread.name == "journal":
+            thread.join(20)
     return reader
 
 
