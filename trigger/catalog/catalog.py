@@ -25,7 +25,7 @@ from typing import Protocol, Self, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from trigger.catalog import commit_index, commit_search, migrations, point_index, schema
+from trigger.catalog import commit_index, commit_search, migrations, point_index, pruning, schema
 from trigger.catalog.commit_search import Found, Query
 from trigger.catalog.point_index import Totals
 from trigger.errors import CatalogError
@@ -278,6 +278,22 @@ class Catalog:
             raise CatalogError(f"point {point.number} becomes {state} by its own call, not by a change of state")
         return await self._write(partial(point_index.change, key=point.id, state=state))
 
+    async def prune(self, taken_before: datetime, most: int) -> int:
+        """Let go of what is known of expired points taken before a time; gives of how many, `most` at most.
+
+        Number, id and the outcomes of their commits stay; the last thousand that expired stay whole (see `pruning`).
+        """
+        old = await self._read(partial(pruning.old, taken_before=taken_before, most=most))
+        if old:
+            await self._write(partial(pruning.prune, numbers=old))
+        return len(old)
+
+    async def give_back(self, pages: int) -> int:
+        """Give so many pages of a file of which very many are free back to the filesystem; gives how many went."""
+        if not await self._read(pruning.may_give_back):
+            return 0
+        return await self._write(partial(pruning.give_back, pages=pages))
+
     async def verified(self, point: RecoveryPoint, verification: Verification) -> RecoveryPoint:
         """Store the result of restoring `point`; raises `CatalogError` unless it is sealed."""
         return await self._write(partial(point_index.verify, key=point.id, verification=verification))
@@ -330,6 +346,13 @@ class Catalog:
             query = point_index.with_ids(wanted[first : first + _PAGE])
             found += await self._read(partial(point_index.load, query=query))
         return sorted(found, key=lambda point: point.number)
+
+    async def pruned_among(self, ids: Collection[str]) -> set[str]:
+        """Give those of `ids` whose points expired so long ago that nothing else is known of them."""
+        wanted, found = sorted(ids), set[str]()
+        for first in range(0, len(wanted), _PAGE):
+            found |= await self._read(partial(point_index.pruned_among, ids=wanted[first : first + _PAGE]))
+        return found
 
     async def point(self, ref: str | int) -> RecoveryPoint:
         """Give the point with a number, an id, or the name of its snapshots (`trg-…`).

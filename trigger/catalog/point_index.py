@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select, update
 
 from trigger.catalog import commit_index, schema, tag
-from trigger.catalog.schema import HISTORY_COLUMNS, gaps, histories, points
+from trigger.catalog.schema import HISTORY_COLUMNS, PRUNED, gaps, histories, points
 from trigger.errors import CatalogError, StorageError
 from trigger.failpoint import reached
 from trigger.model import (
@@ -42,6 +42,8 @@ class Totals:
     """What the catalog holds, counted."""
 
     points: Mapping[State, int]
+    pruned: int
+    """Points that expired so long ago that nothing is known of them any more but their numbers and commits."""
     commits: Mapping[Outcome, int]
     repeated: int
     """Commits that came again after they had an outcome, and were dropped."""
@@ -180,6 +182,12 @@ def _row(connection: Connection, query: Select[*tuple[Any, ...]], key: str | int
 
 
 def _parsed(row: Row[*tuple[Any, ...]]) -> RecoveryPoint:
+    if not row.document:
+        raise CatalogError(
+            f"point {row.number} expired long ago, and no more is kept of it than its number and its commits",
+            hint="its commits are found as ever (trigpoint find), and restored by --to-xid, --to-time or --to-marker;"
+            " catalog.keep_expired_seconds says how long more is kept",
+        )
     try:
         return tag.decode(row.document)[0]
     except StorageError as error:
@@ -213,10 +221,12 @@ def find_point(connection: Connection, ref: str | int) -> RecoveryPoint:
 def page_of(
     states: Collection[State] | None, *, newest_first: bool, below: int | None, edge: int | None
 ) -> Select[Any]:
-    """Give the query for points in `states`, with numbers below `below`, from the number `edge` on (exclusive)."""
+    """Give the query for points in `states` (all where None), with numbers below `below`, behind the number `edge`."""
     query = select(points.c.number, points.c.document)
     if states is not None:
         query = query.where(points.c.state.in_([state.value for state in states]))
+    else:
+        query = query.where(points.c.state != PRUNED)
     if below is not None:
         query = query.where(points.c.number < below)
     if edge is not None:
@@ -226,7 +236,12 @@ def page_of(
 
 def with_ids(ids: Collection[str]) -> Select[Any]:
     """Give the query for the points that have one of `ids`."""
-    return select(points.c.number, points.c.document).where(points.c.id.in_(ids))
+    return select(points.c.number, points.c.document).where(points.c.id.in_(ids), points.c.state != PRUNED)
+
+
+def pruned_among(connection: Connection, ids: Collection[str]) -> set[str]:
+    """Give those of `ids` whose points expired long ago."""
+    return set(connection.scalars(select(points.c.id).where(points.c.id.in_(ids), points.c.state == PRUNED)))
 
 
 def load(connection: Connection, query: Select[Any]) -> list[RecoveryPoint]:
@@ -322,10 +337,11 @@ def totals(connection: Connection) -> Totals:
     table = schema.counters
     counted = {row.name: row.value for row in connection.execute(select(table.c.name, table.c.value))}
     by_state = connection.execute(select(points.c.state, func.count().label("n")).group_by(points.c.state))
-    states = {State(row.state): row.n for row in by_state}
+    states: dict[str, int] = {row.state: row.n for row in by_state}
     unclosed = connection.scalar(select(func.count()).select_from(gaps).where(gaps.c.closed_by == 0))
     return Totals(
-        points={state: states.get(state, 0) for state in State},
+        points={state: states.get(state.value, 0) for state in State},
+        pruned=states.get(PRUNED, 0),
         commits={outcome: counted.get(outcome, 0) for outcome in Outcome},
         repeated=counted.get(commit_index.REPEATED, 0),
         open_gaps=unclosed or 0,

@@ -37,6 +37,8 @@ class Known:
     """How many commits no point holds."""
     settled: Mapping[str, Position] = field(default_factory=dict)
     """By stream up to where every commit has its outcome."""
+    pruned: int = 0
+    """How many points expired so long ago that only their numbers and commits are known."""
 
 
 Fill = Callable[[Known], Awaitable[tuple[Reconciliation, Known]]]
@@ -60,6 +62,8 @@ class Rebuilt:
     """By number the fields in which a point differs from what the old catalog knew, its verification for one."""
     lost_gaps: tuple[Gap, ...]
     lost_missed: int
+    lost_pruned: int
+    """Of how many points that expired long ago the numbers and commits are not known any more."""
 
 
 async def rebuild(path: Path, now: datetime, fill: Fill) -> Rebuilt:
@@ -90,6 +94,7 @@ async def rebuild(path: Path, now: datetime, fill: Fill) -> Rebuilt:
         changed_points=dict(_changes(old, new)),
         lost_gaps=tuple(gap for gap in old.gaps if gap not in new.gaps),
         lost_missed=max(0, old.missed - new.missed),
+        lost_pruned=max(0, old.pruned - new.pruned),
     )
 
 
@@ -101,8 +106,9 @@ async def take_over(catalog: Catalog, old: Known) -> None:
 async def known(catalog: Catalog) -> Known:
     """Give what a catalog knows that tags may not."""
     points = {point.id: point for point in await catalog.points(newest_first=False)}
-    missed = (await catalog.totals()).commits.get(Outcome.MISSED, 0)
-    return Known(points, await catalog.gaps(), missed, await catalog.all_settled())
+    totals = await catalog.totals()
+    missed = totals.commits.get(Outcome.MISSED, 0)
+    return Known(points, await catalog.gaps(), missed, await catalog.all_settled(), totals.pruned)
 
 
 async def _known_of_old(path: Path) -> tuple[Known, str]:

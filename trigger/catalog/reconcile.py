@@ -80,6 +80,10 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
         )
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
+    for pruned in sorted(await catalog.pruned_among(in_storage.keys() - in_catalog.keys())):
+        del in_storage[pruned]  # it expired long ago
+        if await _remove(storage, pruned, done):
+            done.removed.append(pruned)
     systems = {point.floor.history.system for point in in_catalog.values()}
     for _, stray in sorted(in_storage.items()):  # oldest first: a later life of a log does not repeat an earlier one
         if stray.point not in in_catalog:

@@ -104,6 +104,8 @@ settled = Table(
     Column("history", ForeignKey("histories.id"), nullable=False),
     Column("through", BigInteger, nullable=False),
 )
+PRUNED = "pruned"
+"""In the place of a state: a point that expired long ago, of which its number and id are left (see `pruning`)."""
 points = Table(
     "points",
     metadata,
@@ -272,6 +274,8 @@ def size_bytes(connection: Connection) -> int:
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # transactions begin and end where we say, not where the driver guesses
+    if connection.execute("PRAGMA page_count").fetchone() == (0,):  # it can be said of a new file only
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
 

@@ -49,6 +49,7 @@ def rebuild(config: Config = None, as_json: Json = False) -> None:
             ("removed", ", ".join(done.done.removed)),
             ("left alone", ", ".join(done.done.strange)),
             ("only the old one knew", f"points {lost}" if lost else None),
+            ("long expired", f"{done.lost_pruned} points, with their commits" if done.lost_pruned else None),
             ("differs", f"points {changed}" if changed else None),
             ("missed commits lost", done.lost_missed or None),
             *(("gap lost", f"{gap.stream}: {gap.after} to {gap.until}, {gap.reason}") for gap in done.lost_gaps),

@@ -48,7 +48,7 @@ STATUS = {
     "replay_limit_bytes": "how much of it the restore objective allows",
     "journal": "findings of the last audit that are not ok",
     "troubles": "what keeps commits from being protected or restored exactly at present, as sentences",
-    "totals": "points by state, commits by outcome, repeated commits, open gaps, bytes of the catalog, or null",
+    "totals": "points by state, pruned, commits by outcome, repeated commits, open gaps, bytes of the catalog, or null",
     "retained": "log that the database keeps for us: by reader bytes and left_bytes (null where unbounded), or null",
     "space": "free_bytes, total_bytes, wanted_free_bytes, snapshots, budget, needed_bytes, freeing, or null",
 }

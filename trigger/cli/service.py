@@ -160,6 +160,7 @@ def _behind(much: int | None) -> str:
 def _kept(totals: dict[str, Any]) -> list[tuple[str, object]]:
     return [
         ("points", ", ".join(f"{count} {state}" for state, count in totals["points"].items() if count)),
+        ("long expired", totals.get("pruned") or None),
         ("outcomes", ", ".join(f"{count} {outcome}" for outcome, count in totals["commits"].items() if count)),
         ("open gaps", totals["open_gaps"]),
         ("catalog", show.size(totals["bytes"])),

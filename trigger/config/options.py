@@ -48,6 +48,9 @@ class CatalogOptions(Section):
 
     path: WholePath | None = Field(default=None, examples=["/var/lib/trigpoint/catalog.sqlite"])
     """The SQLite file; `<state_folder>/catalog.sqlite` if not given. Never on a protected volume."""
+    keep_expired_seconds: Seconds = 30 * 86_400
+    """How old an expired point becomes before no more is kept of it than its number and the outcomes of its commits,
+    but for the last thousand; by `--to-point` it can be named no more then, its commits as ever."""
 
 
 class PointOptions(Section):

@@ -12,6 +12,7 @@ import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from trigger.errors import DatabaseError, TrigpointError
@@ -33,6 +34,12 @@ ROOM_SHARE = 0.5
 time their removal may take, since commits wait for it."""
 AUDIT_SECONDS = 5.0
 PLACES_SECONDS = 10.0
+PRUNE_SECONDS = 10.0
+PRUNE_POINTS = 500
+PRUNE_ROUNDS = 4
+GIVE_BACK_PAGES = 1000
+"""How often what is known of points that expired long ago goes from the catalog, of how many at once (so long a seal
+waits for it), how often one after the other, and how much of the file is given back after that."""
 UPKEEP_SHARE = 0.05
 LONG_SECONDS = 30.0
 """How long one act may take before the status says that it is still at it."""
@@ -60,6 +67,7 @@ class Upkeep:
         yield "old log", self._every(WATCH_SECONDS, self.release_log, "old log is not let go of")
         yield "audit", self._every(AUDIT_SECONDS, self.audit_journal, "the journal is not audited")
         yield "streams", self._every(WATCH_SECONDS, self.watch_streams, "it is not known how far the streams are")
+        yield "old points", self._every(PRUNE_SECONDS, self.prune, "what expired long ago stays in the catalog")
         yield "places", self._every(PLACES_SECONDS, self.watch_places, "it is not known where the cluster lies")
 
     async def _every(
@@ -125,6 +133,15 @@ class Upkeep:
             raise
         if released:
             log.info("let go of %d segments of old log", released)
+
+    async def prune(self) -> None:
+        """Let go of what is known of points that expired long ago, and of the room that it took in the catalog."""
+        catalog, kept = self.parts.catalog, self.parts.options.catalog.keep_expired_seconds
+        before = self.parts.site.clock.now() - timedelta(seconds=kept)
+        for _ in range(PRUNE_ROUNDS):
+            if await catalog.prune(before, PRUNE_POINTS) < PRUNE_POINTS:
+                break
+        await catalog.give_back(GIVE_BACK_PAGES)
 
     def show(self, what: str, why: str) -> None:
         """Show in the status why something is not done at present; "" for nothing any more."""

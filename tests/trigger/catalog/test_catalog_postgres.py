@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
 
 from tests.fixtures.postgres import Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
-from tests.trigger.catalog.test_catalog import BASE_US, HISTORY, at, opened, proven, record, sealed
+from tests.trigger.catalog.test_catalog import BASE_US, HISTORY, NOW, at, opened, proven, record, sealed
 from tests.trigger.catalog.test_catalog_search import LINEAGE, MAIN, a_history, fill
-from trigger.catalog import packing
+from trigger.catalog import packing, pruning
 from trigger.catalog.catalog import Catalog, make_engine
 from trigger.catalog.commit_search import log_order
 from trigger.errors import CatalogError
@@ -51,6 +52,25 @@ def test_points_commits_and_gaps_are_kept_on_a_server(url: str) -> None:
         totals = await catalog.totals()
         assert (totals.points[State.SEALED], totals.repeated) == (2, 2)
         assert totals.bytes > 100_000
+        await catalog.close()
+
+    asyncio.run(work())
+
+
+def test_points_that_expired_long_ago_are_pruned_on_a_server_too(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruning, "KEPT", 1)
+
+    async def work() -> None:
+        catalog = await Catalog.open(url)
+        for number in (1, 2, 3):
+            point = await sealed(catalog, number, [record(number * 100)])
+            for step in (State.EXPIRING, State.EXPIRED) if number < 3 else ():
+                point = await catalog.change(point, step)
+        assert await catalog.prune(NOW + timedelta(days=1), 500) == 1
+        assert await catalog.give_back(1000) == 0
+        assert [point.number for point in await catalog.points()] == [3, 2]
+        assert [found.point for found in await catalog.find()] == [1, 2, 3]
+        assert (await catalog.totals()).pruned == 1
         await catalog.close()
 
     asyncio.run(work())

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
+
+import pytest
 
 from connectors.memory import SEGMENT_BYTES, MemoryJournal
 from tests.trigger.keep.test_expire import POINTS, Shelves, play
-from trigger.config.options import PointOptions
+from trigger.config.options import CatalogOptions, PointOptions
 from trigger.errors import JournalError
 from trigger.model import State
 from trigger.position import Position
 from trigger.protect.agenda import Agenda
 from trigger.protect.qualify import Rules
 from trigger.protect.window import Window
-from trigger.service.upkeep import LONG_SECONDS, Upkeep
+from trigger.service.upkeep import GIVE_BACK_PAGES, LONG_SECONDS, PRUNE_POINTS, PRUNE_ROUNDS, Upkeep
 
 OLD_LOG = "old log is not let go of"
 
@@ -99,3 +102,34 @@ def test_log_is_let_go_of_once_at_start_and_again_when_points_went() -> None:
         assert upkeep.troubles == {}
 
     keep_up(act)
+
+
+class Pruned:
+    """A catalog that has so many points to prune, and some room to give back."""
+
+    def __init__(self, old: int) -> None:
+        self.old = old
+        self.asked: list[tuple[datetime, int]] = []
+        self.given_back: list[int] = []
+
+    async def prune(self, taken_before: datetime, most: int) -> int:
+        self.asked.append((taken_before, most))
+        now, self.old = min(self.old, most), max(self.old - most, 0)
+        return now
+
+    async def give_back(self, pages: int) -> int:
+        self.given_back.append(pages)
+        return 0
+
+
+@pytest.mark.parametrize(("old", "calls"), [(0, 1), (PRUNE_POINTS - 1, 1), (PRUNE_POINTS, 2), (1 << 20, PRUNE_ROUNDS)])
+def test_points_that_expired_long_ago_go_from_the_catalog_a_bounded_number_at_a_time(old: int, calls: int) -> None:
+    now, catalog = datetime(2026, 3, 1, tzinfo=UTC), Pruned(old)
+    options = SimpleNamespace(catalog=CatalogOptions(keep_expired_seconds=86_400))
+    site = SimpleNamespace(clock=SimpleNamespace(now=lambda: now))
+    parts: Any = SimpleNamespace(catalog=catalog, options=options, site=site)
+    upkeep = Upkeep(parts, cast("Any", None), cast("Any", None), cast("Any", None))
+    asyncio.run(upkeep.prune())
+    assert catalog.asked == [(now - timedelta(days=1), PRUNE_POINTS)] * calls
+    assert catalog.given_back == [GIVE_BACK_PAGES]
+    assert CatalogOptions().keep_expired_seconds == 30 * 86_400
