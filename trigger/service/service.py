@@ -42,7 +42,7 @@ GRACE_SECONDS = 30.0
 """How long a stop waits for the round at hand."""
 JOURNAL_RETRY_SECONDS = 5.0
 ASKING_SECONDS = 3.0
-"""How long the status waits for the database's word."""
+"""How long the status waits for the word of the catalog, the storage and the database, each."""
 NOTE_CHARACTERS = 1000
 RECENT_AT_ONCE = 200
 """How many commits one answer holds: putting them into words keeps the streams waiting."""
@@ -90,9 +90,9 @@ class Service:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.upkeep.watch_streams(), ASKING_SECONDS)
         troubles = list(self.troubles())
-        totals = await _or_trouble(self.parts.catalog.totals(), troubles)
-        space = await _or_trouble(self.parts.storage.space(), troubles)
-        retained = await _or_trouble(asyncio.wait_for(self.parts.database.retained(), ASKING_SECONDS), troubles)
+        totals = await _or_trouble("catalog", self.parts.catalog.totals(), troubles)
+        space = await _or_trouble("storage", self.parts.storage.space(), troubles)
+        retained = await _or_trouble("database", self.parts.database.retained(), troubles)
         troubles += [
             _nearly_lost(one) for one in retained or () if one.left_bytes is not None and one.left_bytes < one.bytes
         ]
@@ -161,12 +161,13 @@ def _note(request: dict[str, Any]) -> str:
     return str(request.get("note", ""))[:NOTE_CHARACTERS]
 
 
-async def _or_trouble(asked: Awaitable[T], troubles: list[str]) -> T | None:
-    """Give what was asked for; where it cannot be had give None, and add why to `troubles`."""
+async def _or_trouble(of: str, asked: Awaitable[T], troubles: list[str]) -> T | None:
+    """Give what was asked for; where it cannot be had, or not soon, give None, and add why to `troubles`."""
     try:
-        return await asked
+        async with asyncio.timeout(ASKING_SECONDS):
+            return await asked
     except TimeoutError:
-        troubles.append(f"the database did not answer within {ASKING_SECONDS:g} s")
+        troubles.append(f"the {of} did not answer within {ASKING_SECONDS:g} s")
     except (TrigpointError, OSError) as error:
         troubles.append(str(error))
     return None
