@@ -178,10 +178,10 @@ class ArchiveReader:
         if self._refusal is not None:
             path.unlink(missing_ok=True)
             return False
-        was_damaged = name in segments.damaged or segments.locate(name) is not None
-        take_place(path, segments.locate(name) or segments.path / name)
+        was_there = segments.locate(name)
+        take_place(path, was_there or segments.path / name)
         (segments.path / f"{name}.partial").unlink(missing_ok=True)
-        return not was_damaged or self._replaces(segments, name)
+        return was_there is None or self._replaces(segments, name)
 
     def _is_as_fetched(self, segments: SegmentFolder, name: str) -> bool:
         """Whether a file is still the one that was fetched for a damaged one: the archive has no better one."""

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.segments import MISSING, SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName, page_faults, page_header
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
@@ -26,7 +26,6 @@ from trigger.model import Finding, Severity
 _STATE_FILE = "audit.json"
 _KEEP_SECONDS = 2.0
 """How much of a long audit may be lost with the process; it may never come to an end where that dies often."""
-_MISSING = "missing"
 _CUT = "truncated"
 _REMEDY = (
     "commits whose replay needs it cannot be restored: take a point now, and bring a sound copy of the file back if"
@@ -131,7 +130,7 @@ class Audit:
                 text = name.text(self._segments.segment_bytes)
                 size, written_ns = held.get(name, (-1, 0))
                 if size < 0:
-                    state.damaged[text] = _MISSING
+                    state.damaged[text] = MISSING
                 elif size != self._segments.segment_bytes:
                     state.damaged[text] = _truncated(size, self._segments.segment_bytes)
                 elif written_ns > state.looked_ns or _may_be_whole_by_now(state.damaged.get(text, "")):
@@ -149,7 +148,7 @@ class Audit:
         if name.number < known.following:
             return
         for number in range(known.following, name.number):
-            state.damaged[SegmentName(name.timeline, number).text(segment_bytes)] = _MISSING
+            state.damaged[SegmentName(name.timeline, number).text(segment_bytes)] = MISSING
         text, start = name.text(segment_bytes), name.start(segment_bytes)
         folder = self._segments.file(name).parent
         before = SegmentName(name.timeline, name.number - 1)
@@ -219,7 +218,7 @@ class Audit:
 
 
 def _damage(name: str, why: str) -> Finding:
-    message = f"segment {name} is missing" if why == _MISSING else f"segment {name} is damaged: {why}"
+    message = f"segment {name} is missing" if why == MISSING else f"segment {name} is damaged: {why}"
     return Finding(name, Severity.REFUSED, message, _REMEDY)
 
 
@@ -237,7 +236,7 @@ def _replace(path: Path, text: str) -> None:
 
 def _may_be_whole_by_now(why: str) -> bool:
     """Whether a segment of the right size that is there cannot be damaged as was found: another file took its place."""
-    return why == _MISSING or why.startswith(_CUT)
+    return why == MISSING or why.startswith(_CUT)
 
 
 def _truncated(size: int, wanted: int) -> str:

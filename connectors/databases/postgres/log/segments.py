@@ -62,6 +62,8 @@ class _Held(NamedTuple):
 
 
 _NOTHING = _Held("", None)
+MISSING = "missing"
+"""What an audit says of a segment that is not there."""
 
 
 class SegmentFolder:
@@ -142,9 +144,12 @@ class SegmentFolder:
         return next((found for folder in (self.path, self.aside) if (found := folder / name).exists()), None)
 
     def is_sound(self, name: str) -> bool:
-        """Whether a file is there, by name; a segment whole, and not damaged as far as is known."""
+        """Whether a file is there, by name; a segment whole, and not damaged as far as is known.
+
+        One that was missing, and is there by now, is like any that no audit has looked at yet.
+        """
         found = self.locate(name)
-        if found is None or name in self.damaged:
+        if found is None or self.damaged.get(name, MISSING) != MISSING:
             return False
         return SegmentName.parse(name, self.segment_bytes) is None or found.stat().st_size == self.segment_bytes
 
