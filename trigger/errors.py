@@ -43,7 +43,7 @@ class TrigpointError(Exception):
             self.retryable = retryable
 
     def __str__(self) -> str:
-        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+        return f"{self.message}; {self.hint}" if self.hint else self.message
 
 
 class ConfigError(TrigpointError):

@@ -30,7 +30,7 @@ class NotOursError(PermissionError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.message}\nhint: {self.remedy}"
+        return f"{self.message}; {self.remedy}"
 
 
 def open_ours(path: Path) -> int:

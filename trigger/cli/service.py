@@ -285,7 +285,11 @@ def configure_logging(*, verbose: bool, as_json: bool) -> None:
 
 
 class _ForPeople(logging.Formatter):
-    """Lets what others wrote command no terminal, nor look like a line of ours: further lines are set in."""
+    """Gives each message in one line, whatever others wrote into it; the lines of a trace are set in."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        record.message = plain(record.message)
+        return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n    ".join(plain(line) for line in super().format(record).split("\n"))
