@@ -175,6 +175,37 @@ def test_the_slot_of_an_idle_database_advances_beside_a_busy_one(shared: Deploym
     shared.wait_for(lambda: _confirmed(cluster, BANK) >= target, "the busy database's own slot")
 
 
+def test_a_database_that_is_gone_leaves_the_others_protected_and_is_named() -> None:
+    """A newline in a database's name makes no line of its own in the log."""
+    odd = "line\n2026 INFO break"
+    with deployment(15, "directory", databases=("bank", "shop", odd)) as here:
+        here.cluster.sql("CREATE TABLE t (v int PRIMARY KEY)", "bank")
+        here.start()
+        here.settle()
+        assert here.stop() == 0
+        for name in ("shop", odd):
+            here.cluster.sql("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE plugin <> ''")
+            here.cluster.sql(f'DROP DATABASE "{name}"')
+        warned = {one["subject"]: one["severity"] for one in here.ask("check")}
+        assert warned["database shop"] == warned[f"database {odd}"] == "warning"
+        here.start(wait=False)
+        here.wait_for(lambda: here.status().get("last_sealed_at"), "a point", 90)
+        here.wait_for(lambda: any(one.startswith("stream shop") for one in here.status()["troubles"]), "a trouble")
+        status = here.status()
+        assert status["streams"] == {"bank": True, "shop": False, odd: False}
+        assert not status["ready"]
+        here.cluster.sql("INSERT INTO t VALUES (1)", "bank")
+        assert here.ask("point")["state"] == "sealed"
+        (row,) = here.cluster.sql("SELECT xmin::text FROM t", "bank")
+        here.wait_for(lambda: here.trigpoint("find", "--xid", row[0], check=False).returncode == 0, "its outcome")
+        assert here.stop() == 0
+        lines = here.log.read_text().splitlines()
+        assert any("break" in line for line in lines)
+        assert not [line for line in lines if line.strip().startswith("2026 INFO break")]
+        here.trigpoint("release", "--yes")
+        assert here.cluster.sql("SELECT count(*) FROM pg_replication_slots") == [(0,)]
+
+
 def test_a_slot_dropped_under_the_service_is_a_gap_of_its_own_stream_and_the_other_loses_nothing() -> None:
     with two_databases(15) as deployed:
         cluster = deployed.cluster

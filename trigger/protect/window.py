@@ -275,6 +275,11 @@ class Window:
         """Whether every stream is connected and has said where it stands, so that a point can settle it."""
         return all(stream.connected and stream.through is not None for stream in self._streams.values())
 
+    @property
+    def begun_but_for_troubles(self) -> bool:
+        """Whether every stream has said where it stands, but for those of which it is known why they are not open."""
+        return all((s.connected and s.through is not None) or s.trouble for s in self._streams.values())
+
     def connected(self) -> Mapping[str, bool]:
         """Give by stream whether it is connected."""
         return {name: stream.connected for name, stream in self._streams.items()}

@@ -97,6 +97,16 @@ async def serve(state_folder: Path, answer: Answer) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """Give another name of a socket, by its folder's descriptor: one that the kernel takes has 107 bytes at most."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
 def _ours_alone(path: Path) -> socket.socket:
     """Give a socket that is bound at `path` and that nobody else may open, from its first moment on.
 
@@ -106,8 +116,8 @@ def _ours_alone(path: Path) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(made.fileno(), 0o600)
-        with naming(path):
-            made.bind(str(path))
+        with naming(path), _short(path) as short:
+            made.bind(short)
     except BaseException:
         made.close()
         raise
@@ -143,7 +153,8 @@ async def ask(state_folder: Path, request: dict[str, Any], deadline_seconds: flo
     path = socket_path(state_folder)
     try:
         async with asyncio.timeout(deadline_seconds):
-            reader, writer = await asyncio.open_unix_connection(path, limit=_ANSWER_LIMIT)
+            with _short(path) as short:
+                reader, writer = await asyncio.open_unix_connection(short, limit=_ANSWER_LIMIT)
             try:
                 writer.write(json.dumps(request).encode() + b"\n")
                 line = await reader.readline()

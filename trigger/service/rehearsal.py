@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from trigger.config.options import CatalogOptions, Options
 from trigger.errors import TrigpointError
-from trigger.model import RecoveryPoint, State, Verification
+from trigger.model import RecoveryPoint, Severity, State, Verification
 from trigger.ports import Progress
 from trigger.restore.verify import verify
 from trigger.service.connect import Parts
@@ -24,6 +24,7 @@ SUFFIX = "_rehearsal"
 """What the slots and publications of a rehearsal bear behind the prefix of the service's own."""
 _FOLDER = "rehearsal"
 READY_SECONDS = 120.0
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +93,38 @@ async def _proven(point: RecoveryPoint, parts: Parts, progress: Progress) -> Ver
 
 @contextlib.asynccontextmanager
 async def _at_work(service: Service) -> AsyncIterator[Service]:
-    """Let a service work while the block runs, from when commits are protected."""
-    ready = asyncio.Event()
-    working = asyncio.create_task(work(service, lambda _: ready.set()))
-    waiting = asyncio.create_task(ready.wait())
+    """Let a service work while the block runs, from when all that it is to protect is protected."""
+    working = asyncio.create_task(work(service))
+    waiting = asyncio.create_task(_all_protected(service))
     try:
         await asyncio.wait((working, waiting), timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             await working
-        if not ready.is_set():
-            troubles = "; ".join(service.troubles()) or "see `trigpoint check`"
-            raise TrigpointError(f"nothing was protected within {READY_SECONDS:g} s: {troubles}")
+        if not waiting.done():
+            why = _missing(service) or "see `trigpoint check`"
+            raise TrigpointError(f"not all was protected within {READY_SECONDS:g} s: {why}")
         yield service
     finally:
         waiting.cancel()
         service.stop()
         await asyncio.wait((working,))
     await working
+
+
+async def _all_protected(service: Service) -> None:
+    """Wait until a base stands, every stream is open, and nothing is in trouble."""
+    while service.agenda.base is None or _missing(service):  # noqa: ASYNC110 - of many things
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def _missing(service: Service) -> str:
+    """Give what of a service's work is not done, for people; "" where all is."""
+    found = [
+        *service.troubles(),
+        *(one.message for one in service.upkeep.last_audit if one.severity is not Severity.OK),
+    ]
+    found += [f"stream {name} is not open" for name, there in service.window.connected().items() if not there]
+    return "; ".join(found)
 
 
 @contextlib.asynccontextmanager

@@ -48,6 +48,8 @@ RECENT_AT_ONCE = 200
 """How many commits one answer holds: putting them into words keeps the streams waiting."""
 JOURNAL_START_SECONDS = 20.0
 STREAMS_START_SECONDS = 60.0
+IN_PASSING_SECONDS = 15.0
+"""How long a stream may fail to open before nothing waits for it: a service that was killed may hold it so long."""
 
 
 @dataclass(slots=True)
@@ -355,13 +357,22 @@ async def _has_log(journal: Journal) -> bool:
 
 
 async def _streams_open(service: Service) -> None:
-    """Wait until every stream says where it stands: the first point then settles them all; likewise."""
+    """Wait until every stream says where it stands: the first point then settles them all; likewise.
+
+    One that cannot be opened, as of a database that was dropped, is waited for no longer than it may be so in passing.
+    """
+    loop = asyncio.get_running_loop()
+    began, window = loop.time(), service.window
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(STREAMS_START_SECONDS):
-            while not service.agenda.stopping and not service.window.begun:
-                await service.window.more(None)
-            return
-    log.error("not every stream is connected within %.0f s; points are taken all the same", STREAMS_START_SECONDS)
+            while not service.agenda.stopping and not window.begun:
+                if loop.time() - began > IN_PASSING_SECONDS and window.begun_but_for_troubles:
+                    break
+                await window.more(loop.time() + 1)
+            else:
+                return
+    missing = "; ".join(f"stream {name}: {why}" for name, why in window.troubles().items())
+    log.error("not every stream is open after %.0f s; points are taken all the same: %s", loop.time() - began, missing)
 
 
 async def _announce(service: Service, ready: Callable[[Service], None] | None) -> None:

@@ -81,7 +81,7 @@ def recovery(
         Placement.of(layout, volumes),
         lambda major: find_programs(major, database.bin_directory),
         sockets_folder(name),
-        superuser=section.superuser,
+        superusers=[section.superuser] if section.superuser else [places.first_superuser(layout), "postgres"],
         databases=database.databases,
         keep_libraries=section.keep_libraries,
         start_deadline_seconds=section.deadline_seconds,

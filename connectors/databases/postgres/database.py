@@ -69,25 +69,15 @@ _BACKUP_STOP: LiteralString = (
     " (SELECT setting::numeric FROM pg_settings WHERE name = 'wal_segment_size') AS segment(size)"
 )
 """The end of the backup switches to the next segment, so the rest of this one is filled."""
-_LAYOUT: LiteralString = """
-SELECT current_setting('server_version_num')::int,
-       current_setting('data_directory'),
-       (SELECT setting::int FROM pg_settings WHERE name = 'wal_segment_size'),
-       array(SELECT ARRAY[oid::text, pg_tablespace_location(oid)] FROM pg_tablespace
-              WHERE pg_tablespace_location(oid) <> ''),
-       array(SELECT DISTINCT file FROM (
-                 SELECT current_setting(name) FROM unnest(ARRAY['config_file', 'hba_file', 'ident_file']) AS name
-                 UNION SELECT sourcefile FROM pg_file_settings WHERE sourcefile IS NOT NULL) AS files(file))
-"""
-
-
 _GRANTS = (
     "have a superuser run: GRANT pg_read_all_settings TO {role}; GRANT SELECT ON pg_file_settings TO {role};"
     " GRANT EXECUTE ON FUNCTION pg_show_all_file_settings() TO {role}"
 )
 _PRESENT: LiteralString = (
-    "SELECT array(SELECT datname::text FROM pg_database WHERE datallowconn AND NOT datistemplate ORDER BY datname)"
+    "SELECT array(SELECT datname::text FROM pg_database"
+    " WHERE datallowconn AND NOT datistemplate AND datconnlimit <> -2 ORDER BY datname)"
 )
+"""Without what an interrupted DROP DATABASE left (DATCONNLIMIT_INVALID_DB)."""
 
 
 class Postgres:
@@ -294,10 +284,10 @@ class Postgres:
         Raises:
             SourceError, DatabaseError: a slot is still in use, or the server refused; what came before is gone.
         """
-        sources = self.sources()
-        gone = [] if unused else [name for source in sources for name in await source.remove()]
-        used = [*(source.slot for source in sources), *([self.journal_slot] if unused else [])]
         there = await self.existing()
+        sources = [] if unused else [source for source in self.sources() if source.name in there]
+        gone = [name for source in sources for name in await source.remove()]
+        used = self._used if unused else {}
         try:
             async with asyncio.timeout(self._slow_deadline_seconds):
                 async with await self._connect(self._deadline_seconds) as connection:
@@ -322,12 +312,12 @@ class Postgres:
             DatabaseError: no answer, the role may not read the settings, or the files are not on this host.
         """
         try:
-            version, data, segment_bytes, spaces, files = await self._ask(_LAYOUT)
+            found = await self._ask(places.LAYOUT)
         except DatabaseError as error:
             if isinstance(error.__cause__, psycopg.errors.InsufficientPrivilege):
                 raise DatabaseError(error.message, hint=_GRANTS.format(role=self._role)) from error
             raise
-        return await self._threads.run(partial(places.look_at_files, version, data, segment_bytes, spaces, files))
+        return await self._threads.run(partial(places.look_at_files, *found))
 
     async def archived(self) -> str:
         """Give the file of the log that the server archived last, "" for none; raises `DatabaseError`."""
@@ -347,13 +337,18 @@ class Postgres:
         """Give everything that a pre-flight check of settings, roles, slots and paths has to say."""
         connection = await self._connect(self._deadline_seconds)
         try:
-            findings = await preflight.check_cluster(connection, self.databases, self.name, self.journal_slot)
+            findings = await preflight.check_cluster(connection, self._used, self.name, self.journal_slot)
         except psycopg.Error as error:
             raise _failed("the pre-flight check", error) from error
         finally:
             await _hang_up(connection)
+        there = await self.existing()
         for source in self.sources():
-            findings += await preflight.check_database(self._dsn(source.name), source, self._deadline_seconds)
+            if source.name in there:  # of others it is said already
+                findings += await preflight.check_database(self._dsn(source.name), source, self._deadline_seconds)
+        for database in there:
+            if database not in self.databases:
+                findings += await preflight.check_other(self._dsn(database), self.name, self._deadline_seconds)
         try:
             layout = await self.layout()
         except DatabaseError as error:
@@ -385,9 +380,7 @@ class Postgres:
         except psycopg.Error as error:
             raise _failed("no connection to the database", error) from error
         settings: LiteralString = (
-            "SELECT set_config('search_path', 'pg_catalog', false), set_config('statement_timeout', %s, false),"
-            " set_config('default_transaction_read_only', 'off', false),"
-            " system_identifier::text FROM pg_control_system()"
+            "SELECT set_config('statement_timeout', %s, false), system_identifier::text FROM pg_control_system()"
         )
         try:
             *_, self._system = await self._run(connection, settings, str(int(deadline_seconds * 1000)))
@@ -415,6 +408,11 @@ class Postgres:
             return connection
         assert refusal is not None
         raise refusal
+
+    @property
+    def _used(self) -> made.Used:
+        """The slots of ours that have a use."""
+        return {**{source.slot: source.name for source in self.sources()}, self.journal_slot: None}
 
     @property
     def _any_dsn(self) -> str:

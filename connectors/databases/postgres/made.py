@@ -6,7 +6,7 @@ server keeps log until its disk is full.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import psycopg
@@ -17,8 +17,7 @@ from trigger.model import Finding, Severity
 _SLOTS = """
 SELECT slot_name, database, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint
   FROM pg_replication_slots
- WHERE starts_with(slot_name, %s) AND slot_name <> ALL (%s) AND NOT active AND NOT temporary
-   AND coalesce(plugin, 'pgoutput') = 'pgoutput'
+ WHERE starts_with(slot_name, %s) AND NOT active AND NOT temporary AND coalesce(plugin, 'pgoutput') = 'pgoutput'
  ORDER BY slot_name
 """
 
@@ -26,12 +25,18 @@ SELECT slot_name, database, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart
 _READ = "SELECT DISTINCT database FROM pg_replication_slots WHERE starts_with(slot_name, %s) AND database IS NOT NULL"
 
 
+_TAKEN_OUT = "it bears our name, and its database is none of those that are configured"
+_KILLED = "it was left by a rehearsal or a trial that was killed"
 PASSING = ("_rehearsal", "_try")
 """What stands behind the prefix of what a rehearsal, or a trial of rules, makes for a while."""
 
 
+Used = Mapping[str, str | None]
+"""The database that each slot in use is for; None for the journal's. A database that was renamed is another one."""
+
+
 class Unused(NamedTuple):
-    """A slot that bears our prefix, that no stream of now is called by, and that nobody reads."""
+    """A slot that bears our prefix, that is of no stream of now, and that nobody reads."""
 
     name: str
     database: str | None
@@ -40,11 +45,12 @@ class Unused(NamedTuple):
     """How much log the server keeps for it; None where it keeps none any more."""
 
 
-async def unused(connection: psycopg.AsyncConnection[Any], prefix: str, used: Collection[str]) -> list[Unused]:
+async def unused(connection: psycopg.AsyncConnection[Any], prefix: str, used: Used) -> list[Unused]:
     """Give the slots of our prefix that are not among `used`; errors of psycopg pass through."""
-    cursor = await connection.execute(_SLOTS.encode(), [f"{prefix}_", list(used)])
+    cursor = await connection.execute(_SLOTS.encode(), [f"{prefix}_"])
     found = [Unused(*row) for row in await cursor.fetchall()]
-    return [one for one in found if is_ours(one.name, one.database, prefix)]
+    others = [one for one in found if (one.name, one.database) not in used.items()]
+    return [one for one in others if is_ours(one.name, one.database, prefix)]
 
 
 def is_ours(name: str, database: str | None, prefix: str) -> bool:
@@ -66,7 +72,7 @@ async def read(connection: psycopg.AsyncConnection[Any], prefix: str) -> list[st
     return [row[0] for row in await (await connection.execute(_READ.encode(), [f"{prefix}_"])).fetchall()]
 
 
-async def drop(connection: psycopg.AsyncConnection[Any], prefix: str, used: Collection[str]) -> list[str]:
+async def drop(connection: psycopg.AsyncConnection[Any], prefix: str, used: Used) -> list[str]:
     """Drop the slots of our prefix that are not among `used` and nobody reads; gives their names."""
     found = await unused(connection, prefix, used)
     return [f"slot {one.name}" for one in found if await slot.drop(connection, one.name)]
@@ -85,20 +91,23 @@ async def unpublish(connection: psycopg.AsyncConnection[Any], prefix: str, *, un
     return gone
 
 
-async def left_behind(connection: psycopg.AsyncConnection[Any], prefix: str) -> Iterator[Finding]:
-    """Say which publications of a rehearsal or a trial that was killed are in the database of a connection."""
-    database, found = connection.info.dbname, []
-    for name in (prefix + suffix for suffix in PASSING):
+async def left_behind(
+    connection: psycopg.AsyncConnection[Any], prefix: str, *, unused: bool = False
+) -> Iterator[Finding]:
+    """Say which publications in the database of a connection nobody needs: those that `unpublish` drops."""
+    database, found = connection.info.dbname, list[tuple[str, str]]()
+    for name in [*([prefix] if unused else []), *(prefix + suffix for suffix in PASSING)]:
         if database not in await read(connection, name):
-            found += list(await publication.existing(connection, name))
+            why = _TAKEN_OUT if name == prefix else _KILLED
+            found += [(one, why) for one in await publication.existing(connection, name)]
     return (
         Finding(
             f"publication {name} in {database}",
             Severity.WARNING,
-            "it was left by a rehearsal or a trial that was killed; a table that loses its primary key refuses UPDATE",
+            f"{why}; a table that loses its primary key refuses UPDATE",
             "trigpoint release --unused drops it",
         )
-        for name in found
+        for name, why in found
     )
 
 

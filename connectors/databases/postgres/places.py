@@ -5,12 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Layout
 
 _DATA, _WAL, _TABLESPACE = "data", "wal", "tablespace-"
+_USUAL_SUPERUSER = "postgres"
+LAYOUT: LiteralString = """
+SELECT current_setting('server_version_num')::int,
+       current_setting('data_directory'),
+       (SELECT setting::int FROM pg_settings WHERE name = 'wal_segment_size'),
+       array(SELECT ARRAY[oid::text, pg_tablespace_location(oid)] FROM pg_tablespace
+              WHERE pg_tablespace_location(oid) <> ''),
+       array(SELECT DISTINCT file FROM (
+                 SELECT current_setting(name) FROM unnest(ARRAY['config_file', 'hba_file', 'ident_file']) AS name
+                 UNION SELECT sourcefile FROM pg_file_settings WHERE sourcefile IS NOT NULL) AS files(file)),
+       (SELECT rolname::text FROM pg_roles WHERE oid = 10)
+"""
+"""What `look_at_files` is told. Role 10 is the one that initdb made (BOOTSTRAP_SUPERUSERID)."""
 
 
 def layout(
@@ -21,13 +34,14 @@ def layout(
     config_files: tuple[Path, ...],
     owner: tuple[int, int],
     segment_bytes: int,
+    superuser: str = _USUAL_SUPERUSER,
 ) -> Layout:
     """Give the layout of a cluster; every path real, tablespaces by oid, of those outside the data directory."""
     found = {_DATA: data}
     if not wal.is_relative_to(data):
         found[_WAL] = wal
     found |= {f"{_TABLESPACE}{oid}": path for oid, path in sorted(tablespaces.items())}
-    return Layout(found, wal, config_files, *owner, segment_bytes, {"version": version})
+    return Layout(found, wal, config_files, *owner, segment_bytes, {"version": version, "superuser": superuser})
 
 
 def recall(document: Mapping[str, Any]) -> Layout:
@@ -78,7 +92,14 @@ def major(of: Layout) -> int:
     return int(of.driver["version"]) // 10_000
 
 
-def look_at_files(version: int, data: str, segment_bytes: int, spaces: list[list[str]], files: list[str]) -> Layout:
+def first_superuser(of: Layout) -> str:
+    """Give the role that initdb made, which no cluster is without, as it is called."""
+    return str(of.driver.get("superuser", _USUAL_SUPERUSER))
+
+
+def look_at_files(
+    version: int, data: str, segment_bytes: int, spaces: list[list[str]], files: list[str], superuser: str
+) -> Layout:
     """Resolve what the server says of its files against this host's filesystem; touches nothing."""
     try:
         directory = Path(data).resolve(strict=True)
@@ -99,4 +120,5 @@ def look_at_files(version: int, data: str, segment_bytes: int, spaces: list[list
         tuple(sorted({file for file in outside if not file.is_relative_to(directory)})),
         (stat.st_uid, stat.st_gid),
         segment_bytes,
+        superuser,
     )

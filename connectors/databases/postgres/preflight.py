@@ -6,6 +6,7 @@ The judgement is in pure functions over rows and paths; the few functions that a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ _USE = """
 SELECT pg_is_in_recovery(),
        (SELECT count(*) FROM pg_replication_slots WHERE slot_name <> ALL (%s)),
        (SELECT count(*) FROM pg_stat_replication WHERE application_name <> ALL (%s)),
-       array(SELECT datname::text FROM pg_database WHERE datallowconn AND NOT datistemplate),
+       array(SELECT datname::text FROM pg_database WHERE datallowconn AND NOT datistemplate AND datconnlimit <> -2),
        array(SELECT application_name FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid
               WHERE s.slot_type = 'physical' AND s.slot_name <> %s),
        array(SELECT format('%%L in %%s', gid, database) FROM pg_prepared_xacts ORDER BY prepared LIMIT 5),
@@ -45,12 +46,13 @@ _OK, _NOTE, _WARNING, _REFUSED = Severity.OK, Severity.NOTE, Severity.WARNING, S
 
 
 async def check_cluster(
-    connection: psycopg.AsyncConnection[Any], databases: Sequence[str], name: str, journal_slot: str
+    connection: psycopg.AsyncConnection[Any], used: made.Used, name: str, journal_slot: str
 ) -> list[Finding]:
     """Give the findings that concern the cluster as a whole; errors of psycopg pass through."""
     settings = dict(await (await connection.execute(_SETTINGS)).fetchall())
     role = await (await connection.execute(_ROLE)).fetchone()
-    ours = [slot.slot_name(name, database) for database in databases]
+    streams = {one: database for one, database in used.items() if database is not None}
+    ours, databases = list(streams), list(streams.values())
     use = await (await connection.execute(_USE, [ours, [*ours, journal_slot], journal_slot, ours])).fetchone()
     assert role is not None
     assert use is not None
@@ -74,7 +76,7 @@ async def check_cluster(
         findings.append(
             Finding("prepared transactions", _REFUSED, message, "COMMIT PREPARED or ROLLBACK PREPARED them")
         )
-    findings += made.judge(await made.unused(connection, name, [*ours, journal_slot]))
+    findings += made.judge(await made.unused(connection, name, used))
     if standbys:
         findings.append(
             Finding(
@@ -159,10 +161,12 @@ def check_room(setting: str, free: int, needed: int) -> Iterator[Finding]:
 
 def check_databases(wanted: Sequence[str], present: Sequence[str]) -> Iterator[Finding]:
     """Judge the databases that are named against those that are there."""
+    some = any(database in present for database in wanted)
     for database in wanted:
         if database not in present:
-            remedy = f"there are: {', '.join(sorted(present))}"
-            yield Finding(f"database {database}", _REFUSED, f"there is no database {database}", remedy)
+            message = f"there is no database {database}" + ("; no more than the others is protected" if some else "")
+            remedy = f"take it out of database.databases, or correct its name; there are: {', '.join(sorted(present))}"
+            yield Finding(f"database {database}", _WARNING if some else _REFUSED, message, remedy)
     others = sorted(set(present) - set(wanted))
     if others:
         yield Finding(
@@ -185,7 +189,6 @@ async def check_database(dsn: str, source: PostgresSource, deadline_seconds: flo
     try:
         async with asyncio.timeout(deadline_seconds):
             async with await connect(dsn) as connection:
-                await connection.execute("SELECT set_config('search_path', 'pg_catalog', false)")
                 findings = list(check_encoding(source.name, encoding_of(connection)))
                 findings += await _check_publications(connection, source)
                 findings += await _check_slot(connection, source)
@@ -201,6 +204,19 @@ async def check_database(dsn: str, source: PostgresSource, deadline_seconds: flo
         )
         return [Finding(subject, _REFUSED, words, remedy)]
     return findings or [Finding(subject, _OK, "can be captured")]
+
+
+async def check_other(dsn: str, name: str, deadline_seconds: float) -> list[Finding]:
+    """Give the findings that concern a database which is not configured: what is left of ours in it.
+
+    One that does not let us in has no say: it is none of ours.
+    """
+    with contextlib.suppress(psycopg.Error, TimeoutError):
+        async with asyncio.timeout(deadline_seconds):
+            async with await connect(dsn) as connection:
+                there = connection.info.dbname in await made.read(connection, name)
+                return list(await made.left_behind(connection, name, unused=not there))
+    return []
 
 
 def check_encoding(database: str, encoding: str) -> Iterator[Finding]:
@@ -221,8 +237,22 @@ async def _check_publications(connection: psycopg.AsyncConnection[Any], source: 
     tables = await publication.tables(connection, name)
     return [
         *check_publications(source.name, name, existing, superuser=superuser),
+        *await _try_publications(connection, source),
         *check_tables(source.name, tables, everything=all(existing.get(name, (False,)))),
     ]
+
+
+async def _try_publications(connection: psycopg.AsyncConnection[Any], source: PostgresSource) -> Iterator[Finding]:
+    """Judge whether the server lets us make and change publications, as a trigger that forbids DDL does not."""
+    try:
+        await publication.attempt(connection, source.publication)
+    except psycopg.errors.InsufficientPrivilege:
+        return iter(())  # which is said of the role
+    except psycopg.Error as error:
+        message = f"publications cannot be made or kept up to date: {' '.join(str(error).split())}"
+        remedy = f"have what forbids it (an event trigger, say) let role {connection.info.user} pass"
+        return iter([Finding(f"publication {source.publication} in {source.name}", _REFUSED, message, remedy)])
+    return iter(())
 
 
 def check_publications(

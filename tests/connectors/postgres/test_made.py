@@ -18,7 +18,7 @@ from tests.fixtures.postgres import Cluster, running_cluster
 from tests.fixtures.service import deployment
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import DatabaseError
-from trigger.model import Severity
+from trigger.model import Finding, Severity
 
 pytestmark = pytest.mark.server
 
@@ -84,6 +84,39 @@ def test_what_a_database_that_was_taken_out_left_is_found_and_dropped_alone(clus
     assert slots(cluster) == ["trigpoints_own"]
 
 
+def test_the_slot_of_a_database_that_was_renamed_is_unused_while_the_configuration_has_its_old_name(
+    cluster: Cluster,
+) -> None:
+    asyncio.run(made_for(cluster, "postgres", "shop"))
+    cluster.sql("ALTER DATABASE shop RENAME TO store")
+
+    async def run() -> tuple[list[Finding], list[str], list[str]]:
+        database = Postgres(cluster.conninfo, ["postgres", "shop"])
+        try:
+            found = await database.check([])
+            return found, await database.remove(unused=True), await database.remove()
+        finally:
+            await database.close()
+
+    found, unused, gone = asyncio.run(run())
+    assert any(one.subject == "slot trigpoint_shop" and "store" in one.message for one in found)
+    assert "slot trigpoint_shop" in unused
+    assert "publication trigpoint in store" in unused
+    assert "slot trigpoint_postgres" in gone
+    assert slots(cluster) == []
+
+
+def test_publications_of_a_database_that_was_taken_out_are_named_though_its_slot_is_gone(cluster: Cluster) -> None:
+    asyncio.run(made_for(cluster, "postgres", "shop"))
+    cluster.sql("SELECT pg_drop_replication_slot('trigpoint_shop')")
+    found = [one for one in asked(cluster, lambda database: database.check([])) if "in shop" in one.subject]
+    assert [one.subject for one in found] == ["publication trigpoint in shop", "publication trigpoint_keyed in shop"]
+    assert {one.severity for one in found} == {Severity.WARNING}
+    assert "release --unused" in found[0].remedy
+    asked(cluster, lambda database: database.remove(unused=True))
+    assert not [one for one in asked(cluster, lambda database: database.check([])) if "in shop" in one.subject]
+
+
 def test_what_another_service_of_the_same_name_reads_is_left_to_it(cluster: Cluster) -> None:
     async def run() -> list[str]:
         other = Postgres(cluster.conninfo, ["shop"])
@@ -128,7 +161,7 @@ def test_what_the_whole_cluster_is_asked_does_not_hang_on_one_database(cluster: 
             async with database.bracket("still") as finish:
                 await finish()
             findings = await database.check([])
-            assert any(one.subject == "database shop" and one.severity is Severity.REFUSED for one in findings)
+            assert any(one.subject == "database shop" and one.severity is Severity.WARNING for one in findings)
         finally:
             await database.close()
 

@@ -7,7 +7,6 @@ roles and databases (`GucSource` in guc.h); what else they set goes back to the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,34 +14,24 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from connectors.databases.postgres.connection import connect
+from connectors.databases.postgres.connection import SESSION, connect, startup_options
 from trigger.errors import RestoreError
 
 _CONNECT_SECONDS = 10
 LOCK_SECONDS = 60
 """So long we wait for a lock: of all that lives in a clone only an in-doubt transaction can hold one for longer."""
-_FROM_THE_START = {
-    "search_path": "pg_catalog",
-    "role": "none",
+_FROM_THE_START = SESSION | {
     "session_preload_libraries": "",
     "local_preload_libraries": "",
     "dynamic_library_path": "$libdir",
     "session_replication_role": "replica",  # before 17 nothing else keeps event triggers from firing
-    "default_transaction_read_only": "off",
-    "default_transaction_isolation": "read committed",
-    "default_transaction_deferrable": "off",
-    "statement_timeout": "0",
     "lock_timeout": f"{LOCK_SECONDS}s",
-    "idle_in_transaction_session_timeout": "0",
-    "idle_session_timeout": "0",
     "post_auth_delay": "0",
     "ignore_system_indexes": "off",
     "ignore_checksum_failure": "off",
     "zero_damaged_pages": "off",
     "row_security": "off",
     "client_encoding": "SQL_ASCII",  # so that nothing is converted: a name may be no text of its encoding
-    "datestyle": "ISO, MDY",
-    "standard_conforming_strings": "on",
 }
 _ANYBODYS = frozenset(_FROM_THE_START) - {
     "session_preload_libraries",
@@ -55,8 +44,6 @@ _ANYBODYS = frozenset(_FROM_THE_START) - {
 }
 """What a role that is no superuser may bring along too."""
 _SINCE_17 = {"event_triggers": "off", "transaction_timeout": "0"}
-_ESCAPED = re.compile(r"([\\ ])")
-_BACKSLASHED = r"\\\1"
 _RESET = """
 SELECT pg_catalog.set_config(s.name, s.boot_val, false) FROM pg_catalog.pg_settings s
  WHERE s.source IN ('global', 'database', 'user', 'database user')
@@ -96,7 +83,7 @@ class Access:
             make_conninfo(
                 self.conninfo,
                 dbname=database or self.home,
-                options=startup_options(self.major, other, is_superuser=self.is_superuser),
+                options=clone_options(self.major, other, is_superuser=self.is_superuser),
                 connect_timeout=_CONNECT_SECONDS,
             )
         )
@@ -112,35 +99,40 @@ class Access:
         async with await self.connect() as connection:
             others = await (await connection.execute(_OTHERS.encode())).fetchall()
         found = {name: value for name, value in others if name not in _FROM_THE_START | _SINCE_17}
-        return {"PGOPTIONS": startup_options(self.major, found), "PGCONNECT_TIMEOUT": str(_CONNECT_SECONDS)}
+        return {"PGOPTIONS": clone_options(self.major, found), "PGCONNECT_TIMEOUT": str(_CONNECT_SECONDS)}
 
 
-def startup_options(major: int, other: Mapping[str, str] | None = None, *, is_superuser: bool = True) -> str:
-    """Give settings as `options` of a connection."""
+def clone_options(major: int, other: Mapping[str, str] | None = None, *, is_superuser: bool = True) -> str:
+    """Give what our sessions on a clone begin with, and `other` settings, as `options` of a connection."""
     found = _FROM_THE_START | (_SINCE_17 if major >= 17 else {}) | dict(other or {})
     if not is_superuser:
         found = {name: value for name, value in found.items() if name in _ANYBODYS or name in (other or {})}
-    return " ".join(f"-c {name}={_ESCAPED.sub(_BACKSLASHED, value)}" for name, value in found.items())
+    return startup_options(found)
 
 
-async def find_home(conninfo: str, major: int, candidates: Sequence[str]) -> Access:
-    """Give the access to a clone through the first of `candidates` that takes connections.
+async def find_home(conninfo: str, major: int, roles: Sequence[str], candidates: Sequence[str]) -> Access:
+    """Give the access to a clone by the first of `roles` that it has, and the first of `candidates` that lets it in.
 
     Raises:
-        psycopg.Error: the server or the superuser is refused as such.
-        RestoreError: none of them is there and open.
+        psycopg.Error: the server, or each of the roles, is refused as such; what was said of the first.
+        RestoreError: none of the databases is there and open.
     """
-    refusals = []
-    for name in dict.fromkeys(candidates):
-        access = Access(conninfo, major, name)
-        try:
-            async with await access.connect():
-                return access
-        except psycopg.OperationalError as error:
-            words = " ".join(str(error).split())
-            if f'database "{name}"' not in words:
-                raise
-            refusals.append(words.rpartition("FATAL: ")[2].strip())
+    refusals: list[str] = []
+    unfit: psycopg.OperationalError | None = None
+    for role in dict.fromkeys(roles):
+        for name in dict.fromkeys(candidates):
+            access = Access(make_conninfo(conninfo, user=role), major, name)
+            try:
+                async with await access.connect():
+                    return access
+            except psycopg.OperationalError as error:
+                words = " ".join(str(error).split())
+                if f'database "{name}"' not in words:
+                    unfit = unfit or error
+                    break
+                refusals.append(words.rpartition("FATAL: ")[2].strip())
+    if unfit is not None and not refusals:
+        raise unfit
     raise RestoreError(
         f"no database of the clone takes connections: {'; '.join(refusals)}",
         hint="name one in database.databases that is there and open (ALTER DATABASE … ALLOW_CONNECTIONS true)",

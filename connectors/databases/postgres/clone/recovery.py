@@ -67,7 +67,8 @@ class PostgresRecovery:
         programs_for: gives the programs of a major version.
         sockets: folder for the clones' socket folders; short, since a socket's path has to fit in 107 bytes, and
             reachable by the owner of the data.
-        superuser: the role with which clones are prepared and asked; for most clusters `postgres`.
+        superusers: roles with which clones are prepared and asked, of which the first that is there counts: one may
+            have had another name when the snapshot was cut.
         databases: names of databases that should be there, by which a clone is entered where the usual two are gone.
         keep_libraries: `shared_preload_libraries` that a clone loads too, where reading its data needs them.
         start_deadline_seconds: for everything from the start of a server to its promotion.
@@ -79,7 +80,7 @@ class PostgresRecovery:
         programs_for: Callable[[int], Programs],
         sockets: Path,
         *,
-        superuser: str = "postgres",
+        superusers: Sequence[str] = ("postgres",),
         databases: Sequence[str] = (),
         keep_libraries: Sequence[str] = (),
         start_deadline_seconds: float = 3600.0,
@@ -87,7 +88,7 @@ class PostgresRecovery:
         self._placement = placement
         self._programs_for = programs_for
         self._sockets = sockets
-        self._superuser = superuser
+        self._superusers = tuple(superusers)
         self._databases = ("template1", "postgres", *databases)
         self._keep_libraries = tuple(keep_libraries)
         self._start_deadline_seconds = start_deadline_seconds
@@ -284,13 +285,14 @@ class PostgresRecovery:
         """Make the running clone forget its ties to the world, and say what it is."""
         if replay.bracket is not None and not (isolated.data / "backup_label.old").exists():
             raise RestoreError(f"the server of {clone.name} did not start from its backup label")
-        conninfo = make_conninfo(host=str(socket_folder), port=PORT, user=self._superuser, application_name="trigpoint")
+        conninfo = make_conninfo(host=str(socket_folder), port=PORT, application_name="trigpoint")
         try:
-            access = await find_home(conninfo, isolated.major, self._databases)
+            access = await find_home(conninfo, isolated.major, self._superusers, self._databases)
             facts = await scrub(access)
         except psycopg.Error as error:
+            roles = " or ".join(self._superusers)
             raise RestoreError(
-                f"clone {clone.name} came up and could not be prepared as role {self._superuser}: {error}",
+                f"clone {clone.name} came up and could not be prepared as role {roles}: {error}",
                 hint="set restore.superuser to a superuser of the cluster; where the words above speak of damaged data,"
                 " restore from another point, and see what trigpoint verify says of this one",
             ) from error
@@ -300,7 +302,7 @@ class PostgresRecovery:
         removed = f"replication slots removed: {', '.join(isolated.slots)}"
         state = _State(
             clone=clone.name,
-            conninfo=conninfo,
+            conninfo=access.conninfo,
             system=facts.system,
             timeline=facts.timeline,
             replayed=str(Lsn(lineage.forks[-1][1])),
@@ -339,8 +341,7 @@ class PostgresRecovery:
                 raise RestoreError(f"clone {clone.name} could not be made durable: {error.message}") from error
 
     def _access(self, running: Running, state: _State) -> Access:
-        conninfo = make_conninfo(running.conninfo, user=self._superuser)
-        return Access(conninfo, isolation.major_of(running.data_directory), state.home)
+        return Access(running.conninfo, isolation.major_of(running.data_directory), state.home)
 
     async def _files(
         self, running: Running, programs: Programs, known: Sequence[Relation], unknown: Sequence[str]

@@ -54,6 +54,11 @@ _OTHER_PAST = re.compile(
 )
 _WENT_BACK = re.compile(r"starting timeline \d+ is not present in the server")
 _ENGLISH = re.compile(r"(C|POSIX|en)\b|en_|C\.|$")
+_LET_IN = (
+    "physical replication needs a line of its own in pg_hba.conf, with `replication` in the place of the database, such"
+    " as `local replication postgres peer`, and then SELECT pg_reload_conf(); without any log only snapshots can be"
+    " brought back: see [journal]"
+)
 _WAIT = "until it goes on, the server keeps the log for the journal's slot, up to max_slot_wal_keep_size"
 _BY_HAND = (
     "the server went back to an earlier timeline, as where an old data directory was put back; the journal follows by"
@@ -117,7 +122,7 @@ class Receiver:
         """Say which program receives the log, and by which slot; and whether the server's words can be understood."""
         program = self._programs.path("pg_receivewal")
         found = [Finding("pg_receivewal", Severity.OK, f"{program} receives the log, by slot {self._slot}")]
-        with contextlib.suppress(TimeoutError, psycopg.Error, OSError):  # which others find, and say
+        try:
             async with self._connect() as connection:
                 row = await (await connection.execute(b"SHOW lc_messages")).fetchone()
                 if not _may_ask_for_english(connection) and row and not _ENGLISH.match(str(row[0])):
@@ -125,6 +130,9 @@ class Receiver:
                     message = f"lc_messages is {row[0]}: by its words alone a program tells why no log comes any more"
                     remedy = f"have a superuser run: ALTER ROLE \"{role}\" SET lc_messages = 'C'"
                     found.append(Finding("pg_receivewal", Severity.WARNING, message, remedy))
+        except (TimeoutError, psycopg.Error, OSError) as error:
+            words = last_lines(str(error)) or f"no answer within {_COMMAND_SECONDS:g} s"
+            return [Finding("pg_receivewal", Severity.REFUSED, f"no log can be received: {words}", _LET_IN)]
         return found
 
     def findings(self) -> list[Finding]:
@@ -180,7 +188,7 @@ class Receiver:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env=minimal_environment() | environment,
+            env=minimal_environment() | self._inherited() | environment,
             cwd="/",
             start_new_session=True,
             **as_owner(self.owner),
@@ -261,6 +269,14 @@ class Receiver:
             async with await psycopg.AsyncConnection.connect(own, autocommit=True) as connection:
                 yield connection
 
+    def _inherited(self) -> dict[str, str]:
+        """Give of our environment what libpq reads, so that the program is let in by all that lets us in.
+
+        These are its variables, and the home folder, where .pgpass and .postgresql lie.
+        """
+        ours = {} if as_owner(self.owner) else {"HOME": str(Path("~").expanduser())}
+        return ours | {name: value for name, value in os.environ.items() if name.startswith("PG")}
+
     @contextlib.asynccontextmanager
     async def _arguments(self, *, english: bool) -> AsyncIterator[tuple[list[str], dict[str, str]]]:
         """Give the options and the environment with which the program connects; secrets go into files.
@@ -269,7 +285,8 @@ class Receiver:
         """
         found = conninfo_to_dict(self._conninfo)
         if english:
-            found["options"] = f"{found.get('options') or ''} -c lc_messages=C".strip()
+            asked = found.get("options") or os.environ.get("PGOPTIONS") or ""
+            found["options"] = f"{asked} -c lc_messages=C".strip()
         secrets = {name: str(found.pop(name)) for name in sorted(_SECRETS) if name in found}
         for name in ("dbname", "replication"):
             found.pop(name, None)
@@ -281,7 +298,7 @@ class Receiver:
                 )
             found["service"] = _SERVICE
         option = [f"--dbname={make_conninfo('', **found)}", "--no-password"]
-        environment = {name: os.environ[name] for name in ("PGSERVICEFILE",) if name in os.environ}
+        environment: dict[str, str] = {}
         if not secrets:
             yield option, environment
             return

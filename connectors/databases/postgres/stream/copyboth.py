@@ -64,11 +64,12 @@ class CopyBoth:
         decode: gives the text of names in the stream, which come in the server's own encoding.
         holds_bytes: what the socket holds until the server finds it full, as the kernel counts it.
         taken_bytes: what was taken out of it since the stream began, counted so, at the most.
-        warnings: what the server warned of since the connection was opened; at most the last 20.
+        warnings: SQLSTATEs of what the server warned of since the connection was opened; its words may be of any
+            language.
     """
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        self.warnings: list[str] = []
+        self.warnings: set[str] = set()
         self._connection = connection
         self._pgconn = connection.pgconn
         self.server_version = connection.info.server_version
@@ -234,7 +235,7 @@ class CopyBoth:
 
     def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         if diagnostic.severity_nonlocalized == "WARNING":
-            self.warnings = [*self.warnings[-19:], diagnostic.message_primary or ""]
+            self.warnings.add(diagnostic.sqlstate or "")
 
 
 async def identify(dsn: str, deadline_seconds: float) -> System:

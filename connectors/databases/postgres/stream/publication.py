@@ -112,6 +112,15 @@ async def ensure(connection: psycopg.AsyncConnection[Any], name: str) -> tuple[l
     return [name, keyed], made
 
 
+async def attempt(connection: psycopg.AsyncConnection[Any], name: str) -> None:
+    """Do what making and keeping the publications takes, and take it back; errors of psycopg say what is in the way."""
+    async with connection.transaction(force_rollback=True):
+        names, _ = await ensure(connection, name)
+        for keyed in names[1:]:
+            statement = "ALTER PUBLICATION {} SET (publish = 'update, delete')"
+            await connection.execute(sql.SQL(statement).format(sql.Identifier(keyed)))
+
+
 async def maintain(connection: psycopg.AsyncConnection[Any], name: str) -> int:
     """Bring `<name>_keyed` up to date with the tables there are; gives how many were added or taken out.
 

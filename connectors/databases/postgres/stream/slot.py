@@ -58,10 +58,13 @@ class Slot:
 
 
 def slot_name(name: str, database: str) -> str:
-    """Give the name of the slot for a database: `<name>_<database>`, made legal (a-z, 0-9, _) and unambiguous."""
+    """Give the name of the slot for a database: `<name>_<database>`, made legal (a-z, 0-9, _) and unambiguous.
+
+    `<name>_journal` is the log's.
+    """
     wanted = f"{name}_{database}"
     legal = re.sub(r"[^a-z0-9_]", "_", wanted.lower())
-    if legal == wanted and len(legal) <= _NAME_LIMIT:
+    if legal == wanted and len(legal) <= _NAME_LIMIT and database != "journal":
         return legal
     return f"{legal[: _NAME_LIMIT - 9]}_{zlib.crc32(wanted.encode()):08x}"
 

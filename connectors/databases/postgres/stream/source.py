@@ -43,7 +43,7 @@ _LOCK_SECONDS = 0.25
 """How long the upkeep of the publication waits for a table that somebody has locked."""
 _SLOT_IN_USE = "55006"
 _NO_SUCH_PUBLICATION = "42704"
-_SKIPPED_PUBLICATION = "skipped loading publication"
+_SKIPPED_PUBLICATION = "55000"
 """What PostgreSQL 18 warns of, and goes on without the changes, where the versions before stop with an error."""
 
 _T = TypeVar("_T")
@@ -162,7 +162,6 @@ class PostgresSource:
         """Open the ordinary connection: it makes slot and publications and asks what the stream does not tell."""
         async with asyncio.timeout(self._deadline_seconds):
             self._side = side = await connect(self._dsn)
-            await side.execute("SELECT set_config('search_path', 'pg_catalog', false)")
             await self._patience(side, self._deadline_seconds, _LOCK_SECONDS)
             cursor = await side.execute(
                 "SELECT pg_is_in_recovery(), (SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'),"
@@ -337,7 +336,7 @@ class PostgresSource:
         return drained
 
     def _refuse_holes(self, stream: CopyBoth) -> None:
-        if any(_SKIPPED_PUBLICATION in warning for warning in stream.warnings):
+        if _SKIPPED_PUBLICATION in stream.warnings:
             self._publications_broken = True
             raise SourceError(f"the publication of database {self.name} was dropped and made again")
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from connectors.databases.postgres.clone.access import startup_options
+from connectors.databases.postgres.clone.access import clone_options
 from connectors.databases.postgres.clone.recovery import PostgresRecovery
 from connectors.databases.postgres.lsn import Lsn
 from tests.fixtures.restores import Cut, Ground, ground, silent
@@ -188,7 +188,7 @@ def test_a_database_whose_drop_was_interrupted_stands_in_the_way_of_nothing(here
 
 
 def test_a_value_of_any_form_is_one_setting_of_a_connection() -> None:
-    assert startup_options(15, {"datestyle": "ISO, MDY", "x": "a\\b"}).endswith(r"-c x=a\\b")
-    assert r"-c datestyle=ISO,\ MDY" in startup_options(15)
-    assert "event_triggers" not in startup_options(16)
-    assert "-c event_triggers=off" in startup_options(17)
+    assert clone_options(15, {"datestyle": "ISO, MDY", "x": "a\\b"}).endswith(r"-c x=a\\b")
+    assert r"-c datestyle=ISO,\ MDY" in clone_options(15)
+    assert "event_triggers" not in clone_options(16)
+    assert "-c event_triggers=off" in clone_options(17)
