@@ -48,10 +48,9 @@ class Clock(Protocol):
 
 
 class Batch(NamedTuple):
-    """What one read of a source gave."""
+    """What one read of a source gave: complete commits in log order, perhaps none."""
 
     commits: Sequence[Commit]
-    """Complete commits in log order; may be empty."""
     through: Position
     """Every commit of this stream that ends at or before here has been delivered by now."""
 
@@ -122,12 +121,10 @@ class Source(Protocol):
 
 
 class Seen(NamedTuple):
-    """What is known from before of one history."""
+    """How far a history went, and its last commit, as far as is known from before."""
 
     position: Position
-    """How far it went."""
     commit: CommitRecord | None
-    """The last commit of it that is known."""
 
 
 class Database(Protocol):
@@ -386,8 +383,7 @@ class Journal(Protocol):
     """The database's log, kept continuously so that every commit between two snapshots can be replayed."""
 
     replays: bool
-    """Whether anything can be replayed. Without it (a source that only triggers has no log) points are brought back as
-    they were cut, and nothing else is."""
+    """Whether anything can be replayed; without it (a source that only triggers) points come back as they were cut."""
 
     async def check(self) -> list[Finding]:
         """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
@@ -395,6 +391,10 @@ class Journal(Protocol):
 
     async def run(self) -> None:
         """Keep the log until cancelled; raises `JournalError` where that is no longer possible."""
+        ...
+
+    async def catch_up(self) -> None:
+        """Bring the log that can be had by now, since `run` may be at work in no process; beside one it is harmless."""
         ...
 
     async def extents(self) -> list[Extent]:
@@ -406,7 +406,7 @@ class Journal(Protocol):
         ...
 
     async def audit(self) -> list[Finding]:
-        """Look at what is new since the last audit: missing, truncated, foreign, flipped; gives all that is wrong."""
+        """Look at what is new since the last audit; gives all that is wrong: missing, truncated, foreign, flipped."""
         ...
 
     async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:

@@ -64,6 +64,8 @@ class Replay:
     """Of a copy that is not one instant; it is replayed to its stop in any case."""
     as_cut: bool = False
     """Whether the snapshots end at the target by themselves, and nothing is to be replayed beyond."""
+    held_until: At = 0
+    """So far the snapshots may hold log themselves: no replay stops before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Running:
     replayed: At
     """Where the replay ended."""
     last_commit_at: datetime | None
-    """Commit time of the last transaction replayed, by the server's own word."""
+    """Commit time of the last transaction replayed, by the server's own clock."""
     notes: tuple[str, ...]
     """What a clone cannot have: slots gone, unlogged tables empty, sequences ahead, in-doubt transactions."""
     pid: int = 0

@@ -26,6 +26,10 @@ class NoLog:
         """Do nothing until cancelled."""
         await asyncio.Event().wait()
 
+    async def catch_up(self) -> None:
+        """Do nothing."""
+        await asyncio.sleep(0)
+
     async def extents(self) -> list[Extent]:
         """Give that nothing is held."""
         await asyncio.sleep(0)

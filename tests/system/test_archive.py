@@ -129,6 +129,23 @@ def _findings(deployed: Deployment) -> dict[str, str]:
     return {finding["subject"]: finding["message"] for finding in deployed.status()["journal"]}
 
 
+def test_what_is_archived_while_no_service_runs_is_found_planned_for_and_restored() -> None:
+    with archived(15) as (here, archive):
+        _begin(here)
+        before = _commit(here)
+        _arrives(here, _switch(here))
+        here.wait_for(lambda: here.trigpoint("find", "--xid", str(before), check=False).returncode == 0, "its outcome")
+        assert here.stop() == 0
+        xids = [_commit(here) for _ in range(3)]
+        for _ in range(3):
+            last = _switch(here)
+        here.wait_for(lambda: last in archive.held(), "all is archived")
+        planned = here.trigpoint("restore", "--to-xid", str(xids[1]), "--dry-run").stdout
+        assert f"commit {xids[1]}" in planned
+        _assert_comes_back(here, f"--before-xid={xids[2]}", {before, *xids[:2]})
+        _assert_comes_back(here, "--to-latest", {before, *xids})
+
+
 def _assert_comes_back(deployed: Deployment, option: str, xids: set[int]) -> None:
     """An exact restore to what `option` names holds these transactions and nothing else."""
     report = deployed.ask("restore", option, "--name", "back")

@@ -210,7 +210,8 @@ async def _plan(named: Named, parts: Parts) -> Plan:
     from trigger.restore.restore import prepare
     from trigger.restore.target import resolve
 
-    return await prepare(await resolve(named, parts.catalog, parts.journal), parts.site)
+    target = await resolve(named, parts.catalog, parts.journal, parts.database, only_look=True)
+    return await prepare(target, parts.site)
 
 
 async def _meant(named: Named, parts: Parts) -> Target:

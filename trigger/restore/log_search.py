@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from itertools import pairwise
+from typing import NamedTuple
 
-from trigger.catalog.catalog import Catalog
+from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError
 from trigger.model import Logged, RecoveryPoint, to_microseconds
 from trigger.ports import Journal
@@ -61,6 +62,46 @@ async def around(
             if len(found) > MOST:
                 raise JournalError(f"more than {MOST} commits lie there", hint="name a shorter time")
     return found
+
+
+class AsOf(NamedTuple):
+    """The commits around a time, as a replay to it meets them."""
+
+    last: Found | None
+    """The last one that a state as of then holds."""
+    later: Found | None
+    """The first one behind it that is later; None where none is known yet."""
+
+
+async def as_of(time: datetime, lineage: Lineage, catalog: Catalog, journal: Journal) -> AsOf:
+    """Give the last commit before the first one that is later than a time, and that one.
+
+    By the log, whose stamps a replay goes by: a stream tells of a commit that came by replication the time that it had
+    at its origin. The log is read from the newest point on that was opened before, as far as it takes; what cannot be
+    read is looked up in the catalog.
+    """
+    try:
+        return await _as_of_log(time, lineage, catalog, journal)
+    except JournalError:
+        last = await catalog.as_of(time, lineage)
+        return AsOf(last, await catalog.commit_after(last.record.start if last else 0, lineage))
+
+
+async def _as_of_log(time: datetime, lineage: Lineage, catalog: Catalog, journal: Journal) -> AsOf:
+    before = [base for base in await catalog.bases() if base.opened_at < time and base.mark_in(lineage.history)]
+    begin = max(_marks(before, lineage)[:-1])
+    if not begin:
+        raise JournalError(f"no point was there by {time.isoformat()} to read the log from")
+    last = await catalog.commit_before(begin, lineage)
+    like = last.record.name if last else Name("", 0)
+    beyond = to_microseconds(time)
+    async with aclosing(journal.commits(lineage, begin, LAST, like)) as commits:
+        async for one in commits:
+            found = Found(one.record, None, "", one.history)
+            if one.time_us > beyond:
+                return AsOf(last, found)
+            last = found
+    return AsOf(last, None)
 
 
 def _marks(bases: Sequence[RecoveryPoint], lineage: Lineage) -> list[int]:

@@ -80,7 +80,8 @@ class Plan:
     @property
     def replay(self) -> Replay:
         """What leads a clone of the base to the target."""
-        return Replay(self.target, self.log_from, self.log_until, self.mark.bracket, self.as_cut)
+        held = self.mark.holds_at_most
+        return Replay(self.target, self.log_from, self.log_until, self.mark.bracket, self.as_cut, held)
 
     def describe(self) -> list[str]:
         """Give the plan in lines for people."""

@@ -57,7 +57,9 @@ class Named:
         return sum(value is not None for value in values) + self.latest
 
 
-async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Database | None = None) -> Target:
+async def resolve(
+    named: Named, catalog: Catalog, journal: Journal, database: Database | None = None, *, only_look: bool = False
+) -> Target:
     """Give the target that `named` means.
 
     Args:
@@ -65,6 +67,7 @@ async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Da
         catalog, journal: where it is looked up; where a journal replays nothing, only points can be named.
         database: made to commit something, where no commit is known to be later than a time, and asked how far it is;
             without it, or where it does not answer, nobody can tell whether the log goes so far.
+        only_look: it is not made to commit anything.
 
     Raises:
         RestoreError: nothing bears that name, or several do; the message lists them.
@@ -74,15 +77,16 @@ async def resolve(named: Named, catalog: Catalog, journal: Journal, database: Da
         raise RestoreError("name exactly one target", hint="one of place, name, time, latest, point, marker or before")
     if not journal.replays:
         return await _as_cut(named, catalog)
+    await journal.catch_up()
     if named.point is not None:
         return await _at_point(await catalog.point(named.point), catalog, journal)
     lineage = await _lineage_of(named, catalog, journal)
     if named.place is not None:
         return await _at_place(lineage.history.parse_place(named.place), named.stream, lineage, catalog)
     if named.time is not None:
-        return await _at_time(named.time, lineage, catalog, database)
+        return await _at_time(named.time, lineage, catalog, journal, None if only_look else database)
     if named.latest:
-        return await _latest(lineage, catalog, database)
+        return await _latest(lineage, catalog, database, meant=named.history is not None)
     if named.before is not None:
         return await _before(
             await _transaction(named.before, named.stream, lineage, catalog, journal), lineage, catalog
@@ -196,9 +200,10 @@ async def _at_place(at: int, stream: str | None, lineage: Lineage, catalog: Cata
     return _up_to(at, lineage, f"the state before {written}{_last(last)}")
 
 
-async def _at_time(time: datetime, lineage: Lineage, catalog: Catalog, database: Database | None) -> Target:
-    last = await catalog.as_of(time, lineage)
-    later = await catalog.commit_after(last.record.start if last else 0, lineage)
+async def _at_time(
+    time: datetime, lineage: Lineage, catalog: Catalog, journal: Journal, database: Database | None
+) -> Target:
+    last, later = await log_search.as_of(time, lineage, catalog, journal)
     description = f"the state of {time.isoformat()}{_last(last)}"
     if later is None:
         description += ", no later commit is known"
@@ -207,13 +212,25 @@ async def _at_time(time: datetime, lineage: Lineage, catalog: Catalog, database:
     return Target(lineage.history, None, True, description, time, known, reach)
 
 
-async def _latest(lineage: Lineage, catalog: Catalog, database: Database | None) -> Target:
+async def _latest(lineage: Lineage, catalog: Catalog, database: Database | None, *, meant: bool) -> Target:
+    """Give all that there is of a history; one that the cluster has left has to be `meant`, by its name."""
     last = await catalog.commit_before(LAST, lineage)
     known = last.record if last else None
     description = f"the latest state that there is of {lineage.history}"
+    durable = None
     with suppress(DatabaseError):
-        if database is not None and (durable := await database.durable()).history == lineage.history:
-            description += f" (the cluster itself is at {durable.place} by now)"
+        durable = await database.durable() if database is not None else None
+    if durable is None and not meant:
+        description += " (whether the cluster has gone on in another history is not known: it was not asked)"
+    elif durable is not None and durable.history == lineage.history:
+        description += f" (the cluster itself is at {durable.place} by now)"
+    elif durable is not None and not meant:
+        raise RestoreError(
+            f"the cluster is in {durable.history} by now, and the latest state that is kept is of {lineage.history},"
+            " which it has left",
+            hint=f"start the service, or take a point; or add {naming(lineage.history, durable.history)} for the latest"
+            " state of what was left",
+        )
     reach = known.end if known else None
     return Target(lineage.history, None, False, description, commit=known, reach=reach)
 
@@ -259,7 +276,8 @@ async def _at_point(point: RecoveryPoint, catalog: Catalog, journal: Journal) ->
 def _last(found: Found | None) -> str:
     if found is None:
         return ", before any commit in the catalog"
-    return f", the last commit in the catalog being {found.record.name} of {found.record.stream}"
+    where = f"in the catalog being {found.record.name} of {found.record.stream}"
+    return f", the last commit {where if found.record.stream else f'in the log being {found.record.name}'}"
 
 
 async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog: Catalog, journal: Journal) -> Found:

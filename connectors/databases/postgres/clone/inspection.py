@@ -59,8 +59,10 @@ class Subject:
 
 
 async def ends_at_target(subject: Subject, dump: WalDump) -> Result:
-    """The replay ended where the state ends, by the clone's own timeline."""
-    del dump
+    """The replay ended where the state ends, by the clone's own timeline.
+
+    A place amid a record means the state before the next one.
+    """
     target, reached = subject.target, subject.running.replayed
     ends_at = target.commit.end if target.commit is not None and target.inclusive else target.at
     if target.time is not None:
@@ -72,7 +74,7 @@ async def ends_at_target(subject: Subject, dump: WalDump) -> Result:
     elif target.inclusive:
         held = target.at < reached <= (ends_at if target.commit else reached)
     else:
-        held = reached <= ends_at
+        held = reached <= ends_at or reached == await _next_record(subject, dump, Lsn(ends_at))
     return "the replay ended at the target", held, f"at {reached}"
 
 
@@ -210,6 +212,11 @@ async def _commits_before(subject: Subject, dump: WalDump) -> list[LoggedCommit]
             return before
         first = max(first - (last - first + 1), staged.begin_of_run(first))
     return []
+
+
+async def _next_record(subject: Subject, dump: WalDump, at: Lsn) -> Lsn | None:
+    """Give where the first record begins, at or behind a place, in the staged log."""
+    return await dump.next_record(Stretch(subject.log_folder, subject.target.history.branch, at))
 
 
 def _behind(subject: Subject) -> Stretch | None:

@@ -106,6 +106,14 @@ def volume_of(path: Path, volumes: Sequence[Volume]) -> Volume | None:
     return max(holding, key=lambda volume: len(Path(volume.path).resolve().parts), default=None)
 
 
+class Stop(NamedTuple):
+    """A place at which a replay is told to stop."""
+
+    at: Lsn
+    inclusive: bool
+    """Whether the record that begins there is replayed, else the first one that begins there or behind stays out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Isolated:
     """A copy that may be started: where it lies, who owns it, and what was taken out."""
@@ -363,8 +371,8 @@ def point_at_log(isolated: Isolated, staged: Path) -> None:
             os.chown(_STAGED, *isolated.owner, dir_fd=folder, follow_symlinks=False)
 
 
-def recovery_settings(replay: Replay) -> dict[str, str]:
-    """Give the settings that lead a replay to its target and no further.
+def recovery_settings(replay: Replay, stop: Stop | None = None) -> dict[str, str]:
+    """Give the settings that lead a replay to its target, or to where it is to `stop` before, and no further.
 
     The server copies the log with `cp` through a shell, as PostgreSQL does it, so no path of anybody else's may stand
     there: it works in its data directory, where `point_at_log` put a name. Files that are links would not do: the
@@ -380,6 +388,9 @@ def recovery_settings(replay: Replay) -> dict[str, str]:
     if replay.as_cut:
         if replay.bracket is not None:
             found["recovery_target"] = "immediate"
+    elif stop is not None:
+        found["recovery_target_lsn"] = str(stop.at)
+        found["recovery_target_inclusive"] = "on" if stop.inclusive else "off"
     elif target.at is not None:
         found["recovery_target_lsn"] = str(Lsn(target.at))
     elif target.time is not None:

@@ -8,13 +8,12 @@ comes through `restore_command`. A snapshot that is not one instant starts from 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -22,13 +21,14 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.clone import inspection, isolation, postmaster, sockets, tablespaces
+from connectors.databases.postgres.clone import inspection, isolation, postmaster, sockets, stops, tablespaces
 from connectors.databases.postgres.clone.access import Access, find_home
 from connectors.databases.postgres.clone.files import Relation
 from connectors.databases.postgres.clone.isolation import Isolated, Placement
 from connectors.databases.postgres.clone.release import release
 from connectors.databases.postgres.clone.sandbox import relations
 from connectors.databases.postgres.clone.scrub import scrub
+from connectors.databases.postgres.clone.state import State, owner_of
 from connectors.databases.postgres.connection import encoding_of
 from connectors.databases.postgres.encoding import decoding, encoded
 from connectors.databases.postgres.log.files import give
@@ -119,18 +119,20 @@ class PostgresRecovery:
         redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
         dump = WalDump(programs, isolated.owner)
         seen = await tablespaces.refuse_new_ones(dump, isolated, log_folder, redo, replay)
+        stop = await stops.before_removals(dump, isolated, log_folder, redo, replay, seen.removals)
         carried = isolation.carried(control, [change.values for change in seen.parameters])
         staged = await asyncio.to_thread(_visible_log, isolated, log_folder, replay)
         socket_folder = sockets.make(self._sockets, isolated)
         found = isolation.settings(carried, isolated, socket_folder, self._keep_libraries, throwaway=throwaway)
-        found |= isolation.recovery_settings(replay)
+        found |= isolation.recovery_settings(replay, stop)
         await asyncio.to_thread(isolation.point_at_log, isolated, staged)
         await asyncio.to_thread(isolation.write_configuration, isolated, found)
         isolation.write(isolated.data / "recovery.signal", "", isolated.owner)
         try:
             await self._launch(programs, isolated)
             await self._ready(isolated, redo, replay, progress)
-            running = await self._describe(clone, isolated, socket_folder, replay, seen.shrunk)
+            time = await stops.time_of(dump, log_folder, replay.target, stop)
+            running = await self._describe(clone, isolated, socket_folder, replay, seen.shrunk, time)
             _require_all(running, replay)
             if not throwaway:
                 await self._make_durable(clone, running, isolated, found)
@@ -143,9 +145,9 @@ class PostgresRecovery:
         self, running: Running, target: Target, log_folder: Path, *, deep: bool
     ) -> AsyncIterator[tuple[str, bool, str]]:
         """Give (what was checked, whether it held, what was seen), one a check; see `inspection`."""
-        state = _State.read(running.data_directory)
+        state = State.read(running.data_directory)
         programs = self._programs_for(isolation.major_of(running.data_directory))
-        dump = WalDump(programs, _owner_of(running.data_directory))
+        dump = WalDump(programs, owner_of(running.data_directory))
         subject = inspection.Subject(running, target, log_folder, state.next_xid, self._access(running, state))
         for check in inspection.QUICK:
             if (seen := await check(subject, dump)) is not None:
@@ -155,7 +157,7 @@ class PostgresRecovery:
             replace(state, reader=opened.reader).write(running.data_directory)
             for result in told:
                 yield result
-            yield await inspection.structures(subject, opened, programs, _owner_of(running.data_directory))
+            yield await inspection.structures(subject, opened, programs, owner_of(running.data_directory))
             known = await relations(subject.access, opened, state.shrunk)
             for result in await self._files(running, programs, *known):
                 yield result
@@ -167,7 +169,7 @@ class PostgresRecovery:
         deep look at a sandbox it is asked by a role that may read everything and do nothing: a table may be a view,
         and what stands in a view is its owner's.
         """
-        state = _State.read(running.data_directory)
+        state = State.read(running.data_directory)
         access = self._access(running, state)
         if state.reader:
             access = replace(access, conninfo=make_conninfo(access.conninfo, user=state.reader), is_superuser=False)
@@ -194,9 +196,9 @@ class PostgresRecovery:
         data = self._data(clone)
         if data is None:
             raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
-        state = _State.read(data)
+        state = State.read(data)
         programs = self._programs_for(isolation.major_of(data))
-        isolated = Isolated(data, _owner_of(data), programs.major, ())
+        isolated = Isolated(data, owner_of(data), programs.major, ())
         sockets.make(self._sockets, isolated)
         await asyncio.to_thread(postmaster.forget_the_dead, data)
         await asyncio.to_thread(isolation.listen, isolated, listen)
@@ -209,7 +211,7 @@ class PostgresRecovery:
         await asyncio.to_thread(state.write, isolated.data)
         return state.running(data, server.pid)
 
-    async def _start_again(self, programs: Programs, isolated: Isolated, state: _State) -> None:
+    async def _start_again(self, programs: Programs, isolated: Isolated, state: State) -> None:
         """Start a server that was brought up before, and wait until it takes connections."""
         replayed = Lsn.parse(state.replayed)
         own = lsn.history(state.system, state.timeline)
@@ -224,7 +226,7 @@ class PostgresRecovery:
         if data is None or server is None or server.status != "ready":
             return None
         try:
-            return _State.read(data).running(data, server.pid)
+            return State.read(data).running(data, server.pid)
         except RestoreError:  # it is up, and its start is not finished
             return None
 
@@ -236,7 +238,7 @@ class PostgresRecovery:
         if postmaster.find(data) is not None:
             raise RestoreError(f"the server of {clone.name} still runs", hint="stop it first")
         programs = self._programs_for(isolation.major_of(data))
-        isolated = Isolated(data, _owner_of(data), programs.major, ())
+        isolated = Isolated(data, owner_of(data), programs.major, ())
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
         written = control["Latest checkpoint's REDO WAL file"]  # of a server that was stopped: the last one
         await asyncio.to_thread(release, data, clone, self._placement, volumes, written)
@@ -280,9 +282,18 @@ class PostgresRecovery:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _describe(
-        self, clone: Clone, isolated: Isolated, socket_folder: Path, replay: Replay, shrunk: dict[str, int]
+        self,
+        clone: Clone,
+        isolated: Isolated,
+        socket_folder: Path,
+        replay: Replay,
+        shrunk: dict[str, int],
+        time: datetime | None,
     ) -> Running:
-        """Make the running clone forget its ties to the world, and say what it is."""
+        """Make the running clone forget its ties to the world, and say what it is; its last commit was at `time`.
+
+        None where the server says that itself: it does not of a record right behind which it was told to stop.
+        """
         if replay.bracket is not None and not (isolated.data / "backup_label.old").exists():
             raise RestoreError(f"the server of {clone.name} did not start from its backup label")
         conninfo = make_conninfo(host=str(socket_folder), port=PORT, application_name="trigpoint")
@@ -300,13 +311,13 @@ class PostgresRecovery:
         history = (isolated.data / "pg_wal" / f"{facts.timeline:08X}.history").read_text()
         lineage = lsn.lineage(lsn.history(facts.system, facts.timeline), history)
         removed = f"replication slots removed: {', '.join(isolated.slots)}"
-        state = _State(
+        state = State(
             clone=clone.name,
             conninfo=access.conninfo,
             system=facts.system,
             timeline=facts.timeline,
             replayed=str(Lsn(lineage.forks[-1][1])),
-            last_commit_at=f"{found[-1]}+00:00" if (found := _LAST_COMMIT.findall(words)) else "",
+            last_commit_at=time.isoformat() if time else _last_commit_at(words),
             notes=(*([removed] if isolated.slots else []), *facts.notes),
             next_xid=facts.next_xid,
             incarnation=replay.target.history.incarnation,
@@ -328,7 +339,7 @@ class PostgresRecovery:
         await asyncio.to_thread(isolation.write_configuration, isolated, found | {"fsync": "on"})
         os.kill(running.pid, signal.SIGHUP)
         deadline = asyncio.get_running_loop().time() + _PROGRAM_SECONDS
-        home = _State.read(isolated.data).home
+        home = State.read(isolated.data).home
         while await self.query(running, home, "SHOW fsync") != "on":
             if asyncio.get_running_loop().time() > deadline:
                 raise RestoreError(f"the server of {clone.name} did not take its final configuration")
@@ -340,7 +351,7 @@ class PostgresRecovery:
             except DatabaseError as error:
                 raise RestoreError(f"clone {clone.name} could not be made durable: {error.message}") from error
 
-    def _access(self, running: Running, state: _State) -> Access:
+    def _access(self, running: Running, state: State) -> Access:
         return Access(running.conninfo, isolation.major_of(running.data_directory), state.home)
 
     async def _files(
@@ -348,7 +359,7 @@ class PostgresRecovery:
     ) -> list[inspection.Result]:
         """Stop the server, check its files and all checksums, and start it again; the pid is another one then."""
         data = running.data_directory
-        isolated = Isolated(data, _owner_of(data), programs.major, ())
+        isolated = Isolated(data, owner_of(data), programs.major, ())
         await postmaster.end(data, signal.SIGINT)
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
         results = [await inspection.whole(data, known, unknown, control)]
@@ -356,58 +367,8 @@ class PostgresRecovery:
             results.append(("page checksums, which are switched off in this cluster", True, "headers of pages only"))
         else:
             results.append(await inspection.pages(data, programs, isolated.owner))
-        await self._start_again(programs, isolated, _State.read(data))
+        await self._start_again(programs, isolated, State.read(data))
         return results
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """What is kept of a clone beside its data, so that another process can speak of it too."""
-
-    FILE = "running.json"
-
-    clone: str
-    conninfo: str
-    system: str
-    timeline: int
-    replayed: str
-    last_commit_at: str
-    notes: tuple[str, ...]
-    next_xid: int
-    """The first transaction id that the replayed log had not used."""
-    incarnation: int = 0
-    home: str = "template1"
-    """A database that takes connections."""
-    reader: str = ""
-    """The role by which a sandbox is asked; "" for the superuser."""
-    shrunk: dict[str, int] = field(default_factory=dict)
-    """To how many pages the replayed log truncated a file, by path."""
-
-    def write(self, data: Path) -> None:
-        isolation.write(data / isolation.OWN_FOLDER / self.FILE, self.as_json(), _owner_of(data))
-
-    def as_json(self) -> str:
-        return json.dumps({name: getattr(self, name) for name in self.__slots__})
-
-    @classmethod
-    def read(cls, data: Path) -> _State:
-        try:
-            found = json.loads((data / isolation.OWN_FOLDER / cls.FILE).read_text())
-            return cls(**found | {"notes": tuple(found["notes"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RestoreError(f"{data} is not a clone that was brought up: {error}") from error
-
-    def running(self, data: Path, pid: int) -> Running:
-        return Running(
-            clone=self.clone,
-            conninfo=self.conninfo,
-            data_directory=data,
-            pid=pid,
-            history=lsn.history(self.system, self.timeline, self.incarnation),
-            replayed=Lsn.parse(self.replayed),
-            last_commit_at=datetime.fromisoformat(self.last_commit_at) if self.last_commit_at else None,
-            notes=self.notes,
-        )
 
 
 async def _ask(
@@ -485,6 +446,6 @@ def _failure(target: Target, words: str, why: str) -> RestoreError:
     )
 
 
-def _owner_of(data: Path) -> tuple[int, int]:
-    status = data.stat()
-    return status.st_uid, status.st_gid
+def _last_commit_at(words: str) -> str:
+    found = _LAST_COMMIT.findall(words)
+    return f"{found[-1]}+00:00" if found else ""

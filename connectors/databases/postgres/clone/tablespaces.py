@@ -16,22 +16,28 @@ from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import RestoreError
 from trigger.replay import Replay
 
+_WHOLE_RECORD_BYTES = 1 << 14
+"""So far behind a place any record has ended that is looked for and begins before it: pg_waldump gives whole ones."""
+
 
 async def refuse_new_ones(dump: WalDump, isolated: Isolated, staged: Path, redo: int, replay: Replay) -> Preview:
     """Raise `RestoreError` where a replay from `redo` on would make a tablespace.
 
     Gives what the same log says of other things, in order, so that it is read but once.
     """
-    seen = Preview([], [], {})
-    segment_bytes = await asyncio.to_thread(_segment_bytes, isolated.data / "pg_wal", staged)
+    seen = Preview([], [], {}, [])
+    segment_bytes = await asyncio.to_thread(segment_size, isolated.data / "pg_wal", staged)
     if segment_bytes is None:
         return seen
     for folder in (isolated.data / "pg_wal", staged):
-        for stretch in await asyncio.to_thread(_stretches, folder, segment_bytes, redo, replay):
+        for stretch in await asyncio.to_thread(stretches, folder, segment_bytes, redo, replay):
             here = await dump.preview(stretch)
             seen.parameters.extend(here.parameters)
             seen.shrunk.update(here.shrunk)
+            seen.removals.extend(here.removals)
             for made in here.tablespaces:
+                if replay.target.at is not None and made.start > replay.target.at:
+                    continue
                 raise RestoreError(
                     f"the log up to {replay.target.description} makes tablespace {made.oid} at {made.location}, and"
                     " a replay would empty that folder of production",
@@ -41,15 +47,15 @@ async def refuse_new_ones(dump: WalDump, isolated: Isolated, staged: Path, redo:
     return seen
 
 
-def _segment_bytes(*folders: Path) -> int | None:
-    """Give the segment size by the size of a segment file."""
+def segment_size(*folders: Path) -> int | None:
+    """Give the segment size by the size of a segment file; None where there is none."""
     sizes = (
         entry.stat().st_size for folder in folders for entry in folder.iterdir() if isolation.is_segment(entry.name)
     )
     return next(sizes, None)
 
 
-def _stretches(folder: Path, segment_bytes: int, redo: int, replay: Replay) -> list[Stretch]:
+def stretches(folder: Path, segment_bytes: int, redo: int, replay: Replay) -> list[Stretch]:
     """Give what of the log in a folder a replay from `redo` on can read, one stretch a timeline."""
     target = replay.target
     if replay.as_cut and folder.name != "pg_wal":
@@ -63,6 +69,6 @@ def _stretches(folder: Path, segment_bytes: int, redo: int, replay: Replay) -> l
         start = Lsn(max(redo, min(numbers) * segment_bytes))
         end = Lsn((max(numbers) + 1) * segment_bytes)  # without one pg_waldump waits for a segment that does not come
         if not replay.as_cut and target.at is not None and timeline == target.history.branch:
-            end = min(end, Lsn(target.at + 1))
+            end = min(end, Lsn(target.at + _WHOLE_RECORD_BYTES))
         found.append(Stretch(folder, timeline, start, end))
     return found

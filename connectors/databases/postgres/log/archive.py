@@ -241,6 +241,15 @@ class ArchiveReader:
                 raise
         return process.returncode, last_lines(output.decode(errors="replace"))
 
+    async def catch_up(self, segments: SegmentFolder) -> None:
+        """Fetch what the archive has by now behind the newest segment that is held, of its timeline."""
+        held = [name for name in await segments.threads.run(segments.names) if not name.partial]
+        if not held:
+            return
+        following = max(held)
+        while await self._fetch_own(segments, following := SegmentName(following.timeline, following.number + 1)):
+            pass
+
     async def run(self, segments: SegmentFolder) -> None:
         """Fetch what comes, segment by segment and timeline by timeline, until cancelled.
 

@@ -49,6 +49,10 @@ class Feed(Protocol):
         """
         ...
 
+    async def catch_up(self, segments: SegmentFolder) -> None:
+        """Bring all of the log that is there by now and can be had without running; see port `Journal`."""
+        ...
+
     def findings(self) -> list[Finding]:
         """Give what hinders the feed at present."""
         ...
@@ -106,6 +110,14 @@ class PostgresJournal:
             segments = await self._folders.threads.run(partial(self._folders.of, history))
             await self._folders.threads.run(partial(segments.make, self._feed.owner))
             await self._feed.run(segments)
+
+    async def catch_up(self) -> None:
+        """Bring what an archive has by now, as where the service does not run; see port `Journal`."""
+        run, known = self._folders.threads.run, self._running or self._known()
+        if known is not None:
+            segments = await run(partial(self._folders.of, known))
+            if await run(segments.path.is_dir):
+                await self._feed.catch_up(segments)
 
     async def extents(self) -> list[Extent]:
         """Give what it holds without a hole, by history and place; damaged segments are not held."""

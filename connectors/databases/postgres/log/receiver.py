@@ -118,6 +118,9 @@ class Receiver:
         """Whether a sound file is in the folder; a stream cannot be asked for one."""
         return segments.is_sound(name)
 
+    async def catch_up(self, segments: SegmentFolder) -> None:
+        """Bring nothing: a stream brings the log while it runs."""
+
     async def check(self, segment_bytes: int) -> list[Finding]:  # noqa: ARG002 - the feed's
         """Say which program receives the log, and by which slot; and whether the server's words can be understood."""
         program = self._programs.path("pg_receivewal")

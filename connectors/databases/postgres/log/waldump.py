@@ -13,6 +13,7 @@ import signal
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,12 @@ _RECORD = re.compile(r"rmgr: \w+ .*?tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?d
 _PARAMETER = re.compile(r"(\w+)=(\w+)")
 _TRUNCATED = re.compile(r"^rmgr: Storage .*desc: TRUNCATE (\S+) to (\d+) blocks")
 _DAMAGE = ("error in WAL record", "could not find a valid record")
+_REMOVAL = re.compile(r"^rmgr: (?:Database|Tablespace) .*?, lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: DROP ", re.DOTALL)
+_ENDED = re.compile(
+    r"^rmgr: Transaction .*?, lsn: ([0-9A-F]+/[0-9A-F]+), .*?"
+    r"desc: (?:(COMMIT|COMMIT_PREPARED \d+:|ABORT|ABORT_PREPARED \d+:) (\d{4,}-\d\d-\d\d [\d:.]+) UTC|(PREPARE) )",
+    re.DOTALL,
+)
 _PREPARED = re.compile(r" (\d+): ")
 _TABLESPACE = re.compile(r' (\d+) "(.*)"', re.DOTALL)
 
@@ -36,6 +43,16 @@ class LoggedCommit(NamedTuple):
 
     xid: int
     start: Lsn
+
+
+class Ended(NamedTuple):
+    """A record that ends a transaction, or prepares its end."""
+
+    start: Lsn
+    time: datetime | None
+    """Its time, which a replay to a time goes by; None of what only prepares."""
+    stays: bool
+    """Whether it adds to the state: a commit, or what is in doubt from there on."""
 
 
 class Parameters(NamedTuple):
@@ -51,6 +68,8 @@ class CreatedTablespace(NamedTuple):
 
     oid: int
     location: str
+    start: Lsn = Lsn(0)
+    """Where the record begins."""
 
 
 class Preview(NamedTuple):
@@ -61,6 +80,8 @@ class Preview(NamedTuple):
     parameters: list[Parameters]
     shrunk: dict[str, int]
     """To how many pages a file was truncated, by its path."""
+    removals: list[Lsn]
+    """Where the records begin by which folders of databases and tablespaces go, before their DROP is committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +103,22 @@ def parse_commit(line: str) -> LoggedCommit | None:
     return LoggedCommit(int(prepared[1] if prepared else match[1]), Lsn.parse(match[2]))
 
 
+def parse_ended(line: str) -> Ended | None:
+    """Give the end of a transaction that a line of pg_waldump, with times in UTC, prints."""
+    match = _ENDED.match(line)
+    if match is None:
+        return None
+    time = datetime.fromisoformat(match[3]).replace(tzinfo=UTC) if match[3] else None
+    return Ended(Lsn.parse(match[1]), time, match[4] is not None or match[2].startswith("COMMIT"))
+
+
 def parse_tablespace(line: str) -> CreatedTablespace | None:
     """Give the tablespace that a line of pg_waldump makes, except one inside the data directory."""
     match = _RECORD.match(line)
     if match is None or match[3] != "CREATE":
         return None
     made = _TABLESPACE.match(match[4])
-    return CreatedTablespace(int(made[1]), made[2]) if made and made[2] else None
+    return CreatedTablespace(int(made[1]), made[2], Lsn.parse(match[2])) if made and made[2] else None
 
 
 def parse_parameters(line: str) -> Parameters | None:
@@ -137,6 +167,15 @@ class WalDump:
                     break
         return found
 
+    async def next_record(self, stretch: Stretch) -> Lsn | None:
+        """Give where the first record begins that begins in a stretch; None where its log has none."""
+        with contextlib.suppress(_EndOfLog):
+            async with aclosing(self._lines(stretch, "--limit=1")) as lines:
+                async for line in lines:
+                    match = _RECORD.match(line)
+                    return Lsn.parse(match[2]) if match else None
+        return None
+
     async def transactions(self, stretch: Stretch) -> AsyncGenerator[str, None]:
         """Give what is printed of each end of a transaction in a stretch, times in UTC; ends where its log does."""
         with contextlib.suppress(_EndOfLog):
@@ -146,9 +185,10 @@ class WalDump:
 
     async def preview(self, stretch: Stretch) -> Preview:
         """Give what a replay of a stretch would do to folders and files, and the settings that the server had in it."""
-        found = Preview([], [], {})
+        found = Preview([], [], {}, [])
+        kinds = ("--rmgr=Tablespace", "--rmgr=XLOG", "--rmgr=Storage", "--rmgr=Database")
         with contextlib.suppress(_EndOfLog):
-            async with aclosing(self._lines(stretch, "--rmgr=Tablespace", "--rmgr=XLOG", "--rmgr=Storage")) as lines:
+            async with aclosing(self._lines(stretch, *kinds)) as lines:
                 async for line in lines:
                     if made := parse_tablespace(line):
                         found.tablespaces.append(made)
@@ -156,6 +196,8 @@ class WalDump:
                         found.parameters.append(changed)
                     elif match := _TRUNCATED.search(line):
                         found.shrunk[match[1]] = int(match[2])
+                    elif match := _REMOVAL.match(line):
+                        found.removals.append(Lsn.parse(match[1]))
         return found
 
     async def _lines(self, stretch: Stretch, *options: str) -> AsyncGenerator[str, None]:

@@ -48,6 +48,9 @@ class Idle:
         self.at_work.set()
         await asyncio.Event().wait()
 
+    async def catch_up(self, segments: SegmentFolder) -> None:
+        """Bring nothing."""
+
     def fetch(self, segments: SegmentFolder, name: str) -> bool:
         return False
 

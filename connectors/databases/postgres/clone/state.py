@@ -1,0 +1,74 @@
+"""What is kept of a clone beside its data, so that another process can speak of it too."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from connectors.databases.postgres import lsn
+from connectors.databases.postgres.clone import isolation
+from connectors.databases.postgres.lsn import Lsn
+from trigger.errors import RestoreError
+from trigger.replay import Running
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is kept of a clone beside its data, so that another process can speak of it too."""
+
+    FILE = "running.json"
+
+    clone: str
+    conninfo: str
+    system: str
+    timeline: int
+    replayed: str
+    last_commit_at: str
+    notes: tuple[str, ...]
+    next_xid: int
+    """The first transaction id that the replayed log had not used."""
+    incarnation: int = 0
+    home: str = "template1"
+    """A database that takes connections."""
+    reader: str = ""
+    """The role by which a sandbox is asked; "" for the superuser."""
+    shrunk: dict[str, int] = field(default_factory=dict)
+    """To how many pages the replayed log truncated a file, by path."""
+
+    def write(self, data: Path) -> None:
+        """Keep it beside a data directory."""
+        isolation.write(data / isolation.OWN_FOLDER / self.FILE, self.as_json(), owner_of(data))
+
+    def as_json(self) -> str:
+        """Give it as JSON."""
+        return json.dumps({name: getattr(self, name) for name in self.__slots__})
+
+    @classmethod
+    def read(cls, data: Path) -> State:
+        """Give what is kept beside a data directory; raises `RestoreError` where that is none of a clone's."""
+        try:
+            found = json.loads((data / isolation.OWN_FOLDER / cls.FILE).read_text())
+            return cls(**found | {"notes": tuple(found["notes"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RestoreError(f"{data} is not a clone that was brought up: {error}") from error
+
+    def running(self, data: Path, pid: int) -> Running:
+        """Give it as what runs there as process `pid`."""
+        return Running(
+            clone=self.clone,
+            conninfo=self.conninfo,
+            data_directory=data,
+            pid=pid,
+            history=lsn.history(self.system, self.timeline, self.incarnation),
+            replayed=Lsn.parse(self.replayed),
+            last_commit_at=datetime.fromisoformat(self.last_commit_at) if self.last_commit_at else None,
+            notes=self.notes,
+        )
+
+
+def owner_of(data: Path) -> tuple[int, int]:
+    """Give user and group id of the owner of a data directory."""
+    status = data.stat()
+    return status.st_uid, status.st_gid

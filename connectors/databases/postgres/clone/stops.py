@@ -1,0 +1,85 @@
+"""Where a replay stops: right behind the last commit of the state, where what comes next would take files away.
+
+DROP DATABASE and DROP TABLESPACE remove their folders by a record of their own, before that of their commit. A replay
+to a place or a time between the two holds a database without its files. No commit lies between, so the state is the one
+behind the last commit, and a replay that stops there has the files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from datetime import datetime
+from pathlib import Path
+
+from connectors.databases.postgres.clone import tablespaces
+from connectors.databases.postgres.clone.isolation import Isolated, Stop
+from connectors.databases.postgres.log.waldump import Ended, Stretch, WalDump, parse_ended
+from connectors.databases.postgres.lsn import Lsn
+from trigger.replay import Replay, Target
+
+
+async def before_removals(
+    dump: WalDump, isolated: Isolated, staged: Path, redo: int, replay: Replay, removals: Sequence[Lsn]
+) -> Stop | None:
+    """Give where to stop so that no folder goes whose DROP is not part of the state; None where none would.
+
+    Args:
+        dump, isolated, staged, redo, replay: as `tablespaces.refuse_new_ones` has them.
+        removals: where the records begin by which folders go.
+    """
+    target, held = replay.target, Lsn(replay.held_until)
+    ahead = [one for one in removals if one >= held]
+    if not ahead or replay.as_cut or target.is_latest or (target.at is not None and target.inclusive):
+        return None
+    last, beyond = Lsn(0), None
+    async with aclosing(_ends(dump, isolated, staged, redo, replay)) as ends:
+        async for one in ends:
+            if _is_beyond(one, target):
+                beyond = one.start
+                break
+            if one.stays:
+                last = max(last, one.start)
+    limit = beyond if target.at is None else Lsn(target.at)
+    if not [one for one in ahead if one > last and (limit is None or one < limit)]:
+        return None
+    return Stop(last, True) if last >= held else Stop(held, False)
+
+
+async def time_of(dump: WalDump, staged: Path, target: Target, stop: Stop | None) -> datetime | None:
+    """Give the time of the last commit of a replay that was told to stop right behind it, of which a server tells none.
+
+    None where it was told otherwise, or the staged log has no such record.
+    """
+    inclusive = target.inclusive and not target.point if stop is None else stop.inclusive
+    at = target.at if stop is None else stop.at
+    if at is None or not inclusive:
+        return None
+    async with aclosing(dump.transactions(Stretch(staged, target.history.branch, Lsn(at)))) as lines:
+        async for line in lines:
+            ended = parse_ended(line)
+            return ended.time if ended is not None and ended.start == at else None
+    return None
+
+
+def _is_beyond(one: Ended, target: Target) -> bool:
+    """Whether a replay stops before a record, as PostgreSQL judges it (`recoveryStopsBefore` in xlogrecovery.c)."""
+    if target.at is not None:
+        return one.start >= target.at
+    assert target.time is not None
+    return one.time is not None and (one.time > target.time if target.inclusive else one.time >= target.time)
+
+
+async def _ends(
+    dump: WalDump, isolated: Isolated, staged: Path, redo: int, replay: Replay
+) -> AsyncGenerator[Ended, None]:
+    """Give the ends of transactions that a replay reads, in order: first those in the snapshot, then those staged."""
+    own = isolated.data / "pg_wal"
+    segment_bytes = await asyncio.to_thread(tablespaces.segment_size, own, staged)
+    for folder in (own, staged) if segment_bytes else ():
+        for stretch in await asyncio.to_thread(tablespaces.stretches, folder, segment_bytes or 0, redo, replay):
+            async with aclosing(dump.transactions(stretch)) as lines:
+                async for line in lines:
+                    if (ended := parse_ended(line)) is not None:
+                        yield ended
