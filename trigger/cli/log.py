@@ -57,7 +57,7 @@ async def _commits(chosen: Options, when: str, within: float) -> list[Logged]:
     from trigger.service.service import opened
 
     middle, aside = time(when), timedelta(seconds=within)
-    async with opened(chosen) as parts:
+    async with opened(chosen, past=True) as parts:
         latest = await parts.catalog.latest()
         if latest is None or latest.ceiling is None:
             raise CatalogError(

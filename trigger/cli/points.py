@@ -31,7 +31,9 @@ async def catalog(chosen: Options) -> AsyncIterator[Catalog]:
     from trigger.service.control import if_free
 
     if not chosen.catalog_path.exists():
-        raise CatalogError(f"there is no catalog at {chosen.catalog_path}", hint="`trigpoint run` makes it")
+        lost = chosen.storage.folder.is_dir() and any(chosen.storage.folder.iterdir())
+        hint = "`trigpoint catalog rebuild` makes it anew from the snapshots" if lost else "`trigpoint run` makes it"
+        raise CatalogError(f"there is no catalog at {chosen.catalog_path}", hint=hint)
     opened = await Catalog.open(chosen.catalog_path, upgrade=if_free(chosen.state_folder))
     try:
         yield opened
@@ -273,7 +275,7 @@ async def _locate(chosen: Options, database: str | None, wanted: dict[str, Any])
     from trigger.restore.locate import locate
     from trigger.service.service import opened
 
-    async with opened(chosen) as parts:
+    async with opened(chosen, past=True) as parts:
         return await locate(parts.catalog, parts.journal, stream=database, **wanted)
 
 

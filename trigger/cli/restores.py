@@ -57,7 +57,7 @@ def at(chosen: Options, act: Callable[[Parts], Awaitable[T]], *, by_itself: bool
 
     async def connected() -> T:
         with _ended_by_signals(ended_by):
-            async with (alone if by_itself else opened)(chosen) as parts:
+            async with (alone if by_itself else opened)(chosen, past=True) as parts:
                 return await act(parts)
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from trigger import host
 from trigger.catalog.catalog import Catalog, Upgrade
 from trigger.config.drivers import driver, know_places
 from trigger.config.options import Options
-from trigger.errors import AgentError, ConfigError, DatabaseError
+from trigger.errors import AgentError, CatalogError, ConfigError, DatabaseError
 from trigger.model import Finding, Layout, Severity, Volume
 from trigger.ports import Agent, Capability, Database, Journal, Recovery, Source, Storage
 from trigger.protect.logs import Logs
@@ -82,18 +83,25 @@ class SystemClock:
 
 
 async def connect(
-    options: Options, *, only_look: bool = False, upgrade: Upgrade | None = None, suffix: str = ""
+    options: Options,
+    *,
+    only_look: bool = False,
+    upgrade: Upgrade | None = None,
+    suffix: str = "",
+    past: bool = False,
 ) -> Parts:
     """Give the parts that `options` name; nothing is changed in the world but the state folder.
 
     With `only_look` a state folder that somebody else could change is no error: the pre-flight check says it.
-    `suffix` keeps what is made in the cluster apart from what a service makes there.
-    The layout of the cluster is asked for and kept in the state folder, so that restores need no running cluster.
+    `suffix` keeps what is made in the cluster apart from what a service makes there. Whoever asks for the `past` is not
+    given an empty catalog where there are points.
+    The layout of the cluster is asked for and kept in the state folder, and beside the snapshots, so that restores need
+    no running cluster.
 
     Raises:
         ConfigError: a driver's library is missing, the state folder is somebody else's to change, or the cluster does
             not answer and was never seen before.
-        CatalogError: the catalog cannot be opened.
+        CatalogError: the catalog cannot be opened, or was lost.
     """
     know_places()
     host.make_passage(options.state_folder)
@@ -101,14 +109,18 @@ async def connect(
         raise ConfigError(f"state_folder: {alien.message}", hint=alien.remedy)
     volumes = options.volume_list
     database = driver("database", options.database.driver)(options.database, suffix)
-    layout = await known_layout(database, options.state_folder)
+    layout = await known_layout(database, layout_files(options))
+    storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
+    if past and not options.catalog_path.exists():
+        await _refuse_empty(options.catalog_path, storage)
     catalog = await Catalog.open(options.catalog_path, upgrade=upgrade)
     try:
+        if past and await catalog.latest() is None:
+            await _refuse_empty(options.catalog_path, storage)
         database.recognise(await catalog.seen())
         journal = driver("journal", options.journal.driver)(options.journal, database, layout, options.journal_folder)
         recovery = driver("recovery", options.database.driver)(options.restore, database, layout, volumes, options.name)
         agents = [driver("agent", options.agent.driver)(options.agent, gethostname(), options.state_folder)]
-        storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
     except BaseException:
         await catalog.close()
         raise
@@ -116,18 +128,41 @@ async def connect(
     return Parts(options, volumes, layout, database, sources, agents, storage, catalog, journal, recovery)
 
 
-async def known_layout(database: Database, state_folder: Path) -> Layout:
+async def _refuse_empty(path: Path, storage: Storage) -> None:
+    """Raise `CatalogError` where a catalog knows of no point, and the storage has some: it was lost."""
+    if there := len(await storage.tagged()):
+        raise CatalogError(
+            f"the catalog {path} knows of no point, and the storage has {there}: it was lost",
+            hint="`trigpoint catalog rebuild` makes it anew from them, also while the cluster is down",
+        )
+
+
+def layout_files(options: Options) -> tuple[Path, ...]:
+    """Give where the layout is kept: in the state folder, and where that may be lost, beside the snapshots."""
+    return tuple(folder / "layout.json" for folder in (options.state_folder, options.storage.folder))
+
+
+async def known_layout(database: Database, kept: Sequence[Path]) -> Layout:
     """Give the cluster's layout, from the cluster itself, or as it was last seen where that does not answer."""
-    kept = state_folder / "layout.json"
     try:
         layout = await database.layout()
     except DatabaseError as error:
-        if not kept.exists():
+        there = next((file for file in kept if file.exists()), None)
+        if there is None:
             raise
         log.info("the layout is the one last seen, since the cluster does not answer: %s", error.message)
-        return _recalled(database, kept)
-    replace_file(kept, json.dumps(data(layout), indent=2))
+        return _recalled(database, there)
+    await asyncio.to_thread(keep_layout, layout, kept)
     return layout
+
+
+def keep_layout(layout: Layout, kept: Sequence[Path]) -> None:
+    """Write a layout into the first of some files, and, if their folders are there and take it, into the others."""
+    text = json.dumps(data(layout), indent=2)
+    for number, file in enumerate(kept):
+        with contextlib.suppress(*([OSError] if number else [])):
+            if not number or (file.parent.is_dir() and (not file.exists() or file.read_text() != text)):
+                replace_file(file, text)
 
 
 def _recalled(database: Database, kept: Path) -> Layout:

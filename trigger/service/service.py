@@ -214,9 +214,9 @@ async def leave_nothing_undone(parts: Parts) -> None:
 
 
 @contextlib.asynccontextmanager
-async def opened(options: Options, *, only_look: bool = False) -> AsyncIterator[Parts]:
+async def opened(options: Options, *, only_look: bool = False, past: bool = False) -> AsyncIterator[Parts]:
     """Hold the parts of a service, connected (see `connect`); they are let go of at the end."""
-    parts = await connect(options, only_look=only_look, upgrade=if_free(options.state_folder))
+    parts = await connect(options, only_look=only_look, upgrade=if_free(options.state_folder), past=past)
     try:
         yield parts
     finally:
@@ -224,13 +224,13 @@ async def opened(options: Options, *, only_look: bool = False) -> AsyncIterator[
 
 
 @contextlib.asynccontextmanager
-async def alone(options: Options, *, suffix: str = "") -> AsyncIterator[Parts]:
+async def alone(options: Options, *, suffix: str = "", past: bool = False) -> AsyncIterator[Parts]:
     """Hold the state folder and the parts; raises `ConfigError` where another process holds the folder.
 
-    `suffix` as in `connect`.
+    `suffix` and `past` as in `connect`.
     """
     with only_one(options.state_folder):
-        parts = await connect(options, suffix=suffix)
+        parts = await connect(options, suffix=suffix, past=past)
         try:
             yield parts
         finally:

@@ -23,7 +23,7 @@ from trigger.model import Finding, Layout, Severity, Volume
 from trigger.protect.agenda import Agenda
 from trigger.protect.behind import Behind
 from trigger.protect.window import Window
-from trigger.service.connect import Parts
+from trigger.service.connect import Parts, keep_layout, layout_files
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +194,7 @@ class Upkeep:
         """Show a part of the cluster that lies on no volume by now, as a new tablespace may: no point holds it."""
         with suppress(DatabaseError):  # of a server that does not answer the streams say so
             layout = await self.parts.database.layout()
+            await asyncio.to_thread(keep_layout, layout, layout_files(self.parts.options))
             outside = await asyncio.to_thread(_outside, layout, self.parts.volumes)
             remedy = "move it onto a volume, or add one that holds it and start the service again"
             self.show("a part of the cluster is in no point", f"{', '.join(outside)}; {remedy}" if outside else "")

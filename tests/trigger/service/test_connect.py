@@ -35,7 +35,7 @@ class Cluster:
 
 
 def known(layout: Layout | None, folder: Path) -> Layout:
-    return asyncio.run(known_layout(cast("Any", Cluster(layout)), folder))
+    return asyncio.run(known_layout(cast("Any", Cluster(layout)), [folder / "layout.json"]))
 
 
 def test_the_layout_is_kept_for_our_eyes_only_and_read_back_where_the_cluster_does_not_answer(tmp_path: Path) -> None:
