@@ -83,6 +83,7 @@ def recovery(
         sockets_folder(name),
         superusers=[section.superuser] if section.superuser else [places.first_superuser(layout), "postgres"],
         databases=database.databases,
+        environment=places.environment(layout),
         keep_libraries=section.keep_libraries,
         start_deadline_seconds=section.deadline_seconds,
     )

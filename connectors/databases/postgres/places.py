@@ -12,6 +12,7 @@ from trigger.model import Layout
 
 _DATA, _WAL, _TABLESPACE = "data", "wal", "tablespace-"
 _USUAL_SUPERUSER = "postgres"
+_OF_LOCALES = ("LOCPATH", "ICU_DATA")
 LAYOUT: LiteralString = """
 SELECT current_setting('server_version_num')::int,
        current_setting('data_directory'),
@@ -35,13 +36,15 @@ def layout(
     owner: tuple[int, int],
     segment_bytes: int,
     superuser: str = _USUAL_SUPERUSER,
+    environment: Mapping[str, str] | None = None,
 ) -> Layout:
     """Give the layout of a cluster; every path real, tablespaces by oid, of those outside the data directory."""
     found = {_DATA: data}
     if not wal.is_relative_to(data):
         found[_WAL] = wal
     found |= {f"{_TABLESPACE}{oid}": path for oid, path in sorted(tablespaces.items())}
-    return Layout(found, wal, config_files, *owner, segment_bytes, {"version": version, "superuser": superuser})
+    own = {"version": version, "superuser": superuser, "environment": dict(environment or {})}
+    return Layout(found, wal, config_files, *owner, segment_bytes, own)
 
 
 def recall(document: Mapping[str, Any]) -> Layout:
@@ -97,6 +100,23 @@ def first_superuser(of: Layout) -> str:
     return str(of.driver.get("superuser", _USUAL_SUPERUSER))
 
 
+def environment(of: Layout) -> dict[str, str]:
+    """Give the variables by which the server finds its locales; a clone's has to find the same."""
+    return dict(of.driver.get("environment", {}))
+
+
+def _environment(data: Path) -> dict[str, str]:
+    """Give such variables of the server that runs in a data directory; none where we may not look."""
+    try:
+        pid = int((data / "postmaster.pid").read_text().split()[0])
+        if not Path(f"/proc/{pid}/cwd").samefile(data):  # of a server that is gone
+            return {}
+        found = (entry.partition("=") for entry in Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {name: value for name, _, value in found if name in _OF_LOCALES}
+
+
 def look_at_files(
     version: int, data: str, segment_bytes: int, spaces: list[list[str]], files: list[str], superuser: str
 ) -> Layout:
@@ -121,4 +141,5 @@ def look_at_files(
         (stat.st_uid, stat.st_gid),
         segment_bytes,
         superuser,
+        _environment(directory),
     )

@@ -430,6 +430,11 @@ LIMITS: tuple[tuple[str, str], ...] = (
         "within 10 s while the service runs; before a longer stop, run the DDL first or drop the publication",
     ),
     (
+        "ALTER TABLE … SET UNLOGGED on a table with a primary key or another replica identity",
+        "PostgreSQL refuses it (as under any logical replication) while the table is in our publication: before it, run"
+        " ALTER PUBLICATION trigpoint_keyed DROP TABLE …",
+    ),
+    (
         "prepared transaction",
         "while one is in doubt, in any database, no slot can be made; check names it",
     ),

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -70,6 +70,7 @@ class PostgresRecovery:
         superusers: roles with which clones are prepared and asked, of which the first that is there counts: one may
             have had another name when the snapshot was cut.
         databases: names of databases that should be there, by which a clone is entered where the usual two are gone.
+        environment: variables by which production's server finds its locales.
         keep_libraries: `shared_preload_libraries` that a clone loads too, where reading its data needs them.
         start_deadline_seconds: for everything from the start of a server to its promotion.
     """
@@ -82,6 +83,7 @@ class PostgresRecovery:
         *,
         superusers: Sequence[str] = ("postgres",),
         databases: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
         keep_libraries: Sequence[str] = (),
         start_deadline_seconds: float = 3600.0,
     ) -> None:
@@ -90,6 +92,7 @@ class PostgresRecovery:
         self._sockets = sockets
         self._superusers = tuple(superusers)
         self._databases = ("template1", "postgres", *databases)
+        self._environment = dict(environment or {})
         self._keep_libraries = tuple(keep_libraries)
         self._start_deadline_seconds = start_deadline_seconds
 
@@ -256,7 +259,8 @@ class PostgresRecovery:
         option = f"--config-file={isolated.folder / 'postgresql.conf'}"
         command: list[str | Path] = ["setsid", "--fork", programs.path("postgres"), "-D", isolated.data, option]
         try:
-            await run(command, owner=isolated.owner, deadline_seconds=_PROGRAM_SECONDS, output=log)
+            own = self._environment
+            await run(command, owner=isolated.owner, deadline_seconds=_PROGRAM_SECONDS, output=log, environment=own)
         except DatabaseError as error:
             raise RestoreError(f"the server of {isolated.data} cannot be started: {error.message}") from error
 

@@ -5,7 +5,9 @@ A publication that publishes updates makes UPDATE and DELETE **fail** on every t
 later included. So there are two:
 
 - `<name>`: FOR ALL TABLES, inserts and truncates only; safe on any table, present or future;
-- `<name>_keyed`: updates and deletes of the tables that have a replica identity, kept up to date by `maintain`.
+- `<name>_keyed`: updates and deletes of the tables that have a replica identity, kept up to date by `maintain`. Of a
+  partitioned table these are its partitions, each by itself: a new one has the identity of its parent's key, but not
+  its REPLICA IDENTITY FULL.
 
 What stays unseen: UPDATE and DELETE on a table without replica identity, and on a new table until the next `maintain`
 (a new table is noticed with its first insert). Catch-all points hold them; `ALTER TABLE … REPLICA IDENTITY FULL`, or a
@@ -129,7 +131,7 @@ async def maintain(connection: psycopg.AsyncConnection[Any], name: str) -> int:
     keyed = sql.Identifier(name + KEYED_SUFFIX)
     present = await tables(connection, name)
     changed = 0
-    for verb, wrong in (("DROP", _unsafe(present)), ("ADD", _missing(present))):
+    for verb, wrong in (("DROP", _unsafe(present)), ("ADD", _missing(present)), ("DROP", _parents(present))):
         for group in (wrong[at : at + 500] for at in range(0, len(wrong), 500)):
             changed += await _alter(connection, keyed, verb, group)
     return changed
@@ -140,7 +142,12 @@ def _unsafe(present: list[Table]) -> list[Table]:
 
 
 def _missing(present: list[Table]) -> list[Table]:
-    return [table for table in present if table.keyed and not table.published]
+    return [table for table in present if table.keyed and not table.published and table.kind == "r"]
+
+
+def _parents(present: list[Table]) -> list[Table]:
+    """Give what an earlier version published of partitioned tables, with all that will ever be a partition of them."""
+    return [table for table in present if table.published and table.keyed and table.kind == "p"]
 
 
 async def _alter(connection: psycopg.AsyncConnection[Any], keyed: sql.Identifier, verb: str, group: list[Table]) -> int:

@@ -304,6 +304,36 @@ def test_no_update_or_delete_of_an_application_ever_fails_because_of_us(cluster:
     asyncio.run(run())
 
 
+def test_a_new_partition_can_be_written_whatever_its_parent_has_and_whether_we_look_or_not(
+    cluster: Cluster, database: str
+) -> None:
+    """Also where an earlier version published parents, with all that would ever be a partition of them."""
+    full = "ALTER TABLE events REPLICA IDENTITY FULL; ALTER TABLE events_1 REPLICA IDENTITY FULL"
+
+    def updated(commits: list[Commit]) -> set[str]:
+        return {name for commit in commits for name, changes in commit.tables.items() if changes.updated}
+
+    async def run() -> None:
+        cluster.sql("CREATE TABLE events (id int, v int) PARTITION BY RANGE (id)", database)
+        cluster.sql(f"CREATE TABLE events_1 PARTITION OF events FOR VALUES FROM (0) TO (50); {full}", database)
+        async with opened(cluster, database, keep=True):
+            pass
+        cluster.sql("ALTER PUBLICATION trigpoint_keyed ADD TABLE events", database)
+        async with opened(cluster, database, keep=True) as source:
+            await everything(cluster, source)
+        cluster.sql("CREATE TABLE events_2 PARTITION OF events FOR VALUES FROM (50) TO (100)", database)
+        cluster.sql("INSERT INTO events VALUES (1, 1), (60, 1)", database)
+        cluster.sql("UPDATE events SET v = 2; DELETE FROM events WHERE id = 60", database)  # while nobody looks
+        async with opened(cluster, database) as source:
+            assert updated(await everything(cluster, source)) == {"public.events_1"}
+            cluster.sql("UPDATE events SET v = 3; INSERT INTO events VALUES (61, 1)", database)
+            assert updated(await everything(cluster, source)) == {"public.events_1"}
+        published = cluster.sql("SELECT tablename FROM pg_publication_tables WHERE pubname LIKE '%keyed'", database)
+        assert published in ([], [("events_1",)])
+
+    asyncio.run(run())
+
+
 def test_a_read_that_is_cancelled_loses_nothing(cluster: Cluster, database: str) -> None:
     cluster.sql("CREATE TABLE t (v int)", database)
 
