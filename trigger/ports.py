@@ -111,7 +111,6 @@ class Source(Protocol):
         ...
 
     heartbeat_seconds: float
-
     trouble: str
     """What of a connected stream is not in order, for the operator; empty where all is."""
 
@@ -190,8 +189,10 @@ class Database(Protocol):
         """Let what is cut from now on be replayed from about here; long, never called on the critical path."""
         ...
 
-    async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
-        """Give everything that a pre-flight check of settings, roles, slots and paths has to say."""
+    async def check(
+        self, volumes: Sequence[Volume], *, bracketed: bool = False, seen: Collection[str] = ()
+    ) -> list[Finding]:
+        """Give all that a pre-flight check says; `seen` before were these streams, of which one that is gone may be."""
         ...
 
     async def explain(self) -> list[Finding]:
@@ -281,12 +282,11 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Clone:
-    """A writable copy of a point's snapshots."""
+    """A writable copy of a point's snapshots; `paths` say of each volume where its copy lies."""
 
     name: str
     point: str
     paths: tuple[tuple[str, Path], ...]
-    """(volume, where its copy lies)."""
     created_at: datetime
 
 

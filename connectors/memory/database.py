@@ -95,7 +95,13 @@ class MemoryDatabase:
         """Make the cluster write a checkpoint."""
         (await self._connected()).checkpoint()
 
-    async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
+    async def check(
+        self,
+        volumes: Sequence[Volume],
+        *,
+        bracketed: bool = False,  # noqa: ARG002 - the port's
+        seen: Collection[str] = (),  # noqa: ARG002 - the port's
+    ) -> list[Finding]:
         """Find nothing wrong."""
         await self._connected()
         return [Finding(volume.name, Severity.OK, "in memory") for volume in volumes]

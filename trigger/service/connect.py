@@ -178,7 +178,9 @@ def _recalled(database: Database, kept: Path) -> Layout:
 
 async def check(parts: Parts) -> list[Finding]:
     """Give what every part has to say before the cluster may be protected; changes nothing."""
-    findings = await parts.database.check(parts.volumes)
+    bracketed = Capability.ATOMIC_GROUP not in parts.storage.capabilities
+    seen = (await parts.catalog.all_settled()).keys()
+    findings = await parts.database.check(parts.volumes, bracketed=bracketed, seen=seen)
     findings += await parts.storage.check(parts.volumes)
     findings += await parts.journal.check()
     findings.append(await asyncio.to_thread(_cost, parts))

@@ -118,12 +118,16 @@ async def _all_protected(service: Service) -> None:
 
 
 def _missing(service: Service) -> str:
-    """Give what of a service's work is not done, for people; "" where all is."""
-    found = [
-        *service.troubles(),
-        *(one.message for one in service.upkeep.last_audit if one.severity is not Severity.OK),
-    ]
-    found += [f"stream {name} is not open" for name, there in service.window.connected().items() if not there]
+    """Give what of a service's work is not done, for people; "" where all is.
+
+    What a stream that is open complains of, such as a list that its role may not keep, is the check's to say.
+    """
+    found = [one.message for one in service.upkeep.last_audit if one.severity is not Severity.OK]
+    found += [f"{what}: {why}" for what, why in service.upkeep.troubles.items()]
+    found += [service.agenda.trouble] if service.agenda.trouble else []
+    why_not = service.window.troubles()
+    closed = [name for name, there in service.window.connected().items() if not there]
+    found += [f"stream {name} is not open: {why_not.get(name, 'no word from it yet')}" for name in closed]
     return "; ".join(found)
 
 

@@ -70,8 +70,9 @@ _BACKUP_STOP: LiteralString = (
 )
 """The end of the backup switches to the next segment, so the rest of this one is filled."""
 _GRANTS = (
-    "have a superuser run: GRANT pg_read_all_settings TO {role}; GRANT SELECT ON pg_file_settings TO {role};"
-    " GRANT EXECUTE ON FUNCTION pg_show_all_file_settings() TO {role}"
+    "have a superuser run: GRANT pg_read_all_settings, pg_checkpoint TO {role}; GRANT SELECT ON pg_file_settings TO"
+    " {role}; GRANT EXECUTE ON FUNCTION pg_show_all_file_settings(), pg_backup_start(text, boolean),"
+    " pg_backup_stop(boolean) TO {role}"
 )
 _PRESENT: LiteralString = (
     "SELECT array(SELECT datname::text FROM pg_database"
@@ -333,11 +334,13 @@ class Postgres:
         (names,) = await self._ask(_PRESENT)
         return list(names)
 
-    async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
-        """Give everything that a pre-flight check of settings, roles, slots and paths has to say."""
+    async def check(
+        self, volumes: Sequence[Volume], *, bracketed: bool = False, seen: Collection[str] = ()
+    ) -> list[Finding]:
+        """Give all that a pre-flight check of settings, roles, slots and paths has to say; see port `Database`."""
         connection = await self._connect(self._deadline_seconds)
         try:
-            findings = await preflight.check_cluster(connection, self._used, self.name, self.journal_slot)
+            findings = await preflight.check_cluster(connection, self._used, self.name, seen, bracketed=bracketed)
         except psycopg.Error as error:
             raise _failed("the pre-flight check", error) from error
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ SELECT name, setting FROM pg_settings WHERE name IN ('server_version_num', 'wal_
     'max_slot_wal_keep_size', 'max_replication_slots', 'max_wal_senders', 'data_checksums',
     'synchronous_standby_names', 'idle_replication_slot_timeout', 'synchronous_commit')
 """
-_ROLE = "SELECT rolname, rolsuper, rolreplication FROM pg_roles WHERE rolname = current_user"
+_ROLE = """
+SELECT rolname, rolsuper OR rolreplication, pg_has_role('pg_checkpoint', 'USAGE'),
+       has_function_privilege('pg_backup_start(text, boolean)', 'EXECUTE')
+       AND has_function_privilege('pg_backup_stop(boolean)', 'EXECUTE')
+  FROM pg_roles WHERE rolname = current_user
+"""
 _USE = """
 SELECT pg_is_in_recovery(),
        (SELECT count(*) FROM pg_replication_slots WHERE slot_name <> ALL (%s)),
@@ -46,11 +51,12 @@ _OK, _NOTE, _WARNING, _REFUSED = Severity.OK, Severity.NOTE, Severity.WARNING, S
 
 
 async def check_cluster(
-    connection: psycopg.AsyncConnection[Any], used: made.Used, name: str, journal_slot: str
+    connection: psycopg.AsyncConnection[Any], used: made.Used, name: str, seen: Collection[str], *, bracketed: bool
 ) -> list[Finding]:
     """Give the findings that concern the cluster as a whole; errors of psycopg pass through."""
     settings = dict(await (await connection.execute(_SETTINGS)).fetchall())
     role = await (await connection.execute(_ROLE)).fetchone()
+    (journal_slot,) = (one for one, database in used.items() if database is None)
     streams = {one: database for one, database in used.items() if database is not None}
     ours, databases = list(streams), list(streams.values())
     use = await (await connection.execute(_USE, [ours, [*ours, journal_slot], journal_slot, ours])).fetchone()
@@ -69,8 +75,8 @@ async def check_cluster(
         )
     findings += check_room("max_replication_slots", int(settings["max_replication_slots"]) - slots_used, len(ours) + 1)
     findings += check_room("max_wal_senders", int(settings["max_wal_senders"]) - senders_used, len(ours) + 2)
-    findings += check_databases(databases, present)
-    findings += check_role(*role)
+    findings += check_databases(databases, present, seen)
+    findings += check_role(*role, bracketed=bracketed)
     if prepared and slots_made < len(ours):
         message = f"no slot can be made while transactions are in doubt: {', '.join(prepared)}"
         findings.append(
@@ -159,14 +165,18 @@ def check_room(setting: str, free: int, needed: int) -> Iterator[Finding]:
         yield Finding(setting, _REFUSED, f"{setting} leaves {max(free, 0)} free, {needed} are needed", remedy)
 
 
-def check_databases(wanted: Sequence[str], present: Sequence[str]) -> Iterator[Finding]:
-    """Judge the databases that are named against those that are there."""
+def check_databases(wanted: Sequence[str], present: Sequence[str], seen: Collection[str]) -> Iterator[Finding]:
+    """Judge the databases that are named against those that are there.
+
+    One that was protected before and is gone by now does not keep the others from being protected.
+    """
     some = any(database in present for database in wanted)
     for database in wanted:
         if database not in present:
-            message = f"there is no database {database}" + ("; no more than the others is protected" if some else "")
+            was = some and database in seen
+            message = f"there is no database {database}" + (" any more; the others are protected" if was else "")
             remedy = f"take it out of database.databases, or correct its name; there are: {', '.join(sorted(present))}"
-            yield Finding(f"database {database}", _WARNING if some else _REFUSED, message, remedy)
+            yield Finding(f"database {database}", _WARNING if was else _REFUSED, message, remedy)
     others = sorted(set(present) - set(wanted))
     if others:
         yield Finding(
@@ -177,10 +187,19 @@ def check_databases(wanted: Sequence[str], present: Sequence[str]) -> Iterator[F
         )
 
 
-def check_role(role: str, superuser: bool, replication: bool) -> Iterator[Finding]:
-    """Judge whether the role may open a replication connection."""
-    if not (superuser or replication):
+def check_role(
+    role: str, may_replicate: bool, may_checkpoint: bool, may_hold_bracket: bool, *, bracketed: bool
+) -> Iterator[Finding]:
+    """Judge whether the role may open a replication connection, checkpoint, and hold the backup bracket if need be."""
+    if not may_replicate:
         yield Finding("role", _REFUSED, f"role {role} may not replicate", f'ALTER ROLE "{role}" REPLICATION')
+    if bracketed and not may_hold_bracket:
+        message = f"role {role} may not begin and end a backup, which holds each point with this storage"
+        remedy = f'GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean), pg_backup_stop(boolean) TO "{role}"'
+        yield Finding("role", _REFUSED, message, remedy)
+    if not may_checkpoint:
+        message = f"role {role} may not checkpoint: replays are as long as the server's own checkpoints lie apart"
+        yield Finding("role", _WARNING, message, f'GRANT pg_checkpoint TO "{role}"')
 
 
 async def check_database(dsn: str, source: PostgresSource, deadline_seconds: float) -> list[Finding]:

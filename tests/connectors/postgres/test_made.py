@@ -161,7 +161,7 @@ def test_what_the_whole_cluster_is_asked_does_not_hang_on_one_database(cluster: 
             async with database.bracket("still") as finish:
                 await finish()
             findings = await database.check([])
-            assert any(one.subject == "database shop" and one.severity is Severity.WARNING for one in findings)
+            assert any(one.subject == "database shop" and one.severity is Severity.REFUSED for one in findings)
         finally:
             await database.close()
 
