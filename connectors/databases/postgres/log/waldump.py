@@ -68,7 +68,7 @@ class CreatedTablespace(NamedTuple):
 
     oid: int
     location: str
-    start: Lsn = Lsn(0)
+    start: Lsn
     """Where the record begins."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from connectors.databases.postgres.log.waldump import (
     Stretch,
     WalDump,
     parse_commit,
+    parse_ended,
     parse_parameters,
     parse_tablespace,
 )
@@ -23,6 +25,9 @@ from connectors.databases.postgres.programs import Programs
 _TRANSACTION = (
     "rmgr: Transaction len (rec/tot):     {length}/    {length}, tx:        {tx}, lsn: 0/01759A78, prev 0/01759A38, "
 )
+
+
+_AT = datetime(2026, 11, 26, 10, 18, 40, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +62,7 @@ def test_a_new_tablespace_is_read_with_its_folder() -> None:
         "rmgr: Tablespace  len (rec/tot):     54/    54, tx:        728, lsn: 0/01759E98, prev 0/01759DE8, "
         'desc: CREATE 16387 "/srv/with space/ts"'
     )
-    assert parse_tablespace(line) == CreatedTablespace(16387, "/srv/with space/ts")
+    assert parse_tablespace(line) == CreatedTablespace(16387, "/srv/with space/ts", Lsn(0x1759E98))
 
 
 def test_a_tablespace_inside_the_data_directory_is_none_to_worry_about() -> None:
@@ -95,3 +100,18 @@ def test_a_commit_of_millions_of_subtransactions_is_a_line_like_any_other(tmp_pa
     dump = WalDump(Programs(tmp_path, 15))
     found = asyncio.run(dump.commits(Stretch(tmp_path, 1, Lsn(0)), 10))
     assert found == [LoggedCommit(725, Lsn.parse("0/1759A78")), LoggedCommit(9000000, Lsn.parse("0/2759A78"))]
+
+
+@pytest.mark.parametrize(
+    ("said", "ended"),
+    [
+        ("COMMIT 2026-11-26 10:18:40.123456 UTC; inval msgs: catcache 7", (_AT.replace(microsecond=123456), True)),
+        ("COMMIT_PREPARED 741: 2026-11-26 10:18:40 UTC", (_AT, True)),
+        ("ABORT 2026-11-26 10:18:40.500000 UTC", (_AT.replace(microsecond=500000), False)),
+        ("PREPARE gid 2020-01-01 00:00:00 UTC: 2026-11-26 10:18:40 UTC", (None, True)),
+        ("ASSIGNMENT xtop 700: subxacts: 701", None),
+    ],
+)
+def test_the_end_of_a_transaction_is_read_with_its_time(said: str, ended: tuple[datetime | None, bool] | None) -> None:
+    found = parse_ended(_TRANSACTION.format(length=34, tx=741) + f"desc: {said}")
+    assert found == ((Lsn(0x1759A78), *ended) if ended else None)
