@@ -99,9 +99,15 @@ async def _as_of_log(time: datetime, lineage: Lineage, catalog: Catalog, journal
         async for one in commits:
             found = Found(one.record, None, "", one.history)
             if one.time_us > beyond:
-                return AsOf(last, found)
+                return AsOf(await _as_known(last, lineage, catalog), found)
             last = found
-    return AsOf(last, None)
+    return AsOf(await _as_known(last, lineage, catalog), None)
+
+
+async def _as_known(logged: Found | None, lineage: Lineage, catalog: Catalog) -> Found | None:
+    """Give a commit as the catalog knows it, if it does: of which stream it is."""
+    known = await catalog.commit_before(logged.record.start + 1, lineage) if logged else None
+    return known if known and logged and known.record.start == logged.record.start else logged
 
 
 def _marks(bases: Sequence[RecoveryPoint], lineage: Lineage) -> list[int]:

@@ -90,7 +90,7 @@ class ArchiveOptions(JournalOptions):
 class CloneOptions(RestoreOptions):
     """Servers of PostgreSQL, beside the running one."""
 
-    superuser: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    superuser: Annotated[str, Field(min_length=1, max_length=63)] | None = Field(default=None, examples=["postgres"])
     """The role with which clones are prepared and proven, a superuser; the cluster's first one if not given."""
     keep_libraries: list[str] = Field(default=[])
     """Entries of shared_preload_libraries that clones load too; none by default, so that nothing runs by itself."""
