@@ -298,6 +298,8 @@ class Storage(Protocol):
 
     name: str
     capabilities: frozenset[Capability]
+    clones_folder: Path | None
+    """Below which folder of this host clones are made; None where that shows only when one is."""
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give what stands in the way of snapshots of `volumes`; changes nothing."""
@@ -308,10 +310,7 @@ class Storage(Protocol):
 
         Repeating it is no error. Who only looks, clones and drops clones needs no claim. Where there is nothing yet to
         hold, or it cannot be written, the claim is taken with the next snapshot that makes a point, which then raises
-        where another one holds it.
-
-        Raises:
-            StorageError: another one holds it; not retryable.
+        where another one holds it. Raises `StorageError`, not retryable, where another one holds it.
         """
         ...
 
@@ -319,20 +318,16 @@ class Storage(Protocol):
         """Cut every volume and keep the result under `point`, with `tag` (JSON text) beside it.
 
         Repeating the call for a point whose snapshot is complete gives the same snapshots and cuts nothing. What an
-        unfinished call left behind is shown by `tagged` with `complete=False`, and `delete` removes it.
-
-        Raises:
-            StorageError: nothing usable was made.
+        unfinished call left behind is shown by `tagged` with `complete=False`, and `delete` removes it. Raises
+        `StorageError` where nothing usable was made.
         """
         ...
 
     async def retag(self, point: str, tag: str) -> None:
         """Replace the tag of a point durably and at once (the old one or the new one, never neither).
 
-        Where it is missing or cannot be read, and the snapshots are whole, it is written anew: `tagged` shows which.
-
-        Raises:
-            StorageError: there is no snapshot, or it cannot be written.
+        Where it is missing or cannot be read, and the snapshots are whole, it is written anew, for those that `tagged`
+        shows. Raises `StorageError` where there is no snapshot, or it cannot be written.
         """
         ...
 
@@ -347,10 +342,8 @@ class Storage(Protocol):
     async def clone(self, point: str, name: str, progress: Progress) -> Clone:
         """Make a writable copy of a point's snapshots under `name` (made by us: lower-case letters, digits, `-`).
 
-        It need not be on stable storage yet: what a restore makes of it is synced as a whole at the end.
-
-        Raises:
-            StorageError: no such point, the name is taken, or no room; nothing is left behind.
+        It need not be on stable storage yet: what a restore makes of it is synced as a whole at the end. Raises
+        `StorageError` where there is no such point, the name is taken, or no room; nothing is left behind.
         """
         ...
 
@@ -454,10 +447,8 @@ class Recovery(Protocol):
     ) -> Running:
         """Isolate the clone, replay what lies in `log_folder`, let it go on in a history of its own, and wait.
 
-        `throwaway` trades the clone's own crash safety for speed; for sandboxes of `verify`.
-
-        Raises:
-            RestoreError: it did not reach the target; the message holds the server's own last words.
+        `throwaway` trades the clone's own crash safety for speed; for sandboxes of `verify`. Raises `RestoreError`
+        where it did not reach the target; the message holds the server's own last words.
         """
         ...
 
@@ -489,6 +480,14 @@ class Recovery(Protocol):
 
     async def running(self, clone: Clone) -> Running | None:
         """Give the server of a clone if it runs."""
+        ...
+
+    async def used(self, clone: Clone) -> int | None:
+        """Give how many transactions a clone began since it was brought up, unasked ones too; None if none can tell."""
+        ...
+
+    async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give the servers that work in one of the volumes, also where their processes are not seen; never raises."""
         ...
 
     async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:

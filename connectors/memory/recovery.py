@@ -9,7 +9,7 @@ from pathlib import Path
 from connectors.memory.book import Content, Entry
 from connectors.memory.world import Restored, Staged, World
 from trigger.errors import RestoreError
-from trigger.model import Address, Commit, Volume, to_microseconds
+from trigger.model import Address, Commit, Finding, Severity, Volume, to_microseconds
 from trigger.ports import Clone, Progress
 from trigger.position import Position
 from trigger.replay import Replay, Running, Target
@@ -119,6 +119,17 @@ class MemoryRecovery:
         await asyncio.sleep(0)
         restored = self._world.restored.get(clone.name)
         return restored.running if restored else None
+
+    async def used(self, clone: Clone) -> int | None:  # noqa: ARG002 - the port's
+        """Give 0: nothing is written to a clone here."""
+        await asyncio.sleep(0)
+        return 0
+
+    async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give the servers that the world says to work in a volume."""
+        await asyncio.sleep(0)
+        working = [volume.path for volume in volumes if volume.path in self._world.at_work]
+        return [Finding(path, Severity.REFUSED, f"the server in {path} runs", "stop it first") for path in working]
 
     async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:  # noqa: ARG002 - the port's
         """Refuse for a clone that runs; there is no configuration to give back."""

@@ -31,6 +31,7 @@ class MemoryStorage:
     """
 
     name = "memory"
+    clones_folder: Path | None = None
 
     def __init__(
         self,

@@ -93,6 +93,8 @@ class World:
         self.staged: dict[Path, Staged] = {}
         self.restored: dict[str, Restored] = {}
         self.stopped: dict[str, Restored] = {}
+        self.at_work: set[str] = set()
+        """Volumes in which a server works, by path."""
 
     def now(self) -> datetime:
         """Give the time of day."""

@@ -79,6 +79,7 @@ class BtrfsStorage:
         self._shelf = Shelf(
             folder, budget=budget, wanted_free_bytes=wanted_free_bytes, driver=self.name, is_whole=_is_whole
         )
+        self.clones_folder: Path | None = self._shelf.clones_folder
         self._threads = Threads("btrfs")
         self._deleted_at = -math.inf
 

@@ -95,6 +95,7 @@ class DirectoryStorage:
         )
         self._paranoid = paranoid
         self._exclude = exclude or {}
+        self.clones_folder: Path | None = self._shelf.clones_folder
         self._threads = Threads("directory")
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:

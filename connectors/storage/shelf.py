@@ -179,12 +179,17 @@ class Shelf:
         folder.mkdir(_POINT_MODE)
         return folder
 
+    @property
+    def clones_folder(self) -> Path:
+        """Where all clones lie."""
+        return self.folder / "clones"
+
     def clone_folder(self, name: str) -> Path:
         """Give where a clone lies; raises `StorageError` for what is no clone's name."""
         if _CLONE_NAME.fullmatch(name) is None:
             hint = "a name has lower-case letters, digits and -, and at most 63 of them"
             raise StorageError(f"not a name for a clone: {name!r}", hint=hint, retryable=False)
-        return self.folder / "clones" / name
+        return self.clones_folder / name
 
     def points(self) -> list[str]:
         """Give the id of everything that bears one of our names, oldest first.
@@ -288,7 +293,7 @@ class Shelf:
 
     def clones(self) -> list[Clone]:
         """Give all clones, the unfinished too."""
-        folder = self.folder / "clones"
+        folder = self.clones_folder
         if not folder.exists():
             return []
         return [self._clone(found) for found in sorted(folder.iterdir()) if _CLONE_NAME.fullmatch(found.name)]

@@ -25,7 +25,8 @@ from tests.fixtures.service import CHECKOUT, Deployment, deployment
 from trigger.config.options import load
 from trigger.errors import RestoreError
 from trigger.model import from_microseconds
-from trigger.restore.inplace import restore_in_place, swaps, undo
+from trigger.restore.inplace import restore_in_place
+from trigger.restore.swap import swaps, undo
 from trigger.restore.target import Named, resolve
 from trigger.service.connect import Parts, connect
 

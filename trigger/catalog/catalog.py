@@ -401,6 +401,10 @@ class Catalog:
         """Give the first qualifying commit, over all streams, whose record begins behind `at`."""
         return await self._read(partial(commit_search.after, at=at, line=line))
 
+    async def count_from(self, at: int, line: History | Lineage) -> int:
+        """Give how many qualifying commits, over all streams, have records that begin at or behind `at`."""
+        return await self._read(partial(commit_search.count_from, at=at, line=line))
+
     async def as_of(self, time: datetime, line: History | Lineage | None = None) -> Found | None:
         """Give the last commit of the longest run, in log order, of commits made at or before `time`.
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, ColumnElement, Connection, Select, and_, bindparam, or_, select, true
+from sqlalchemy import BigInteger, ColumnElement, Connection, Select, and_, bindparam, func, or_, select, true
 
 from trigger.catalog.commit_index import IS_HISTORY, OF_HISTORY, as_marker, columns_of, history_of, marker_digest
 from trigger.catalog.packing import Contents, open_data
@@ -140,6 +140,19 @@ def after(connection: Connection, at: int, line: History | Lineage) -> Found | N
     return None
 
 
+def count_from(connection: Connection, at: int, line: History | Lineage) -> int:
+    """Give how many commits of all streams there are whose records begin at or behind `at`."""
+    count, reader = 0, _Reader(connection)
+    for history, low, high in _stretches(line):
+        first, columns = min(max(at, low), BIGINT_MAX), columns_of(history)
+        if first <= high:
+            count += connection.scalar(_WHOLE, columns | {"bound": first, "high": high}) or 0
+            for block in map(reader.open, connection.scalars(_CUT, columns | {"bound": first, "high": high}).all()):
+                inside = block.inside(low, high)
+                count += max(0, inside.stop - max(inside.start, bisect_left(block.contents.starts, first)))
+    return count
+
+
 def as_of(connection: Connection, time: datetime, line: History | Lineage | None) -> Found | None:
     """Give the last commit of the longest run, from the first one in log order, made at or before `time`."""
     line = line or _newest_history(connection)
@@ -244,6 +257,25 @@ _LAST_WITHIN = _in_history(
 _FIRST_FROM = _in_history(_first_of_each(blocks.c.first >= _BOUND, blocks.c.first))
 _FIRST_LATER = _in_history(  # peaks never fall along the log: the lowest above a time is the first above it
     _first_of_each(blocks.c.time_peak_us > _BOUND, blocks.c.time_peak_us, blocks.c.first)
+)
+
+
+_HIGH = bindparam("high", type_=BigInteger)
+_IN_HISTORY = blocks.join(histories, histories.c.id == blocks.c.history)
+_WHOLE = (
+    select(func.sum(blocks.c.commits))
+    .select_from(_IN_HISTORY)
+    .where(IS_HISTORY, blocks.c.first >= _BOUND, blocks.c.last <= _HIGH)
+)
+_CUT = (
+    select(blocks.c.id)
+    .select_from(_IN_HISTORY)
+    .where(
+        IS_HISTORY,
+        blocks.c.last >= _BOUND,
+        blocks.c.first <= _HIGH,
+        or_(blocks.c.first < _BOUND, blocks.c.last > _HIGH),
+    )
 )
 
 

@@ -140,8 +140,12 @@ def place(text: str, chosen: Options) -> None:
 
 def confirm(what: str, *, yes: bool) -> None:
     """Ask before something big; raises `ConfigError` where nobody can answer, `typer.Abort` on a no."""
-    if yes:
-        return
-    if not sys.stdin.isatty():
+    require_answer(what, yes=yes)
+    if not yes:
+        typer.confirm(plain(f"This will {what}. Go on?"), abort=True, err=True)
+
+
+def require_answer(what: str, *, yes: bool) -> None:
+    """Refuse what nobody will be there to say yes to; raises `ConfigError`."""
+    if not yes and not sys.stdin.isatty():
         raise ConfigError(f"this will {what}", hint="give --yes to do it without being asked")
-    typer.confirm(plain(f"This will {what}. Go on?"), abort=True, err=True)

@@ -22,10 +22,11 @@ from trigger.model import CommitRecord, Finding, Gap, Logged, RecoveryPoint, Ver
 from trigger.position import History, Name, Place, Position
 from trigger.protect.rehearse import RehearsedPoint
 from trigger.restore.clones import CloneStatus
-from trigger.restore.inplace import Swap
+from trigger.restore.inplace import ClonePlan, InPlacePlan
 from trigger.restore.locate import Location
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report
+from trigger.restore.swap import Swap
 from trigger.service.initialise import Proposal
 from trigger.service.rehearsal import Rehearsal
 
@@ -108,6 +109,9 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("restore", Report),
     ("restore --dry-run", Plan),
     ("restore --in-place", {"report": Report, "swap": Swap}),
+    ("restore --in-place --dry-run", InPlacePlan),
+    ("restore --in-place --from-clone", {"clone": CloneStatus, "swap": Swap}),
+    ("restore --in-place --from-clone --dry-run", ClonePlan),
     ("restore --undo, restore --resume", Swap),
     ("clones, clones list", list[CloneStatus]),
     ("clones start", list[CloneStatus]),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from trigger.cli import in_place as placing
 from trigger.cli import show
 from trigger.cli.arguments import (
     Config,
@@ -24,74 +22,23 @@ from trigger.cli.arguments import (
     time,
     transaction,
 )
-from trigger.errors import CatalogError, ConfigError, RestoreError, VerifyError
+from trigger.cli.connected import at
+from trigger.errors import CatalogError, ConfigError, VerifyError
 from trigger.model import Verification
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
     from trigger.replay import Target
     from trigger.restore.clones import CloneStatus, Site
-    from trigger.restore.inplace import Swap
     from trigger.restore.planner import Plan
     from trigger.restore.restore import Report
+    from trigger.restore.swap import Swap
     from trigger.restore.target import Named
     from trigger.service.connect import Parts
 
 T = TypeVar("T")
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 Names = Annotated[list[str], typer.Argument(help="What they are called.")]
-
-
-def at(chosen: Options, act: Callable[[Parts], Awaitable[T]], *, by_itself: bool = False) -> T:
-    """Give what `act` gives with the parts of a configuration.
-
-    Ctrl-C, SIGTERM and a lost terminal cancel it and wait for its tidying up, however often they come; the exit code
-    says which it was. What must be done `by_itself` is refused while a service runs.
-    """
-
-    from trigger.service.service import alone, opened
-
-    ended_by: list[signal.Signals] = []
-
-    async def connected() -> T:
-        with _ended_by_signals(ended_by):
-            async with (alone if by_itself else opened)(chosen, past=True) as parts:
-                return await act(parts)
-
-    try:
-        return asyncio.run(connected())
-    except (asyncio.CancelledError, OSError):  # the latter of a terminal that is gone
-        if not ended_by:
-            raise
-    if ended_by[0] is signal.SIGINT:
-        raise KeyboardInterrupt
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        show.error(f"ended by {ended_by[0].name}; what was begun is tidied up", "")
-    raise SystemExit(128 + ended_by[0])
-
-
-@contextlib.contextmanager
-def _ended_by_signals(ended_by: list[signal.Signals]) -> Iterator[None]:
-    """Let signals that end a program cancel the task at hand until the block ends; which ones, is added to a list."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-
-    def end(number: signal.Signals) -> None:
-        ended_by.append(number)
-        task.cancel()
-
-    heard = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has SIGHUP
-    for number in heard:
-        loop.add_signal_handler(number, end, number)
-    try:
-        yield
-    finally:
-        for number in heard:
-            loop.remove_signal_handler(number)
-            if ended_by:  # what comes now would only keep the exit code from being said
-                signal.signal(number, signal.SIG_IGN)
 
 
 def _target(flag: str, words: str) -> Any:
@@ -119,6 +66,7 @@ InHistory = Annotated[
 ]
 Name = Annotated[str, typer.Option("--name", help="What the clone is called.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print how it would be done, or why not.")]
+FromClone = Annotated[str | None, _place("--from-clone", "With --in-place: put this clone there, proven already.")]
 InPlace = Annotated[
     bool, typer.Option("--in-place", help="Put it where production lies, stopped.", rich_help_panel="In place")
 ]
@@ -139,6 +87,7 @@ def restore_state(
     history: InHistory = None,
     name: Name = "",
     in_place: InPlace = False,
+    from_clone: FromClone = None,
     undo: Undo = None,
     resume: Resume = None,
     yes: Yes = False,
@@ -154,12 +103,12 @@ def restore_state(
     --to-time behind the last known commit it is made to commit an empty transaction.
 
     With --in-place the proven clone takes the place of production, by renames: the old state stays beside it as
-    `<volume>.before-<time>`, and --undo puts it back. The server must be stopped for that, and the service too; then
-    start both.
+    `<volume>.before-<time>` (`trigpoint aside` lists these), and --undo puts it back. The server must be stopped for
+    that, and the service too; then start both. With --from-clone it is a clone that was made before, while production
+    ran, so that it is down for no longer than the renames take. How many commits will be lost is said before it asks.
     """
     if undo is not None or resume is not None:
-        swap = at(options(config), lambda parts: _end_swap(undo, resume, parts), by_itself=True)
-        show_swap(swap, undone=undo is not None, as_json=as_json)
+        placing.end(undo, resume, options(config), as_json=as_json)
         return
     from trigger.restore.target import Named
 
@@ -174,19 +123,45 @@ def restore_state(
         stream=database,
         history=history if history is not None else str(timeline) if timeline is not None else None,
     )
-    require_one_target(named)
     if timeline is not None and history is not None:
         raise ConfigError("--timeline and --history both name a history", hint="give one of them")
+    if from_clone is not None:
+        _require_clone_alone(named, name, in_place=in_place)
+        placing.put_clone(from_clone, options(config), dry_run=dry_run, yes=yes, as_json=as_json)
+        return
+    require_one_target(named)
     chosen = options(config)
     if to_lsn is not None:
         place(to_lsn, chosen)
-    if dry_run:
+    _restore_as_asked(named, name, chosen, in_place=in_place, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+def _restore_as_asked(
+    named: Named, name: str, chosen: Options, *, in_place: bool, dry_run: bool, yes: bool, as_json: bool
+) -> None:
+    """Restore beside or in place, or say how it would be done."""
+    if in_place and name:
+        raise ConfigError("--name is for clones; a restore in place is called by its time", hint="leave it out")
+    if in_place and dry_run:
+        placing.show_plan(at(chosen, lambda parts: placing.look(named, parts)), chosen, as_json=as_json)
+    elif in_place:
+        report, swap = placing.put(named, chosen, yes=yes, as_json=as_json)
+        if not as_json:
+            show_report(report, as_json=False, clone=False)
+            placing.show_swap(swap, undone=False, as_json=False)
+    elif dry_run:
         show_plan(at(chosen, lambda parts: _plan(named, parts)), as_json=as_json)
-        return
-    if in_place:
-        _put_in_place(named, name, chosen, yes=yes, as_json=as_json)
-        return
-    show_report(at(chosen, lambda parts: _restore(named, name, parts)), as_json=as_json)
+    else:
+        show_report(at(chosen, lambda parts: _restore(named, name, parts)), as_json=as_json)
+
+
+def _require_clone_alone(named: Named, name: str, *, in_place: bool) -> None:
+    """Refuse a command line that names a clone and something that does not go with it; raises `ConfigError`."""
+    if named.targets or name or not in_place:
+        raise ConfigError(
+            "--from-clone says which state, and goes with --in-place alone",
+            hint="trigpoint restore --in-place --from-clone NAME",
+        )
 
 
 TARGETS = "--to-lsn, --to-xid, --to-time, --to-latest, --to-point, --to-marker, --before-xid"
@@ -226,57 +201,6 @@ async def _restore(named: Named, name: str, parts: Parts) -> Report:
     target = await _meant(named, parts)
     with show.steps() as progress:
         return await restore(target, parts.site, progress=progress, name=name)
-
-
-def _put_in_place(named: Named, name: str, chosen: Options, *, yes: bool, as_json: bool) -> None:
-    """Restore in place and say what lies where."""
-    if name:
-        raise ConfigError("--name is for clones; a restore in place is called by its time", hint="leave it out")
-    confirm(f"put the state of then where production of {chosen.name} lies; the old state is kept beside it", yes=yes)
-    report, swap = at(chosen, lambda parts: _restore_in_place(named, parts), by_itself=True)
-    if as_json:
-        show.print_json({"report": report, "swap": swap})
-    else:
-        show_report(report, as_json=False, clone=False)
-        show_swap(swap, undone=False, as_json=False)
-
-
-async def _restore_in_place(named: Named, parts: Parts) -> tuple[Report, Swap]:
-    from trigger.restore.inplace import restore_in_place
-
-    target = await _meant(named, parts)
-    with show.steps() as progress:
-        return await restore_in_place(target, parts.site, progress=progress)
-
-
-async def _end_swap(undo: str | None, resume: str | None, parts: Parts) -> Swap:
-    """Take a restore in place back, or finish it."""
-    from trigger.restore import inplace
-
-    if undo is not None and resume is not None:
-        raise ConfigError("--undo and --resume are opposites", hint="give one of them")
-    known = await inplace.swaps(parts.site)
-    name = undo or resume or ""
-    if name == "last" and known:
-        name = known[-1].name
-    if name not in {swap.name for swap in known}:
-        there = ", ".join(f"{swap.name} ({swap.target})" for swap in known) or "none"
-        raise RestoreError(f"there is no restore in place called {name}", hint=f"there are: {there}")
-    return await (inplace.undo if undo is not None else inplace.resume)(name, parts.site)
-
-
-def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:
-    """Print what a restore in place put where."""
-    if as_json:
-        show.print_json(swap)
-        return
-    for one in swap.places:
-        if undone:
-            show.say(f"{one.path} is as it was before; what had taken its place is {one.restored}")
-        else:
-            show.say(f"{one.path} is {swap.target}; the old state is {one.kept}")
-    if not undone:
-        show.say(f"start the server and the service again; take it back with: trigpoint restore --undo {swap.name}")
 
 
 def show_plan(plan: Plan, *, as_json: bool) -> None:
@@ -341,7 +265,7 @@ def _became(swap: Swap, later: Swap | None) -> str:
 
 async def _clones_and_swaps(parts: Parts) -> tuple[list[CloneStatus], list[Swap]]:
     from trigger.restore.clones import clones as all_clones
-    from trigger.restore.inplace import swaps
+    from trigger.restore.swap import swaps
 
     return await all_clones(parts.site), await swaps(parts.site)
 

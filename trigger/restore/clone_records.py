@@ -55,6 +55,12 @@ class CloneRecord:
     conninfo: str = ""
     data_directory: str = ""
     notes: tuple[str, ...] = ()
+    history: str = ""
+    """In which it goes on by itself; "" for a clone of an earlier version."""
+    stands_at: str = ""
+    """The position up to which it holds the log of the database it is a copy of; "" likewise."""
+    checks: tuple[tuple[str, bool, str], ...] = ()
+    """By which it was proven."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +185,9 @@ def _record(text: str) -> CloneRecord:
     found = json.loads(text)
     found["created_at"] = datetime.fromisoformat(found["created_at"])
     found["notes"] = tuple(found["notes"])
-    return CloneRecord(**found)
+    found["checks"] = tuple((what, held, seen) for what, held, seen in found.get("checks", ()))
+    known = {field.name for field in dataclasses.fields(CloneRecord)}
+    return CloneRecord(**{name: value for name, value in found.items() if name in known})
 
 
 def _locked(path: Path) -> bool:

@@ -19,7 +19,7 @@ from trigger.errors import RestoreError, StorageError, TrigpointError
 from trigger.failpoint import reached
 from trigger.model import State
 from trigger.ports import Clone, Progress
-from trigger.position import At, History
+from trigger.position import At, History, Position
 from trigger.replay import Running, Target
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, clone_name, new_name
@@ -124,7 +124,7 @@ async def _restored(found: Plan, site: Site, name: str, progress: Progress) -> R
         progress("prove", 0, 0)
         checks = await prove(up, site)
         await asyncio.to_thread(clone_records.remove_folder, up.log_folder)  # replayed; the clone goes on without it
-        await asyncio.to_thread(clone_records.finish, site.records_folder, _record(up, site))
+        await asyncio.to_thread(clone_records.finish, site.records_folder, _record(up, site, checks))
     return _report(up, checks)
 
 
@@ -242,7 +242,7 @@ def _report(up: Raised, checks: tuple[tuple[str, bool, str], ...]) -> Report:
     )
 
 
-def _record(up: Raised, site: Site) -> CloneRecord:
+def _record(up: Raised, site: Site, checks: tuple[tuple[str, bool, str], ...]) -> CloneRecord:
     return CloneRecord(
         name=up.clone.name,
         target=up.plan.target.description,
@@ -251,4 +251,7 @@ def _record(up: Raised, site: Site) -> CloneRecord:
         conninfo=up.running.conninfo,
         data_directory=str(up.running.data_directory),
         notes=(*up.plan.beside, *up.running.notes),
+        history=str(up.running.history),
+        stands_at=str(Position(up.plan.target.history, up.running.replayed)),
+        checks=checks,
     )

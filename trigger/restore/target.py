@@ -155,7 +155,7 @@ async def _lineage(history: str | None, catalog: Catalog, journal: Journal, pres
     present = present or latest.ceiling.history
     if history is None:
         return await journal.lineage(present)
-    known = await _known(catalog, journal)
+    known = await known_histories(catalog, journal)
     wanted = next((one for one in known if str(one) == history), None)  # of whatever kind
     if wanted is None:
         by_branch = _is_branch(history)
@@ -328,7 +328,7 @@ async def is_left(target: Target, catalog: Catalog, journal: Journal) -> bool:
     return not lineage.includes(Position(target.history, at))
 
 
-async def _known(catalog: Catalog, journal: Journal) -> set[History]:
+async def known_histories(catalog: Catalog, journal: Journal) -> set[History]:
     """Give every history that a commit, a point or a piece of log is known of."""
     marks = [mark for base in await catalog.bases() for mark in base.marks]
     return {

@@ -82,6 +82,7 @@ def recovery(
         lambda major: find_programs(major, database.bin_directory),
         sockets_folder(name),
         superusers=[section.superuser] if section.superuser else [places.first_superuser(layout), "postgres"],
+        conninfo=database.conninfo,
         databases=database.databases,
         environment=places.environment(layout),
         keep_libraries=section.keep_libraries,

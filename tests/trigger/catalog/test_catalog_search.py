@@ -213,6 +213,21 @@ def test_neighbours_in_log_order_are_those_of_the_whole_list(seed: int, jitter: 
 
 @searches
 @given(seeds, jitters)
+def test_commits_from_a_place_on_are_counted_as_the_whole_list_counts_them(seed: int, jitter: int) -> None:
+    async def work() -> None:
+        catalog, truth = await catalog_and_truth(seed, jitter)
+        for line in (MAIN, BRANCH, LINEAGE, History("postgres", "7391", 3)):
+            mine = in_line(truth, line)
+            some = [*random.Random(seed).sample(range(900, 8_100), 6), *(found.record.start for found in mine[::29])]
+            for lsn in map(Lsn, [0, FORK, 1 << 62, *some]):
+                assert await catalog.count_from(lsn, line) == sum(found.record.start >= lsn for found in mine)
+        await catalog.close()
+
+    asyncio.run(work())
+
+
+@searches
+@given(seeds, jitters)
 def test_as_of_ends_before_the_first_commit_that_is_later(seed: int, jitter: int) -> None:
     async def work() -> None:
         catalog, truth = await catalog_and_truth(seed, jitter)

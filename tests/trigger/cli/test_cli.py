@@ -25,7 +25,7 @@ from trigger.cli.restores import TARGETS, _became, drop_clones
 from trigger.errors import ConfigError
 from trigger.lock import lock
 from trigger.model import RecoveryPoint
-from trigger.restore.inplace import Swap
+from trigger.restore.swap import Swap
 from trigger.service.control import NotRunningError, _ours_alone
 
 ROOT = Path(__file__).parents[3]

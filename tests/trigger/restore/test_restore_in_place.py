@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import json
 import shutil
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -22,9 +21,11 @@ from trigger import failpoint
 from trigger.errors import RestoreError
 from trigger.model import Volume
 from trigger.ports import Clone, Progress
-from trigger.restore import inplace
-from trigger.restore.clones import clones, drop
-from trigger.restore.inplace import require_stopped, restore_in_place, resume, swaps, undo
+from trigger.restore import obstacles, swap
+from trigger.restore.clones import CloneState, clones, drop
+from trigger.restore.inplace import prepare_clone, prepare_in_place, put_in_place, restore_in_place
+from trigger.restore.restore import restore
+from trigger.restore.swap import resume, swaps, undo
 
 OLD, NEW = "as the accident left it", "as it was before"
 
@@ -34,7 +35,7 @@ class Folders(MemoryStorage):
 
     def __init__(self, world: World, folder: Path) -> None:
         super().__init__(world)
-        self.folder = folder
+        self.folder = self.clones_folder = folder
 
     async def clone(self, point: str, name: str, progress: Progress) -> Clone:
         made = await super().clone(point, name, progress)
@@ -112,7 +113,7 @@ def cut_at(place: str, count: int) -> Iterator[None]:
         failpoint.hook = None
 
 
-async def cut_off(it: Bank, place: str, count: int) -> inplace.Swap:
+async def cut_off(it: Bank, place: str, count: int) -> swap.Swap:
     """Begin a restore in place that is cut off; gives what is known of it then."""
     target = await two_points(it)
     with cut_at(place, count), pytest.raises(CutError):
@@ -206,35 +207,118 @@ def test_a_restore_in_place_is_refused_while_a_server_works_there(tmp_path: Path
     async def story() -> None:
         async with stopped_bank(tmp_path) as it:
             target = await two_points(it)
-            with a_server_in(tmp_path / "data" / "15" / "main") as pid:
-                refused = pytest.raises(RestoreError, match=f"main runs .process {pid}")
-                with refused:
-                    await restore_in_place(target, it.site, progress=quiet)
+            it.world.at_work.add(str(tmp_path / "wal"))
+            with pytest.raises(RestoreError, match="wal runs"):
+                await restore_in_place(target, it.site, progress=quiet)
             assert states(it) == all_of(OLD)
             assert not await swaps(it.site)
-            await restore_in_place(target, it.site, progress=quiet)  # the lock file of the dead is no server
+            it.world.at_work.clear()
+            _, swap = await restore_in_place(target, it.site, progress=quiet)
+            it.world.at_work.add(str(tmp_path / "wal"))
+            for end in (undo, resume):
+                with pytest.raises(RestoreError, match="wal runs"):
+                    await end(swap.name, it.site)
+            assert states(it) == all_of(NEW)
 
     asyncio.run(story())
 
 
-@contextmanager
-def a_server_in(folder: Path) -> Iterator[int]:
-    """Give the pid of a process that works in `folder`, as a postmaster does, and says so in its lock file."""
-    folder.mkdir(parents=True)
-    server = subprocess.Popen([sys.executable, "-c", "input()"], cwd=folder, stdin=subprocess.PIPE)
-    try:
-        (folder / "postmaster.pid").write_text(f"{server.pid}\n{folder}\n")
-        yield server.pid
-    finally:
-        server.communicate(b"\n")
+def test_all_that_stands_in_the_way_is_said_at_once_with_what_would_be_lost(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            target = await two_points(it)
+            (tmp_path / "data" / "inner").mkdir()
+            nested = (*it.site.volumes, Volume("inner", str(tmp_path / "data" / "inner")))
+            site = replace(it.site, volumes=nested)
+            it.world.at_work.add(str(tmp_path / "wal"))
+            it.world.free_bytes = 2 << 20
+            planned = await prepare_in_place(target, site)
+            said = " ".join(finding.message for finding in planned.refused)
+            for words in ("wal runs", "inner", "lies in volume data", "the storage has"):
+                assert words in said
+            assert planned.losses.commits > 0
+            with pytest.raises(RestoreError, match=r"wal runs.*lies in volume data"):
+                await restore_in_place(target, site, progress=quiet)
+            with pytest.raises(RestoreError, match=r"journal.*wal runs"):
+                await prepare_in_place(replace(target, at=1 << 40, commit=None), site)
+            assert states(it) == all_of(OLD)
+
+    asyncio.run(story())
 
 
-def test_a_lock_file_whose_process_works_elsewhere_is_a_leftover(tmp_path: Path) -> None:
-    (tmp_path / "postmaster.pid").write_text(f"{os.getpid()}\n")
-    require_stopped([Volume("data", str(tmp_path))])
-    for torn in ("", "x\n", "99999999\n"):
-        (tmp_path / "postmaster.pid").write_text(torn)
-        require_stopped([Volume("data", str(tmp_path))])
+@pytest.mark.parametrize(("place", "count"), CUTS)
+def test_a_second_restore_in_place_is_refused_until_the_first_has_ended(tmp_path: Path, place: str, count: int) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            swap = await cut_off(it, place, count)
+            there = sorted(tmp_path.rglob("state"))
+            with pytest.raises(RestoreError, match=f"the restore in place {swap.name} .* was cut off"):
+                await restore_in_place(await two_points(it), it.site, progress=quiet)
+            assert sorted(tmp_path.rglob("state")) == there
+
+    asyncio.run(story())
+
+
+def test_a_clone_that_is_there_takes_the_place_as_it_is_and_is_undone(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            await restore(await two_points(it), it.site, progress=quiet, name="early")
+            assert (await prepare_clone("early", it.site)).refused == ()
+            it.world.at_work.add(str(tmp_path / "data"))
+            with pytest.raises(RestoreError, match="data runs"):
+                await put_in_place("early", it.site, progress=quiet)
+            assert [clone.state for clone in await clones(it.site)] == [CloneState.RUNNING], "it is as it was"
+            it.world.at_work.clear()
+            status, swap = await put_in_place("early", it.site, progress=quiet)
+            assert (status.name, swap.clone) == ("early", "early")
+            assert states(it) == all_of(NEW)
+            assert not await clones(it.site)
+            await undo(swap.name, it.site)
+            assert states(it) == all_of(OLD)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("place", "count"), [("after-release", 1), *CUTS])
+def test_a_clone_cut_off_on_its_way_into_the_place_is_not_lost(tmp_path: Path, place: str, count: int) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            await restore(await two_points(it), it.site, progress=quiet, name="early")
+            with cut_at(place, count), pytest.raises(CutError):
+                await put_in_place("early", it.site, progress=quiet)
+            if place == "after-release":
+                await put_in_place("early", it.site, progress=quiet)
+            else:
+                (left,) = await swaps(it.site)
+                await resume(left.name, it.site)
+            assert states(it) == all_of(NEW)
+            assert not await clones(it.site)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("why", ["production has been there since", "earlier version", "nobody knows what it holds"])
+def test_a_clone_that_could_not_go_on_as_production_is_refused(tmp_path: Path, why: str) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            await restore(await two_points(it), it.site, progress=quiet, name="early")
+            record = tmp_path / "records" / "early.json"
+            if why.startswith("earlier"):
+                old = json.loads(record.read_text())
+                del old["history"], old["stands_at"], old["checks"]
+                record.write_text(json.dumps(old | {"of_a_later_version": 1}))
+            elif why.startswith("production"):
+                it.world.cluster.promote(it.world.cluster.flushed)
+                it.commit()
+                await it.point()
+            else:
+                record.unlink()
+            with pytest.raises(RestoreError, match=why):
+                await put_in_place("early", it.site, progress=quiet)
+            assert states(it) == all_of(OLD)
+            assert [clone.name for clone in await clones(it.site)] == ["early"]
+
+    asyncio.run(story())
 
 
 def test_a_failed_restore_changes_nothing_in_place(tmp_path: Path) -> None:
@@ -287,9 +371,9 @@ def test_a_btrfs_subvolume_takes_the_place_of_another(tmp_path: Path) -> None:
             (mount / name / "state").write_text(name)
         (mount / "clones").mkdir()
         (mount / "copy").rename(mount / "clones" / "copy")
-        inplace._require_renamable(mount / "clones" / "copy", mount)
-        inplace._forward(
-            inplace.Place(
+        assert obstacles.immovable(mount / "clones" / "copy", mount) is None
+        swap._forward(
+            swap.Place(
                 *(str(mount / name) for name in ("data", "data.before", "clones/copy", "data.restored")),
             )
         )

@@ -21,7 +21,15 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.clone import inspection, isolation, postmaster, sockets, stops, tablespaces
+from connectors.databases.postgres.clone import (
+    inspection,
+    isolation,
+    postmaster,
+    production,
+    sockets,
+    stops,
+    tablespaces,
+)
 from connectors.databases.postgres.clone.access import Access, find_home
 from connectors.databases.postgres.clone.files import Relation
 from connectors.databases.postgres.clone.isolation import Isolated, Placement
@@ -37,7 +45,7 @@ from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, last_lines, run
 from trigger.errors import DatabaseError, RestoreError
-from trigger.model import Address, Volume
+from trigger.model import Address, Finding, Volume
 from trigger.ports import Clone, Progress
 from trigger.position import Position
 from trigger.replay import Replay, Running, Target
@@ -46,6 +54,7 @@ PORT = 5432
 _POLL_SECONDS = 0.01
 _PROGRAM_SECONDS = 60.0
 _SYNC_SECONDS = 600.0
+_NEXT_XID = "SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())"
 _REPLAYING = re.compile(r"redo in progress, elapsed time: .*, current LSN: ([0-9A-F]+/[0-9A-F]+)")
 _LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+)\+00")
 _HINTS = {
@@ -69,6 +78,7 @@ class PostgresRecovery:
             reachable by the owner of the data.
         superusers: roles with which clones are prepared and asked, of which the first that is there counts: one may
             have had another name when the snapshot was cut.
+        conninfo: how production's server is reached; "" where that is not known.
         databases: names of databases that should be there, by which a clone is entered where the usual two are gone.
         environment: variables by which production's server finds its locales.
         keep_libraries: `shared_preload_libraries` that a clone loads too, where reading its data needs them.
@@ -82,6 +92,7 @@ class PostgresRecovery:
         sockets: Path,
         *,
         superusers: Sequence[str] = ("postgres",),
+        conninfo: str = "",
         databases: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         keep_libraries: Sequence[str] = (),
@@ -91,6 +102,7 @@ class PostgresRecovery:
         self._programs_for = programs_for
         self._sockets = sockets
         self._superusers = tuple(superusers)
+        self._conninfo = conninfo
         self._databases = ("template1", "postgres", *databases)
         self._environment = dict(environment or {})
         self._keep_libraries = tuple(keep_libraries)
@@ -232,6 +244,24 @@ class PostgresRecovery:
             return State.read(data).running(data, server.pid)
         except RestoreError:  # it is up, and its start is not finished
             return None
+
+    async def used(self, clone: Clone) -> int | None:
+        """Give how many transactions a clone began since it was brought up; None for one that is made ready to go."""
+        data = self._data(clone)
+        if data is None or not State.is_in(data):
+            return None
+        state = State.read(data)
+        if (running := await self.running(clone)) is not None:
+            return int(await self.query(running, state.home, _NEXT_XID)) - state.next_xid
+        programs = self._programs_for(isolation.major_of(data))
+        isolated = Isolated(data, owner_of(data), programs.major, ())
+        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
+        epoch, _, low = control["Latest checkpoint's NextXID"].partition(":")
+        return (int(epoch) << 32 | int(low)) - state.next_xid
+
+    async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give the servers that work in one of the volumes, also where their processes are not seen."""
+        return await asyncio.to_thread(production.at_work, volumes, self._conninfo)
 
     async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:
         """Make a stopped clone fit to take the place of the cluster it was made of; see `release`."""

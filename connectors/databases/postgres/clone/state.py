@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.clone import isolation
+from connectors.databases.postgres.clone.isolation import OWN_FOLDER, write
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import RestoreError
 from trigger.replay import Running
@@ -16,7 +16,7 @@ from trigger.replay import Running
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is kept of a clone beside its data, so that another process can speak of it too."""
+    """What a clone is, by what was seen when it came up."""
 
     FILE = "running.json"
 
@@ -38,24 +38,29 @@ class State:
     """To how many pages the replayed log truncated a file, by path."""
 
     def write(self, data: Path) -> None:
-        """Keep it beside a data directory."""
-        isolation.write(data / isolation.OWN_FOLDER / self.FILE, self.as_json(), owner_of(data))
+        """Keep it in the clone, readable by the owner of the data alone."""
+        write(data / OWN_FOLDER / self.FILE, self.as_json(), owner_of(data))
 
     def as_json(self) -> str:
-        """Give it as JSON."""
+        """Give it as JSON text."""
         return json.dumps({name: getattr(self, name) for name in self.__slots__})
 
     @classmethod
+    def is_in(cls, data: Path) -> bool:
+        """Whether a data directory is a clone's that was brought up, and was not made fit for production since."""
+        return (data / OWN_FOLDER / cls.FILE).exists()
+
+    @classmethod
     def read(cls, data: Path) -> State:
-        """Give what is kept beside a data directory; raises `RestoreError` where that is none of a clone's."""
+        """Give what is kept in a data directory; raises `RestoreError` where it is no clone that was brought up."""
         try:
-            found = json.loads((data / isolation.OWN_FOLDER / cls.FILE).read_text())
+            found = json.loads((data / OWN_FOLDER / cls.FILE).read_text())
             return cls(**found | {"notes": tuple(found["notes"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RestoreError(f"{data} is not a clone that was brought up: {error}") from error
 
     def running(self, data: Path, pid: int) -> Running:
-        """Give it as what runs there as process `pid`."""
+        """Give the server of the clone, which runs as process `pid`."""
         return Running(
             clone=self.clone,
             conninfo=self.conninfo,
@@ -69,6 +74,6 @@ class State:
 
 
 def owner_of(data: Path) -> tuple[int, int]:
-    """Give user and group id of the owner of a data directory."""
+    """Give the user and group id that a data directory belongs to."""
     status = data.stat()
     return status.st_uid, status.st_gid

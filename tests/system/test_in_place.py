@@ -1,0 +1,203 @@
+"""A restore in place says before what it would lose and be refused for, and takes a clone that is there already."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.fixtures.service import Deployment, deployment
+from trigger.errors import RestoreError
+
+pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
+
+SETTLED = 1
+"""How many commits `settle` makes itself."""
+APART = ("unshare", "--pid", "--fork", "--mount-proc")
+"""What lets a program see no process but its own, as in a container."""
+
+
+def pay(here: Deployment, *numbers: int) -> str:
+    """Commit one payment after the other; gives the transaction id of the last."""
+    for number in numbers:
+        ((xid,),) = here.cluster.sql(f"INSERT INTO paid VALUES ({number}) RETURNING pg_current_xact_id()::text")
+    return str(xid)
+
+
+def held(conninfo: str) -> list[int]:
+    with psycopg.connect(f"{conninfo} dbname=postgres") as connection:
+        return [row[0] for row in connection.execute("SELECT n FROM paid ORDER BY n")]
+
+
+def stop(here: Deployment) -> None:
+    assert here.stop() == 0
+    here.cluster.stop()
+
+
+def refused(here: Deployment, *arguments: str) -> str:
+    """Give what a command is refused with."""
+    done = here.trigpoint(*arguments, check=False)
+    assert done.returncode == RestoreError.exit_code, done.stderr
+    return " ".join(f"{done.stdout} {done.stderr}".split())
+
+
+def planned(here: Deployment, *target: str) -> dict[str, Any]:
+    """Give what a restore in place would mean, whether it would be refused or not."""
+    done = here.trigpoint("restore", "--in-place", "--dry-run", "--json", *target, check=False)
+    found = dict(json.loads(done.stdout))
+    assert (done.returncode == 0) is (not found["refused"]), done.stderr
+    return found
+
+
+@contextmanager
+def a_bank(major: int, storage: str) -> Iterator[Deployment]:
+    with deployment(major, storage) as here:
+        here.cluster.sql("CREATE TABLE paid (n int PRIMARY KEY)")
+        here.start()
+        yield here
+
+
+@pytest.mark.parametrize("storage", ["btrfs", "directory"])
+def test_what_would_be_lost_and_all_it_would_be_refused_for_is_said_before_anything_is_done(storage: str) -> None:
+    with a_bank(15, storage) as here:
+        wanted = pay(here, 1, 2)
+        pay(here, 3, 4, 5)
+        here.cluster.sql("CREATE TABLE unseen ()")
+        here.settle()
+        found = planned(here, "--to-xid", wanted)
+        said = " ".join(finding["message"] for finding in found["refused"])
+        assert f"the server in {here.cluster.data} runs" in said
+        assert "another trigpoint works in" in said
+        assert found["losses"]["commits"] == 3 + SETTLED
+        assert found["base"]
+        stop(here)
+        found = planned(here, "--to-xid", wanted)
+        assert found["refused"] == []
+        assert planned(here, "--before-xid", wanted)["losses"]["commits"] == 4 + SETTLED
+        assert planned(here, "--to-latest")["losses"]["commits"] == 0
+        words = here.trigpoint("restore", "--to-xid", wanted, "--in-place", "--dry-run").stdout
+        assert f"{3 + SETTLED} commits that the catalog knows will be lost" in words
+        assert f"the log that is kept goes to {found['losses']['log_end']}" in words
+        assert found["losses"]["log_end"] > found["losses"]["behind"]
+        assert here.ask("clones") == []
+        done = here.trigpoint("restore", "--to-xid", wanted, "--in-place", "--yes")
+        assert f"{3 + SETTLED} commits that the catalog knows will be lost" in done.stderr
+        here.cluster.start()
+        assert held(here.cluster.conninfo) == [1, 2]
+
+
+@pytest.mark.parametrize("major", [15, 18])
+def test_a_clone_that_was_proven_while_production_ran_takes_its_place_and_is_undone(major: int) -> None:
+    with a_bank(major, "btrfs") as here:
+        wanted = pay(here, 1, 2)
+        pay(here, 3)
+        here.settle()
+        report = here.ask("restore", "--to-xid", wanted, "--name", "early")
+        here.ask("restore", "--to-xid", wanted, "--name", "spare")
+        pay(here, 4)
+        here.settle()
+        with psycopg.connect(f"{report['conninfo']} dbname=postgres", autocommit=True) as connection:
+            connection.execute("INSERT INTO paid VALUES (100)")
+        put = ("restore", "--in-place", "--from-clone", "early")
+        assert f"the server in {here.cluster.data} runs" in refused(here, *put, "--dry-run")
+        stop(here)
+        words = here.trigpoint(*put, "--dry-run").stdout
+        assert f"{2 + 2 * SETTLED} commits that the catalog knows will be lost" in words
+        assert "transactions were begun in the clone itself since" in words
+        assert held(report["conninfo"]) == [1, 2, 100], "nothing has happened to it"
+        swap = here.ask(*put, "--yes")["swap"]
+        assert [clone["name"] for clone in here.ask("clones")] == ["spare"]
+        here.cluster.start()
+        assert held(here.cluster.conninfo) == [1, 2, 100]
+        assert here.cluster.sql("SHOW port") == [(str(here.cluster.port),)]
+        here.start()
+        pay(here, 5)
+        here.settle()
+        assert here.ask("verify")["passed"]
+        stop(here)
+        other = refused(here, "restore", "--in-place", "--from-clone", "spare", "--yes")
+        assert "production has been there since the clone was made" in other
+        here.trigpoint("restore", "--undo", swap["name"])
+        here.cluster.start()
+        assert held(here.cluster.conninfo) == [1, 2, 3, 4]
+
+
+def test_a_clone_that_was_killed_on_its_way_into_the_place_is_put_there_by_a_second_try() -> None:
+    with a_bank(16, "directory") as here:
+        wanted = pay(here, 1, 2)
+        pay(here, 3)
+        here.settle()
+        here.ask("restore", "--to-xid", wanted, "--name", "early")
+        here.trigpoint("clones", "stop", "early")
+        stop(here)
+        put = ("restore", "--in-place", "--from-clone", "early", "--yes")
+        for place in ("after-release", "after-rename"):
+            with pytest.MonkeyPatch.context() as environment:
+                environment.setenv("TRIGPOINT_FAILPOINT", f"{place}:kill@1")
+                assert here.trigpoint(*put, check=False).returncode == -signal.SIGKILL
+        assert "was cut off" in refused(here, *put)
+        here.trigpoint("restore", "--resume", "last")
+        here.cluster.start()
+        assert held(here.cluster.conninfo) == [1, 2]
+
+
+@contextmanager
+def served_apart(here: Deployment) -> Iterator[None]:
+    """Let the server run where it sees no process but its own, as in a container, until the block ends."""
+    uid, gid = here.cluster.owner
+    as_owner = ("setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups")
+    server = (here.cluster.programs.path("postgres"), "-D", str(here.cluster.data))
+    with (here.root / "server.log").open("w") as log:
+        process = subprocess.Popen([*APART, *as_owner, *server], stdout=log, stderr=log, cwd="/")
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                here.cluster.sql("SELECT 1")
+                break
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield
+    finally:
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        for pid in map(int, children.stdout.split()):
+            os.kill(pid, signal.SIGINT)
+        process.wait(60)
+
+
+def test_a_server_whose_processes_are_not_seen_is_not_taken_away_from() -> None:
+    with a_bank(18, "directory") as here:
+        wanted = pay(here, 1, 2)
+        pay(here, 3)
+        here.settle()
+        here.ask("restore", "--to-xid", wanted, "--name", "early")
+        assert here.stop() == 0
+        by_target = ("restore", "--to-xid", wanted, "--in-place", "--yes")
+        by_clone = ("restore", "--in-place", "--from-clone", "early", "--yes")
+        here.before = APART
+        for command in (by_target, by_clone):
+            assert "may run where its processes are not seen" in refused(here, *command)
+        here.before = ()
+        here.cluster.stop()
+        with served_apart(here):
+            for command in (by_target, by_clone):
+                assert f"the server in {here.cluster.data} runs" in refused(here, *command)
+            here.before = APART
+            assert "may run where its processes are not seen" in refused(here, *by_target)
+            here.before = ()
+            assert held(here.cluster.conninfo) == [1, 2, 3]
+        (here.cluster.data / "postmaster.pid").write_text(f"99999999\n{here.cluster.data}\n1\n{here.cluster.port}\n")
+        swap = here.ask(*by_target)["swap"]  # the lock file of the dead, at whose place nobody answers, is no server
+        here.cluster.start()
+        assert held(here.cluster.conninfo) == [1, 2]
+        undone = refused(here, "restore", "--undo", swap["name"])
+        assert f"the server in {here.cluster.data} runs" in undone

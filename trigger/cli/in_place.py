@@ -1,0 +1,189 @@
+"""Put a state in production's place, or take it back: what is said before, what is asked, what lies where after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from trigger.cli import show
+from trigger.cli.arguments import confirm, require_answer
+from trigger.cli.connected import at
+from trigger.errors import ConfigError, RestoreError
+from trigger.model import Finding, Severity
+
+if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
+    from trigger.config.options import Options
+    from trigger.restore.clones import CloneStatus
+    from trigger.restore.inplace import ClonePlan, InPlacePlan
+    from trigger.restore.losses import Losses
+    from trigger.restore.restore import Report
+    from trigger.restore.swap import Swap
+    from trigger.restore.target import Named
+    from trigger.service.connect import Parts
+
+
+def put(named: Named, chosen: Options, *, yes: bool, as_json: bool) -> tuple[Report, Swap]:
+    """Say what will be lost, ask, and put a state in production's place; gives what was done."""
+    what = _putting("the state of then", chosen)
+    require_answer(what, yes=yes)
+    planned = at(chosen, lambda parts: look(named, parts), by_itself=True)
+    _require_allowed(planned)
+    _ask(what, planned.losses, (), yes=yes)
+    report, swap = at(chosen, lambda parts: _put(named, parts), by_itself=True)
+    if as_json:
+        show.print_json({"report": report, "swap": swap})
+    return report, swap
+
+
+def put_clone(name: str, chosen: Options, *, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Say what will be lost, ask, and put a clone that is there in production's place; or only say it."""
+    what = _putting(f"clone {name}", chosen)
+    require_answer(what, yes=yes or dry_run)
+    planned = at(chosen, lambda parts: _planned_clone(name, parts), by_itself=not dry_run)
+    if dry_run:
+        show_clone_plan(_with_service(planned.refused, chosen), planned, as_json=as_json)
+        return
+    _require_allowed(planned)
+    _ask(what, planned.losses, [f"clone {name}: {planned.record.target}", *_notes(planned)], yes=yes)
+    status, swap = at(chosen, lambda parts: _put_clone(name, parts), by_itself=True)
+    if as_json:
+        show.print_json({"clone": status, "swap": swap})
+    else:
+        show_swap(swap, undone=False, as_json=False)
+
+
+def _require_allowed(planned: InPlacePlan | ClonePlan) -> None:
+    from trigger.restore.obstacles import require_none
+
+    require_none(planned.refused)
+
+
+def _ask(what: str, losses: Losses, notes: Sequence[str], *, yes: bool) -> None:
+    for line in (*losses.describe(), *notes):
+        show.note(line)
+    confirm(what, yes=yes)
+
+
+def _putting(what: str, chosen: Options) -> str:
+    return f"put {what} where production of {chosen.name} lies; the old state is kept beside it"
+
+
+async def look(named: Named, parts: Parts) -> InPlacePlan:
+    """Give what putting a state in place would mean; production is not made to commit anything for it."""
+    from trigger.restore.inplace import prepare_in_place
+    from trigger.restore.target import resolve
+
+    return await prepare_in_place(await resolve(named, parts.catalog, parts.journal), parts.site)
+
+
+async def _planned_clone(name: str, parts: Parts) -> ClonePlan:
+    from trigger.restore.inplace import prepare_clone
+
+    return await prepare_clone(name, parts.site)
+
+
+async def _put(named: Named, parts: Parts) -> tuple[Report, Swap]:
+    from trigger.restore.inplace import restore_in_place
+    from trigger.restore.target import resolve
+
+    target = await resolve(named, parts.catalog, parts.journal, parts.database)
+    with show.steps() as progress:
+        return await restore_in_place(target, parts.site, progress=progress)
+
+
+async def _put_clone(name: str, parts: Parts) -> tuple[CloneStatus, Swap]:
+    from trigger.restore.inplace import put_in_place
+
+    with show.steps() as progress:
+        return await put_in_place(name, parts.site, progress=progress)
+
+
+def show_plan(planned: InPlacePlan, chosen: Options, *, as_json: bool) -> None:
+    """Print what a restore in place would do, lose and be refused for; the exit code says whether it would be."""
+    from dataclasses import replace
+
+    planned = replace(planned, refused=_with_service(planned.refused, chosen))
+    if as_json:
+        show.print_json(planned)
+    else:
+        for line in (*planned.plan.describe(), *(f"lost      {line}" for line in planned.losses.describe())):
+            show.say(line)
+    _show_refused(planned.refused, as_json=as_json)
+
+
+def show_clone_plan(refused: tuple[Finding, ...], planned: ClonePlan, *, as_json: bool) -> None:
+    """Print what putting a clone in place would lose and be refused for, likewise."""
+    from dataclasses import replace
+
+    if as_json:
+        show.print_json(replace(planned, refused=refused))
+    else:
+        show.say(f"clone     {planned.record.name}: {planned.record.target}")
+        for line in planned.losses.describe():
+            show.say(f"lost      {line}")
+        for note in _notes(planned):
+            show.say(f"note      {note}")
+    _show_refused(refused, as_json=as_json)
+
+
+def _notes(planned: ClonePlan) -> list[str]:
+    notes = list(planned.record.notes)
+    if planned.used:
+        notes.insert(0, f"{planned.used} transactions were begun in the clone itself since, and go with it")
+    return notes
+
+
+def _with_service(refused: tuple[Finding, ...], chosen: Options) -> tuple[Finding, ...]:
+    """Give the findings, with one more where a service holds the state folder."""
+    from trigger.service.control import if_free
+
+    with if_free(chosen.state_folder) as free:
+        if free:
+            return refused
+    words = f"another trigpoint works in {chosen.state_folder}"
+    return (*refused, Finding("service", Severity.REFUSED, words, "stop the service first"))
+
+
+def _show_refused(refused: Sequence[Finding], *, as_json: bool) -> None:
+    if not as_json:
+        for finding in refused:
+            show.finding(finding)
+    if refused:
+        raise typer.Exit(RestoreError.exit_code)
+
+
+def end(undo: str | None, resume: str | None, chosen: Options, *, as_json: bool) -> None:
+    """Take a restore in place back, or finish it, and say what lies where."""
+    swap = at(chosen, lambda parts: _ended(undo, resume, parts), by_itself=True)
+    show_swap(swap, undone=undo is not None, as_json=as_json)
+
+
+async def _ended(undo: str | None, resume: str | None, parts: Parts) -> Swap:
+    from trigger.restore import swap
+
+    if undo is not None and resume is not None:
+        raise ConfigError("--undo and --resume are opposites", hint="give one of them")
+    known = await swap.swaps(parts.site)
+    name = undo or resume or ""
+    if name == "last" and known:
+        name = known[-1].name
+    if name not in {one.name for one in known}:
+        there = ", ".join(f"{one.name} ({one.target})" for one in known) or "none"
+        raise RestoreError(f"there is no restore in place called {name}", hint=f"there are: {there}")
+    return await (swap.undo if undo is not None else swap.resume)(name, parts.site)
+
+
+def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:
+    """Print what a restore in place put where."""
+    if as_json:
+        show.print_json(swap)
+        return
+    for one in swap.places:
+        if undone:
+            show.say(f"{one.path} is as it was before; what had taken its place is {one.restored}")
+        else:
+            show.say(f"{one.path} is {swap.target}; the old state is {one.kept}")
+    if not undone:
+        show.say(f"start the server and the service again; take it back with: trigpoint restore --undo {swap.name}")

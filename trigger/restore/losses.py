@@ -1,0 +1,108 @@
+"""What production loses when an earlier state takes its place: counted by the catalog, and bounded by the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from trigger.errors import JournalError
+from trigger.model import from_microseconds
+from trigger.position import LAST, History, Lineage, Position, distance
+from trigger.replay import Target
+from trigger.restore.clone_records import CloneRecord
+from trigger.restore.clones import Site
+from trigger.shape import data
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What lies behind a state in production's present log."""
+
+    behind: Position | None
+    """Up to here all stays; null where nobody knows where the state stands."""
+    commits: int
+    """How many commits behind it the catalog knows."""
+    first_at: datetime | None
+    """When the first of them was made."""
+    last_at: datetime | None
+    """When the last of them was made."""
+    log_end: Position | None
+    """So far the log goes that is kept; what no stream shows may be committed in it too, and anything behind it. Null
+    where none is kept."""
+
+    def describe(self) -> list[str]:
+        """Give it in sentences for people."""
+        if self.behind is None:
+            return ["nobody knows which commits will be lost: where this state stands was not noted"]
+        if self.commits == 0:
+            lines = ["no commit that the catalog knows will be lost"]
+        elif self.commits == 1:
+            lines = [f"one commit that the catalog knows will be lost, made {data(self.first_at)}"]
+        else:
+            times = f"made {data(self.first_at)} to {data(self.last_at)}"
+            lines = [f"{self.commits} commits that the catalog knows will be lost, {times}"]
+        if self.log_end is None:
+            return [*lines, "others may be lost that it does not know: no log is kept in which they could be seen"]
+        size = distance(self.log_end, self.behind) if self.log_end.history.is_of_life(self.behind.history) else 0
+        return [
+            *lines,
+            f"others may be lost that it does not know (DDL, for one): the log that is kept goes to {self.log_end},"
+            f" {size} bytes behind this state, and production may have written more",
+        ]
+
+
+async def behind_target(target: Target, site: Site) -> Losses:
+    """Give what is lost where the state of a target takes production's place."""
+    return await _behind(Position(target.history, await _end_of(target, site)), site)
+
+
+async def behind_clone(record: CloneRecord, site: Site) -> Losses:
+    """Give what is lost where a clone takes production's place."""
+    if not record.stands_at:
+        return Losses(None, 0, None, None, None)
+    history, _, at = record.stands_at.rpartition("@")
+    latest = await site.catalog.latest()
+    kind = latest.floor.history.kind if latest is not None else ""
+    parsed = History.parse(history, kind)
+    return await _behind(Position(parsed, parsed.parse_place(at)), site)
+
+
+async def _end_of(target: Target, site: Site) -> int:
+    """Give the first place at which a record that begins there is no part of a target, as far as is known."""
+    if target.at is not None:
+        return target.at + (1 if target.inclusive else 0)
+    if target.commit is not None:
+        return target.commit.start + 1
+    return (await site.catalog.point(target.point)).floor.at if target.point else 0
+
+
+async def _behind(position: Position, site: Site) -> Losses:
+    """Give what lies at a position and behind it in the log that production has now."""
+    present = await site.catalog.present(position.history) or position.history
+    lineage = await _lineage(present, site)
+    at = _shared(await _lineage(position.history, site), lineage, position.at)
+    first = await site.catalog.commit_after(at - 1, lineage)
+    last = await site.catalog.commit_before(LAST, lineage) if first is not None else None
+    ends = [extent.end for extent in await site.journal.extents() if extent.history == present]
+    return Losses(
+        lineage.at(at),
+        await site.catalog.count_from(at, lineage),
+        from_microseconds(first.record.time_us) if first is not None else None,
+        from_microseconds(last.record.time_us) if last is not None else None,
+        Position(present, max(ends)) if ends else None,
+    )
+
+
+async def _lineage(history: History, site: Site) -> Lineage:
+    try:
+        return await site.journal.lineage(history)
+    except JournalError:
+        return Lineage(history)
+
+
+def _shared(mine: Lineage, present: Lineage, at: int) -> int:
+    """Give how far the log up to `at` of one lineage is the past of the present one too."""
+    for history, low, high in reversed(mine.stretches()):
+        if low <= at and (shared := present.shared(Position(history, min(at, high)))) is not None:
+            return shared
+    return 0

@@ -1,0 +1,194 @@
+"""Exchange production's volumes for those of a proven clone, by renames, and be able to exchange them back.
+
+Each volume is two renames: the old state to `<path>.before-<time>`, the clone's copy to `<path>`. They are written
+down before the first; and since what exists tells which of them were done, a swap that was cut off anywhere can be
+finished or undone, and both can be repeated. Nothing is copied and nothing is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trigger.errors import RestoreError, TrigpointError
+from trigger.failpoint import reached
+from trigger.restore.clone_records import sync_folder
+from trigger.restore.clones import Site, remove, to_its_end
+from trigger.restore.obstacles import require_at_rest
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The four paths of one volume."""
+
+    path: str
+    """Where production lies."""
+    kept: str
+    """Where the old state is kept."""
+    clone: str
+    """Where the clone's copy is until it takes the place."""
+    restored: str
+    """Where the restored state goes when the swap is undone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A restore in place, done or cut off."""
+
+    name: str
+    """By which it is undone: the time it began, `20260501T120000Z`."""
+    target: str
+    clone: str
+    places: tuple[Place, ...]
+    finished: bool
+    """Whether all of it is in place; not where it was cut off, nor where its undoing was."""
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Where the old state lies, a path a volume."""
+        return tuple(place.kept for place in self.places)
+
+
+async def swaps(site: Site) -> list[Swap]:
+    """Give every swap that was begun and of which the old state is still there, the oldest first."""
+    return await asyncio.to_thread(_all, site.records_folder)
+
+
+async def resume(name: str, site: Site) -> Swap:
+    """Finish a swap that was cut off, or whose undoing was; a finished one stays as it is.
+
+    Raises:
+        RestoreError: there is none, production runs, or the restored state is not there any more, and nothing has
+            changed; or a rename failed, and it can be repeated or undone.
+    """
+    swap = await _swap(name, site)
+    await require_at_rest(site)
+    _require_restored(swap)
+    await to_its_end(asyncio.to_thread(_each, swap.places, _forward))
+    done = Swap(swap.name, swap.target, swap.clone, swap.places, finished=True)
+    await asyncio.to_thread(write, site.records_folder, done)
+    await _drop_shell(swap, site)
+    return done
+
+
+async def undo(name: str, site: Site) -> Swap:
+    """Put the old state back where it was; what had taken its place is kept as `<path>.restored-<time>`.
+
+    Raises:
+        RestoreError: there is no such swap, production runs, or the old state of a volume is not there any more, and
+            nothing has changed; or a rename failed, and it can be repeated.
+    """
+    swap = await _swap(name, site)
+    await require_at_rest(site)
+    _require_kept(swap)
+    await to_its_end(asyncio.to_thread(_each, swap.places[::-1], _backward))
+    await asyncio.to_thread((site.records_folder / f"{name}.swap").unlink, missing_ok=True)
+    await _drop_shell(swap, site)
+    return swap
+
+
+async def _drop_shell(swap: Swap, site: Site) -> None:
+    """Remove what is left of the clone; what cannot be removed stays on the list of clones."""
+    with contextlib.suppress(TrigpointError):
+        await remove(swap.clone, site)
+
+
+async def _swap(name: str, site: Site) -> Swap:
+    for swap in await swaps(site):
+        if swap.name == name:
+            return swap
+    raise RestoreError(f"there is no restore in place called {name}", hint="its name is the time it began")
+
+
+def _require_restored(swap: Swap) -> None:
+    """Refuse where a volume's restored state neither is in place nor can be put there; raises `RestoreError`."""
+    for place in swap.places:
+        in_place = os.path.lexists(place.path) and (swap.finished or os.path.lexists(place.kept))
+        if not in_place and _aside(place) is None:
+            raise RestoreError(
+                f"the restored state of {place.path} is gone: {place.clone} does not exist",
+                hint=f"put the old state back: trigpoint restore --undo {swap.name}",
+            )
+
+
+def _require_kept(swap: Swap) -> None:
+    """Refuse where a volume's old state was removed while the restored one is in place; raises `RestoreError`."""
+    for place in swap.places:
+        if swap.finished and not os.path.lexists(place.kept):
+            raise RestoreError(
+                f"the old state of {place.path} is gone: {place.kept} does not exist",
+                hint="the restored state stays in place; what else was kept is of no use without it",
+            )
+
+
+def _aside(place: Place) -> str | None:
+    """Give where a volume's restored state waits: in the clone, or where the undoing put it; None if it does not."""
+    return next((path for path in (place.clone, place.restored) if os.path.lexists(path)), None)
+
+
+def _forward(place: Place) -> None:
+    """Put one volume's restored state in place; what exists tells what was done already."""
+    restored = _aside(place)
+    if restored is None:
+        return
+    if not os.path.lexists(place.kept):
+        _rename(place.path, place.kept)
+    _rename(restored, place.path)
+
+
+def _backward(place: Place) -> None:
+    """Put one volume's old state back; what exists tells what was done already."""
+    if not os.path.lexists(place.kept):
+        return
+    if os.path.lexists(place.path):
+        _rename(place.path, place.restored)
+    _rename(place.kept, place.path)
+
+
+def _each(places: Sequence[Place], act: Callable[[Place], None]) -> None:
+    for place in places:
+        act(place)
+
+
+def _rename(source: str, destination: str) -> None:
+    """Rename durably; raises `RestoreError` where something is in the way."""
+    if os.path.lexists(destination):
+        raise RestoreError(f"{source} cannot be renamed: {destination} exists", hint="move it away and try again")
+    try:
+        os.rename(source, destination)  # noqa: PTH104 - the words of the system call
+        for folder in {os.path.dirname(source), os.path.dirname(destination)}:  # noqa: PTH120
+            sync_folder(Path(folder))
+    except OSError as error:
+        raise RestoreError(f"{source} cannot be renamed to {destination}: {error.strerror}") from error
+    reached("after-rename")
+
+
+def write(folder: Path, swap: Swap) -> None:
+    """Write a swap down durably; blocks on a small file."""
+    draft = folder / f".{swap.name}.swap"
+    draft.unlink(missing_ok=True)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, json.dumps(asdict(swap), indent=1).encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    draft.rename(folder / f"{swap.name}.swap")
+    sync_folder(folder)
+
+
+def _all(folder: Path) -> list[Swap]:
+    found = []
+    for path in sorted(folder.glob("[0-9]*.swap")):
+        content = json.loads(path.read_text())
+        places = tuple(Place(**place) for place in content["places"])
+        finished = content["finished"] and not any(os.path.lexists(place.restored) for place in places)
+        swap = Swap(**content | {"places": places, "finished": finished})
+        if not swap.finished or any(os.path.lexists(kept) for kept in swap.kept):
+            found.append(swap)
+    return found
