@@ -25,10 +25,16 @@ SELECT pg_catalog.format('%s.%s', n.nspname, c.relname)
  WHERE c.relpersistence = 'u' AND c.relkind = 'r' ORDER BY 1
 """
 _DISABLE_SUBSCRIPTIONS = """
+  WITH before AS (SELECT b.oid, b.subslotname FROM pg_catalog.pg_subscription b)
 UPDATE pg_catalog.pg_subscription s SET subenabled = false, subslotname = NULL
-  FROM pg_catalog.pg_database d WHERE d.oid = s.subdbid
+  FROM pg_catalog.pg_database d, before WHERE d.oid = s.subdbid AND before.oid = s.oid
 RETURNING pg_catalog.format('%s in database %s', s.subname, d.datname)
+       || COALESCE(' (slot ' || before.subslotname::pg_catalog.text || ' on its publisher)', '')
 """
+_AHEAD = (
+    "in production's place each has to be made anew: such a slot is ahead of this state, so it never sends again what"
+    " came between, and keeps log on its publisher until it is dropped there"
+)
 _FOREIGN_SERVERS = "SELECT srvname FROM pg_catalog.pg_foreign_server ORDER BY 1"
 _EXTENSIONS = "SELECT extname FROM pg_catalog.pg_extension ORDER BY 1"
 
@@ -62,7 +68,9 @@ async def scrub(access: Access) -> Facts:
             f"in-doubt transactions, which hold their locks until COMMIT or ROLLBACK PREPARED: {listed(in_doubt)}"
         )
     if subscriptions:
-        notes.append(f"subscriptions were disabled and let go of their slots: {listed(sorted(subscriptions))}")
+        notes.append(
+            f"subscriptions were disabled and let go of their slots: {listed(sorted(subscriptions))}; {_AHEAD}"
+        )
     for database, is_open, is_broken in databases:
         if is_broken:
             notes.append(f"database {database} is what an interrupted DROP DATABASE left, and can only be dropped")

@@ -97,11 +97,13 @@ async def _touches_nothing(here: Ground, publisher: Cluster, archive: Path) -> N
         unlogged = connection.execute("SELECT count(*) FROM scratch").fetchone()
         listening = connection.execute("SELECT current_setting('listen_addresses')").fetchone()
     assert running.history.branch == cut.floor.history.branch + 1
-    assert (slots, enabled, unlogged, listening) == ((0,), [(False, None)], (0,), ("",))
+    assert (slots, enabled, unlogged, listening) == ((0,), [(False, None)] * 2, (0,), ("",))
     assert value is not None
     notes = "\n".join(running.notes)
     for said in ("keeper", "doubtful", "public.scratch", "feed", "sequences", "elsewhere"):
         assert said in notes, f"{said} is not in the notes:\n{notes}"
+    assert "feed in database postgres (slot feed on its publisher)" in notes
+    assert "apart in database postgres, feed" in notes, "it had no slot"
     assert _not_owned_by(running.data_directory, here.cluster.owner[0]) == []
     await asyncio.sleep(1.0)
     assert {name: _checksums(archive).get(name) for name in archived} == archived
@@ -126,6 +128,8 @@ def _tie_to_the_world(here: Ground, publisher: Cluster) -> None:
     here.cluster.sql("SELECT pg_create_logical_replication_slot('keeper', 'pgoutput')")
     here.cluster.sql("CREATE TABLE feed (i int)")
     here.cluster.sql(f"CREATE SUBSCRIPTION feed CONNECTION '{publisher.conninfo} dbname=postgres' PUBLICATION feed")
+    unconnected = "CONNECTION '' PUBLICATION feed WITH (connect = false, slot_name = NONE)"
+    here.cluster.sql(f"CREATE SUBSCRIPTION apart {unconnected}")
     here.cluster.sql("CREATE UNLOGGED TABLE scratch AS SELECT 1")
     here.cluster.sql("CREATE SEQUENCE numbers")
     here.cluster.sql("SELECT nextval('numbers')")
