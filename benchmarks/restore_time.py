@@ -24,7 +24,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -32,76 +31,26 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from connectors.databases.postgres.programs import as_owner, server_owner
 from tests.fixtures import judge
-from tests.fixtures.postgres import Cluster
+from tests.fixtures.pgbackrest import PgBackRest
 from tests.fixtures.service import Deployment, deployment
 from trigger.model import CommitRecord
 
-STANZA = "bench"
 SCALE_OF_A_GIGABYTE = 68
 """pgbench's scale 68 makes about a gigabyte of tables and indexes."""
 
 
-class PgBackRest:
-    """One repository and stanza for a cluster."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster = cluster
-        self.folder = folder
-        self.config = folder / "pgbackrest.conf"
-        for part in (folder, folder / "repo", folder / "log", folder / "lock"):
-            part.mkdir(exist_ok=True)
-            os.chown(part, *server_owner())
-        self.config.write_text(
-            f"[global]\nrepo1-path={folder}/repo\nlog-path={folder}/log\nlock-path={folder}/lock\n"
-            f"start-fast=y\nprocess-max=2\nlog-level-console=warn\nlog-level-file=off\n"
-            f"[{STANZA}]\npg1-path={cluster.data}\npg1-port={cluster.port}\npg1-socket-path={cluster.sockets}\n"
-            f"pg1-user=postgres\n"
-        )
-
-    def command(self, *arguments: str) -> list[str]:
-        """Give the argument vector of one of its commands."""
-        return ["pgbackrest", f"--config={self.config}", f"--stanza={STANZA}", *arguments]
-
-    def run(self, *arguments: str) -> None:
-        """Run one of its commands as the owner of the data; raises with its words where it fails."""
-        done = subprocess.run(
-            self.command(*arguments),
-            check=False,
-            text=True,
-            capture_output=True,
-            cwd="/",
-            timeout=3600,
-            **as_owner(server_owner()),
-        )
-        if done.returncode:
-            raise RuntimeError(f"pgbackrest {arguments}: {done.stdout}{done.stderr}")
-
-    def restore(self, commit: CommitRecord, folder: Path) -> float:
-        """Give the seconds until a server with that commit answers from `folder`; all of it is removed afterwards."""
-        clone = Cluster(self.cluster.major, folder)
-        for part in (clone.sockets, folder):
-            part.mkdir(mode=0o700)
-            os.chown(part, *server_owner())
-        os.sync()
-        began = time.monotonic()
-        try:
-            self.run(
-                f"--pg1-path={folder}", "--type=lsn", f"--target={commit.start}", "--target-action=promote",
-                "--archive-mode=off", "restore",
-            )  # fmt: skip
-            clone.configure({"port": str(clone.port), "unix_socket_directories": str(clone.sockets)})
-            clone.start()
-            while clone.sql("SELECT pg_is_in_recovery()")[0][0]:
-                time.sleep(0.01)
-            took = time.monotonic() - began
-            state = clone.sql(f"SELECT pg_xact_status('{commit.name}')")[0][0]
-            if state != "committed":
-                raise RuntimeError(f"pgBackRest restored without transaction {commit.name}: {state}")
-            return took
-        finally:
-            clone.destroy()
+def theirs(backup: PgBackRest, commit: CommitRecord, folder: Path) -> float:
+    """Give the seconds until a server with that commit answers from `folder`; all of it is removed afterwards."""
+    os.sync()
+    began = time.monotonic()
+    where = f"--target={commit.start}"
+    with backup.recovered(folder, "--type=lsn", where, "--target-action=promote") as clone:
+        took = time.monotonic() - began
+        state = clone.sql(f"SELECT pg_xact_status('{commit.name}')")[0][0]
+        if state != "committed":
+            raise RuntimeError(f"pgBackRest restored without transaction {commit.name}: {state}")
+    return took
 
 
 @contextlib.contextmanager
@@ -121,9 +70,7 @@ def prepared(gigabytes: float, seconds: int) -> Iterator[tuple[Deployment, PgBac
             cluster.run("pgbench", *where, "-i", "-q", "-s", str(scale), "postgres", seconds=3000)
             cluster.sql("CHECKPOINT")
             cluster.sql("SELECT pg_switch_wal()")
-            cluster.configure({"archive_command": " ".join(backup.command("archive-push", "%p"))})
-            cluster.sql("SELECT pg_reload_conf()")
-            backup.run("stanza-create")
+            backup.archive()
             deployed.start()
             backup.run("--type=full", "backup")
             cluster.run("pgbench", *where, "-n", "-N", "-c", "4", "-T", str(seconds), "postgres", seconds=3000)
@@ -149,14 +96,14 @@ def measure(gigabytes: float, restores: int, seconds: int) -> dict[str, float]:
     """Give medians for one size."""
     with prepared(gigabytes, seconds) as (deployed, backup):
         known = [record for records in judge.read(deployed).commits.values() for record in records]
-        mine, theirs = [], []
+        mine, others = [], []
         for commit in random.sample(known, restores):
             mine.append(ours(deployed, commit))
-            theirs.append(backup.restore(commit, deployed.root / "pgbackrest-clone"))
-            print(f"{gigabytes:6} GB: ours {mine[-1]}, pgBackRest {theirs[-1]:.2f} s", flush=True)
+            others.append(theirs(backup, commit, deployed.root / "pgbackrest-clone"))
+            print(f"{gigabytes:6} GB: ours {mine[-1]}, pgBackRest {others[-1]:.2f} s", flush=True)
     found = {f"ours_{step}": statistics.median(one[step] for one in mine) for step in mine[0]}
-    found["pgbackrest"] = statistics.median(theirs)
-    found["ratio"] = statistics.median(b / a["all"] for a, b in zip(mine, theirs, strict=True))
+    found["pgbackrest"] = statistics.median(others)
+    found["ratio"] = statistics.median(b / a["all"] for a, b in zip(mine, others, strict=True))
     return found
 
 

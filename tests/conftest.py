@@ -64,6 +64,8 @@ def needs(item: pytest.Item) -> Iterator[Callable[[], str]]:
         yield no_root
     if item.get_closest_marker("volume"):
         yield no_volumes
+    if item.get_closest_marker("pgbackrest"):
+        yield no_pgbackrest
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     if isinstance(major := parameters.get("major"), int):
         yield lambda: no_server(major)
@@ -80,6 +82,11 @@ def no_volumes() -> str:
         return "loop volumes need root"
     gone = [name for name in ("mkfs.btrfs", "mkfs.xfs", "mkfs.ext4", "mount") if shutil.which(name) is None]
     return f"loop volumes need {', '.join(gone)}" if gone else ""
+
+
+@cache
+def no_pgbackrest() -> str:
+    return "this needs pgbackrest" if shutil.which("pgbackrest") is None else ""
 
 
 @cache
