@@ -9,12 +9,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
+from tests.fixtures.postgres import free_port, running_cluster
 from tests.fixtures.service import Deployment, deployment
+from tests.fixtures.volumes import plain_folder
 from trigger.errors import RestoreError
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
@@ -128,6 +131,42 @@ def test_a_clone_that_was_proven_while_production_ran_takes_its_place_and_is_und
         here.trigpoint("restore", "--undo", swap["name"])
         here.cluster.start()
         assert held(here.cluster.conninfo) == [1, 2, 3, 4]
+        (left,) = here.ask("aside")
+        assert (left["name"], left["kind"], left["target"]) == (swap["name"], "restored", swap["target"])
+        assert left["bytes"] > 1 << 20
+        here.start()
+        here.trigpoint("aside", "drop", "--yes", swap["name"])
+        assert here.ask("aside") == []
+        assert sorted(path.name for path in here.root.iterdir()) == ["pg", "snapshots"]
+        assert held(here.cluster.conninfo) == [1, 2, 3, 4]
+
+
+def test_what_lies_aside_is_not_removed_while_a_server_works_in_it_or_a_restore_in_place_needs_it() -> None:
+    with a_bank(15, "directory") as here:
+        wanted = pay(here, 1, 2)
+        pay(here, 3)
+        here.settle()
+        assert here.stop() == 0
+        here.cluster.kill()
+        leftover = here.cluster.data / "postmaster.pid"
+        leftover.write_text(f"99999999\n{here.cluster.data}\n1\n{here.cluster.port}\n{here.cluster.sockets}\n")
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("TRIGPOINT_FAILPOINT", "after-rename:kill@1")
+            killed = here.trigpoint("restore", "--to-xid", wanted, "--in-place", "--yes", check=False)
+        assert killed.returncode == -signal.SIGKILL
+        (left,) = here.ask("aside")
+        assert "was cut off and needs it" in refused(here, "aside", "drop", "--yes", left["name"])
+        here.trigpoint("restore", "--resume", "last")
+        (old,) = (Path(path) for path in left["paths"])
+        (old / "postmaster.pid").unlink()
+        here.cluster.run("pg_ctl", "-D", old, "-l", here.cluster.log, "-o", f"-p {free_port()}", "-w", "start")
+        assert f"the server in {old} runs" in refused(here, "aside", "drop", "--yes", left["name"])
+        here.cluster.run("pg_ctl", "-D", old, "-w", "stop")
+        (old / "postmaster.pid").write_text(f"99999999\n{here.cluster.data}\n1\n{here.cluster.port}\n\n127.0.0.1\n")
+        here.cluster.start()
+        here.trigpoint("aside", "drop", "--yes", left["name"])  # production answers where its leftover says
+        assert not old.exists()
+        assert held(here.cluster.conninfo) == [1, 2]
 
 
 def test_a_clone_that_was_killed_on_its_way_into_the_place_is_put_there_by_a_second_try() -> None:
@@ -201,3 +240,37 @@ def test_a_server_whose_processes_are_not_seen_is_not_taken_away_from() -> None:
         assert held(here.cluster.conninfo) == [1, 2]
         undone = refused(here, "restore", "--undo", swap["name"])
         assert f"the server in {here.cluster.data} runs" in undone
+
+
+def test_the_publisher_of_a_subscription_is_said_to_be_ahead_of_what_was_put_back_and_is() -> None:
+    with plain_folder() as folder, running_cluster(15, folder / "publisher") as publisher, a_bank(15, "btrfs") as here:
+        publisher.sql("CREATE TABLE paid (n int PRIMARY KEY); CREATE PUBLICATION feed FOR TABLE paid")
+        here.cluster.sql(f"CREATE SUBSCRIPTION feed CONNECTION '{publisher.conninfo} dbname=postgres' PUBLICATION feed")
+
+        def fed(*numbers: int) -> str:
+            publisher.sql(f"INSERT INTO paid VALUES {', '.join(f'({number})' for number in numbers)}")
+            question = f"SELECT xmin::text FROM paid WHERE n = {numbers[-1]}"
+            here.wait_for(lambda: here.cluster.sql(question), "what was published")
+            return str(here.cluster.sql(question)[0][0])
+
+        state = "SELECT srsubstate::text FROM pg_subscription_rel"
+        here.wait_for(lambda: here.cluster.sql(state) == [("r",)], "the first copy to be over")
+        wanted = fed(1, 2)
+        fed(3)
+        here.settle()
+        sent = publisher.sql("SELECT pg_current_wal_lsn()::text")[0][0]
+        taken = f"SELECT confirmed_flush_lsn >= '{sent}' FROM pg_replication_slots"
+        here.wait_for(lambda: publisher.sql(taken) == [(True,)], "the publisher to know what was taken")
+        stop(here)
+        done = here.trigpoint("restore", "--to-xid", wanted, "--in-place", "--yes")
+        words = " ".join(done.stdout.split())
+        assert (
+            "feed in database postgres (slot feed on its publisher); in production's place each has to be made" in words
+        )
+        here.process = None
+        here.cluster.start()
+        assert held(here.cluster.conninfo) == [1, 2]
+        here.cluster.sql("ALTER SUBSCRIPTION feed SET (slot_name = 'feed')")
+        here.cluster.sql("ALTER SUBSCRIPTION feed ENABLE")
+        fed(4)
+        assert held(here.cluster.conninfo) == [1, 2, 4], "as was said"

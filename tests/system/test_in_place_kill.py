@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -122,16 +123,22 @@ def resume(here: Deployment) -> None:
 def undo(here: Deployment) -> None:
     """Take the newest restore in place back: nothing is left of it but the restored state, if it was in place."""
     here.trigpoint("restore", "--undo", "last")
-    require_nothing_left(here, [])
+    require_nothing_left(here, [f"{path.name.rpartition('-')[2]}.undone" for path in restored(here)])
     assert here.ask("clones") == []
     assert not list(here.root.glob("*.before-*"))
+
+
+def restored(here: Deployment) -> list[Path]:
+    """Give what was taken back of the cluster's own volume."""
+    return sorted(here.root.glob(f"{here.cluster.data.name}.restored-*"))
 
 
 def require_nothing_left(here: Deployment, records: Sequence[str]) -> None:
     """See that there is no clone, no staged log, and no record but these."""
     assert not list((here.root / "snapshots" / "clones").glob("*"))
     assert not list((here.state / "staging").glob("*"))
-    assert [path.name for path in (here.state / "clones").glob("*")] == records
+    kept = [path.name for path in (here.state / "clones").glob("*")]
+    assert sorted(kept) == sorted({*records, *(f"{path.name.rpartition('-')[2]}.undone" for path in restored(here))})
 
 
 def require_in_place(here: Deployment, payments: list[int]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trigger.cli import arguments, catalog, configuration, log, points, restores, rules, service, setup
+from trigger.cli import arguments, catalog, configuration, in_place, log, points, restores, rules, service, setup
 from trigger.errors import ConfigError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -92,6 +92,7 @@ app.command("find")(points.find)
 app.command("commits")(log.commits)
 app.command("restore")(restores.restore_state)
 app.add_typer(restores.clones, name="clones")
+app.add_typer(in_place.aside, name="aside")
 app.command("verify")(restores.verify_point)
 app.command("reconcile")(service.reconcile)
 app.command("clear")(service.clear)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import confirm, require_answer
+from trigger.cli.arguments import Config, Json, Yes, confirm, options, require_answer
 from trigger.cli.connected import at
 from trigger.errors import ConfigError, RestoreError
 from trigger.model import Finding, Severity
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
+    from trigger.restore.aside import Aside
     from trigger.restore.clones import CloneStatus
     from trigger.restore.inplace import ClonePlan, InPlacePlan
     from trigger.restore.losses import Losses
@@ -185,5 +187,74 @@ def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:
             show.say(f"{one.path} is as it was before; what had taken its place is {one.restored}")
         else:
             show.say(f"{one.path} is {swap.target}; the old state is {one.kept}")
-    if not undone:
+    if undone:
+        show.say(f"trigpoint aside drop {swap.name} removes that")
+    else:
         show.say(f"start the server and the service again; take it back with: trigpoint restore --undo {swap.name}")
+
+
+aside = typer.Typer(
+    invoke_without_command=True, help="List what restores in place left beside the volumes; drop what is not needed."
+)
+
+
+@aside.callback()
+def list_by_default(context: typer.Context, config: Config = None, as_json: Json = False) -> None:
+    """List what restores in place left beside the volumes; drop what is not needed."""
+    if context.invoked_subcommand is None:
+        list_aside(config, as_json)
+
+
+@aside.command("list")
+def list_aside(config: Config = None, as_json: Json = False) -> None:
+    """List what restores in place left beside the volumes: of which one it is, how old, how large."""
+    found = at(options(config), _aside)
+    if as_json:
+        show.print_json(found)
+        return
+    columns = ("name", "kind", ">age", ">size", "restored then", "needed", "paths")
+    rows = [
+        (
+            one.name,
+            one.kind,
+            show.duration(max(0.0, one.age.total_seconds())),
+            show.size(one.bytes),
+            one.target,
+            one.needed,
+            ", ".join(one.paths),
+        )
+        for one in found
+    ]
+    show.table(columns, rows, empty="nothing lies aside")
+
+
+async def _aside(parts: Parts) -> list[Aside]:
+    from trigger.restore.aside import aside as lying_aside
+
+    return await lying_aside(parts.site)
+
+
+@aside.command("drop")
+def drop_aside(
+    names: Annotated[list[str], typer.Argument(help="The times of the restores in place, as `aside` lists them.")],
+    yes: Yes = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Remove for good what restores in place left beside the volumes. A restore whose old state goes cannot be undone.
+
+    What a restore in place needs that was cut off stays, and so does what a server works in.
+    """
+    confirm(f"remove for good what lies aside of {', '.join(names)}", yes=yes)
+    removed = at(options(config), lambda parts: _discarded(names, parts))
+    if as_json:
+        show.print_json(removed)
+    else:
+        for path in removed:
+            show.say(f"removed {path}")
+
+
+async def _discarded(names: list[str], parts: Parts) -> list[Path]:
+    from trigger.restore.aside import discard
+
+    return [path for name in dict.fromkeys(names) for path in await discard(name, parts.site)]

@@ -21,6 +21,7 @@ from trigger.keep.expire import GivenUp
 from trigger.model import CommitRecord, Finding, Gap, Logged, RecoveryPoint, Verification
 from trigger.position import History, Name, Place, Position
 from trigger.protect.rehearse import RehearsedPoint
+from trigger.restore.aside import Aside
 from trigger.restore.clones import CloneStatus
 from trigger.restore.inplace import ClonePlan, InPlacePlan
 from trigger.restore.locate import Location
@@ -117,6 +118,8 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("clones start", list[CloneStatus]),
     ("clones stop", list[CloneStatus]),
     ("clones drop", list[str]),
+    ("aside, aside list", list[Aside]),
+    ("aside drop", list[Path]),
     ("verify", Verification),
     ("reconcile", Reconciliation),
     ("clear", {"cleared": str}),

@@ -11,15 +11,20 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
+from trigger.host import make_passage
+from trigger.lock import lock
 from trigger.restore.clone_records import sync_folder
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.obstacles import require_at_rest
+
+_SWAP, _UNDONE = ".swap", ".undone"
+"""How the files are called in which a swap is written down: one that stands or was cut off, and one taken back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,8 @@ class Swap:
     places: tuple[Place, ...]
     finished: bool
     """Whether all of it is in place; not where it was cut off, nor where its undoing was."""
+    undone: bool = False
+    """Whether it was taken back; then only what had been in place may still be there."""
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -66,13 +73,14 @@ async def resume(name: str, site: Site) -> Swap:
         RestoreError: there is none, production runs, or the restored state is not there any more, and nothing has
             changed; or a rename failed, and it can be repeated or undone.
     """
-    swap = await _swap(name, site)
-    await require_at_rest(site)
-    _require_restored(swap)
-    await to_its_end(asyncio.to_thread(_each, swap.places, _forward))
-    done = Swap(swap.name, swap.target, swap.clone, swap.places, finished=True)
-    await asyncio.to_thread(write, site.records_folder, done)
-    await _drop_shell(swap, site)
+    with places_held(site):
+        swap = await _swap(name, site)
+        await require_at_rest(site)
+        _require_restored(swap)
+        await to_its_end(asyncio.to_thread(_each, swap.places, _forward))
+        done = replace(swap, finished=True)
+        await asyncio.to_thread(write, site.records_folder, done)
+        await _drop_shell(swap, site)
     return done
 
 
@@ -83,13 +91,35 @@ async def undo(name: str, site: Site) -> Swap:
         RestoreError: there is no such swap, production runs, or the old state of a volume is not there any more, and
             nothing has changed; or a rename failed, and it can be repeated.
     """
-    swap = await _swap(name, site)
-    await require_at_rest(site)
-    _require_kept(swap)
-    await to_its_end(asyncio.to_thread(_each, swap.places[::-1], _backward))
-    await asyncio.to_thread((site.records_folder / f"{name}.swap").unlink, missing_ok=True)
-    await _drop_shell(swap, site)
+    with places_held(site):
+        swap = await _swap(name, site)
+        await require_at_rest(site)
+        _require_kept(swap)
+        await to_its_end(asyncio.to_thread(_each, swap.places[::-1], _backward))
+        await asyncio.to_thread(_note_undone, swap, site.records_folder)
+        await _drop_shell(swap, site)
     return swap
+
+
+@contextlib.contextmanager
+def places_held(site: Site) -> Iterator[None]:
+    """Hold the places of the volumes for one process; raises `RestoreError` where another one changes them."""
+    make_passage(site.records_folder)
+    held = lock(site.records_folder.with_suffix(".lock"))
+    if held is None:
+        raise RestoreError("another trigpoint exchanges or removes states", hint="wait until it has ended")
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _note_undone(swap: Swap, records: Path) -> None:
+    """Keep what is known of a swap that was taken back for as long as something of it lies aside."""
+    if any(os.path.lexists(place.restored) for place in swap.places):
+        _put_down(records, f"{swap.name}{_UNDONE}", replace(swap, finished=False, undone=True))
+    (records / f"{swap.name}{_SWAP}").unlink(missing_ok=True)
+    sync_folder(records)
 
 
 async def _drop_shell(swap: Swap, site: Site) -> None:
@@ -170,7 +200,11 @@ def _rename(source: str, destination: str) -> None:
 
 def write(folder: Path, swap: Swap) -> None:
     """Write a swap down durably; blocks on a small file."""
-    draft = folder / f".{swap.name}.swap"
+    _put_down(folder, f"{swap.name}{_SWAP}", swap)
+
+
+def _put_down(folder: Path, name: str, swap: Swap) -> None:
+    draft = folder / f".{name}"
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -178,17 +212,32 @@ def write(folder: Path, swap: Swap) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    draft.rename(folder / f"{swap.name}.swap")
+    draft.rename(folder / name)
     sync_folder(folder)
 
 
+def noted(folder: Path) -> list[Swap]:
+    """Give every swap that is written down, also of which nothing is there any more, the oldest first; blocks."""
+    found = {path.stem: _read(path) for path in sorted(folder.glob(f"[0-9]*{_UNDONE}"))}
+    found |= {path.stem: _read(path) for path in sorted(folder.glob(f"[0-9]*{_SWAP}"))}
+    return [found[name] for name in sorted(found)]
+
+
+def forget(folder: Path, name: str) -> None:
+    """Remove what is written down of a swap; blocks on small files."""
+    for suffix in (_SWAP, _UNDONE):
+        (folder / f"{name}{suffix}").unlink(missing_ok=True)
+    if folder.exists():
+        sync_folder(folder)
+
+
+def _read(path: Path) -> Swap:
+    content = json.loads(path.read_text())
+    places = tuple(Place(**place) for place in content["places"])
+    finished = content["finished"] and not any(os.path.lexists(place.restored) for place in places)
+    return Swap(**content | {"places": places, "finished": finished})
+
+
 def _all(folder: Path) -> list[Swap]:
-    found = []
-    for path in sorted(folder.glob("[0-9]*.swap")):
-        content = json.loads(path.read_text())
-        places = tuple(Place(**place) for place in content["places"])
-        finished = content["finished"] and not any(os.path.lexists(place.restored) for place in places)
-        swap = Swap(**content | {"places": places, "finished": finished})
-        if not swap.finished or any(os.path.lexists(kept) for kept in swap.kept):
-            found.append(swap)
-    return found
+    there = [swap for swap in noted(folder) if not swap.undone]
+    return [swap for swap in there if not swap.finished or any(os.path.lexists(kept) for kept in swap.kept)]

@@ -46,13 +46,15 @@ COMMANDS = (
         "verify",
         "expire",
     ),
-    *("reconcile", "clear", "release", "clones", "catalog", "rules", "config"),
+    *("reconcile", "clear", "release", "clones", "aside", "catalog", "rules", "config"),
 )
 BELOW = (
     ("clones", "list"),
     ("clones", "drop"),
     ("clones", "start"),
     ("clones", "stop"),
+    ("aside", "list"),
+    ("aside", "drop"),
     ("catalog", "rebuild"),
     ("rules", "test"),
     ("config", "check"),
@@ -152,6 +154,11 @@ def test_completion_is_there_for_every_shell(shell: str) -> None:
         (("rules", "test", "--last", "1", "--watch", "1"), "give one of --last, --watch and --file"),
         (("rules", "test", "--file", "x", "--record", "y"), "--record does not go with --file"),
         (("clones", "start", "a", "b", "--listen", "127.0.0.1:5433"), "--listen is for one clone"),
+        (("restore", "--from-clone", "a"), "--from-clone says which state, and goes with --in-place alone"),
+        (("restore", "--in-place", "--from-clone", "a", "--to-latest"), "--from-clone says which state"),
+        (("restore", "--in-place", "--from-clone", "a", "--name", "b"), "--from-clone says which state"),
+        (("restore", "--in-place", "--from-clone", "a"), "this will put clone a where production of"),
+        (("aside", "drop", "20260501T120000Z"), "this will remove for good what lies aside of 20260501T120000Z"),
         (("clones", "start", "a", "--listen", "5433"), "not an address and a port: '5433'"),
     ],
 )
