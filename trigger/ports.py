@@ -229,11 +229,7 @@ class Agent(Protocol):
     name: str
 
     async def prepare(self, volumes: Sequence[Volume]) -> None:
-        """Get ready before any round: open what must be open so that an earlier write-back error is seen.
-
-        Raises:
-            AgentError: a volume is not there, or may not be opened.
-        """
+        """Open, before any round, what has to be for an earlier error of write-back to be seen; raises `AgentError`."""
         ...
 
     async def flush(self, point: str, deadline_seconds: float) -> tuple[Flush, ...]:
@@ -484,6 +480,10 @@ class Recovery(Protocol):
 
     async def used(self, clone: Clone) -> int | None:
         """Give how many transactions a clone began since it was brought up, unasked ones too; None if none can tell."""
+        ...
+
+    async def unfit(self, clone: Clone, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give what keeps a clone from going on as the cluster in `volumes`: another copy went on under its branch."""
         ...
 
     async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:

@@ -125,6 +125,11 @@ class MemoryRecovery:
         await asyncio.sleep(0)
         return 0
 
+    async def unfit(self, clone: Clone, volumes: Sequence[Volume]) -> list[Finding]:  # noqa: ARG002 - the port's
+        """Find nothing: no copy lies beside the volumes here."""
+        await asyncio.sleep(0)
+        return []
+
     async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give the servers that the world says to work in a volume."""
         await asyncio.sleep(0)

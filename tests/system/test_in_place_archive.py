@@ -15,6 +15,7 @@ from tests.fixtures.service import Deployment
 from tests.fixtures.volumes import plain_folder, run
 from tests.system.test_archive import Archive, archived
 from tests.system.test_histories import spoken, tell
+from trigger.errors import RestoreError
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
@@ -182,6 +183,43 @@ def test_a_restore_in_place_after_one_that_was_undone_takes_no_timeline_that_the
         here.trigpoint("restore", "--to-xid", str(kept.xid), "--in-place", "--yes")
         cluster.start()
         tell(cluster, "five")
+        wait_for_archiver(cluster)
+        held = archive.held()
+        assert {name: held[name] for name in before} == before
+        assert "00000003.history" in held
+        assert cluster.sql("SELECT failed_count FROM pg_stat_archiver") == [(0,)]
+
+
+def test_a_timeline_that_only_a_state_aside_was_in_is_taken_by_no_other_clone() -> None:
+    """The service saw none of it: what was in place was looked at, archived by its server, and taken back."""
+    with plain_folder() as folder, spoken(16, archive_mode="on") as here:
+        cluster, archive = here.cluster, Archive(folder)
+        cluster.configure({"archive_command": f"{archive.keep} %p %f"})
+        cluster.sql("SELECT pg_reload_conf()")
+        here.start()
+        first, second, _ = (one.xid for one in tell(cluster, "one", "two", "three"))
+        here.settle()
+        here.ask("restore", "--to-xid", str(second), "--name", "spare")
+        assert here.stop() == 0
+        cluster.stop()
+        here.trigpoint("restore", "--to-xid", str(first), "--in-place", "--yes")
+        cluster.start()
+        tell(cluster, "not this")
+        wait_for_archiver(cluster)
+        before = archive.held()
+        assert "00000002.history" in before
+        cluster.stop()
+        refused = here.trigpoint("restore", "--in-place", "--from-clone", "spare", "--yes", check=False)
+        assert refused.returncode == RestoreError.exit_code
+        assert "timeline 2" in refused.stderr
+        here.trigpoint("restore", "--undo", "last")
+        refused = here.trigpoint("restore", "--in-place", "--from-clone", "spare", "--yes", check=False)
+        assert refused.returncode == RestoreError.exit_code
+        assert "timeline 2" in refused.stderr
+        here.trigpoint("restore", "--to-xid", str(second), "--in-place", "--yes")
+        cluster.start()
+        assert words(cluster) == ["one", "two"]
+        tell(cluster, "four")
         wait_for_archiver(cluster)
         held = archive.held()
         assert {name: held[name] for name in before} == before

@@ -167,6 +167,7 @@ async def _of_clone(record: CloneRecord, clone: Clone, site: Site) -> list[Findi
         if volume.name in copies:
             fixed = await asyncio.to_thread(immovable, copies[volume.name], Path(volume.path).parent)
             found += [fixed] if fixed is not None else []
+    found += await site.recovery.unfit(clone, site.volumes)
     if not record.history:
         words = f"clone {clone.name} was made by an earlier version, which did not note its timeline"
         return [*found, Finding(clone.name, Severity.REFUSED, words, _ANEW)]

@@ -50,7 +50,7 @@ def tell(log: int, production: int | None, written: str, owner: tuple[int, int])
     with _status_of(log, owner) as status:
         snapshots = _unarchived(log)
         waiting = {name for name in snapshots if _timeline(name) != own.timeline}
-        if production is not None and _system(production) in ("", own.system):
+        if production is not None and system_of(production) in ("", own.system):
             waiting = {name for name in _unarchived(production) if _timeline(name) != own.timeline}
             for name in waiting.copy():
                 if not _take(name, production, log, own, owner) and name not in snapshots:
@@ -111,7 +111,7 @@ def _ready(status: int) -> list[str]:
     return [name.removesuffix(_READY) for name in os.listdir(status) if name.endswith(_READY)]
 
 
-def _system(log: int) -> str:
+def system_of(log: int) -> str:
     """Give the cluster whose log it is; "" where no segment says it."""
     for name in sorted(filter(is_segment, os.listdir(log)), reverse=True):
         with contextlib.suppress(OSError), reading(Path(name), folder=log) as file:

@@ -22,6 +22,7 @@ from psycopg.conninfo import make_conninfo
 
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.clone import (
+    beside,
     inspection,
     isolation,
     postmaster,
@@ -45,7 +46,7 @@ from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, last_lines, run
 from trigger.errors import DatabaseError, RestoreError
-from trigger.model import Address, Finding, Volume
+from trigger.model import Address, Finding, Severity, Volume
 from trigger.ports import Clone, Progress
 from trigger.position import Position
 from trigger.replay import Replay, Running, Target
@@ -131,6 +132,8 @@ class PostgresRecovery:
         await _require_reachable(programs, isolated, log_folder)
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", isolated.data))
         _require_fit(control, replay)
+        system = control["Database system identifier"]
+        await asyncio.to_thread(beside.show, self._placement, volumes, system, log_folder, isolated.owner)
         redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
         dump = WalDump(programs, isolated.owner)
         seen = await tablespaces.refuse_new_ones(dump, isolated, log_folder, redo, replay)
@@ -253,11 +256,27 @@ class PostgresRecovery:
         state = State.read(data)
         if (running := await self.running(clone)) is not None:
             return int(await self.query(running, state.home, _NEXT_XID)) - state.next_xid
-        programs = self._programs_for(isolation.major_of(data))
-        isolated = Isolated(data, owner_of(data), programs.major, ())
-        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
+        control = await self._control(data)
         epoch, _, low = control["Latest checkpoint's NextXID"].partition(":")
         return (int(epoch) << 32 | int(low)) - state.next_xid
+
+    async def unfit(self, clone: Clone, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give what keeps a clone from going on as the cluster in `volumes`: its timeline was begun there or beside."""
+        data = self._data(clone)
+        if data is None:
+            return []
+        control = await self._control(data)
+        own, system = int(control["Latest checkpoint's TimeLineID"]), control["Database system identifier"]
+        begun = await asyncio.to_thread(beside.timelines, self._placement, volumes, system)
+        if own not in begun:
+            return []
+        words = f"clone {clone.name} goes on in timeline {own}, and so did what lies at {begun[own]}"
+        return [Finding(clone.name, Severity.REFUSED, words, "make another clone: it takes a timeline of its own")]
+
+    async def _control(self, data: Path) -> dict[str, str]:
+        programs = self._programs_for(isolation.major_of(data))
+        isolated = Isolated(data, owner_of(data), programs.major, ())
+        return isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
 
     async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give the servers that work in one of the volumes, also where their processes are not seen."""
@@ -270,9 +289,7 @@ class PostgresRecovery:
             raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
         if postmaster.find(data) is not None:
             raise RestoreError(f"the server of {clone.name} still runs", hint="stop it first")
-        programs = self._programs_for(isolation.major_of(data))
-        isolated = Isolated(data, owner_of(data), programs.major, ())
-        control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
+        control = await self._control(data)
         written = control["Latest checkpoint's REDO WAL file"]  # of a server that was stopped: the last one
         await asyncio.to_thread(release, data, clone, self._placement, volumes, written)
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from connectors.databases.postgres.clone import archiving
+from connectors.databases.postgres.clone.beside import production_log
 from connectors.databases.postgres.clone.inside import entered, folder_of, part_of
-from connectors.databases.postgres.clone.isolation import OWN_FOLDER, Placement, Spot, links, log_of, require_no_link_to
+from connectors.databases.postgres.clone.isolation import OWN_FOLDER, Placement, links, log_of, require_no_link_to
 from connectors.databases.postgres.log.files import give
 from trigger.errors import RestoreError
 from trigger.model import Volume
@@ -53,7 +54,7 @@ def release(data: Path, clone: Clone, placement: Placement, volumes: Sequence[Vo
             aside.replace(data / _SETTINGS)
         for name in _LEFT_OVER:
             (data / name).unlink(missing_ok=True)
-        with log_of(data, clone, volumes) as log, _log_in(*_production_log(placement, volumes)) as theirs:
+        with log_of(data, clone, volumes) as log, _log_in(*production_log(placement, volumes)) as theirs:
             archiving.tell(log, theirs, written, owner)
         if (data / OWN_FOLDER).exists():
             shutil.rmtree(data / OWN_FOLDER)
@@ -76,12 +77,6 @@ def _log_in(production: Path, below: Path) -> Iterator[int | None]:
                 hint="where pg_wal was moved, start the cluster and the service once, so that the place is known",
             ) from error
         yield log
-
-
-def _production_log(placement: Placement, volumes: Sequence[Volume]) -> tuple[Path, Path]:
-    """Give the volume that production's pg_wal lies in, and where in it."""
-    spot = placement.wal or Spot(placement.data.volume, f"{placement.data.path}/pg_wal".lstrip("/"))
-    return next(Path(volume.path).resolve() for volume in volumes if volume.name == spot.volume), Path(spot.path)
 
 
 def _leading_back(data: Path, clone: Clone, volumes: Sequence[Volume]) -> list[tuple[Path, Path]]:
