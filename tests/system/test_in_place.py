@@ -18,10 +18,11 @@ import pytest
 from tests.fixtures.postgres import free_port, running_cluster
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import plain_folder
-from trigger.errors import RestoreError
+from trigger.errors import PreflightError, RestoreError
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
+TIMES = "SELECT n, pg_xact_commit_timestamp(xmin) FROM paid WHERE n <= 2 ORDER BY n"
 SETTLED = 1
 """How many commits `settle` makes itself."""
 APART = ("unshare", "--pid", "--fork", "--mount-proc")
@@ -62,7 +63,7 @@ def planned(here: Deployment, *target: str) -> dict[str, Any]:
 
 @contextmanager
 def a_bank(major: int, storage: str) -> Iterator[Deployment]:
-    with deployment(major, storage) as here:
+    with deployment(major, storage, track_commit_timestamp="on") as here:
         here.cluster.sql("CREATE TABLE paid (n int PRIMARY KEY)")
         here.start()
         yield here
@@ -103,6 +104,7 @@ def test_a_clone_that_was_proven_while_production_ran_takes_its_place_and_is_und
         wanted = pay(here, 1, 2)
         pay(here, 3)
         here.settle()
+        times = here.cluster.sql(TIMES)
         report = here.ask("restore", "--to-xid", wanted, "--name", "early")
         here.ask("restore", "--to-xid", wanted, "--name", "spare")
         pay(here, 4)
@@ -120,6 +122,7 @@ def test_a_clone_that_was_proven_while_production_ran_takes_its_place_and_is_und
         assert [clone["name"] for clone in here.ask("clones")] == ["spare"]
         here.cluster.start()
         assert held(here.cluster.conninfo) == [1, 2, 100]
+        assert here.cluster.sql(TIMES) == times
         assert here.cluster.sql("SHOW port") == [(str(here.cluster.port),)]
         here.start()
         pay(here, 5)
@@ -162,6 +165,11 @@ def test_what_lies_aside_is_not_removed_while_a_server_works_in_it_or_a_restore_
         here.cluster.run("pg_ctl", "-D", old, "-l", here.cluster.log, "-o", f"-p {free_port()}", "-w", "start")
         assert f"the server in {old} runs" in refused(here, "aside", "drop", "--yes", left["name"])
         here.cluster.run("pg_ctl", "-D", old, "-w", "stop")
+        here.cluster.run("pg_ctl", "-D", old, "-l", here.cluster.log, "-w", "start")
+        astray = here.trigpoint("aside", check=False)
+        assert astray.returncode == PreflightError.exit_code, "what answers at the connection is not what is protected"
+        here.cluster.run("pg_ctl", "-D", old, "-w", "stop")
+        assert here.ask("aside"), "where production lies was not forgotten for it"
         (old / "postmaster.pid").write_text(f"99999999\n{here.cluster.data}\n1\n{here.cluster.port}\n\n127.0.0.1\n")
         here.cluster.start()
         here.trigpoint("aside", "drop", "--yes", left["name"])  # production answers where its leftover says

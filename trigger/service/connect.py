@@ -109,7 +109,7 @@ async def connect(
         raise ConfigError(f"state_folder: {alien.message}", hint=alien.remedy)
     volumes = options.volume_list
     database = driver("database", options.database.driver)(options.database, suffix)
-    layout = await known_layout(database, layout_files(options))
+    layout, answered = await known_layout(database, layout_files(options))
     storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
     if past and not options.catalog_path.exists():
         await _refuse_empty(options.catalog_path, storage)
@@ -121,6 +121,8 @@ async def connect(
         journal = driver("journal", options.journal.driver)(options.journal, database, layout, options.journal_folder)
         recovery = driver("recovery", options.database.driver)(options.restore, database, layout, volumes, options.name)
         agents = [driver("agent", options.agent.driver)(options.agent, gethostname(), options.state_folder)]
+        if answered:  # and fits: another cluster that answers there now must not make us forget where ours lies
+            await asyncio.to_thread(keep_layout, layout, layout_files(options))
     except BaseException:
         await catalog.close()
         raise
@@ -142,18 +144,16 @@ def layout_files(options: Options) -> tuple[Path, ...]:
     return tuple(folder / "layout.json" for folder in (options.state_folder, options.storage.folder))
 
 
-async def known_layout(database: Database, kept: Sequence[Path]) -> Layout:
-    """Give the cluster's layout, from the cluster itself, or as it was last seen where that does not answer."""
+async def known_layout(database: Database, kept: Sequence[Path]) -> tuple[Layout, bool]:
+    """Give the cluster's layout, and whether it is the cluster's own word; else it is as it was kept."""
     try:
-        layout = await database.layout()
+        return await database.layout(), True
     except DatabaseError as error:
         there = next((file for file in kept if file.exists()), None)
         if there is None:
             raise
         log.info("the layout is the one last seen, since the cluster does not answer: %s", error.message)
-        return _recalled(database, there)
-    await asyncio.to_thread(keep_layout, layout, kept)
-    return layout
+        return _recalled(database, there), False
 
 
 def keep_layout(layout: Layout, kept: Sequence[Path]) -> None:

@@ -13,7 +13,7 @@ from connectors.databases.postgres import places
 from tests.fixtures.service import deployment
 from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Layout
-from trigger.service.connect import known_layout
+from trigger.service.connect import keep_layout, known_layout
 
 DATA = Path("/srv/data")
 SEEN = places.layout(150018, DATA, DATA / "pg_wal", {16400: Path("/fast")}, (), (105, 110), 16 << 20)
@@ -35,7 +35,13 @@ class Cluster:
 
 
 def known(layout: Layout | None, folder: Path) -> Layout:
-    return asyncio.run(known_layout(cast("Any", Cluster(layout)), [folder / "layout.json"]))
+    """Give what is known of where a cluster lies, and keep it where it is the cluster's own word."""
+    kept = [folder / "layout.json"]
+    found, answered = asyncio.run(known_layout(cast("Any", Cluster(layout)), kept))
+    assert answered is (layout is not None)
+    if answered:
+        keep_layout(found, kept)
+    return found
 
 
 def test_the_layout_is_kept_for_our_eyes_only_and_read_back_where_the_cluster_does_not_answer(tmp_path: Path) -> None:
