@@ -253,6 +253,8 @@ async def a_clone_outlives_its_point(rig: Rig) -> None:
     (listed,) = await rig.driver().clones()
     assert (listed.name, listed.point, listed.paths) == ("copy-1", A, clone.paths)
     assert [volume for volume, _ in clone.paths] == names(rig.volumes)
+    if (said := storage.clones_folder) is not None:
+        assert all(path.is_relative_to(said) for _, path in clone.paths)
 
 
 @every

@@ -131,10 +131,11 @@ def show_clone_plan(refused: tuple[Finding, ...], planned: ClonePlan, *, as_json
 
 
 def _notes(planned: ClonePlan) -> list[str]:
-    notes = list(planned.record.notes)
-    if planned.used:
-        notes.insert(0, f"{planned.used} transactions were begun in the clone itself since, and go with it")
-    return notes
+    proofs = [f"when it was made, {what}: {seen}" for what, _, seen in planned.record.checks]
+    since = (
+        [f"{planned.used} transactions were begun in the clone itself since, and go with it"] if planned.used else []
+    )
+    return [*proofs, *since, *planned.record.notes]
 
 
 def _with_service(refused: tuple[Finding, ...], chosen: Options) -> tuple[Finding, ...]:

@@ -8,35 +8,50 @@ and then only its connection tells that it lives. A restarted host shows the sam
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import PGconn, Ping
 
+from connectors.databases.postgres.clone import isolation
+from connectors.databases.postgres.programs import Programs, find_programs, run
+from trigger.errors import ConfigError, DatabaseError, RestoreError
 from trigger.model import Finding, Severity, Volume
 
 LOCK_FILE = "postmaster.pid"
 _DEPTH = 3
 """So far below the top of a volume a data directory is looked for."""
 _PING_SECONDS = 3
+_ASKING_SECONDS = 30.0
 _FOLDER_LINE, _PORT_LINE, _SOCKET_LINE, _ADDRESS_LINE = 1, 3, 4, 5
 """What stands in a lock file, from 0 on (pidfile.h)."""
+_REACHING = ("host", "hostaddr", "port", "service")
+_ENVIRONMENT = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGSERVICE", "PGSERVICEFILE", "HOME")
+"""By which a connection string without a host is completed."""
 _ANYWHERE = {"*": "localhost", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not listened at
 
 
-def at_work(volumes: Sequence[Volume], conninfo: str) -> list[Finding]:
-    """Give the servers that work in one of the volumes, or may; blocks, for a few seconds where a host is silent.
+async def at_work(
+    volumes: Sequence[Volume], conninfo: str = "", programs_for: Callable[[int], Programs] = find_programs
+) -> list[Finding]:
+    """Give the servers that work in one of the volumes, or may; takes a few seconds where a host is silent.
 
-    `conninfo` is how production's is reached; "" where that is not known.
+    Args:
+        volumes: where they are looked for.
+        conninfo: how production's is reached; "" where that is not known.
+        programs_for: gives the programs of a major version.
     """
-    return [
-        found
-        for volume in volumes
-        for lock in _lock_files(Path(volume.path), _DEPTH)
-        if (found := _at_work(lock, conninfo)) is not None
-    ]
+    locks = await asyncio.to_thread(lambda: [(lock, _seen(lock)) for lock in _locks(volumes)])
+    found = [seen or await _heard(lock, conninfo, programs_for) for lock, seen in locks]
+    return [one for one in found if one is not None]
+
+
+def _locks(volumes: Sequence[Volume]) -> Iterator[Path]:
+    for volume in volumes:
+        yield from _lock_files(Path(volume.path), _DEPTH)
 
 
 def _lock_files(folder: Path, depth: int) -> Iterator[Path]:
@@ -51,38 +66,53 @@ def _lock_files(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _lock_files(entry, depth - 1)
 
 
-def _at_work(lock: Path, conninfo: str) -> Finding | None:
-    data = lock.parent
-    if (pid := _holder(lock) or _worker(data)) is not None:
-        return Finding(
-            str(data),
-            Severity.REFUSED,
-            f"the server in {data} runs (process {pid})",
-            "stop it first: its files must not be taken away",
-        )
-    if (where := _answering(lock, conninfo)) is not None:
-        return Finding(
-            str(data),
-            Severity.REFUSED,
-            f"the server in {data} may run where its processes are not seen, in a container say: {where} answers, and"
-            f" {lock} is there",
-            f"stop it there; where another server answers, and this one is surely down, remove {lock}",
+def _seen(lock: Path) -> Finding | None:
+    """Give the server of a lock file, by its processes."""
+    if (pid := _holder(lock) or _worker(lock.parent)) is not None:
+        return _refused(lock, f"runs (process {pid})", "stop it first: its files must not be taken away")
+    if (hidden := _hidden(lock)) is not None:
+        return _refused(
+            lock,
+            f"may run: process {hidden}, which its lock file names, may not be looked at",
+            f"stop it first; where it is surely down, remove {lock}",
         )
     return None
 
 
+def _refused(lock: Path, why: str, remedy: str) -> Finding:
+    return Finding(str(lock.parent), Severity.REFUSED, f"the server in {lock.parent} {why}", remedy)
+
+
+def _named(lock: Path) -> int | None:
+    """Give the process that a lock file names."""
+    try:
+        return int(lock.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _holder(lock: Path) -> int | None:
-    """Give the process that a lock file names if it lives; one that may not be looked at counts as living.
+    """Give the process that a lock file names, if it works there.
 
     A server's working directory is its data directory, so a lock file whose process works elsewhere is a leftover.
     """
+    pid = _named(lock)
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{pid}/cwd").samefile(lock.parent):
+            return pid
+    return None
+
+
+def _hidden(lock: Path) -> int | None:
+    """Give the process that a lock file names, if it is there and we may not see where it works."""
+    pid = _named(lock)
     try:
-        pid = int(lock.read_text().split()[0])
-        return pid if Path(f"/proc/{pid}/cwd").samefile(lock.parent) else None
-    except (FileNotFoundError, ProcessLookupError, ValueError, IndexError):
-        return None
+        Path(f"/proc/{pid}/cwd").stat()
     except PermissionError:
         return pid
+    except OSError:
+        return None
+    return None
 
 
 def _worker(data: Path) -> int | None:
@@ -96,18 +126,36 @@ def _worker(data: Path) -> int | None:
     return None
 
 
-def _answering(lock: Path, conninfo: str) -> str | None:
-    """Give where a server answers that may be the one of a lock file."""
+async def _heard(lock: Path, conninfo: str, programs_for: Callable[[int], Programs]) -> Finding | None:
+    """Give the server of a lock file, by an answer where it may be reached."""
+    remedy = f"stop it there; where another server answers, and this one is surely down, remove {lock}"
+    try:
+        reached = await asyncio.to_thread(_reached, lock, conninfo)
+        program = programs_for(isolation.major_of(lock.parent)).path("pg_isready") if reached else ""
+    except (OSError, RestoreError):  # no data directory is without a version
+        return None
+    except ConfigError as error:
+        return _refused(lock, f"may run: {lock} is there, and nobody can be asked: {error.message}", remedy)
+    for where, parameters in reached.items():
+        if await _answers(parameters, program):
+            words = "may run where its processes are not seen, in a container say"
+            return _refused(lock, f"{words}: {where} answers, and {lock} is there", remedy)
+    return None
+
+
+def _reached(lock: Path, conninfo: str) -> dict[str, dict[str, str]]:
+    """Give where the server of a lock file may be reached, in words and as parameters of a connection."""
     lines = [line.strip() for line in _text(lock).splitlines()]
     lines += [""] * (_ADDRESS_LINE + 1 - len(lines))
     if lines[_FOLDER_LINE] and _is_another(Path(lines[_FOLDER_LINE]), lock.parent):
-        return None
+        return {}
     port = lines[_PORT_LINE]
     hosts = [lines[_SOCKET_LINE], _ANYWHERE.get(lines[_ADDRESS_LINE], lines[_ADDRESS_LINE])] if port else []
-    candidates = {f"{host} port {port}": make_conninfo(host=host, port=port) for host in hosts if host}
+    found = {f"{host} port {port}": {"host": host, "port": port} for host in hosts if host}
     if conninfo:
-        candidates |= {_shown(conninfo): conninfo}
-    return next((where for where, reached in candidates.items() if _answers(reached)), None)
+        named = {name: str(value) for name, value in conninfo_to_dict(conninfo).items() if name in _REACHING}
+        found[" ".join(named.values()) or "database.conninfo"] = named
+    return found
 
 
 def _text(lock: Path) -> str:
@@ -125,12 +173,17 @@ def _is_another(named: Path, data: Path) -> bool:
         return False
 
 
-def _answers(conninfo: str) -> bool:
-    """Whether a server answers, be it with a refusal; nobody has to be let in for that (PQping)."""
-    patient = make_conninfo(conninfo, connect_timeout=_PING_SECONDS)
-    return PGconn.ping(patient.encode()) in (Ping.OK, Ping.REJECT)
+async def _answers(parameters: Mapping[str, str], program: str) -> bool:
+    """Whether a server answers, be it with a refusal; nobody has to be let in for that (PQping).
 
-
-def _shown(conninfo: str) -> str:
-    found = conninfo_to_dict(conninfo)
-    return " ".join(str(found[name]) for name in ("host", "hostaddr", "port") if found.get(name)) or "database.conninfo"
+    PostgreSQL's own program asks: the library's function would hold the interpreter, and the event loop, meanwhile.
+    """
+    ours = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    asked = f"--dbname={make_conninfo('', **parameters)}"
+    try:
+        said = await run(
+            [program, f"--timeout={_PING_SECONDS}", asked], deadline_seconds=_ASKING_SECONDS, environment=ours
+        )
+    except DatabaseError as error:
+        said = error.message
+    return "accepting connections" in said or "rejecting connections" in said

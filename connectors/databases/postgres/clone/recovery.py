@@ -280,7 +280,7 @@ class PostgresRecovery:
 
     async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give the servers that work in one of the volumes, also where their processes are not seen."""
-        return await asyncio.to_thread(production.at_work, volumes, self._conninfo)
+        return await production.at_work(volumes, self._conninfo, self._programs_for)
 
     async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:
         """Make a stopped clone fit to take the place of the cluster it was made of; see `release`."""

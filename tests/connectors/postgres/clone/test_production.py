@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +18,7 @@ from trigger.model import Volume
 
 
 def said(folder: Path, conninfo: str = "") -> list[str]:
-    return [finding.message for finding in at_work([Volume("data", str(folder))], conninfo)]
+    return [finding.message for finding in asyncio.run(at_work([Volume("data", str(folder))], conninfo))]
 
 
 def test_the_process_of_a_lock_file_is_a_server_as_long_as_it_works_there(tmp_path: Path) -> None:
@@ -42,3 +46,39 @@ def test_a_lock_file_whose_process_works_elsewhere_is_a_leftover(tmp_path: Path)
     for torn in ("", "x\n", "99999999\n"):
         (tmp_path / "postmaster.pid").write_text(torn)
         assert said(tmp_path) == []
+
+
+def test_the_place_of_a_lock_file_that_was_moved_is_asked_nothing(tmp_path: Path) -> None:
+    """After a restore in place the old state may hold the leftover of a crash, which names what is production now."""
+    with a_listener() as port:
+        for name in ("data", "data.before"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "PG_VERSION").write_text("15\n")
+            lock = tmp_path / name / "postmaster.pid"
+            lock.write_text(f"99999999\n{tmp_path / 'data'}\n1\n{port}\n\n127.0.0.1\n")
+        (asked,) = said(tmp_path)
+        assert f"the server in {tmp_path / 'data'} may run where its processes are not seen" in asked
+        assert f"127.0.0.1 port {port} answers" in asked
+    assert said(tmp_path) == []
+
+
+@contextmanager
+def a_listener() -> Iterator[int]:
+    """Give the port of what refuses each client in PostgreSQL's own way, as a server that is starting does."""
+    refusal = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
+
+    def serve(listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listening.accept()
+                with client:
+                    while client.recv(8)[:6] == b"\0\0\0\x08\x04\xd2":  # may it be encrypted?
+                        client.sendall(b"N")
+                    client.sendall(b"E" + (len(refusal) + 4).to_bytes(4, "big") + refusal)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,), daemon=True)
+        thread.start()
+        yield int(listening.getsockname()[1])
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
