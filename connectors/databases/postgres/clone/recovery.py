@@ -27,6 +27,7 @@ from connectors.databases.postgres.clone import (
     isolation,
     postmaster,
     production,
+    refusals,
     sockets,
     stops,
     tablespaces,
@@ -58,15 +59,6 @@ _SYNC_SECONDS = 600.0
 _NEXT_XID = "SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())"
 _REPLAYING = re.compile(r"redo in progress, elapsed time: .*, current LSN: ([0-9A-F]+/[0-9A-F]+)")
 _LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+)\+00")
-_HINTS = {
-    "before consistent recovery point": "the base holds more than the target; an earlier point is needed",
-    "recovery ended before configured recovery target": "the journal ends before the target, or is damaged there; for a"
-    " time: no commit is later, and the running cluster did not make one (--to-latest gives all there is)",
-    "resource manager with ID": "an extension wrote the log; name its library in restore.keep_libraries",
-    "could not create lock file": "another server already runs on this clone",
-    "could not create any TCP/IP sockets": "the address is not one of this host's, or its port is taken",
-    "Permission denied": "the owner of the data must be able to reach the clone, the staged log and the programs",
-}
 
 
 class PostgresRecovery:
@@ -131,7 +123,7 @@ class PostgresRecovery:
         programs = self._programs_for(isolated.major)
         await _require_reachable(programs, isolated, log_folder)
         control = isolation.control_data(await _ask(programs, isolated, "pg_controldata", isolated.data))
-        _require_fit(control, replay)
+        refusals.require_fit(control, replay)
         system = control["Database system identifier"]
         await asyncio.to_thread(beside.show, self._placement, volumes, system, log_folder, isolated.owner)
         redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
@@ -151,7 +143,7 @@ class PostgresRecovery:
             await self._ready(isolated, redo, replay, progress)
             time = await stops.time_of(dump, log_folder, replay.target, stop)
             running = await self._describe(clone, isolated, socket_folder, replay, seen.shrunk, time)
-            _require_all(running, replay)
+            refusals.require_all(running, replay)
             if not throwaway:
                 await self._make_durable(clone, running, isolated, found)
             return running
@@ -324,7 +316,9 @@ class PostgresRecovery:
             words = await asyncio.to_thread(log.read_text, errors="replace")
             lost = server is None and (started or "FATAL" in words or "PANIC" in words or clock() > appear_by)
             if lost or clock() > deadline:
-                raise _failure(replay.target, words, "" if lost else f"not within {self._start_deadline_seconds:g} s")
+                raise refusals.failure(
+                    replay.target, words, "" if lost else f"not within {self._start_deadline_seconds:g} s"
+                )
             started = started or server is not None
             reports = _REPLAYING.findall(words)
             if len(reports) > told:
@@ -451,28 +445,6 @@ async def _require_reachable(programs: Programs, isolated: Isolated, staged: Pat
             ) from None
 
 
-def _require_fit(control: dict[str, str], replay: Replay) -> None:
-    target, bracket = replay.target, replay.bracket
-    system = control["Database system identifier"]
-    if system != target.history.system:
-        raise RestoreError(f"the clone is of cluster {system}, the target in cluster {target.history.system}")
-    if bracket is not None and target.at is not None and target.at < bracket.stop.at:
-        raise RestoreError(
-            f"the target {Lsn(target.at)} lies before {bracket.stop.place}, where the copy becomes consistent",
-            hint="restore from an earlier point",
-        )
-
-
-def _require_all(running: Running, replay: Replay) -> None:
-    """Refuse a latest state that lacks some of the log: a server takes damage for the end."""
-    if replay.target.is_latest and running.replayed < replay.until:
-        raise RestoreError(
-            f"the replay ended at {Lsn(running.replayed)}, the log that is kept goes to {Lsn(replay.until)}: it is"
-            " damaged there",
-            hint="name a commit before that place (--to-xid); what comes after it needs a point behind the damage",
-        )
-
-
 def _visible_log(isolated: Isolated, staged: Path, replay: Replay) -> Path:
     """Give the folder from which the server restores; for the end of a snapshot one with history files only.
 
@@ -487,14 +459,6 @@ def _visible_log(isolated: Isolated, staged: Path, replay: Replay) -> Path:
         if history_timeline(entry.name) is not None:
             isolation.write(own / entry.name, entry.read_text(), isolated.owner)
     return own
-
-
-def _failure(target: Target, words: str, why: str) -> RestoreError:
-    said = [line for line in words.splitlines() if "FATAL" in line or "PANIC" in line] or words.splitlines()[-6:]
-    hint = next((hint for sign, hint in _HINTS.items() if sign in words), "the server's log has more")
-    return RestoreError(
-        f"the clone did not reach {target.description}: {why or last_lines(chr(10).join(said))}", hint=hint
-    )
 
 
 def _last_commit_at(words: str) -> str:

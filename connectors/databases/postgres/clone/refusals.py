@@ -1,0 +1,50 @@
+"""Why a clone does not become its target: refused before its server starts, or told by what that server said."""
+
+from __future__ import annotations
+
+from connectors.databases.postgres.lsn import Lsn
+from connectors.databases.postgres.programs import last_lines
+from trigger.errors import RestoreError
+from trigger.replay import Replay, Running, Target
+
+_HINTS = {
+    "before consistent recovery point": "the base holds more than the target; an earlier point is needed",
+    "recovery ended before configured recovery target": "the journal ends before the target, or is damaged there; for a"
+    " time: no commit is later, and the running cluster did not make one (--to-latest gives all there is)",
+    "resource manager with ID": "an extension wrote the log; name its library in restore.keep_libraries",
+    "could not create lock file": "another server already runs on this clone",
+    "could not create any TCP/IP sockets": "the address is not one of this host's, or its port is taken",
+    "Permission denied": "the owner of the data must be able to reach the clone, the staged log and the programs",
+}
+
+
+def require_fit(control: dict[str, str], replay: Replay) -> None:
+    """Refuse a clone of another cluster, and one that is consistent only behind the target; raises `RestoreError`."""
+    target, bracket = replay.target, replay.bracket
+    system = control["Database system identifier"]
+    if system != target.history.system:
+        raise RestoreError(f"the clone is of cluster {system}, the target in cluster {target.history.system}")
+    if bracket is not None and target.at is not None and target.at < bracket.stop.at:
+        raise RestoreError(
+            f"the target {Lsn(target.at)} lies before {bracket.stop.place}, where the copy becomes consistent",
+            hint="restore from an earlier point",
+        )
+
+
+def require_all(running: Running, replay: Replay) -> None:
+    """Refuse a latest state that lacks some of the log: a server takes damage for the end; raises `RestoreError`."""
+    if replay.target.is_latest and running.replayed < replay.until:
+        raise RestoreError(
+            f"the replay ended at {Lsn(running.replayed)}, the log that is kept goes to {Lsn(replay.until)}: it is"
+            " damaged there",
+            hint="name a commit before that place (--to-xid); what comes after it needs a point behind the damage",
+        )
+
+
+def failure(target: Target, words: str, why: str) -> RestoreError:
+    """Give the error of a server that did not come to a target, by its last words, or by `why` where that is known."""
+    said = [line for line in words.splitlines() if "FATAL" in line or "PANIC" in line] or words.splitlines()[-6:]
+    hint = next((hint for sign, hint in _HINTS.items() if sign in words), "the server's log has more")
+    return RestoreError(
+        f"the clone did not reach {target.description}: {why or last_lines(chr(10).join(said))}", hint=hint
+    )
