@@ -224,7 +224,7 @@ async def _latest(lineage: Lineage, catalog: Catalog, database: Database | None,
         description += " (whether the cluster has gone on in another history is not known: it was not asked)"
     elif durable is not None and durable.history == lineage.history:
         description += f" (the cluster itself is at {durable.place} by now)"
-    elif durable is not None and not meant:
+    elif durable is not None and not meant and durable.history.is_of_system(lineage.history):
         raise RestoreError(
             f"the cluster is in {durable.history} by now, and the latest state that is kept is of {lineage.history},"
             " which it has left",
