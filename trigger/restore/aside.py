@@ -21,8 +21,8 @@ from pathlib import Path
 
 from trigger.errors import RestoreError
 from trigger.failpoint import reached
+from trigger.host import sync_folder
 from trigger.model import Finding, Severity, Volume
-from trigger.restore.clone_records import sync_folder
 from trigger.restore.clones import Site, to_its_end
 from trigger.restore.obstacles import require_none
 from trigger.restore.swap import Swap, forget, noted, places_held

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from trigger.errors import RestoreError
-from trigger.host import make_passage
+from trigger.host import make_passage, sync_folder
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
@@ -199,12 +199,3 @@ def _locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was named, renamed or removed in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

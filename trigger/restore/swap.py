@@ -17,9 +17,8 @@ from pathlib import Path
 
 from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
-from trigger.host import make_passage
+from trigger.host import make_passage, sync_folder
 from trigger.lock import lock
-from trigger.restore.clone_records import sync_folder
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.obstacles import require_at_rest
 
