@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 ROOMS = {
     "": "the words: what everything else may use; of the world they know this host's paths and locks",
+    "ports": "what the service needs of the world, which drivers do",
     "config": "every option, the door to the drivers that bring some of them, and the reference",
     "catalog": "what is known of points, commits and gaps; the only SQL",
     "protect": "from a commit to a point",
@@ -40,13 +41,16 @@ PURE = frozenset(
             "errors",
             "model",
             "replay",
-            "ports",
             "shape",
             "config.sections",
             "config.options",
             "config.mistakes",
             "config.expressions",
             "config.toml_lines",
+        ),
+        *(
+            f"ports.{name}"
+            for name in ("agent", "clock", "database", "journal", "progress", "recovery", "source", "storage")
         ),
         *("config.reference", "catalog.packing", "catalog.tag", "protect.qualify", "protect.agenda"),
         *("protect.rehearse", "protect.commit_lines", "restore.planner", "keep.retention"),

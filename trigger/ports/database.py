@@ -1,0 +1,125 @@
+"""The port of a database as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, NamedTuple, Protocol
+
+from trigger.model import Bracket, CommitRecord, Finding, Layout, Retained, Volume
+from trigger.position import Lineage, Position
+
+
+class Seen(NamedTuple):
+    """What is known from before of one history."""
+
+    position: Position
+    """How far it went."""
+    commit: CommitRecord | None
+    """The last commit of it that is known."""
+
+
+class Database(Protocol):
+    """A database whose commits are protected, as a whole."""
+
+    kind: str
+    """What its histories are of; see `History.kind`."""
+    session: int
+    """Another one whenever it had to connect again: who asked twice in one session asked one start of the server."""
+
+    def recognise(self, seen: Collection[Seen]) -> None:
+        """Take note of what is known from before of each history, of this database and of others.
+
+        Called once, before anything else is asked. The driver goes on in the newest incarnation among them, unless
+        its own memory has a newer one, or the database itself turns out to be another.
+        """
+        ...
+
+    async def lineage(self) -> Lineage:
+        """Give the present history and its past; raises `DatabaseError`."""
+        ...
+
+    async def durable(self) -> Position:
+        """Give the position up to which the log is on stable storage; raises `DatabaseError`."""
+        ...
+
+    async def record_end(self) -> Position:
+        """Give the end of a record, durable and behind all that is visible; commits as `mark` does to make it so."""
+        ...
+
+    async def ceiling(self) -> Position:
+        """Give a position at or after everything that a snapshot finished before this call can hold.
+
+        For PostgreSQL the insert position: log that was written but not yet flushed may be in a snapshot too.
+        """
+        ...
+
+    async def redo(self) -> Position | None:
+        """Give from where on a snapshot that is cut now is replayed; raises `DatabaseError`.
+
+        For PostgreSQL the redo position of the last completed checkpoint. None where nothing is replayed.
+        """
+        ...
+
+    def bracket(self, name: str) -> AbstractAsyncContextManager[Callable[[], Awaitable[Bracket]]]:
+        """Hold the database's backup bracket; for storages that do not cut all volumes at one instant.
+
+        Gives a function that ends the bracket and returns its proof. Leaving the block without having called it
+        abandons the bracket. Only one is held at a time in one process.
+        """
+        ...
+
+    async def mark(self) -> Position:
+        """Commit a transaction of ours that changes nothing; gives a durable position behind it.
+
+        By it a replay sees that it has passed the present time: every commit that was visible before it lies before
+        it in the log, and has an earlier time. Raises `DatabaseError`.
+        """
+        ...
+
+    async def retained(self) -> list[Retained]:
+        """Give how much log is kept for each reader of ours; raises `DatabaseError`."""
+        ...
+
+    async def checkpoint(self) -> None:
+        """Let what is cut from now on be replayed from about here; long, never called on the critical path."""
+        ...
+
+    async def check(
+        self, volumes: Sequence[Volume], *, bracketed: bool = False, seen: Collection[str] = ()
+    ) -> list[Finding]:
+        """Give everything that a pre-flight check of settings, roles, slots and paths has to say.
+
+        Args:
+            volumes: what the cluster lies on.
+            bracketed: whether every snapshot is taken inside a backup bracket.
+            seen: the streams that the catalog knows; one whose database is gone is a warning, not refused.
+        """
+        ...
+
+    async def explain(self) -> list[Finding]:
+        """Give what a source of this database cannot see, and what is done about it."""
+        ...
+
+    async def remove(self, *, unused: bool = False) -> list[str]:
+        """Drop all that was made in the cluster, so that it keeps nothing for us any more; gives the names of it.
+
+        With `unused` only what no stream of now has a use for, as of a database that is not configured any more; a
+        service may run meanwhile.
+
+        Raises:
+            SourceError, DatabaseError: part of it is in use, or the server refused; what came before is gone.
+        """
+        ...
+
+    async def layout(self) -> Layout:
+        """Give where the cluster lies and who owns it; raises `DatabaseError`."""
+        ...
+
+    def recall(self, document: Mapping[str, Any]) -> Layout:
+        """Give the layout that was kept as a JSON object, by this version or an earlier one; raises `ConfigError`."""
+        ...
+
+    async def close(self) -> None:
+        """Disconnect. Never raises."""
+        ...

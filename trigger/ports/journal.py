@@ -1,0 +1,73 @@
+"""The port of a database's log, kept so that it can be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection
+from pathlib import Path
+from typing import Protocol
+
+from trigger.model import Extent, Finding, Logged
+from trigger.ports.progress import Progress
+from trigger.position import At, History, Lineage, Name, Position
+from trigger.replay import Replay
+
+
+class Journal(Protocol):
+    """The database's log, kept continuously so that every commit between two snapshots can be replayed."""
+
+    replays: bool
+    """Whether anything can be replayed. Without it (a source that only triggers has no log) points are brought back as
+    they were cut, and nothing else is."""
+
+    async def check(self) -> list[Finding]:
+        """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
+        ...
+
+    async def run(self) -> None:
+        """Keep the log until cancelled; raises `JournalError` where that is no longer possible."""
+        ...
+
+    async def catch_up(self) -> None:
+        """Bring the log that can be had by now, since `run` may be at work in no process; beside one it is harmless."""
+        ...
+
+    async def extents(self) -> list[Extent]:
+        """Give what it holds, by history and place; neighbouring stretches of one history are joined."""
+        ...
+
+    async def lineage(self, history: History) -> Lineage:
+        """Give the past of `history`, also of one that the database itself has left; raises `JournalError`."""
+        ...
+
+    async def audit(self) -> list[Finding]:
+        """Look at what is new since the last audit; gives all that is wrong: missing, truncated, foreign, flipped."""
+        ...
+
+    async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
+        """Put into `folder` every file that a replay asks for, and what proves where it ended; gives the bytes.
+
+        Raises `JournalError` where part of the stretch is not held; the message names the first missing segment.
+        """
+        ...
+
+    async def release(self, starts: Collection[Position]) -> int:
+        """Delete the files of the log that no replay from any of `starts` can ask for; gives how many.
+
+        A file of a history is asked for by a start in that history, or in its past, that does not lie behind it. The
+        newest file stays in any case, and all of them where there are no starts.
+        """
+        ...
+
+    def commits(self, lineage: Lineage, begin: At, end: At, like: Name) -> AsyncGenerator[Logged, None]:
+        """Give the commits whose records begin from `begin` up to `end`, in order, by the log itself, all of it read.
+
+        What no stream shows too. `like` is a name near those there: a log may say less. Raises `JournalError`.
+        """
+        ...
+
+    def file_start(self, position: Position) -> int:
+        """Give where the file of the log that holds a position begins; its own place where there are no files.
+
+        Two histories may have files of another size. Asks nobody: by what the last `extents` found.
+        """
+        ...

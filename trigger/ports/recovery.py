@@ -1,0 +1,86 @@
+"""The port of what turns a clone into a running server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from trigger.model import Address, Finding, Volume
+from trigger.ports.progress import Progress
+from trigger.ports.storage import Clone
+from trigger.replay import Replay, Running, Target
+
+
+class Recovery(Protocol):
+    """Turns a clone of a cluster's volumes into a running, isolated server at a target."""
+
+    async def start(
+        self,
+        clone: Clone,
+        volumes: Sequence[Volume],
+        replay: Replay,
+        log_folder: Path,
+        progress: Progress,
+        *,
+        throwaway: bool = False,
+    ) -> Running:
+        """Isolate the clone, replay what lies in `log_folder`, let it go on in a history of its own, and wait.
+
+        `throwaway` trades the clone's own crash safety for speed; for sandboxes of `verify`.
+
+        Raises:
+            RestoreError: it did not reach the target; the message holds the server's own last words.
+        """
+        ...
+
+    def inspect(
+        self, running: Running, target: Target, log_folder: Path, *, deep: bool
+    ) -> AsyncIterator[tuple[str, bool, str]]:
+        """Give (what was checked, whether it held, what was seen), one a check.
+
+        The target's commit is there; the next commit record in the log behind it (read from `log_folder` by a
+        program that is not ours) is not; with `deep` also structures and pages are clean. A check that had nothing to
+        look at is not given. `deep` is for sandboxes, which it changes: nobody may use one afterwards but `query`.
+        """
+        ...
+
+    async def query(self, running: Running, database: str, sql: str) -> str:
+        """Give the first column of the first row of `sql` as text; raises `RestoreError`."""
+        ...
+
+    async def stop(self, clone: Clone) -> None:
+        """Stop the server of a clone; one that does not run is no error."""
+        ...
+
+    async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
+        """Start the stopped server of a clone as it was left; with `listen` it is reached there too, with a password.
+
+        Raises `RestoreError` where it was never brought up, or does not come up.
+        """
+        ...
+
+    async def running(self, clone: Clone) -> Running | None:
+        """Give the server of a clone if it runs."""
+        ...
+
+    async def used(self, clone: Clone) -> int | None:
+        """Give how many transactions a clone began since it was brought up, unasked ones too; None if none can tell."""
+        ...
+
+    async def unfit(self, clone: Clone, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give what keeps a clone from going on as the cluster in `volumes`: another copy went on under its branch."""
+        ...
+
+    async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give the servers that work in one of the volumes, also where their processes are not seen; never raises."""
+        ...
+
+    async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:
+        """Make a stopped clone fit to take the place of the cluster it was made of.
+
+        It gets back the configuration, and the links into `volumes`, as its snapshot had them, and what isolated it
+        is taken away; so it works only where the volumes lie. Repeating the call changes nothing. Raises
+        `RestoreError` where its server still runs, or what was put aside is not there.
+        """
+        ...

@@ -1,0 +1,132 @@
+"""The port of what makes snapshots, and what it tells of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from trigger.model import Finding, Snapshot, Space, Volume
+from trigger.ports.progress import Progress
+
+
+class Capability(StrEnum):
+    """What a storage can do; differences are data, never `isinstance`."""
+
+    ATOMIC = "atomic"
+    """The snapshot of one volume is one instant."""
+    ATOMIC_GROUP = "atomic-group"
+    """The snapshots of all volumes together are one instant."""
+    INSTANT_CLONE = "instant-clone"
+    """A clone shares blocks with its snapshot, whatever the size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """What a storage found that bears one of our names."""
+
+    point: str
+    tag: str | None
+    """The text of the tag; None where it is missing or cannot be read."""
+    snapshots: tuple[Snapshot, ...]
+    """Those that are there, whole; without a tag those that are it by themselves, as far as the storage can tell."""
+    complete: bool
+    """Whether every volume that the tag names is there, whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """A writable copy of a point's snapshots."""
+
+    name: str
+    point: str
+    paths: tuple[tuple[str, Path], ...]
+    """(volume, where its copy lies)."""
+    created_at: datetime
+
+
+class Storage(Protocol):
+    """Makes, tags, lists, clones and deletes snapshots of a fixed group of volumes, addressed by point id.
+
+    Every snapshot bears its tag in the storage itself, so that a catalog can be rebuilt from storage alone.
+    """
+
+    name: str
+    capabilities: frozenset[Capability]
+    clones_folder: Path | None
+    """Below which folder of this host clones are made; None where that shows only when one is."""
+
+    async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give what stands in the way of snapshots of `volumes`; changes nothing."""
+        ...
+
+    async def claim(self) -> None:
+        """Hold the storage, so that nobody else makes or removes points in it, until `close` or the process ends.
+
+        Repeating it is no error. Who only looks, clones and drops clones needs no claim. Where there is nothing yet to
+        hold, or it cannot be written, the claim is taken with the next snapshot that makes a point, which then raises
+        where another one holds it.
+
+        Raises:
+            StorageError: another one holds it; not retryable.
+        """
+        ...
+
+    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+        """Cut every volume and keep the result under `point`, with `tag` (JSON text) beside it.
+
+        Repeating the call for a point whose snapshot is complete gives the same snapshots and cuts nothing. What an
+        unfinished call left behind is shown by `tagged` with `complete=False`, and `delete` removes it.
+
+        Raises:
+            StorageError: nothing usable was made.
+        """
+        ...
+
+    async def retag(self, point: str, tag: str) -> None:
+        """Replace the tag of a point durably and at once (the old one or the new one, never neither).
+
+        Where it is missing or cannot be read, and the snapshots are whole, it is written anew, for those that `tagged`
+        shows.
+
+        Raises:
+            StorageError: there is no snapshot, or it cannot be written.
+        """
+        ...
+
+    async def tagged(self) -> list[Tagged]:
+        """Give everything that bears one of our names, whole or not, by point id."""
+        ...
+
+    async def delete(self, point: str) -> None:
+        """Remove the snapshots and the tag of a point; nothing to remove is no error."""
+        ...
+
+    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+        """Make a writable copy of a point's snapshots under `name` (made by us: lower-case letters, digits, `-`).
+
+        It need not be on stable storage yet: what a restore makes of it is synced as a whole at the end.
+
+        Raises:
+            StorageError: no such point, the name is taken, or no room; nothing is left behind.
+        """
+        ...
+
+    async def clones(self) -> list[Clone]:
+        """Give all clones, the unfinished too."""
+        ...
+
+    async def drop_clone(self, name: str) -> None:
+        """Remove a clone with all it holds; nothing to remove is no error."""
+        ...
+
+    async def space(self) -> Space:
+        """Give the room that is left."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the claim, if there is one. Never raises."""
+        ...
