@@ -42,8 +42,8 @@ class Target:
 
     @property
     def kind(self) -> str:
-        """How a replay knows where to stop: `lsn` (a place), `time`, `latest`, or `end` (what was cut, as it is)."""
-        return "end" if self.point else "time" if self.time else "latest" if self.at is None else "lsn"
+        """How a replay knows where to stop: a `place`, a `time`, `latest`, or `end` (what was cut, as it is)."""
+        return "end" if self.point else "time" if self.time else "latest" if self.at is None else "place"
 
     @property
     def is_latest(self) -> bool:

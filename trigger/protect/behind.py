@@ -69,8 +69,8 @@ class Behind:
             return f"it is not open, and has given nothing for {seconds:.0f} s while the database's log went on{much}"
         return (
             f"it is open, but has given nothing for {seconds:.0f} s while the database's log went on{much}: the server"
-            " holds commits back (see pg_stat_activity for what its walsender waits for), is at one very large"
-            " transaction, or there is no room for more commits until a point is taken"
+            " holds commits back, is at one very large transaction, or there is no room for more commits until a point"
+            " is taken"
         )
 
 
