@@ -11,11 +11,15 @@ import asyncio
 import contextlib
 import errno
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 T = TypeVar("T")
+_LOOK_SECONDS = 0.5
+"""How often a thread that waits for a loop looks whether there is one still."""
 
 
 class Threads:
@@ -67,3 +71,34 @@ class Threads:
             with self._guard:
                 self._busy -= 1
         return lambda: None if future.done() else future.set_result(result)
+
+
+def ask(loop: asyncio.AbstractEventLoop, question: Callable[[], Coroutine[Any, Any, T]], deadline_seconds: float) -> T:
+    """Give what a coroutine of a loop gives, from a thread that `Threads` runs; raise what it raises.
+
+    Raises:
+        TimeoutError: no answer in time, or the loop has ended.
+    """
+    answer: Future[T] = Future()
+
+    def begin() -> None:
+        task = loop.create_task(question())
+        task.add_done_callback(lambda done: _settle(done, answer))
+
+    with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+        loop.call_soon_threadsafe(begin)
+    until = time.monotonic() + deadline_seconds
+    while not wait([answer], _LOOK_SECONDS).done and not loop.is_closed() and time.monotonic() < until:
+        pass
+    if not answer.done() or answer.cancelled():
+        raise TimeoutError(f"no answer within {deadline_seconds:g} s")
+    return answer.result()
+
+
+def _settle(done: asyncio.Task[T], answer: Future[T]) -> None:
+    if done.cancelled():
+        answer.cancel()
+    elif (error := done.exception()) is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(done.result())

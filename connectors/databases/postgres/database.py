@@ -15,6 +15,7 @@ from psycopg import conninfo as dsn
 from connectors.databases.postgres import made, places, preflight
 from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.lives import Lives
+from connectors.databases.postgres.log.proof import Compared
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import KIND, Lsn, history
@@ -174,9 +175,10 @@ class Postgres:
                 raise JournalError(f"it is not known whose log is to be kept: {error}") from error
             return known
 
-    async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
-        """Whether the server has other log at the end of a segment than a folder has; see `Lives.differs`."""
-        return await self.lives.differs(self._any_dsn, segments, name)
+    async def compare(self, segments: SegmentFolder, name: SegmentName, file: Path) -> Compared:
+        """Hold a file against the log of the server; see `Lives.compare`. Raises `DatabaseError`, `SourceError`."""
+        past, server = await self.lineage(), await self.durable()
+        return await self.lives.compare(self._any_dsn, server, past, segments, name, file)
 
     # ---- positions
 

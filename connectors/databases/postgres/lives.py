@@ -21,21 +21,27 @@ import contextlib
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.log.folders import LogFolders
+from connectors.databases.postgres.log.folders import LogFolders, is_of
+from connectors.databases.postgres.log.proof import Compared, Piece, end_of
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, holds_commit
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.stream.copyboth import NO_PAST, Present, System, identify, timeline_history
 from connectors.databases.postgres.stream.physical import read_log
+from connectors.threads import Threads
 from trigger.errors import JournalError, PositionError, SourceError
 from trigger.model import Commit, CommitRecord
 from trigger.ports import Seen
-from trigger.position import LAST, History, Position
+from trigger.position import LAST, History, Lineage, Position
 
 _COMPARED_BYTES = 16_384
+"""Of what is held, at every connection."""
+_ARRIVING_BYTES = 1 << 20
+"""Of a segment that comes into a folder, once."""
 _SMALLEST_SEGMENT_BYTES = 1 << 20
 T = TypeVar("T")
 ReadLog = Callable[[str, int, int, int, float], Awaitable[bytes | None]]
@@ -61,7 +67,9 @@ class Lives:
     _confirmed: History | None = None
     _ends: dict[History, int] = field(default_factory=dict)
     _last: dict[History, Commit | CommitRecord] = field(default_factory=dict)
+    _pasts: dict[History, Lineage] = field(default_factory=dict)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _threads: Threads = field(default_factory=lambda: Threads("comparison"))
 
     def recognise(self, seen: Collection[Seen]) -> None:
         """Take note of what is known from before."""
@@ -181,16 +189,48 @@ class Lives:
         held, commit = known.held, known.commit
         if known.end > system.flushed:
             return f"the log ends at {system.flushed}, and was at {Lsn(known.end)} before"
-        if held is not None and await self._differs(dsn, system.timeline, held):
-            return f"the log has another record at {Lsn(held.at)} than before"
-        if commit is not None and await self._has_another_commit(dsn, system, commit):
+        if held is not None and await self._compare(dsn, system.timeline, held) is Compared.OTHER:
+            return f"the log has another record than before, up to {Lsn(held.end)}"
+        if commit is not None and await self._compare_commit(dsn, system, commit) is Compared.OTHER:
             return f"the log has something else at {Lsn(commit.start)} than commit {commit.name}"
-        if history in self._ends or history.branch == 1:
-            return ""
+        return await self._other_past(dsn, history) if history.branch > 1 else ""
+
+    async def _other_past(self, dsn: str, history: History) -> str:
+        """Give what shows that a timeline did not begin where it did, or on the log that is known; "" for nothing."""
         text = await timeline_history(dsn, history.branch, self.deadline_seconds)
-        if text == NO_PAST:
-            return "" if await self._is_begun(history) else f"timeline {history.branch} has no history file"
-        return await self._other_past(dsn, history, text)
+        try:
+            past = lsn.lineage(history, text)
+        except PositionError as error:
+            raise SourceError(f"the server's history of timeline {history.branch} cannot be read: {error}") from error
+        before = self._pasts.get(history) or await self._held_past(history)
+        if before is not None and before.forks != past.forks:
+            return f"timeline {history.branch} has another past than before"
+        reason = ""
+        if history not in self._ends:
+            if text != NO_PAST:
+                reason = await self._other_log(dsn, past)
+            elif not await self._is_begun(history):
+                reason = f"timeline {history.branch} has no history file"
+        if not reason:
+            self._pasts[history] = past
+        return reason
+
+    async def _held_past(self, history: History) -> Lineage | None:
+        """Give the past of a timeline of which the journal holds log; None where it does not say it, or hangs.
+
+        Without log the file says nothing: an archive gives those of all timelines, whoever began them.
+        """
+        try:
+            return await self._in_thread(partial(self._read_past, history))
+        except (OSError, JournalError):
+            return None
+
+    def _read_past(self, history: History) -> Lineage | None:
+        if self.folders is None:
+            return None
+        folder = self.folders.of(history)
+        is_held = any(name.timeline == history.branch for name in folder.names())
+        return folder.lineage(history) if is_held else None
 
     async def _is_begun(self, history: History) -> bool:
         """Whether the journal has begun the log of a timeline without a past; where its disk hangs none is begun."""
@@ -202,99 +242,92 @@ class Lives:
         except (OSError, JournalError):
             return True
 
-    async def _other_past(self, dsn: str, history: History, text: str) -> str:
+    async def _other_log(self, dsn: str, past: Lineage) -> str:
         """Give what shows that a timeline which is new to us did not begin on the log that is known; "" for nothing."""
-        try:
-            past = lsn.lineage(history, text)
-        except PositionError as error:
-            raise SourceError(f"the server's history of timeline {history.branch} cannot be read: {error}") from error
+        branch = past.history.branch
         for before, _, left_at in reversed(past.stretches()[:-1]):
             held = await self._held_of(before, left_at)
-            if held is not None and await self._differs(dsn, before.branch, held):
-                return f"timeline {history.branch} has another record at {Lsn(held.at)} than before"
+            if held is not None and await self._compare(dsn, before.branch, held) is Compared.OTHER:
+                return f"timeline {branch} has another record than before, up to {Lsn(min(held.end, left_at))}"
             commit = self._last.get(before)
-            there = System(before.system, before.branch, Lsn(left_at))
-            if commit is not None and commit.end <= left_at and await self._has_another_commit(dsn, there, commit):
-                return f"timeline {history.branch} has something else at {Lsn(commit.start)} than commit {commit.name}"
+            if commit is not None and commit.end <= left_at:
+                there = System(before.system, before.branch, Lsn(left_at))
+                if await self._compare_commit(dsn, there, commit) is Compared.OTHER:
+                    return f"timeline {branch} has something else at {Lsn(commit.start)} than commit {commit.name}"
             if held is not None or commit is not None:
                 break
         return ""
 
-    async def _held_of(self, history: History, limit: int) -> _Held | None:
+    async def _held_of(self, history: History, limit: int) -> Piece | None:
         """Give the last of a timeline up to `limit` that the journal holds; None for nothing, or where it hangs."""
         try:
             return await self._in_thread(partial(self._last_held, history, limit))
         except (OSError, JournalError):
             return None
 
-    def _last_held(self, history: History, limit: int) -> _Held | None:
-        """Give the last record of a timeline that the journal holds and that passes its checksum, cut at `limit`."""
+    def _last_held(self, history: History, limit: int) -> Piece | None:
+        """Give the last of a timeline that the journal holds whole, up to `limit`."""
         if self.folders is None:
             return None
         folder = self.folders.of(history)
         names = [name for name in folder.names() if name.timeline == history.branch]
         for name in reversed([name for name in names if name.start(folder.segment_bytes) < limit]):
-            if (held := _tail_of(folder, name, limit)) is not None:
+            file, begin = folder.file(name), name.start(folder.segment_bytes)
+            if (held := end_of(file, begin, _COMPARED_BYTES, limit)) is not None:
                 return held
         return None
 
-    async def differs(self, dsn: str, folder: SegmentFolder, name: SegmentName) -> bool:
-        """Whether the server has other log at the end of a segment than a folder; False where it has it no more."""
-        held = await folder.threads.run(partial(_tail_of, folder, name))
-        if held is None:
-            return False
-        return await self._differs(dsn, name.timeline, held)
+    async def compare(
+        self, dsn: str, server: Position, past: Lineage, folder: SegmentFolder, name: SegmentName, file: Path
+    ) -> Compared:
+        """Hold a file that may become a segment of a folder against the server's log.
 
-    async def _differs(self, dsn: str, timeline: int, held: _Held) -> bool:
-        theirs = await self.read(dsn, timeline, held.at, len(held.record), self.deadline_seconds)
-        return theirs is not None and theirs != held.record
+        What the server has not finished, or what belongs into another folder, is another log than its own.
 
-    async def _has_another_commit(self, dsn: str, system: System, commit: Commit | CommitRecord) -> bool:
-        """Whether the server has something else where a commit was; False where it has that place no more.
+        Args:
+            dsn: how to connect.
+            server: how far it has come; asked after the file was there.
+            past: of that history.
+            folder: which is to have the segment.
+            name: of the segment.
+            file: where it lies.
+
+        Raises:
+            SourceError: the server did not answer.
+        """
+        begin, limits = name.start(folder.segment_bytes), {one.branch: end for one, _, end in past.stretches()}
+        if not await folder.threads.run(partial(is_of, folder, server.history)):
+            return Compared.OTHER
+        if name.timeline == server.history.branch and begin + folder.segment_bytes > server.at:
+            return Compared.OTHER
+        limit = limits.get(name.timeline, 0)
+        piece = await folder.threads.run(partial(end_of, file, begin, _ARRIVING_BYTES, limit))
+        return await self._compare(dsn, name.timeline, piece) if piece is not None else Compared.UNKNOWN
+
+    async def _compare(self, dsn: str, timeline: int, piece: Piece) -> Compared:
+        theirs = await self.read(dsn, timeline, piece.at, piece.count, self.deadline_seconds)
+        return await self._threads.run(partial(piece.compare, theirs))
+
+    async def _compare_commit(self, dsn: str, system: System, commit: Commit | CommitRecord) -> Compared:
+        """Hold a commit against what the server has where it was.
 
         A record that lies in two segments, or is very long, is not looked at: most are of a few hundred bytes.
         """
-        if commit.start // _SMALLEST_SEGMENT_BYTES != (commit.end - 1) // _SMALLEST_SEGMENT_BYTES:
-            return False
         count = min(commit.end, system.flushed) - commit.start
+        if commit.start // _SMALLEST_SEGMENT_BYTES != (commit.end - 1) // _SMALLEST_SEGMENT_BYTES:
+            return Compared.UNKNOWN
         theirs = await self.read(dsn, system.timeline, commit.start, count, self.deadline_seconds)
         if theirs is None:
-            return False
+            return Compared.UNKNOWN
         before = bytes(commit.start % PAGE_BYTES)
-        return not holds_commit(before + theirs, len(before), commit)
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A piece of log that the journal holds, mostly a record: where it begins, its bytes, where the record ends."""
-
-    at: int
-    record: bytes
-    end: int
+        is_there = await self._threads.run(partial(holds_commit, before + theirs, len(before), commit))
+        return Compared.SAME if is_there else Compared.OTHER
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
     """What is known of a history at one moment: the last that is held, how far it was seen, its last commit."""
 
-    held: _Held | None
+    held: Piece | None
     end: int
     commit: Commit | CommitRecord | None
-
-
-def _tail_of(folder: SegmentFolder, name: SegmentName, limit: int = LAST) -> _Held | None:
-    """Give the last record in a segment, or where it ends behind `limit` the bytes before that; None for nothing."""
-    begin = name.start(folder.segment_bytes)
-    try:
-        found = folder.tail(name)
-        if found.last_record is None:
-            return None
-        at: int = found.last_record
-        until: int = min(found.end, at + _COMPARED_BYTES)
-        if found.end > limit:
-            at, until = max(begin, limit - _COMPARED_BYTES), limit
-        with folder.slices(name) as segment:
-            record = bytes(segment[at - begin : until - begin])
-    except (OSError, ValueError):
-        return None
-    return _Held(at, record, found.end)

@@ -469,3 +469,31 @@ def test_the_newest_history_is_the_one_that_was_confirmed_or_else_that_of_the_la
     here = confirmed(lives, cluster)
     assert lives.newest_known() == here
     assert here not in (before, after)
+
+
+def test_a_known_timeline_that_begins_elsewhere_by_now_is_another_though_its_log_cannot_be_compared(
+    cluster: Cluster, folder: Path
+) -> None:
+    async def removed(*_: Any) -> None:
+        """Give what `read_log` gives of log that the server has removed."""
+
+    copy = saved(cluster)
+    insert(cluster, 1_000)
+    cluster.switch_timeline()
+    known = known_of(cluster)
+    assert known.through.history.branch == 2
+    kept = LogFolders(folder / "journal", SEGMENT_BYTES)
+    received(cluster, kept)
+    shutil.copyfile(cluster.data / "pg_wal" / "00000002.history", kept.all()[0].path / "00000002.history")
+    remembered = Lives(read=removed)
+    for lives in (remembered, Lives(folders=kept, read=removed)):
+        assert confirmed(lives, cluster, known) == known.through.history, "the same past"
+    put_back(cluster, copy)
+    insert(cluster, 60_000)
+    cluster.switch_timeline()
+    insert(cluster, 10)
+    assert cluster.flushed() > known.through.at
+    for lives in (remembered, Lives(folders=kept, read=removed)):
+        again = confirmed(lives, cluster, known)
+        assert (again.branch, again.incarnation) == (2, 1)
+        assert confirmed(lives, cluster) == again, "and goes on in it"

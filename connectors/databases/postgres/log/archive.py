@@ -5,8 +5,11 @@ trouble. It is one where the command itself could not do its work (ended by a si
 where the server finished a segment long ago that the archive still does not give.
 
 An archive keeps what an earlier life of the cluster, or another server, put there: timelines that a restore in place
-began and `--undo` left, or a standby that is no longer the primary. So no timeline is followed but those that lead to
-where the server itself is.
+began and `--undo` left, or a standby that is no longer the primary. Where an older copy of the cluster was put back it
+has files under names that the server has not come to yet. So no timeline is followed but those that lead to where the
+server itself is, and no segment is taken but one that the server has finished, and holds the same log in. Of what it
+has removed it cannot say: that is taken where it joins a segment that was taken before. So what lies in the folder was
+found to be the server's, and a restore goes on from it though the server is gone.
 """
 
 from __future__ import annotations
@@ -19,17 +22,20 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
+from collections.abc import Coroutine, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.log.files import flushed_size, take_place
 from connectors.databases.postgres.log.folders import is_of
+from connectors.databases.postgres.log.proof import Compared
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.programs import as_owner, last_lines, minimal_environment
-from connectors.threads import Threads
+from connectors.threads import Threads, ask
 from trigger.errors import ConfigError, DatabaseError, JournalError, PositionError, SourceError
 from trigger.model import Finding, Severity
 from trigger.position import Lineage, Position
@@ -62,6 +68,16 @@ _SKIP = (
 )
 
 _FOREIGN = "it has the log of another life of the cluster under that name, as where an older copy was put back"
+_FOREIGN_MEND = (
+    "move what the archive has of the earlier life to another place, so that the server can archive its own log under"
+    " those names, and see in pg_stat_archiver that it does; commits in that log cannot be restored exactly until then"
+)
+_UNPROVEN = "what the archive has under that name cannot be held against the server, which has removed its own"
+_UNANSWERED = "what the archive has under that name cannot be held against the server, which does not answer"
+_UNANSWERED_SECONDS = 10.0
+"""So long a server that does not answer is not asked again: many segments may be fetched for one restore."""
+_COMPARE_SECONDS = 60.0
+"""How long a thread waits for a comparison, which has deadlines of its own."""
 
 
 class _Refusal(NamedTuple):
@@ -69,7 +85,7 @@ class _Refusal(NamedTuple):
 
     why: str
     broken: bool
-    """Whether the command itself could not do its work, so that nothing is known of the file."""
+    """Whether the command itself could not do its work, so that nothing is known of the file, or gave another log."""
 
 
 class Server(Protocol):
@@ -91,8 +107,11 @@ class Server(Protocol):
         """Give the file that it archived last, "" for none."""
         ...
 
-    async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
-        """Whether it has other log at the end of a segment than the folder; False where it has it no more."""
+    def compare(self, segments: SegmentFolder, name: SegmentName, file: Path) -> Coroutine[Any, Any, Compared]:
+        """Hold a file that may become a segment of a folder against its log; may raise what `lineage` does.
+
+        A segment that it has not finished, and a folder that its log does not go into, is another log.
+        """
         ...
 
 
@@ -137,6 +156,7 @@ class ArchiveReader:
         self._late = ""
         self._folder = Path()
         self._finished_since: float | None = None
+        self._unanswered = -math.inf
         self._replaced: dict[str, tuple[int, int]] = {}
         """What was fetched for segments that were damaged, as it looked."""
 
@@ -161,42 +181,71 @@ class ArchiveReader:
         """Give why no log comes out of the archive at present; that it has no further segment yet is no trouble."""
         if self._broken:
             message = f"the archive cannot be read: {self._broken}"
-            return [Finding(_COMMAND, Severity.WARNING, message, _MEND)]
+            return [Finding(_COMMAND, Severity.WARNING, message, _FOREIGN_MEND if _FOREIGN in message else _MEND)]
         remedy = _FEED + _SKIP.format(folder=self._folder)
         return [Finding("archive", Severity.WARNING, self._late, remedy)] if self._late else []
 
-    def fetch(self, segments: SegmentFolder, name: str) -> bool:
+    def fetch(self, segments: SegmentFolder, name: str, loop: asyncio.AbstractEventLoop | None = None) -> bool:
         """Fetch one file that the folder does not have, or has cut short or damaged; whether a sound one is there now.
 
-        What is there is replaced where the archive has the file whole. Blocks for `fetch_seconds` at most.
+        What is there is replaced where the archive has the file whole. Of a segment the server is asked, in `loop`,
+        whether it is its log; nobody is where there is none. Blocks for `fetch_seconds` and what that takes at most.
         """
         if segments.is_sound(name) or self._is_as_fetched(segments, name):
             return segments.is_sound(name)
         path = segments.path / f"{_FETCHING}.{os.getpid()}.{name}"  # a restore fetches beside the service
         path.unlink(missing_ok=True)
         self._refusal = self._ask(segments.segment_bytes, name, path, self._fetch_seconds)
+        segment = SegmentName.parse(name, segments.segment_bytes)
+        if self._refusal is None and segment is not None:
+            self._refusal = self._refuse_other_log(segments, segment, path, loop)
         if self._refusal is not None:
             path.unlink(missing_ok=True)
             return False
         was_there = segments.locate(name)
         take_place(path, was_there or segments.path / name)
         (segments.path / f"{name}.partial").unlink(missing_ok=True)
-        return was_there is None or self._replaces(segments, name)
+        if was_there is not None:
+            self._replaced[name] = _stamp(was_there)
+        return True
+
+    def _refuse_other_log(
+        self, segments: SegmentFolder, name: SegmentName, file: Path, loop: asyncio.AbstractEventLoop | None
+    ) -> _Refusal | None:
+        """Say why a file does not become a segment of a folder; None where it is of the log that is kept there."""
+        held = segments.neighbours(name)
+        if not all(segments.joins(name, neighbour, file) for neighbour in held):
+            return _Refusal(_FOREIGN, broken=True)
+        try:
+            compared = self._compare(segments, name, file, loop)
+        except OSError:  # nobody waits for us any more, or a disk hangs
+            return _Refusal(_UNANSWERED, broken=False)
+        if compared is Compared.OTHER:
+            return _Refusal(_FOREIGN, broken=True)
+        if compared is None and (segments.incarnation or not held):
+            return _Refusal(_UNANSWERED, broken=False)  # an archive has, or had, an earlier life's log under that name
+        return _Refusal(_UNPROVEN, broken=False) if compared is Compared.UNKNOWN and not held else None
+
+    def _compare(
+        self, segments: SegmentFolder, name: SegmentName, file: Path, loop: asyncio.AbstractEventLoop | None
+    ) -> Compared | None:
+        """Have the server asked, from a thread; None where it does not answer.
+
+        Raises:
+            OSError: the loop has ended, or a disk hangs.
+        """
+        if loop is None or time.monotonic() < self._unanswered + _UNANSWERED_SECONDS:
+            return None
+        try:
+            return ask(loop, partial(self._server.compare, segments, name, file), _COMPARE_SECONDS)
+        except (DatabaseError, SourceError, PositionError):
+            self._unanswered = time.monotonic()
+            return None
 
     def _is_as_fetched(self, segments: SegmentFolder, name: str) -> bool:
         """Whether a file is still the one that was fetched for a damaged one: the archive has no better one."""
         found = segments.locate(name)
         return found is not None and self._replaced.get(name) == _stamp(found)
-
-    def _replaces(self, segments: SegmentFolder, name: str) -> bool:
-        """Whether what was fetched for a damaged segment is of the same log as its neighbours; else it goes."""
-        parsed = SegmentName.parse(name, segments.segment_bytes)
-        if parsed is not None and not segments.joins_neighbours(parsed):
-            segments.delete([parsed])
-            self._refusal = _Refusal(_FOREIGN, broken=True)
-            return False
-        self._replaced[name] = _stamp(segments.locate(name) or segments.path / name)
-        return True
 
     def _ask(self, segment_bytes: int, name: str, path: Path, seconds: float) -> _Refusal | None:
         """Have the command put a file at `path`; gives why it did not, None where it is there, whole."""
@@ -282,7 +331,9 @@ class ArchiveReader:
                 await self._judge(wanted, segments.segment_bytes, refusal)
             elif refusal is not None:
                 await self._judge(following, segments.segment_bytes, refusal)
-            await segments.threads.run(partial(self._fill, segments, following))
+            await segments.threads.run(partial(self._fill, segments, following, asyncio.get_running_loop()))
+            if refusal is not None and refusal.why == _UNPROVEN:
+                following = await self._later(following, segments.segment_bytes)
             await asyncio.sleep(self._poll_seconds)
 
     async def _lineage(self) -> Lineage | None:
@@ -294,21 +345,16 @@ class ArchiveReader:
 
     async def _fetch_own(self, segments: SegmentFolder, name: SegmentName) -> bool:
         """Fetch a segment, unless the archive has the log of another life of the cluster under its name."""
-        text = name.text(segments.segment_bytes)
-        if not await segments.threads.run(partial(self.fetch, segments, text)):
-            return False
-        joins = await segments.threads.run(partial(segments.joins, name))
-        if joins and (not segments.incarnation or not await self._is_foreign(segments, name)):
-            return True
-        await segments.threads.run(partial(segments.delete, [name]))
-        self._refusal = _Refusal(_FOREIGN, broken=True)
-        return False
+        text, loop = name.text(segments.segment_bytes), asyncio.get_running_loop()
+        return await segments.threads.run(partial(self.fetch, segments, text, loop))
 
-    async def _is_foreign(self, segments: SegmentFolder, name: SegmentName) -> bool:
+    async def _later(self, following: SegmentName, segment_bytes: int) -> SegmentName:
+        """Give where to go on that the server still has: what lies between can be taken once that is here."""
         try:
-            return await self._server.differs(segments, name)
-        except (DatabaseError, SourceError):
-            return True  # it is asked again
+            redo = await self._server.redo()
+        except DatabaseError:
+            return following
+        return max(following, SegmentName(redo.history.branch, redo.at // segment_bytes))
 
     async def _judge(self, following: SegmentName, segment_bytes: int, refusal: _Refusal) -> None:
         """Tell an archive that cannot be read, or that the server has left behind, from one that is up to date."""
@@ -326,19 +372,17 @@ class ArchiveReader:
             name = following.text(segment_bytes)
             self._late = f"the archive does not give segment {name}, which the server has finished: {refusal.why}"
 
-    def _fill(self, segments: SegmentFolder, following: SegmentName) -> None:
+    def _fill(self, segments: SegmentFolder, following: SegmentName, loop: asyncio.AbstractEventLoop) -> None:
         """Fetch what is missing or damaged from the oldest segment on, in case that the archive has it by now.
 
         A server archives a new timeline's history before the segments of the old one that it was behind with.
         """
         for name in sorted(segments.damaged):
-            if segments.locate(name) is not None and not self.fetch(segments, name) and self._refusal is not None:
+            if segments.locate(name) is not None and not self.fetch(segments, name, loop) and self._refusal is not None:
                 break
-        held = [name for name in segments.names() if not name.partial]
-        for before, behind in itertools.pairwise([*held, following]):
-            for number in range(before.number + 1, behind.number):
-                if not self.fetch(segments, SegmentName(before.timeline, number).text(segments.segment_bytes)):
-                    return
+        for missing in _missing(segments.names(), following):
+            if not self.fetch(segments, missing.text(segments.segment_bytes), loop):
+                return
 
     async def _resume(self, segments: SegmentFolder, lineage: Lineage | None) -> SegmentName:
         """Give behind what is held; where nothing is, the beginning, which an empty partial segment keeps in mind.
@@ -381,6 +425,17 @@ class ArchiveReader:
         if (file := segments.locate(name)) is not None:
             file.unlink()
         return _Refusal(f"{name}, which is needed first: {_FOREIGN}", broken=True)
+
+
+def _missing(names: list[SegmentName], following: SegmentName) -> Iterator[SegmentName]:
+    """Give what is missing between those that are there, and before them; each beside one that is there by then."""
+    held = [name for name in names if not name.partial]
+    if held and names[0].partial:  # where it was to begin, had the server not removed its own log there
+        for number in reversed(range(names[0].number, held[0].number)):
+            yield SegmentName(held[0].timeline, number)
+    for before, behind in itertools.pairwise([*held, following]):
+        for number in range(before.number + 1, behind.number):
+            yield SegmentName(before.timeline, number)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from pathlib import Path
 
 from connectors.databases.postgres.log.files import flush_folder, give, write_flushed
@@ -38,13 +39,14 @@ class LogFolders:
         self._owner = owner
         self._first = SegmentFolder(path, _segment_bytes(path, segment_bytes), owner)
         self._later: dict[tuple[str, int], SegmentFolder] = {}
+        self._guard = threading.Lock()
 
     def of(self, history: History) -> SegmentFolder:
         """Give the folder of the log that a history lies in; it need not be there yet. Blocks on small files."""
         self._look()
         life = history.system, history.incarnation
         if life not in self._later and (history.incarnation or not self._is_first(history.system)):
-            self._later[life] = self._folder(*life)
+            return self._keep(*life)
         return self._later.get(life, self._first)
 
     def _is_first(self, system: str) -> bool:
@@ -54,13 +56,13 @@ class LogFolders:
     def all(self) -> list[SegmentFolder]:
         """Give every folder that there is, the first one first."""
         self._look()
-        later = (self._later[life] for life in sorted(self._later))
+        later = [folder for _, folder in sorted(self._known().items())]
         return [self._first, *(folder for folder in later if folder.path.is_dir())]
 
     def of_system(self, system: str) -> list[SegmentFolder]:
         """Give the folders that there are of a cluster's lives, the newest first."""
         self._look()
-        found = [self._later[life] for life in sorted(self._later, reverse=True) if life[0] == system]
+        found = [folder for life, folder in sorted(self._known().items(), reverse=True) if life[0] == system]
         if self._is_first(system):
             found.append(self._first)
         return [folder for folder in found if folder.path.is_dir()]
@@ -68,7 +70,7 @@ class LogFolders:
     def newest(self, system: str) -> int:
         """Give the newest incarnation of a cluster that there is a folder of."""
         self._look()
-        return max((incarnation for of, incarnation in self._later if of == system), default=0)
+        return max((incarnation for of, incarnation in self._known() if of == system), default=0)
 
     def begin(self, history: History, writer: tuple[int, int] | None, past: str) -> SegmentFolder:
         """Make the folder of a life that begins, durably, so that it is known after a crash too.
@@ -94,7 +96,18 @@ class LogFolders:
         for entry in entries:
             match = _NAME.fullmatch(entry.name)
             if match and (match[1], int(match[2])) not in self._later and entry.is_dir():
-                self._later[match[1], int(match[2])] = self._folder(match[1], int(match[2]))
+                self._keep(match[1], int(match[2]))
+
+    def _known(self) -> dict[tuple[str, int], SegmentFolder]:
+        """Give the folders of later lives that are known at this moment; many threads find them."""
+        with self._guard:
+            return dict(self._later)
+
+    def _keep(self, system: str, incarnation: int) -> SegmentFolder:
+        """Give the one object of a life, whoever comes first: what is damaged is known to it."""
+        found = self._folder(system, incarnation)
+        with self._guard:
+            return self._later.setdefault((system, incarnation), found)
 
     def _folder(self, system: str, incarnation: int) -> SegmentFolder:
         path = self._first.path / f"{system}+{incarnation}"

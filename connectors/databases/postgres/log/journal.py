@@ -7,6 +7,7 @@ already.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import aclosing
@@ -19,7 +20,7 @@ from connectors.databases.postgres.log.audit import Audit
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.staging import Staging
-from connectors.databases.postgres.log.wal import PAGE_BYTES, holds_commit
+from connectors.databases.postgres.log.wal import PAGE_BYTES, history_timeline, holds_commit
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
@@ -42,10 +43,11 @@ class Feed(Protocol):
         """Bring the log until cancelled, or until it belongs into another folder; raises `JournalError`."""
         ...
 
-    def fetch(self, segments: SegmentFolder, name: str) -> bool:
+    def fetch(self, segments: SegmentFolder, name: str, loop: asyncio.AbstractEventLoop | None = None) -> bool:
         """Try to bring one file by name, now, unless a sound one is there; whether it is by now.
 
-        Blocks, and ends by a deadline of its own.
+        Nothing comes in that is not of the log that the folder keeps; where the server has to be asked for that, it
+        is asked in `loop`. Blocks, and ends by a deadline of its own.
         """
         ...
 
@@ -139,14 +141,14 @@ class PostgresJournal:
         Raises:
             JournalError: nobody has it.
         """
-        return await self._folders.threads.run(partial(self._lineage, history))
+        return await self._folders.threads.run(partial(self._lineage, history, asyncio.get_running_loop()))
 
-    def _lineage(self, history: History) -> Lineage:
+    def _lineage(self, history: History, loop: asyncio.AbstractEventLoop) -> Lineage:
         segments = self._folders.of(history)
         try:
             return segments.lineage(history)
         except JournalError:
-            if not (segments.path.is_dir() and self._fetch_into(segments)(f"{history.branch:08X}.history")):
+            if not (segments.path.is_dir() and self._fetch_into(segments, loop)(f"{history.branch:08X}.history")):
                 raise
             return segments.lineage(history)
 
@@ -200,7 +202,8 @@ class PostgresJournal:
             JournalError: part of the stretch is missing or damaged; the message names the first such segment.
         """
         try:
-            size = await self._folders.threads.run(partial(self._stage, replay, folder, progress))
+            loop = asyncio.get_running_loop()
+            size = await self._folders.threads.run(partial(self._stage, replay, folder, progress, loop))
         except OSError as error:
             raise JournalError(
                 f"the log could not be staged in {folder}: {error}", hint="see that the folder can be written"
@@ -210,12 +213,12 @@ class PostgresJournal:
                 await self._stage_next_commit(replay.target, folder)
         return size
 
-    def _stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
+    def _stage(self, replay: Replay, folder: Path, progress: Progress, loop: asyncio.AbstractEventLoop) -> int:
         segments = self._folders.of(replay.target.history)
         self._audit_of(segments).load()
         lives = self._folders.of_system(replay.target.history.system)
         others = [life for life in lives if life is not segments]
-        size = Staging(segments, self._fetch_into(segments)).stage(replay, folder, progress, others)
+        size = Staging(segments, self._fetch_into(segments, loop)).stage(replay, folder, progress, others)
         _require_commit(SegmentFolder(folder, segments.segment_bytes), replay)
         return size
 
@@ -224,7 +227,7 @@ class PostgresJournal:
         run, history = self._folders.threads.run, target.history
         segments = await run(partial(self._folders.of, history))
         dump = await run(partial(self._dump_for, segments))
-        fetch = await run(partial(self._fetch_into, segments))
+        fetch = await run(partial(self._fetch_into, segments, asyncio.get_running_loop()))
         behind = Lsn((target.at or 0) + (1 if target.inclusive else 0))
         staged, staging, more = SegmentFolder(folder, segments.segment_bytes), Staging(segments, fetch), 1
         while dump and (end := await run(partial(staged.end_of_run, history.branch, behind))) is not None:
@@ -235,12 +238,21 @@ class PostgresJournal:
                 return
             more *= 2
 
-    def _fetch_into(self, segments: SegmentFolder) -> Callable[[str], bool]:
-        """Give what fetches a file: what an archive gives for a name is the log of the present life, if of any."""
+    def _fetch_into(self, segments: SegmentFolder, loop: asyncio.AbstractEventLoop) -> Callable[[str], bool]:
+        """Give what fetches a file: what an archive gives for a name is the log of the present life, if of any.
+
+        Of a history file nobody says whose it is, and an archive may have an earlier life's.
+        """
         known = self._running or self._known()
-        if known is not None and not segments.incarnation and self._folders.of(known) is segments:
-            return partial(self._feed.fetch, segments)
-        return segments.is_sound
+        if known is None or self._folders.of(known) is not segments:
+            return segments.is_sound
+
+        def fetch(name: str) -> bool:
+            if segments.incarnation and history_timeline(name) is not None:
+                return segments.is_sound(name)
+            return self._feed.fetch(segments, name, loop)
+
+        return fetch
 
     async def release(self, starts: Collection[Position]) -> int:
         """Delete the segments that no replay from any of `starts` can ask for; gives how many.

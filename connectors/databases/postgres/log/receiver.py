@@ -114,7 +114,7 @@ class Receiver:
         self._trouble = ""
         self._threads = Threads("pg_receivewal")
 
-    def fetch(self, segments: SegmentFolder, name: str) -> bool:
+    def fetch(self, segments: SegmentFolder, name: str, loop: asyncio.AbstractEventLoop | None = None) -> bool:  # noqa: ARG002 - the feed's
         """Whether a sound file is in the folder; a stream cannot be asked for one."""
         return segments.is_sound(name)
 

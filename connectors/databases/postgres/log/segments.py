@@ -53,6 +53,13 @@ class _Read:
         return os.pread(self.descriptor, part.stop - begin, begin)
 
 
+@contextlib.contextmanager
+def slices_of(path: Path) -> Iterator[Slices]:
+    """Give the bytes of a file, read where they are looked at; a mapping would count as memory of ours."""
+    with reading(path) as file:
+        yield _Read(file.fileno())
+
+
 class _Held(NamedTuple):
     """What a segment holds that can be used."""
 
@@ -197,18 +204,32 @@ class SegmentFolder:
                 if (header := page_header(file.read(64))) is not None:
                     yield header
 
-    def joins_neighbours(self, name: SegmentName) -> bool:
-        """Whether a segment goes on where the one before ends, and the one behind where it ends, as far as both are."""
-        before, behind = (SegmentName(name.timeline, name.number + step) for step in (-1, 1))
-        sound = [self.is_sound(one.text(self.segment_bytes)) for one in (before, behind)]
-        return not (sound[0] and not self.joins(name)) and not (sound[1] and not self.joins(behind))
+    def neighbours(self, name: SegmentName) -> list[SegmentName]:
+        """Give the sound segments right before and right behind one, of the log that leads to it and goes on from it.
 
-    def joins(self, name: SegmentName) -> bool:
-        """Whether a segment goes on where the complete one before it ends, as far as both are here."""
-        before = SegmentName(name.timeline, name.number - 1)
+        The first segment of a timeline goes on from one of the timeline that it left.
+        """
+        lineage = Lineage(lsn.history("", name.timeline))
+        with contextlib.suppress(JournalError):
+            lineage = self.lineage(lineage.history)
+        before = name.start(self.segment_bytes) - 1
+        owner = next((history.branch for history, low, high in lineage.stretches() if low <= before < high), 0)
+        found = [SegmentName(owner, name.number - 1), SegmentName(name.timeline, name.number + 1)]
+        return [one for one in found if self.is_sound(one.text(self.segment_bytes))]
+
+    def joins(self, name: SegmentName, neighbour: SegmentName, file: Path) -> bool:
+        """Whether one of two segments goes on where the other ends, as far as both can be read.
+
+        Args:
+            name: of the first segment.
+            neighbour: held, right before or right behind it.
+            file: where the first one lies.
+        """
+        held, last = self.file(neighbour), min(name.number, neighbour.number) * self.segment_bytes
+        before, behind = (held, file) if neighbour.number < name.number else (file, held)
         try:
-            with self.slices(name) as segment:
-                return joins(self.tail(before), segment, name.start(self.segment_bytes))
+            with slices_of(before) as segment, slices_of(behind) as following:
+                return joins(tail(segment, Lsn(last)), following, last + self.segment_bytes)
         except (OSError, ValueError):
             return True
 
@@ -268,11 +289,9 @@ class SegmentFolder:
         with self.slices(name) as segment:
             return tail(segment, name.start(self.segment_bytes))
 
-    @contextlib.contextmanager
-    def slices(self, name: SegmentName) -> Iterator[Slices]:
-        """Give the bytes of a segment, read where they are looked at; a mapping would count as memory of ours."""
-        with reading(self.file(name)) as file:
-            yield _Read(file.fileno())
+    def slices(self, name: SegmentName) -> contextlib.AbstractContextManager[Slices]:
+        """Give the bytes of a segment, read where they are looked at."""
+        return slices_of(self.file(name))
 
     def _held(self, name: SegmentName, path: Path, known: Remembered[_Held]) -> _Held:
         """Give what a segment holds that can be used."""

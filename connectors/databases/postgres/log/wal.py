@@ -223,6 +223,23 @@ def _follow(segment: Slices, start: Lsn, limit: int, position: int) -> Tail:
     return Tail(Lsn(start + records[-1][0]) if records else None, Lsn(start + position))
 
 
+def records(pages: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Give of each whole record where it begins and ends, and its bytes; behind damage it goes on with the next page.
+
+    `pages` are log from the start of a page on.
+    """
+    for page in range(0, len(pages), PAGE_BYTES):
+        position = _first_record(pages, page // PAGE_BYTES)
+        while position is not None and position < page + PAGE_BYTES:
+            head = _collect(pages, position, _RECORD.size, len(pages))
+            total = _RECORD.unpack(head[0])[0] if head is not None else 0
+            body = _collect(pages, position, total, len(pages)) if _RECORD.size <= total <= len(pages) else None
+            if body is None:
+                break
+            yield position, body[1], body[0]
+            position = _aligned(body[1])
+
+
 def _collect(segment: Slices, position: int, count: int, limit: int) -> tuple[bytes, int] | None:
     """Give `count` bytes of records from an offset on, leaping page headers, and the offset behind them."""
     parts = []

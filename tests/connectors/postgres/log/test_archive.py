@@ -7,11 +7,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from connectors.databases.postgres.log.archive import ArchiveReader
+from connectors.databases.postgres.log.proof import Compared
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import Lsn, history
@@ -31,7 +33,7 @@ def segments() -> Iterator[SegmentFolder]:
 
 
 class Server:
-    """A server that says what it archived last, and is asked nothing else: one file is between us and the command."""
+    """A server that says what it archived last, and that all is its log: one file is between us and the command."""
 
     def __init__(self, last: str = "") -> None:
         self.last = last
@@ -45,8 +47,8 @@ class Server:
     async def lineage(self) -> Lineage:
         raise AssertionError
 
-    async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
-        raise AssertionError
+    async def compare(self, segments: SegmentFolder, name: SegmentName, file: Path) -> Compared:
+        return Compared.SAME
 
     async def archived(self) -> str:
         if self.last == "unreachable":
@@ -56,6 +58,15 @@ class Server:
 
 def _reader(command: str, fetch_seconds: float = 20, last: str = "") -> ArchiveReader:
     return ArchiveReader(command, Server(last), fetch_seconds=fetch_seconds)
+
+
+def asked(reader: ArchiveReader, segments: SegmentFolder, name: str) -> bool:
+    """Have one file fetched while the server can be asked about it."""
+
+    async def run() -> bool:
+        return await segments.threads.run(partial(reader.fetch, segments, name, asyncio.get_running_loop()))
+
+    return asyncio.run(run())
 
 
 def test_a_command_that_hangs_is_ended_in_time_with_all_that_it_started(segments: SegmentFolder) -> None:
@@ -70,10 +81,10 @@ def test_a_segment_that_is_not_whole_yet_is_not_taken(segments: SegmentFolder) -
     archive = segments.path / "archive"
     archive.write_bytes(b"x" * 1000)
     reader = _reader(f"cp {archive} %p; : %f")
-    assert not reader.fetch(segments, SEGMENT)
+    assert not asked(reader, segments, SEGMENT)
     assert segments.names() == []
     archive.write_bytes(b"x" * (1 << 20))
-    assert reader.fetch(segments, SEGMENT)
+    assert asked(reader, segments, SEGMENT)
     assert len(segments.names()) == 1
     assert sorted(file.name for file in segments.path.iterdir()) == [SEGMENT, "archive"]
 
@@ -111,7 +122,7 @@ def test_a_check_tries_the_command_on_what_the_server_archived_last(
 
 
 class Ahead(Server):
-    """A server that has come to the end of the second segment, and says of no segment that it has other log there."""
+    """A server that has come to the end of the second segment, and has the log that anybody has."""
 
     def __init__(self, lineage: Lineage) -> None:
         super().__init__()
@@ -126,19 +137,21 @@ class Ahead(Server):
     async def lineage(self) -> Lineage:
         return self.past
 
-    async def differs(self, segments: SegmentFolder, name: SegmentName) -> bool:
-        return False
-
 
 NUMBER = START // SEGMENT_BYTES
 FIRST = Lineage(history(str(SYSTEM), 1))
 
 
 def followed(
-    segments: SegmentFolder, archive: Path, until: Callable[[ArchiveReader], bool], present: Lineage = FIRST
+    segments: SegmentFolder,
+    archive: Path,
+    until: Callable[[ArchiveReader], bool],
+    present: Lineage = FIRST,
+    server: Server | None = None,
 ) -> ArchiveReader:
     """Follow an archive until something is so; gives who did."""
-    reader = ArchiveReader(f"cp {archive}/%f %p", Ahead(present), poll_seconds=0.02, late_seconds=0.2)
+    server = server or Ahead(present)
+    reader = ArchiveReader(f"cp {archive}/%f %p", server, poll_seconds=0.02, late_seconds=0.2)
 
     async def work() -> None:
         task = asyncio.create_task(reader.run(segments))

@@ -51,7 +51,7 @@ class Idle:
     async def catch_up(self, segments: SegmentFolder) -> None:
         """Bring nothing."""
 
-    def fetch(self, segments: SegmentFolder, name: str) -> bool:
+    def fetch(self, segments: SegmentFolder, name: str, loop: asyncio.AbstractEventLoop | None = None) -> bool:
         return False
 
     def findings(self) -> list[Finding]:
