@@ -26,7 +26,7 @@ from typing import TypeVar
 
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.log.folders import LogFolders, is_of
-from connectors.databases.postgres.log.proof import Compared, Piece, end_of
+from connectors.databases.postgres.log.proof import Compared, Piece, end_of, goes_on
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, holds_commit
 from connectors.databases.postgres.lsn import Lsn
@@ -282,7 +282,8 @@ class Lives:
     ) -> Compared:
         """Hold a file that may become a segment of a folder against the server's log.
 
-        What the server has not finished, or what belongs into another folder, is another log than its own.
+        What the server has not finished, or what belongs into another folder, is another log than its own; of what it
+        has removed, its first record behind that says by its link whether it went on from there.
 
         Args:
             dsn: how to connect.
@@ -302,7 +303,15 @@ class Lives:
             return Compared.OTHER
         limit = limits.get(name.timeline, 0)
         piece = await folder.threads.run(partial(end_of, file, begin, _ARRIVING_BYTES, limit))
-        return await self._compare(dsn, name.timeline, piece) if piece is not None else Compared.UNKNOWN
+        if piece is None:
+            return Compared.UNKNOWN
+        found = await self._compare(dsn, name.timeline, piece)
+        end = begin + folder.segment_bytes
+        if found is not Compared.UNKNOWN or name.timeline != server.history.branch:
+            return found
+        count = min(PAGE_BYTES, server.at - end)
+        page = await self.read(dsn, name.timeline, end, count, self.deadline_seconds) if count else None
+        return await folder.threads.run(partial(goes_on, file, begin, page))
 
     async def _compare(self, dsn: str, timeline: int, piece: Piece) -> Compared:
         theirs = await self.read(dsn, timeline, piece.at, piece.count, self.deadline_seconds)

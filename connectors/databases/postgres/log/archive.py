@@ -333,7 +333,10 @@ class ArchiveReader:
                 await self._judge(following, segments.segment_bytes, refusal)
             await segments.threads.run(partial(self._fill, segments, following, asyncio.get_running_loop()))
             if refusal is not None and refusal.why == _UNPROVEN:
-                following = await self._later(following, segments.segment_bytes)
+                later = await self._later(following, segments.segment_bytes)
+                if later != following:
+                    following = later
+                    continue
             await asyncio.sleep(self._poll_seconds)
 
     async def _lineage(self) -> Lineage | None:
@@ -349,12 +352,12 @@ class ArchiveReader:
         return await segments.threads.run(partial(self.fetch, segments, text, loop))
 
     async def _later(self, following: SegmentName, segment_bytes: int) -> SegmentName:
-        """Give where to go on that the server still has: what lies between can be taken once that is here."""
+        """Give where to go on, right before what the server still has: what lies between is taken once that is here."""
         try:
             redo = await self._server.redo()
         except DatabaseError:
             return following
-        return max(following, SegmentName(redo.history.branch, redo.at // segment_bytes))
+        return max(following, SegmentName(redo.history.branch, redo.at // segment_bytes - 1))
 
     async def _judge(self, following: SegmentName, segment_bytes: int, refusal: _Refusal) -> None:
         """Tell an archive that cannot be read, or that the server has left behind, from one that is up to date."""

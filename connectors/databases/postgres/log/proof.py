@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectors.databases.postgres.log.segments import slices_of
-from connectors.databases.postgres.log.wal import PAGE_BYTES, checksum_holds, records, tail
+from connectors.databases.postgres.log.wal import PAGE_BYTES, checksum_holds, joins, records, tail
 from connectors.databases.postgres.lsn import Lsn
 from trigger.position import LAST
 
@@ -86,3 +86,14 @@ def end_of(file: Path, begin: int, count: int, limit: int = LAST) -> Piece | Non
             return Piece(at, min(until, limit) - at, found.last_record, found.end, log)
     except (OSError, ValueError):
         return None
+
+
+def goes_on(file: Path, begin: int, page: bytes | None) -> Compared:
+    """Hold the end of a segment against the first page behind it that somebody else has, None for nothing."""
+    if page is None or next(records(page), None) is None:
+        return Compared.UNKNOWN
+    with slices_of(file) as segment:
+        found = tail(segment, Lsn(begin))
+        if found.last_record is None:
+            return Compared.UNKNOWN
+        return Compared.SAME if joins(found, page, begin + len(segment)) else Compared.OTHER

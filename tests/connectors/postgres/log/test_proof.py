@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres.log.archive import ArchiveReader
-from connectors.databases.postgres.log.proof import Compared, Piece, end_of
+from connectors.databases.postgres.log.proof import Compared, Piece, end_of, goes_on
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName
 from connectors.databases.postgres.lsn import Lsn
@@ -21,6 +21,9 @@ from trigger.position import Position
 NAMES = [SegmentName(1, NUMBER + step) for step in range(3)]
 TEXTS = [name.text(SEGMENT_BYTES) for name in NAMES]
 COUNT = 4 * PAGE_BYTES
+OURS, OTHER = two_segments([40], 28_000)[:2], two_segments([2_000], 28_000)[:2]
+CLOSED = two_segments([], 30_500)[:2]
+"""Of which a record lies in both, and ends soon."""
 
 
 def log_of(*lengths: int) -> bytes:
@@ -98,10 +101,20 @@ def test_log_behind_a_limit_is_not_compared_and_a_record_that_lies_over_it_is(fi
     assert end_of(file, START, COUNT, START) is None
 
 
+def page_behind() -> bytes:
+    """Give the first page of the segment behind `CLOSED`."""
+    return CLOSED[1][:PAGE_BYTES]
+
+
+def test_log_that_the_server_has_removed_is_told_by_what_it_has_behind_it(file: Path) -> None:
+    for segment, verdict in ((CLOSED[0], Compared.SAME), (OTHER[0], Compared.OTHER)):
+        file.write_bytes(segment)
+        assert goes_on(file, START, page_behind()) is verdict
+    assert goes_on(file, START, None) is Compared.UNKNOWN
+    assert goes_on(file, START, page_behind()[:48]) is Compared.UNKNOWN, "no record begins there yet"
+
+
 # ---- what comes in
-
-
-OURS, OTHER = two_segments([40], 28_000)[:2], two_segments([2_000], 28_000)[:2]
 
 
 class Knowing(Ahead):
@@ -205,7 +218,7 @@ def test_where_the_server_has_removed_the_first_it_goes_on_at_what_it_has_and_fe
 ) -> None:
     segments.mark(NAMES[0]._replace(partial=True), None)
     server = Knowing(lambda name: Compared.SAME if name == NAMES[1] else Compared.UNKNOWN)
-    server.redo_at = START + SEGMENT_BYTES
+    server.redo_at = START + 2 * SEGMENT_BYTES
     followed(segments, archive, lambda _: segments.file(NAMES[0]).exists(), server=server)
     assert [name for name in segments.names() if not name.partial] == NAMES[:2]
     assert server.seen[0] == NAMES[0]
