@@ -275,7 +275,6 @@ def test_the_publisher_of_a_subscription_is_said_to_be_ahead_of_what_was_put_bac
         assert (
             "feed in database postgres (slot feed on its publisher); in production's place each has to be made" in words
         )
-        here.process = None
         here.cluster.start()
         assert held(here.cluster.conninfo) == [1, 2]
         here.cluster.sql("ALTER SUBSCRIPTION feed SET (slot_name = 'feed')")
