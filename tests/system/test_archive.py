@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import psycopg
 import pytest
 
 from tests.fixtures import judge
+from tests.fixtures.postgres import Cluster
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import RestoreError
@@ -341,3 +343,40 @@ def test_log_that_the_archive_gets_after_the_next_timelines_history_is_fetched_a
             _arrives(deployed, name)
         _assert_comes_back(deployed, f"--to-xid={xid}", _through(deployed, xid))
         assert deployed.stop() == 0
+
+
+def test_what_a_server_committed_right_before_it_crashed_comes_back_out_of_the_next_timelines_segment() -> None:
+    with archived(16) as (deployed, archive):
+        _begin(deployed)
+        whole = _switch(deployed)
+        _arrives(deployed, whole)
+        kept = []
+        for _ in range(3):
+            kept.append(_commit(deployed))
+            deployed.settle()
+        _promote_after_a_crash(deployed.cluster)
+        deployed.settle()
+        following = _switch(deployed)
+        _arrives(deployed, following)
+        deployed.wait_for(lambda: any(name.endswith(".partial") for name in archive.held()), "the unfinished segment")
+        assert following.replace("00000002", "00000001", 1) not in archive.held()
+        for xid in kept:
+            (found,) = deployed.ask("find", "--xid", str(xid))
+            assert (found["aside"], bool(found["base"])) == ("", True), found
+            _assert_comes_back(deployed, f"--to-xid={xid}", _through(deployed, xid))
+        _assert_comes_back(deployed, f"--before-xid={kept[-1]}", _through(deployed, kept[-2]))
+        report = deployed.ask("restore", "--to-xid", str(kept[1]), "--name", "proven")
+        assert "the next commit is not there" in [what for what, _, _ in report["checks"]], report["checks"]
+        assert deployed.stop() == 0
+
+
+def _promote_after_a_crash(cluster: Cluster) -> None:
+    """Let the cluster recover from a crash onto its next timeline, with its last segment unfinished."""
+    cluster.stop("immediate")
+    cluster.configure({"restore_command": "false"})
+    (cluster.data / "recovery.signal").touch()
+    cluster.start()
+    deadline = time.monotonic() + 60
+    while cluster.sql("SELECT pg_is_in_recovery()")[0][0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -16,7 +16,7 @@ from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
 from trigger.restore.planner import plan
-from trigger.restore.target import is_left, naming
+from trigger.restore.target import at_commit, is_left, naming, up_to
 
 
 class Where(StrEnum):
@@ -91,24 +91,19 @@ async def locate(
     found = await catalog.find(name=name, place=at, time=time, marker=marker, stream=stream)
     lineage = await _lineage(latest.ceiling.history, journal) if latest and latest.ceiling else None
     if found:
-        left = [await is_left(_wanted(one), catalog, journal) for one in found]
-        lines = [await _lineage(one.history, journal) for one in found]
-        there = [_of_commit(*each) for each in zip(found, [known] * len(found), lines, left, strict=True)]
-        gone_on = [await catalog.present(one.history) for one in found]
-        present = [await _lineage(one, journal) if one else lineage for one in gone_on]
-        return [replace(one, aside=_aside(one, line)) for one, line in zip(there, present, strict=True)]
+        return [await _of_commit(one, catalog, known) for one in found]
     if lineage is None:
         return [_unknown("there is no sealed recovery point yet")]
     if time is not None:
         return [await _of_time(time, catalog, known, lineage)]
     if at is not None:
-        return [_of_place(at, known, lineage, stream)]
+        return [await _of_place(at, catalog, known, lineage, stream)]
     words = f" or lies in one of {len(known.gaps)} gaps" if known.gaps else ""
     if name is None or stream is not None:
         return [_unknown(f"it is not in the catalog: it did not qualify, was not seen by any source{words}")]
     logged = await log_search.named(name, lineage, catalog, journal)
     why = f"neither the catalog nor the log that is kept has it: it was not committed, or is older than that{words}"
-    return [_of_logged(one, known, lineage) for one in logged] or [_unknown(why)]
+    return [await _of_logged(one, catalog, known) for one in logged] or [_unknown(why)]
 
 
 class _Way(NamedTuple):
@@ -128,10 +123,11 @@ class _Known:
     journal: Journal
     extents: Sequence[Extent]
 
-    def way(self, target: Target, lineage: Lineage, *, left: bool = False) -> _Way:
-        """Give how a target is brought back, or why it is not; `left`: its history is, and gets no more log."""
+    async def way(self, target: Target, catalog: Catalog) -> _Way:
+        """Give how a target is brought back, or why it is not."""
         if not self.journal.replays:
             return _Way("no log is kept of this database: only points can be brought back, as they were cut")
+        lineage, left = await _lineage(target.history, self.journal), await is_left(target, catalog, self.journal)
         try:
             start = self.journal.file_start
             found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=start, left=left)
@@ -182,33 +178,37 @@ async def _lineage(history: History, journal: Journal) -> Lineage:
         return Lineage(history)
 
 
-def _wanted(found: Found) -> Target:
-    record = found.record
-    return Target(found.history, record.start, True, f"commit {record.name}", commit=record)
-
-
-def _of_commit(found: Found, known: _Known, lineage: Lineage, left: bool) -> Location:
+async def _of_commit(found: Found, catalog: Catalog, known: _Known) -> Location:
     record, history = found.record, found.history
-    way = known.way(_wanted(found), lineage, left=left)
+    way, aside = await _way_to(found, catalog, known)
     if record.outcome is Outcome.MISSED or found.point is None:
-        gap = known.gap_at(record.start, lineage, record.stream)
+        gap = known.gap_at(record.start, await _lineage(history, known.journal), record.stream)
         reason = f"it was missed: {found.reason}; {way.words}"
-        return Location(Where.GAP, record, history, way.after, None, gap, reason, way.base)
+        return Location(Where.GAP, record, history, way.after, None, gap, reason, way.base, aside)
     if record.outcome is Outcome.PROTECTED:
         reason = f"point {found.point} was taken for it" + ("" if way.base else f"; {way.words}")
-        return Location(Where.POINT, record, history, way.after, found.point, None, reason, way.base)
+        return Location(Where.POINT, record, history, way.after, found.point, None, reason, way.base, aside)
     reason = f"point {found.point} holds it among others; {way.words}"
-    return Location(Where.INTERVAL, record, history, way.after, found.point, None, reason, way.base)
+    return Location(Where.INTERVAL, record, history, way.after, found.point, None, reason, way.base, aside)
 
 
-def _of_logged(one: Logged, known: _Known, lineage: Lineage) -> Location:
-    way = known.way(Target(one.history, one.start, True, f"commit {one.name}", commit=one.record), lineage)
+async def _way_to(found: Found, catalog: Catalog, known: _Known) -> tuple[_Way, str]:
+    """Give how a commit is brought back, and the option that names its history to a restore; see `Location.aside`."""
+    present = await _lineage(await catalog.present(found.history) or found.history, known.journal)
+    within = present.includes(Position(found.history, found.record.end))
+    lineage = present if within else await _lineage(found.history, known.journal)
+    way = await known.way(at_commit(found, lineage, known.extents), catalog)
+    return way, "" if within else naming(found.history, present.history)
+
+
+async def _of_logged(one: Logged, catalog: Catalog, known: _Known) -> Location:
+    way, aside = await _way_to(Found(one.record, None, "", one.history), catalog, known)
     did = f", which {one.did}" if one.did else ""
-    if gap := known.gap_at(one.start, lineage, None):
+    if gap := known.gap_at(one.start, await _lineage(one.history, known.journal), None):
         reason = f"it lies in a gap: {gap.reason}; the log has it{did}; {way.words}"
-        return Location(Where.GAP, one.record, one.history, way.after, None, gap, reason, way.base)
+        return Location(Where.GAP, one.record, one.history, way.after, None, gap, reason, way.base, aside)
     reason = f"no stream showed it, or no rule asked for it; it lies in the log{did}; {way.words}"
-    return Location(Where.LOG, one.record, one.history, way.after, None, None, reason, way.base)
+    return Location(Where.LOG, one.record, one.history, way.after, None, None, reason, way.base, aside)
 
 
 async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lineage) -> Location:
@@ -224,14 +224,14 @@ async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lin
         )
         aside = f"; there are others, which restore takes: {', '.join(others)}" if others else ""
         return _unknown(f"no commit at or before {time.isoformat()} is known of {lineage.history}{aside}")
-    there = _of_commit(last, known, lineage, left=False)
+    there = await _of_commit(last, catalog, known)
     reason = f"the last qualifying commit by then is {last.record.name} of {last.record.stream}: {there.reason}"
     return replace(there, reason=reason)
 
 
-def _of_place(at: int, known: _Known, lineage: Lineage, stream: str | None) -> Location:
+async def _of_place(at: int, catalog: Catalog, known: _Known, lineage: Lineage, stream: str | None) -> Location:
     history = lineage.at(at).history
-    way = known.way(Target(history, at, False, f"the state before {history.place(at)}"), lineage)
+    way = await known.way(up_to(at, lineage, known.extents, f"the state before {history.place(at)}"), catalog)
     after, base = way.after, way.base
     floors = [
         (mark.floor.at, base.number)
@@ -250,13 +250,6 @@ def _of_place(at: int, known: _Known, lineage: Lineage, stream: str | None) -> L
     return Location(
         Where.UNKNOWN, None, history, after, point, None, f"no qualifying commit is there, and {side}", base
     )
-
-
-def _aside(one: Location, present: Lineage | None) -> str:
-    """Give the option that names the history of a commit beside the present one; "" where it needs none."""
-    if present is None or one.history is None or one.record is None:
-        return ""
-    return "" if present.includes(Position(one.history, one.record.end)) else naming(one.history, present.history)
 
 
 def _unknown(reason: str) -> Location:

@@ -10,17 +10,19 @@ Where a history has no log that is kept, its points are the only states that can
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
 from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import DatabaseError, JournalError, RestoreError
-from trigger.model import Outcome, RecoveryPoint, State, from_microseconds
+from trigger.model import Extent, Outcome, RecoveryPoint, State, from_microseconds
 from trigger.ports import Database, Journal
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
+from trigger.restore.branch import followed
 
 _SHOWN = 5
 
@@ -80,20 +82,19 @@ async def resolve(
     await journal.catch_up()
     if named.point is not None:
         return await _at_point(await catalog.point(named.point), catalog, journal)
-    lineage = await _lineage_of(named, catalog, journal)
+    lineage, extents = await _lineage_of(named, catalog, journal), await journal.extents()
     if named.place is not None:
-        return await _at_place(lineage.history.parse_place(named.place), named.stream, lineage, catalog)
+        return await _at_place(lineage.history.parse_place(named.place), named.stream, lineage, catalog, extents)
     if named.time is not None:
         return await _at_time(named.time, lineage, catalog, journal, None if only_look else database)
     if named.latest:
         return await _latest(lineage, catalog, database, meant=named.history is not None)
     if named.before is not None:
-        return await _before(
-            await _transaction(named.before, named.stream, lineage, catalog, journal), lineage, catalog
-        )
+        left_out = await _transaction(named.before, named.stream, lineage, catalog, journal)
+        return await _before(left_out, lineage, catalog, extents)
     if named.name is not None:
-        return _commit(await _transaction(named.name, named.stream, lineage, catalog, journal))
-    return _commit(await _marked(named.marker or "", named.stream, lineage, catalog))
+        return at_commit(await _transaction(named.name, named.stream, lineage, catalog, journal), lineage, extents)
+    return at_commit(await _marked(named.marker or "", named.stream, lineage, catalog), lineage, extents)
 
 
 async def _as_cut(named: Named, catalog: Catalog) -> Target:
@@ -166,10 +167,18 @@ async def _lineage(history: str | None, catalog: Catalog, journal: Journal, pres
     return await journal.lineage(wanted)
 
 
-def _commit(found: Found, words: str = "") -> Target:
-    """Give the target that holds a commit, everything before it, and nothing behind it."""
+def at_commit(found: Found, lineage: Lineage, extents: Sequence[Extent], words: str = "") -> Target:
+    """Give the target that holds a commit of a lineage, everything before it, and nothing behind it.
+
+    Args:
+        found: the commit; it lies in the lineage.
+        lineage: of the history that is wanted.
+        extents: what the journal holds, which says along which branch of the lineage a replay finds the commit.
+        words: stand before its description.
+    """
     record = found.record
-    return Target(found.history, record.start, True, f"{words}{_words(found)}", commit=record)
+    history = followed(Position(found.history, record.end - 1), lineage, extents)
+    return Target(history, record.start, True, f"{words}{_words(found)}", commit=record)
 
 
 def _words(found: Found) -> str:
@@ -178,12 +187,18 @@ def _words(found: Found) -> str:
     return f"commit {record.name} {where} ({found.history.place(record.start)})"
 
 
-def _up_to(at: int, lineage: Lineage, description: str, reach: int | None = None) -> Target:
-    """Give the target that holds every record that begins before `at`."""
-    return Target(lineage.at(at).history, at, False, description, reach=reach)
+def up_to(at: int, lineage: Lineage, extents: Sequence[Extent], description: str, reach: int | None = None) -> Target:
+    """Give the target that holds every record of a lineage that begins before `at`; see `at_commit`.
+
+    `reach` is where the first record ends that stays out, as far as that is known.
+    """
+    last = Position(lineage.at(at).history, max(at, (reach or 0) - 1))
+    return Target(followed(last, lineage, extents), at, False, description, reach=reach)
 
 
-async def _at_place(at: int, stream: str | None, lineage: Lineage, catalog: Catalog) -> Target:
+async def _at_place(
+    at: int, stream: str | None, lineage: Lineage, catalog: Catalog, extents: Sequence[Extent]
+) -> Target:
     there = [found for found in await catalog.find(place=at, stream=stream) if _in(found, lineage)]
     begins = [found for found in there if found.record.start == at]
     ends = [found for found in there if found.record.end == at]
@@ -195,9 +210,9 @@ async def _at_place(at: int, stream: str | None, lineage: Lineage, catalog: Cata
             hint=f"say which is the last one wanted: --to-xid {ended} or --to-xid {begun}",
         )
     if begins or ends:
-        return _commit((begins or ends)[0])
+        return at_commit((begins or ends)[0], lineage, extents)
     last = await catalog.commit_before(at, lineage)
-    return _up_to(at, lineage, f"the state before {written}{_last(last)}")
+    return up_to(at, lineage, extents, f"the state before {written}{_last(last)}")
 
 
 async def _at_time(
@@ -243,11 +258,11 @@ async def _passed(lineage: Lineage, database: Database | None) -> int | None:
     return None
 
 
-async def _before(found: Found, lineage: Lineage, catalog: Catalog) -> Target:
+async def _before(found: Found, lineage: Lineage, catalog: Catalog, extents: Sequence[Extent]) -> Target:
     record = found.record
     last = await catalog.commit_before(record.start, lineage)
     words = f"the state before {_words(found)}{_last(last)}"
-    return Target(found.history, record.start, False, words, reach=record.end)
+    return up_to(record.start, lineage, extents, words, record.end)
 
 
 def _require_there(point: RecoveryPoint) -> None:
@@ -261,16 +276,23 @@ def _require_there(point: RecoveryPoint) -> None:
 async def _at_point(point: RecoveryPoint, catalog: Catalog, journal: Journal) -> Target:
     _require_there(point)
     words, floor = f"point {point.number}: ", point.floor
+    lineage, extents = await _lineage_around(floor, catalog, journal), await journal.extents()
     if point.commit is not None and point.commit.end == floor.at:
-        return _commit(Found(point.commit, point.number, "", floor.history), words)
-    lineage = await journal.lineage(floor.history)
+        return at_commit(Found(point.commit, point.number, "", floor.history), lineage, extents, words)
     last = await catalog.commit_before(floor.at, lineage)
-    latest = await catalog.latest()
-    mark = latest.mark_in(floor.history) if latest else None
-    present = await _lineage(None, catalog, journal, mark.ceiling.history if mark and mark.ceiling else None)
-    if present.includes(floor):  # where a timeline was left, only the next one has a record behind the place
-        lineage = present
-    return _up_to(floor.at, lineage, f"{words}the state at {floor.place}{_last(last)}")
+    return up_to(floor.at, lineage, extents, f"{words}the state at {floor.place}{_last(last)}")
+
+
+async def _lineage_around(position: Position, catalog: Catalog, journal: Journal) -> Lineage:
+    """Give the present lineage where a position lies in it, else that of its own history.
+
+    Where a timeline was left, only the next one has a record behind the place.
+    """
+    with suppress(JournalError):  # without the present one's history file, its own is as far as it can be followed
+        present = await journal.lineage(await catalog.present(position.history) or position.history)
+        if present.includes(position):
+            return present
+    return await journal.lineage(position.history)
 
 
 def _last(found: Found | None) -> str:
