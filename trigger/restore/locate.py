@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from trigger.catalog.catalog import Catalog, Found
-from trigger.errors import JournalError, RestoreError
+from trigger.errors import JournalError, PositionError, RestoreError
 from trigger.model import CommitRecord, Extent, Gap, Logged, Outcome, RecoveryPoint
 from trigger.ports import Journal
 from trigger.position import History, Lineage, Name, Position
@@ -73,37 +73,36 @@ async def locate(
         catalog: where it is looked up.
         journal: what a replay can use.
         name, marker, stream: of a commit.
-        place: in the form of the newest point's history.
+        place: in the form of the newest point's history; of several, of whichever it is one in.
         time: a moment.
 
     Raises:
         RestoreError: not exactly one of the four was given.
-        PositionError: the place is none of that history.
+        PositionError: the place is none in any of its histories.
         CatalogError, JournalError: they cannot be read.
     """
     if sum(value is not None for value in (name, place, time, marker)) != 1:
         raise RestoreError("name exactly one of transaction, place, time or marker")
-    latest = await catalog.latest()
-    if place is not None and (latest is None or latest.ceiling is None):
-        return [_unknown("there is no sealed recovery point yet")]
-    at = latest.floor.history.parse_place(place) if latest and place is not None else None
-    known = await _known(catalog, journal)
-    found = await catalog.find(name=name, place=at, time=time, marker=marker, stream=stream)
-    lineage = await _lineage(latest.ceiling.history, journal) if latest and latest.ceiling else None
-    if found:
-        return [await _of_commit(one, catalog, known) for one in found]
-    if lineage is None:
-        return [_unknown("there is no sealed recovery point yet")]
-    if time is not None:
-        return [await _of_time(time, catalog, known, lineage)]
-    if at is not None:
-        return [await _of_place(at, catalog, known, lineage, stream)]
-    words = f" or lies in one of {len(known.gaps)} gaps" if known.gaps else ""
-    if name is None or stream is not None:
-        return [_unknown(f"it is not in the catalog: it did not qualify, was not seen by any source{words}")]
-    logged = await log_search.named(name, lineage, catalog, journal)
-    why = f"neither the catalog nor the log that is kept has it: it was not committed, or is older than that{words}"
-    return [await _of_logged(one, catalog, known) for one in logged] or [_unknown(why)]
+    if journal.replays:
+        await journal.catch_up()
+    known = await _known(stream, catalog, journal)
+    places = _places(place, known.logs) if place is not None else {}
+    if place is not None:
+        each = [(kind, await catalog.find(place=at, stream=stream)) for kind, at in places.items()]
+        found = [one for kind, there in each for one in there if one.history.kind == kind]
+    else:
+        found = await catalog.find(name=name, time=time, marker=marker, stream=stream)
+    told = [await _of_commit(one, catalog, known) for one in found]
+    if name is not None and stream is None:
+        told += [await _of_logged(one, catalog, known) for one in await _logged(name, found, catalog, known)]
+    for lineage in known.logs:
+        if any(one.history.is_of_system(lineage.history) for one in found):
+            continue
+        if time is not None:
+            told.append(await _of_time(time, catalog, known, lineage))
+        elif (at := places.get(lineage.history.kind)) is not None:
+            told.append(await _of_place(at, catalog, known, lineage, stream))
+    return told or [_unknown(_nowhere(known, by_log=name is not None and stream is None))]
 
 
 class _Way(NamedTuple):
@@ -116,8 +115,10 @@ class _Way(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What there is to restore from."""
+    """What there is to restore from, and where something is looked for."""
 
+    logs: Sequence[Lineage]
+    """Of the newest point, one a log; of one stream the log that it is of."""
     bases: Sequence[RecoveryPoint]
     gaps: Sequence[Gap]
     journal: Journal
@@ -127,11 +128,11 @@ class _Known:
         """Give how a target is brought back, or why it is not."""
         if not self.journal.replays:
             return _Way("no log is kept of this database: only points can be brought back, as they were cut")
-        lineage, left = await _lineage(target.history, self.journal), await is_left(target, catalog, self.journal)
+        left, start = await is_left(target, catalog, self.journal), self.journal.file_start
         try:
-            start = self.journal.file_start
+            lineage = await self.journal.lineage(target.history)
             found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=start, left=left)
-        except RestoreError as error:
+        except (JournalError, RestoreError) as error:
             return _Way(f"{'not yet restorable' if error.retryable else 'it cannot be restored'}: {error.message}")
         number = found.base.number
         if found.as_cut:
@@ -166,8 +167,59 @@ class _Known:
         return None
 
 
-async def _known(catalog: Catalog, journal: Journal) -> _Known:
-    return _Known(await catalog.bases(), await catalog.gaps(), journal, await journal.extents())
+async def _known(stream: str | None, catalog: Catalog, journal: Journal) -> _Known:
+    latest = await catalog.latest()
+    settled = await catalog.settled(stream) if stream is not None else None
+    present = [mark.ceiling.history for mark in latest.marks if mark.ceiling] if latest else []
+    if settled is not None and any(one.is_of_system(settled.history) for one in present):
+        present = [one for one in present if one.is_of_system(settled.history)]
+    logs = [await _lineage(one, journal) for one in present]
+    return _Known(logs, await catalog.bases(), await catalog.gaps(), journal, await journal.extents())
+
+
+def _places(place: str, logs: Sequence[Lineage]) -> dict[str, int]:
+    """Give by kind of database what a place is there; raises `PositionError` where it is none in any of the logs."""
+    places: dict[str, int] = {}
+    wrong: PositionError | None = None
+    for history in (log.history for log in logs):
+        try:
+            places[history.kind] = history.parse_place(place)
+        except PositionError as error:
+            wrong = error
+    if wrong is not None and not places:
+        raise wrong
+    return places
+
+
+async def _logged(name: Name, found: Sequence[Found], catalog: Catalog, known: _Known) -> list[Logged]:
+    """Give the commits of a name that the log alone has.
+
+    They are looked for as a restore does: in each log whose lineage has none of those that the catalog knows. Where
+    nothing bears the name there, what is held of the histories that were left is read too.
+    """
+    logged: list[Logged] = []
+    try:
+        for lineage in known.logs:
+            if not any(lineage.includes(Position(one.history, one.record.end)) for one in found):
+                logged += await log_search.named(name, lineage, catalog, known.journal)
+        if not found and not logged:
+            logged = await log_search.left(name, known.logs, catalog, known.journal)
+    except JournalError:
+        if not found:  # what the catalog knows is told without the log
+            raise
+    return logged
+
+
+def _nowhere(known: _Known, *, by_log: bool) -> str:
+    """Give what is to be said where nothing was found."""
+    if not known.logs:
+        return "there is no sealed recovery point yet"
+    words = f" or lies in one of {len(known.gaps)} gaps" if known.gaps else ""
+    if by_log:
+        return (
+            f"neither the catalog nor the log that is kept has it: it was not committed, or is older than that{words}"
+        )
+    return f"it is not in the catalog: it did not qualify, was not seen by any source{words}"
 
 
 async def _lineage(history: History, journal: Journal) -> Lineage:
@@ -194,10 +246,17 @@ async def _of_commit(found: Found, catalog: Catalog, known: _Known) -> Location:
 
 async def _way_to(found: Found, catalog: Catalog, known: _Known) -> tuple[_Way, str]:
     """Give how a commit is brought back, and the option that names its history to a restore; see `Location.aside`."""
-    present = await _lineage(await catalog.present(found.history) or found.history, known.journal)
+    gone_on = await catalog.present(found.history)
+    if gone_on is None and known.logs:  # another database is in the place of that one
+        present = known.logs[0]
+    else:
+        present = await _lineage(gone_on or found.history, known.journal)
     within = present.includes(Position(found.history, found.record.end))
     lineage = present if within else await _lineage(found.history, known.journal)
     way = await known.way(at_commit(found, lineage, known.extents), catalog)
+    same = await catalog.find(name=found.record.name) if len(known.logs) > 1 else [found]
+    if not same or not all(one.history.is_of_system(found.history) for one in same):
+        return way, f"--history {lineage.history}"  # else a restore asks in which of the logs it is
     return way, "" if within else naming(found.history, present.history)
 
 

@@ -16,24 +16,55 @@ from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError
 from trigger.model import Logged, RecoveryPoint, to_microseconds
 from trigger.ports import Journal
-from trigger.position import LAST, Lineage, Name
+from trigger.position import LAST, Lineage, Name, Position
 
 MOST = 10_000
 """So many commits are given at once at most."""
 
 
-async def named(name: Name, lineage: Lineage, catalog: Catalog, journal: Journal) -> list[Logged]:
+async def named(name: Name, lineage: Lineage, catalog: Catalog, journal: Journal, since: int = 0) -> list[Logged]:
     """Give the commits that a name means, of the newest part of a lineage's log that has any; none where none has.
+
+    What begins before `since` is not read.
 
     Raises:
         JournalError, CatalogError: they cannot be read.
     """
-    for begin, end in reversed(list(pairwise(_marks(await catalog.bases(), lineage)))):
+    marks = [since, *(mark for mark in _marks(await catalog.bases(), lineage) if mark > since)]
+    for begin, end in reversed(list(pairwise(marks))):
         async with aclosing(journal.commits(lineage, begin, end, name)) as commits:
             found = [one async for one in commits if name == one.name or name in one.children]
         if found:
             return found
     return []
+
+
+async def left(name: Name, lineages: Sequence[Lineage], catalog: Catalog, journal: Journal) -> list[Logged]:
+    """Give the commits that a name means in what is held of other histories, by history, those begun last first.
+
+    Nothing that lies in one of `lineages` is read.
+
+    Raises:
+        JournalError: one of them cannot be read, and no other has it.
+        CatalogError: the catalog cannot be read.
+    """
+    found: list[Logged] = []
+    unread: JournalError | None = None
+    histories = {extent.history for extent in await journal.extents()}
+    for history in sorted(histories, key=lambda one: one.age, reverse=True):
+        try:
+            lineage = await journal.lineage(history)
+        except JournalError:
+            lineage = Lineage(history)
+        begin = lineage.stretches()[-1][1]  # what lies before has the name of an earlier branch
+        shared = [one.shared(Position(history, LAST)) or 0 for one in lineages]
+        try:
+            found += await named(name, lineage, catalog, journal, max(begin, *shared) if shared else begin)
+        except JournalError as error:
+            unread = error
+    if unread is not None and not found:
+        raise unread
+    return found
 
 
 async def around(

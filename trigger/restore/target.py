@@ -307,6 +307,9 @@ async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog
     found = await catalog.find(name=name, stream=stream)
     if stream is None and not any(_in(one, lineage) for one in found):
         logged = await log_search.named(name, lineage, catalog, journal)
+        if not found and not logged:
+            with suppress(JournalError):  # it is only for the words of the refusal
+                logged = await log_search.left(name, [lineage], catalog, journal)
         found += [Found(one.record, None, "", one.history) for one in logged]
     return _only(found, f"transaction {name}", lineage)
 

@@ -1,17 +1,21 @@
-"""A branch that was left in the middle of a file, whose end an archive has in the next branch's file alone."""
+"""Branches that were left: what is found on them, and its end, which an archive has in the next branch's file alone."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from tests.fixtures.bank import Bank, quiet, run
+from trigger.errors import JournalError, RestoreError
 from trigger.model import Commit, Extent
 from trigger.position import History, Lineage, Position
 from trigger.restore.branch import followed
 from trigger.restore.clones import drop
-from trigger.restore.locate import locate
+from trigger.restore.locate import Where, locate
 from trigger.restore.restore import prepare, restore
 from trigger.restore.target import Named
 
@@ -112,3 +116,79 @@ def held(history: History, start: int, end: int) -> Extent:
 def test_a_replay_follows_the_first_branch_whose_files_have_the_place(extents: list[Extent], branch: History) -> None:
     lineage = Lineage(THIRD, ((1, 160), (2, 180)))
     assert followed(Position(FIRST, 150), lineage, extents) == branch
+
+
+async def left_with_more(it: Bank) -> tuple[Commit, Commit, Commit]:
+    """Leave a branch behind a commit that no stream showed; gives what was before it, that, and one on the next."""
+    it.commit()
+    await it.point()
+    kept, fork = it.commit(), it.world.cluster.flushed
+    unseen = [it.world.cluster.commit("") for _ in range(9)][-1]
+    it.commit()
+    await it.point()
+    it.world.cluster.promote(fork)
+    newer = [it.commit() for _ in range(3)][1]
+    await it.point()
+    return kept, unseen, newer
+
+
+def test_a_commit_that_only_the_log_of_a_left_branch_has_is_found_with_the_option_that_restores_it(
+    tmp_path: Path,
+) -> None:
+    async def story(it: Bank) -> None:
+        _, unseen, _ = await left_with_more(it)
+        (found,) = await locate(it.catalog, it.site.journal, name=unseen.name)
+        assert (found.where, found.history, found.aside) == (Where.LOG, FIRST, "--timeline 1")
+        with pytest.raises(RestoreError, match=r"committed in 7001/1, which is not in the past of") as refused:
+            await it.resolve(Named(name=unseen.name))
+        assert "--timeline 1" in refused.value.hint
+        target = await it.resolve(Named(name=unseen.name, history="1"))
+        report = await restore(target, it.site, progress=quiet, name="one")
+        assert (it.held("one"), report.base) == (it.at_or_before(unseen), found.base)
+
+    run(tmp_path, story)
+
+
+def test_a_commit_that_the_log_alone_has_on_the_present_branch_is_found_beside_one_of_its_name_that_was_left(
+    tmp_path: Path,
+) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        fork = it.world.cluster.flushed
+        left_behind = it.commit()
+        await it.point()
+        it.world.cluster.promote(fork)
+        it.world.cluster.next_xid = left_behind.name.number or 0
+        unseen = it.world.cluster.commit("")
+        assert unseen.name == left_behind.name
+        it.commit()
+        await it.point()
+        found = await locate(it.catalog, it.site.journal, name=unseen.name)
+        assert [(one.history, one.aside) for one in found] == [(FIRST, "--timeline 1"), (SECOND, "")]
+        assert (await it.resolve(Named(name=unseen.name))).history == SECOND
+
+    run(tmp_path, story)
+
+
+def test_nothing_is_promised_of_a_branch_whose_past_nobody_keeps(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        _, unseen, newer = await left_with_more(it)
+        with patch.object(it.site.journal, "lineage", partial(lacking, it.site.journal.lineage, SECOND)):
+            (found,) = await locate(it.catalog, it.site.journal, name=newer.name)
+            assert (found.where, found.base) == (Where.INTERVAL, None)
+            assert found.reason.endswith("it cannot be restored: no history file of 7001/2")
+            with pytest.raises(JournalError, match="no history file"):
+                await it.resolve(Named(name=newer.name))
+            (found,) = await locate(it.catalog, it.site.journal, name=unseen.name)
+            assert (found.base, found.aside) == (1, "--timeline 1")
+            target = await it.resolve(Named(name=unseen.name, history="1"))
+            assert (await prepare(target, it.site)).base.number == found.base
+
+    run(tmp_path, story)
+
+
+async def lacking(lineage: Callable[[History], Awaitable[Lineage]], lost: History, history: History) -> Lineage:
+    if history == lost:
+        raise JournalError(f"no history file of {history}")
+    return await lineage(history)

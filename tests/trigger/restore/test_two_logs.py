@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from connectors.memory import MemoryDatabase, MemoryStorage, World
 from connectors.memory.manner import BINLOG, MEMORY, Manner
 from tests.fixtures.bank import Bank, bank, quiet
-from trigger.errors import RestoreError
+from trigger.errors import PositionError, RestoreError
 from trigger.model import Cause, Commit, Volume
 from trigger.ports import Capability
 from trigger.position import Name
@@ -145,3 +146,50 @@ def test_a_branch_is_one_of_the_database_that_the_commit_is_of(tmp_path: Path) -
         assert target.history == wanted.history
 
     told(tmp_path, story)
+
+
+def test_a_place_or_a_time_is_told_of_each_log_and_of_one_stream_in_its_own(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        mine, theirs = it.commit(), sold(it)
+        await it.point()
+        sold(it)
+        await it.point()
+        between = str(theirs.end + 4)
+        by = max(mine.time, theirs.time) + timedelta(milliseconds=1)
+        for named in ({"place": between}, {"time": by}):
+            found = await locate.locate(it.catalog, it.site.journal, **named)
+            assert sorted(str(one.history) for one in found) == ["7001/1", "7002/1"]
+            for stream, history in (("bank", mine.history), ("shop", theirs.history)):
+                (one,) = await locate.locate(it.catalog, it.site.journal, stream=stream, **named)
+                assert one.history == history
+
+    told(tmp_path, story, (MEMORY, MEMORY))
+
+
+def test_a_place_is_looked_for_in_the_logs_of_its_own_kind(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        wanted = sold(it)
+        await it.point()
+        (found,) = await locate.locate(it.catalog, it.site.journal, place=str(wanted.position.place))
+        assert found.record is not None
+        assert (found.history, found.record.name) == (wanted.history, wanted.name)
+        with pytest.raises(PositionError):
+            await locate.locate(it.catalog, it.site.journal, place="nowhere")
+
+    told(tmp_path, story)
+
+
+def test_a_commit_of_one_name_in_both_logs_is_found_with_what_tells_them_apart(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        mine = it.commit()
+        await it.point()
+        sold(it)
+        await it.point()
+        for one in await locate.locate(it.catalog, it.site.journal, name=mine.name):
+            assert one.aside == f"--history {one.history}"
+            assert one.history is not None
+            target = await it.resolve(Named(name=mine.name, history=str(one.history)))
+            assert target.history == one.history
+
+    told(tmp_path, story, (MEMORY, MEMORY))
