@@ -34,6 +34,9 @@ class Target:
     """So far the log must go: to the end of the first record that stays out, or of a commit that is later than a time;
     for the latest state to the end of the last commit that is known; what was cut ends there at the most. None where
     that is not known."""
+    around: tuple[CommitRecord, ...] = ()
+    """The commits that the catalog has right before and right behind the end of the state, where `commit` is none of
+    them: a log that has something else at their places is another one."""
     point: str = ""
     """The id of the point whose snapshots are the state, as they were cut; "" where a replay leads to it."""
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import DatabaseError, JournalError, RestoreError
-from trigger.model import Extent, Outcome, RecoveryPoint, State, from_microseconds
+from trigger.model import CommitRecord, Extent, Outcome, RecoveryPoint, State, from_microseconds
 from trigger.ports import Database, Journal
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
@@ -80,13 +80,21 @@ async def resolve(
     if not journal.replays:
         return await _as_cut(named, catalog)
     await journal.catch_up()
+    target = await _resolved(named, catalog, journal, None if only_look else database, database)
+    return replace(target, around=await _around(target, catalog, journal))
+
+
+async def _resolved(
+    named: Named, catalog: Catalog, journal: Journal, committing: Database | None, database: Database | None
+) -> Target:
+    """Give the target, before it is known what lies around it; `committing` is what may be made to commit."""
     if named.point is not None:
         return await _at_point(await catalog.point(named.point), catalog, journal)
     lineage, extents = await _lineage_of(named, catalog, journal), await journal.extents()
     if named.place is not None:
         return await _at_place(lineage.history.parse_place(named.place), named.stream, lineage, catalog, extents)
     if named.time is not None:
-        return await _at_time(named.time, lineage, catalog, journal, None if only_look else database)
+        return await _at_time(named.time, lineage, catalog, journal, committing)
     if named.latest:
         return await _latest(lineage, catalog, database, meant=named.history is not None)
     if named.before is not None:
@@ -95,6 +103,23 @@ async def resolve(
     if named.name is not None:
         return at_commit(await _transaction(named.name, named.stream, lineage, catalog, journal), lineage, extents)
     return at_commit(await _marked(named.marker or "", named.stream, lineage, catalog), lineage, extents)
+
+
+async def _around(target: Target, catalog: Catalog, journal: Journal) -> tuple[CommitRecord, ...]:
+    """Give the commits of the catalog around the end of a state; none where it ends with one that the catalog has.
+
+    A commit that was found in the log alone says nothing of whose log that is.
+    """
+    commit = target.commit
+    at = target.at if target.at is not None else commit.start if commit is not None else None
+    if at is None or target.is_latest:
+        return ()
+    behind = at + 1 if target.inclusive else at
+    lineage = await journal.lineage(target.history)
+    before, after = await catalog.commit_before(behind, lineage), await catalog.commit_after(behind - 1, lineage)
+    if before is not None and commit is not None and before.record.start == commit.start:
+        return ()
+    return tuple(found.record for found in (before, after) if found is not None)
 
 
 async def _as_cut(named: Named, catalog: Catalog) -> Target:

@@ -364,3 +364,26 @@ def test_a_restore_without_room_is_refused_before_anything_is_made(tmp_path: Pat
 
 def test_the_capabilities_of_the_reference_storage_are_what_these_tests_rely_on() -> None:
     assert Capability.ATOMIC_GROUP in MemoryStorage(World()).capabilities
+
+
+def test_a_state_that_does_not_end_with_a_commit_of_the_catalog_is_told_by_those_around_it(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        before, unseen, after = it.commit(), it.world.cluster.commit(""), it.commit()
+        await it.point()
+        quiet_point = await it.point(Cause.DEMAND)
+        for named in (
+            Named(before=after.name),
+            Named(before=unseen.name),
+            Named(name=unseen.name),
+            Named(place=str(after.start - 4)),
+        ):
+            target = await it.resolve(named)
+            assert [record.name for record in target.around] == [before.name, after.name]
+        for named in (Named(name=before.name), Named(place=str(before.start)), Named(latest=True)):
+            assert (await it.resolve(named)).around == ()
+        last = await it.resolve(Named(point=quiet_point.number))
+        assert [record.name for record in last.around] == [after.name]
+
+    run(tmp_path, story)

@@ -24,7 +24,7 @@ from connectors.databases.postgres.log.wal import PAGE_BYTES, history_timeline, 
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
-from trigger.model import Extent, Finding, Logged, Severity
+from trigger.model import CommitRecord, Extent, Finding, Logged, Severity
 from trigger.ports import Progress
 from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Replay, Target
@@ -219,7 +219,7 @@ class PostgresJournal:
         lives = self._folders.of_system(replay.target.history.system)
         others = [life for life in lives if life is not segments]
         size = Staging(segments, self._fetch_into(segments, loop)).stage(replay, folder, progress, others)
-        _require_commit(SegmentFolder(folder, segments.segment_bytes), replay)
+        _require_commits(SegmentFolder(folder, segments.segment_bytes), replay)
         return size
 
     async def _stage_next_commit(self, target: Target, folder: Path) -> None:
@@ -272,29 +272,37 @@ class PostgresJournal:
         return self._running is not None and self._folders.of(self._running) is not segments
 
 
-def _require_commit(staged: SegmentFolder, replay: Replay) -> None:
-    """See that the log holds the last commit of the state at its place: the last look before another's is replayed.
-
-    A record that lies in two segments is not looked at.
+def _require_commits(staged: SegmentFolder, replay: Replay) -> None:
+    """See that the log holds what the catalog has at the end of the state: the last look before another's is replayed.
 
     Raises:
         JournalError: something else is there.
     """
-    commit, size = replay.target.commit, staged.segment_bytes
-    if commit is None or commit.start < replay.log_from.at or commit.start // size != (commit.end - 1) // size:
-        return
+    target = replay.target
+    for commit in (target.commit, *target.around):
+        if commit is not None and commit.start >= replay.log_from.at:
+            _require_commit(staged, commit, replay.until)
+
+
+def _require_commit(staged: SegmentFolder, commit: CommitRecord, until: int) -> None:
+    """See that the log holds a commit at its place, as far as it goes; at least up to `until` it has to.
+
+    A record that lies in two segments is not looked at.
+    """
+    size = staged.segment_bytes
     held = [name for name in staged.names() if name.number == commit.start // size]
-    if not held:
+    if not held or commit.start // size != (commit.end - 1) // size:
         return
     name = max(held, key=lambda name: name.timeline)  # which a switch of the timeline lies in has a file of both
     page, begin = commit.start - commit.start % PAGE_BYTES, name.start(size)
     with staged.slices(name) as segment:
         pages = bytes(segment[page - begin : commit.end - begin])
-    if not holds_commit(pages, commit.start - page, commit):
-        raise JournalError(
-            f"segment {name.text(size)} of the journal has something else at {Lsn(commit.start)} than {commit}",
-            hint="that log is another one: see `trigpoint list --gaps`, and name the history by --history",
-        )
+    if holds_commit(pages, commit.start - page, commit) or (commit.end > until and staged.tail(name).end < commit.end):
+        return
+    raise JournalError(
+        f"segment {name.text(size)} of the journal has something else at {Lsn(commit.start)} than commit {commit.name}",
+        hint="that log is another one: see `trigpoint list --gaps`, and name the history by --history",
+    )
 
 
 def _release(segments: SegmentFolder, audit: Audit, starts: Collection[Position], *, is_left: bool) -> int:

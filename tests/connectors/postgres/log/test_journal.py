@@ -10,21 +10,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from connectors.databases.postgres.database import Postgres
-from connectors.databases.postgres.log import receiver
+from connectors.databases.postgres.log import receiver, search
 from connectors.databases.postgres.log.archive import ArchiveReader
 from connectors.databases.postgres.log.journal import PostgresJournal
 from connectors.databases.postgres.log.receiver import Receiver
-from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName
+from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.programs import minimal_environment
 from tests.fixtures.restores import SEGMENT_BYTES, Ground, damage, fill, ground, replay_from, silent
 from tests.fixtures.volumes import plain_folder
-from trigger.position import Position
+from trigger.errors import JournalError
+from trigger.model import CommitRecord
+from trigger.position import Name, Position
 from trigger.replay import Target
 
 pytestmark = [pytest.mark.server]
@@ -402,5 +406,35 @@ def test_an_archive_is_followed_and_asked_for_what_a_restore_needs(folder: Path)
             target = Target(end.history, end.at, True, "end")
             await here.journal.stage(replay_from(begin, target), folder / "staged", silent)
             assert (folder / "staged" / lost.text(SEGMENT_BYTES)).exists()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("side", ["inside", "outside"])
+def test_a_log_that_has_not_what_the_catalog_has_around_a_state_is_not_replayed(newest: Ground, side: str) -> None:
+    async def run() -> None:
+        begin = newest.durable()
+        async with newest.journaling():
+            for _ in range(3):
+                newest.cluster.sql("CREATE TABLE IF NOT EXISTS once (v int); INSERT INTO once VALUES (1)")
+            end = newest.durable()
+            await newest.journal_reaches(end)
+        dump, like = WalDump(newest.programs), Name("", 700)
+        found = search.commits(newest.segments, dump, begin.history, begin.at, end.at, like)
+        logged = [one async for one in found]
+        before, after = (one.record for one in logged[-2:])
+        target = Target(begin.history, before.end, False, "the state before a place")
+        replay = replay_from(begin, replace(target, around=(before, after)))
+        assert await newest.journal.stage(replay, newest.folder / "staged", silent)
+        if side == "inside":
+            around: tuple[CommitRecord, ...] = (before._replace(time_us=before.time_us + 1), after)
+        else:
+            around = (before, after._replace(time_us=after.time_us + 1))
+        with pytest.raises(JournalError, match=r"has something else at .* than commit"):
+            await newest.journal.stage(replay_from(begin, replace(target, around=around)), newest.folder / "s", silent)
+        next_page = end.at - end.at % PAGE_BYTES + PAGE_BYTES
+        beyond = after._replace(start=next_page + 64, end=next_page + 112)  # the log has not come so far
+        replay = replay_from(begin, replace(target, around=(before, beyond)))
+        assert await newest.journal.stage(replay, newest.folder / "staged", silent)
 
     asyncio.run(run())
