@@ -106,7 +106,7 @@ MUTANTS = (
         "does not look whether the history changed during the round",
         logs,
         "ceilings",
-        "if ceiling.history != durable.history:",
+        "if ceiling.history != durable.history or again:",
         "if False:",
         "P3",
     ),

@@ -116,10 +116,10 @@ async def ceilings(covered: Sequence[Covered], brackets: Sequence[Bracket | None
     found = []
     for (mark, database, durable, session), bracket in zip(covered, brackets, strict=True):
         ceiling = bracket.stop if bracket else await database.ceiling()
-        if ceiling.history != durable.history:
-            raise DatabaseError(f"the history changed during the round, from {durable} to {ceiling}")
-        if bracket is None and database.session != session:
-            raise DatabaseError("the connection broke during the round: the server may have been another one meanwhile")
+        again = bracket is None and database.session != session
+        if ceiling.history != durable.history or again:
+            how = "the connection broke, so it may have changed and changed back" if again else "another server came up"
+            raise DatabaseError(f"the history changed during the round, from {durable} to {ceiling}: {how}")
         redo = bracket.start if bracket else mark.redo
         found.append(replace(mark, ceiling=ceiling, redo=redo, bracket=bracket))
     return tuple(found)
