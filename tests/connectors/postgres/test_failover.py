@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,12 +16,15 @@ import pytest
 from connectors.databases.postgres.database import Postgres
 from tests.fixtures.postgres import Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
+from trigger.ports import Source
 from trigger.position import Position
 from trigger.protect.window import Broken
 
 pytestmark = pytest.mark.server
 
 LIMIT_SECONDS = 60.0
+HELD_SECONDS = 15.0
+"""Longer than the server's word on what holds commits back is asked for once."""
 SLOT = "trigpoint_postgres"
 
 
@@ -53,6 +57,50 @@ def test_what_the_primary_committed_behind_the_fork_lies_in_the_gap_of_the_failo
             standby.destroy()
     assert seen < after < lost
     assert (until.history.branch, until.at) == (2, after.at)
+
+
+def test_a_standby_that_goes_down_while_commits_wait_for_it_costs_no_slot_and_no_gap(folder: Path) -> None:
+    """The server warns of it with the SQLSTATE that it also warns of a dropped publication with."""
+    with running_cluster(18, folder / "data") as primary:
+        primary.sql("CREATE TABLE t (v int)")
+        primary.sql("SELECT pg_create_physical_replication_slot('standby', true)")
+        asyncio.run(last_seen(primary))
+        standby = standby_with_slots(primary)
+        try:
+            asyncio.run(held_and_given(primary, standby))
+        finally:
+            standby.destroy()
+
+
+async def held_and_given(primary: Cluster, standby: Cluster) -> None:
+    """Commit while the standby is down; the open stream names it as what holds, and gives all when it is back."""
+    database = Postgres(primary.conninfo, ["postgres"], failover=True)
+    (source,) = database.sources()
+    try:
+        assert await source.open(None) is None
+        for value, down in ((2, False), (3, True)):
+            if down:
+                standby.stop()
+            primary.sql(f"INSERT INTO t VALUES ({value})")
+            written = primary.flushed()
+            if down:
+                assert not await ends(source, written, HELD_SECONDS), "the server has not waited for its standby"
+                assert "synchronized_standby_slots: standby (nobody reads it)" in source.trouble
+                standby.start()
+            assert written in await ends(source, written, LIMIT_SECONDS)
+    finally:
+        await source.close()
+        await database.close()
+
+
+async def ends(source: Source, until: int, seconds: float) -> list[int]:
+    """Give where the commits end that a stream gives within so many seconds, or until one ends there."""
+    found = list[int]()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while until not in found:
+                found += [commit.end for commit in (await source.read()).commits]
+    return found
 
 
 def standby_with_slots(primary: Cluster) -> Cluster:

@@ -34,7 +34,7 @@ _KERNEL_BYTES = 768
 """What a message that the server sends by itself takes of a socket's room beside its bytes, which count double at the
 most (a Unix socket on Linux 6; over TCP it is less)."""
 _POSTGRES_EPOCH_SECONDS = 946_684_800
-NO_SUCH_FILE = "58P01"
+_NO_SUCH_FILE = "58P01"
 NO_PAST = "# the server has no history file of this timeline: pg_resetwal began it, on nothing that is known\n"
 """What stands for that file, as one in which no earlier timeline is named."""
 _REFUSED_FOR_GOOD = ("28", "3D", "42501")
@@ -56,6 +56,14 @@ class Present(NamedTuple):
     flushed: Lsn
 
 
+class Told(NamedTuple):
+    """What an error or a warning of the server is, in no language: one SQLSTATE stands for many facts."""
+
+    sqlstate: str
+    function: str
+    """The function of the server that said it, by its name in the server's source."""
+
+
 class CopyBoth:
     """One connection in replication mode to one database; commands first, then a stream until it is closed.
 
@@ -64,12 +72,11 @@ class CopyBoth:
         decode: gives the text of names in the stream, which come in the server's own encoding.
         holds_bytes: what the socket holds until the server finds it full, as the kernel counts it.
         taken_bytes: what was taken out of it since the stream began, counted so, at the most.
-        warnings: SQLSTATEs of what the server warned of since the connection was opened; its words may be of any
-            language.
+        warnings: what the server warned of since the connection was opened; its words may be of any language.
     """
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        self.warnings: set[str] = set()
+        self.warnings: set[Told] = set()
         self._connection = connection
         self._pgconn = connection.pgconn
         self.server_version = connection.info.server_version
@@ -118,7 +125,7 @@ class CopyBoth:
         try:
             row = await self._command(f"TIMELINE_HISTORY {timeline:d}")
         except StreamRefusedError as error:
-            if error.sqlstate != NO_SUCH_FILE:
+            if error.sqlstate != _NO_SUCH_FILE:
                 raise
             return NO_PAST
         return row[1].decode(errors="replace")
@@ -235,7 +242,7 @@ class CopyBoth:
 
     def _notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         if diagnostic.severity_nonlocalized == "WARNING":
-            self.warnings.add(diagnostic.sqlstate or "")
+            self.warnings.add(_told(diagnostic))
 
 
 async def identify(dsn: str, deadline_seconds: float) -> System:
@@ -268,32 +275,42 @@ async def _asked(dsn: str, ask: Callable[[CopyBoth], Awaitable[T]], what: str, d
 
 
 class StreamRefusedError(SourceError):
-    """A `SourceError` that also knows PostgreSQL's own code for the reason."""
+    """A `SourceError` that also knows what the server told of the reason, as far as it did."""
 
-    def __init__(self, message: str, sqlstate: str, *, hint: str, retryable: bool) -> None:
+    def __init__(self, message: str, told: Told, *, hint: str, retryable: bool) -> None:
         super().__init__(message, hint=hint, retryable=retryable)
-        self.sqlstate = sqlstate
+        self.told = told
+        self.sqlstate = told.sqlstate
 
 
 def refused(what: str, error: psycopg.Error) -> StreamRefusedError:
     """Give the error of our port for one of psycopg's, its words kept."""
-    return _refused(what, error.sqlstate or "", str(error))
+    return _refused(what, _told(error.diag)._replace(sqlstate=error.sqlstate or ""), str(error))
+
+
+def _told(diagnostic: psycopg.errors.Diagnostic) -> Told:
+    return Told(diagnostic.sqlstate or "", diagnostic.source_function or "")
 
 
 def _explained(what: str, result: pq.abc.PGresult | None) -> StreamRefusedError:
     """Give the error of our port for a result that says why there is no stream (any more)."""
     if result is None or result.status != pq.ExecStatus.FATAL_ERROR:
-        return _refused(what, "", "the server stopped")
-    state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
-    return _refused(
-        what, state, (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode(errors="replace")
+        return _refused(what, Told("", ""), "the server stopped")
+    state, function, words = (
+        (result.error_field(field) or b"").decode(errors="replace")
+        for field in (
+            pq.DiagnosticField.SQLSTATE,
+            pq.DiagnosticField.SOURCE_FUNCTION,
+            pq.DiagnosticField.MESSAGE_PRIMARY,
+        )
     )
+    return _refused(what, Told(state, function), words)
 
 
-def _refused(what: str, sqlstate: str, words: str) -> StreamRefusedError:
-    for_good = sqlstate.startswith(_REFUSED_FOR_GOOD)
+def _refused(what: str, told: Told, words: str) -> StreamRefusedError:
+    for_good = told.sqlstate.startswith(_REFUSED_FOR_GOOD)
     hint = way_in(words, for_good=for_good)
-    return StreamRefusedError(f"{what}: {' '.join(words.split())}", sqlstate, hint=hint, retryable=not for_good)
+    return StreamRefusedError(f"{what}: {' '.join(words.split())}", told, hint=hint, retryable=not for_good)
 
 
 def way_in(words: str, *, for_good: bool) -> str:

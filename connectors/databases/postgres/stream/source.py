@@ -21,10 +21,10 @@ from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.lsn import Lsn, full_xid, history, transaction
 from connectors.databases.postgres.stream import publication, slot
 from connectors.databases.postgres.stream.copyboth import (
-    NO_SUCH_FILE,
     CopyBoth,
     Present,
     StreamRefusedError,
+    Told,
     identify,
     refused,
 )
@@ -42,9 +42,12 @@ _RETRY_SECONDS = 0.2
 _LOCK_SECONDS = 0.25
 """How long the upkeep of the publication waits for a table that somebody has locked."""
 _SLOT_IN_USE = "55006"
-_NO_SUCH_PUBLICATION = "42704"
-_SKIPPED_PUBLICATION = "55000"
+_NO_SUCH_PUBLICATION = Told("42704", "get_publication_oid")
+_SKIPPED_PUBLICATION = Told("55000", "LoadPublications")
 """What PostgreSQL 18 warns of, and goes on without the changes, where the versions before stop with an error."""
+_LOG_REMOVED = {Told("58P01", function) for function in ("WalSndSegmentOpen", "CheckXLogRemoved")}
+"""What a slot is given up for names the function too: of other facts with these SQLSTATEs (a standby is down that the
+server waits for, a file of another kind is not there) the slot is none the worse."""
 
 _T = TypeVar("_T")
 
@@ -330,8 +333,8 @@ class PostgresSource:
             self._failed = True
             self._streaming = "off" if isinstance(error, UnstreamableError) else "on"
             if isinstance(error, StreamRefusedError):
-                self._publications_broken |= error.sqlstate == _NO_SUCH_PUBLICATION
-                self._log_removed |= error.sqlstate == NO_SUCH_FILE
+                self._publications_broken |= error.told == _NO_SUCH_PUBLICATION
+                self._log_removed |= error.told in _LOG_REMOVED
             raise
         return drained
 
