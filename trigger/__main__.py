@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from trigger.errors import TrigpointError, remedy
@@ -13,6 +14,7 @@ from trigger.trusted import NotOursError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; expected errors are printed, errors of the program keep their trace."""
+    _open_what_was_closed()
     from trigger.cli.cli import Abort, UsageError, app
 
     try:
@@ -31,6 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _explain(error)
     except UsageError as error:
         return _fail(*_usage(error), 2)
+
+
+def _open_what_was_closed() -> None:
+    """Put the null device where the shell has closed input, output or errors, so that no file of ours gets its number.
+
+    Python has None for a stream that was closed; what is printed there goes nowhere, as whoever closed it wished.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number: the lowest free one is given
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - it stays open to the end
 
 
 def _explain(error: TrigpointError | OSError | ExceptionGroup[Exception]) -> int:

@@ -257,6 +257,14 @@ def test_a_reader_that_leaves_ends_the_program_without_a_word() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["config reference --json", "config reference", "--version"])
+def test_a_stream_that_the_shell_has_closed_is_no_error(command: str, closed: str) -> None:
+    shell = ["bash", "-c", f"{sys.executable} -m trigger {command} {closed}"]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
 # ----------------------------------------------------------------------------------------------- configuration
 
 
