@@ -28,6 +28,20 @@ _LEAST_CHARACTERS = 8
 GONE = "its snapshot is gone from the storage"
 
 
+_WORDS = {
+    "adopted": "taken over from the storage",
+    "failed": "failed, since interrupted before sealed",
+    "removed": "half made or forgotten, removed from the storage",
+    "mended": "with a damaged tag, which was written anew",
+    "unreadable": "with a damaged tag, which could not be written anew",
+    "phantoms": "failed, since gone from the storage",
+    "expired": "removed as was begun",
+    "strange": "of another cluster or with an unreadable tag, left alone (`trigpoint reconcile` names them)",
+    "stuck": "that the storage does not let go of, tried again",
+}
+"""What a pass did to the points in a list of `Reconciliation`, for people."""
+
+
 @dataclass(slots=True)
 class Reconciliation:
     """What one pass did."""
@@ -53,6 +67,11 @@ class Reconciliation:
 
     def __bool__(self) -> bool:
         return any(getattr(self, each.name) for each in fields(self))
+
+    def words(self) -> str:
+        """Give how many points were dealt with in which way, for people; never a list that grows with them."""
+        counted = ((len(getattr(self, name)), what) for name, what in _WORDS.items())
+        return "; ".join(f"{count} {'point' if count == 1 else 'points'} {what}" for count, what in counted if count)
 
 
 async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = False) -> Reconciliation:
@@ -89,7 +108,7 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
         if stray.point not in in_catalog:
             await _settle_stray(catalog, storage, stray, systems, done)
     if done:
-        log.warning("reconciled: %s", done)
+        log.warning("reconciled: %s", done.words())
     return done
 
 

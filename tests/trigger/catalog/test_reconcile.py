@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -109,6 +109,24 @@ def test_where_both_agree_nothing_is_done() -> None:
         assert not await stage.reconcile()
 
     play(act)
+
+
+def test_the_log_says_in_words_and_counts_what_a_pass_did(caplog: pytest.LogCaptureFixture) -> None:
+    async def act(stage: Stage) -> None:
+        await stage.opened(1)
+        for number in (2, 3):
+            await stage.retagged(number)
+        await stage.reconcile()
+
+    play(act)
+    said = [one.getMessage() for one in caplog.records if one.getMessage().startswith("reconciled")]
+    assert said == ["reconciled: 2 points taken over from the storage; 1 point failed, since interrupted before sealed"]
+
+
+def test_every_list_of_a_pass_has_its_words() -> None:
+    lists = [each.name for each in fields(Reconciliation)]
+    for name in lists:
+        assert Reconciliation(**{name: ["a"]}).words().startswith("1 point ")
 
 
 def test_an_intent_without_a_snapshot_is_failed() -> None:
