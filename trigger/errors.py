@@ -9,6 +9,7 @@
      ├─ AgentError       a host did not prove its flush                          (exit 5)
      ├─ StorageError     a snapshot or a clone was not made                      (exit 6)
      ├─ CatalogError     the catalog cannot be read or written                   (exit 7)
+     │   └─ NotFoundError    it can, and what was named is not in it             (exit 11)
      ├─ JournalError     the log is not there, or damaged                        (exit 8)
      ├─ RestoreError     a target cannot be reached, or a clone failed           (exit 9)
      └─ VerifyError      a restored point is not what it should be               (exit 10)
@@ -96,6 +97,12 @@ class CatalogError(TrigpointError):
     """The catalog cannot be read or written."""
 
     exit_code = 7
+
+
+class NotFoundError(CatalogError):
+    """The catalog was read, and what was named is not in it."""
+
+    exit_code = 11
 
 
 class JournalError(TrigpointError):

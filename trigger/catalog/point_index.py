@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select,
 
 from trigger.catalog import commit_index, schema, tag
 from trigger.catalog.schema import HISTORY_COLUMNS, PRUNED, gaps, histories, points
-from trigger.errors import CatalogError, StorageError
+from trigger.errors import CatalogError, NotFoundError, StorageError
 from trigger.failpoint import reached
 from trigger.model import (
     TRANSITIONS,
@@ -199,7 +199,7 @@ def _parsed(row: Row[*tuple[Any, ...]]) -> RecoveryPoint:
 def _stored(connection: Connection, key: str) -> RecoveryPoint:
     row = _row(connection, _BY_ID, key)
     if row is None:
-        raise CatalogError(f"there is no point {key}")
+        raise NotFoundError(f"there is no point {key}")
     return _parsed(row)
 
 
@@ -212,7 +212,7 @@ def find_point(connection: Connection, ref: str | int) -> RecoveryPoint:
     else:
         row = _row(connection, _BY_ID, key) if is_point_id(key) else None
     if row is None:
-        raise CatalogError(
+        raise NotFoundError(
             f"there is no point {text!r}", hint="give a number, an id or a name that `trigpoint list` shows"
         )
     return _parsed(row)

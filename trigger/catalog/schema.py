@@ -313,7 +313,7 @@ def translated(where: str) -> Iterator[None]:
     try:
         yield
     except CatalogError as error:
-        raise CatalogError(_named(where, error.message), hint=error.hint, retryable=error.retryable) from error
+        raise type(error)(_named(where, error.message), hint=error.hint, retryable=error.retryable) from error
     except TrigpointError:
         raise
     except (SQLAlchemyError, sqlite3.Error) as error:

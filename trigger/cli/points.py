@@ -11,15 +11,13 @@ import typer
 
 from trigger.cli import show
 from trigger.cli.arguments import Config, Json, options, place, time, transaction
-from trigger.errors import CatalogError, ConfigError
+from trigger.errors import CatalogError, ConfigError, NotFoundError
 from trigger.model import CommitRecord, Gap, Mark, RecoveryPoint, State
 
 if TYPE_CHECKING:  # the catalog's library takes a while to load, and help and completion do without
     from trigger.catalog.catalog import Catalog
     from trigger.config.options import Options
     from trigger.restore.locate import Location
-
-NOT_FOUND = 11
 
 T = TypeVar("T")
 
@@ -268,7 +266,7 @@ def find(
     else:
         _show_found(found)
     if all(one.where is Where.UNKNOWN for one in found):
-        raise typer.Exit(NOT_FOUND)
+        raise typer.Exit(NotFoundError.exit_code)
 
 
 async def _locate(chosen: Options, database: str | None, wanted: dict[str, Any]) -> list[Location]:

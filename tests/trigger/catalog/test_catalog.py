@@ -18,7 +18,7 @@ from connectors.databases.postgres.lsn import Lsn
 from trigger import failpoint
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
-from trigger.errors import CatalogError
+from trigger.errors import CatalogError, NotFoundError
 from trigger.model import (
     TRANSITIONS,
     Cause,
@@ -350,8 +350,9 @@ def test_a_list_longer_than_a_page_is_whole(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("ref", [7, "7", "trg-", "", "' OR 1=1 --", "9" * 40, "²", point_id(NOW, 99)])
 def test_an_unknown_point_is_an_error_with_a_hint(ref: str | int) -> None:
     async def work(catalog: Catalog) -> None:
-        with pytest.raises(CatalogError, match="trigpoint list"):
+        with pytest.raises(NotFoundError, match="trigpoint list") as raised:
             await catalog.point(ref)
+        assert raised.value.exit_code == 11
 
     with_catalog(work)
 
