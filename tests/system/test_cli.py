@@ -171,7 +171,8 @@ def test_what_is_not_known_is_exit_code_11(bank: Deployment) -> None:
     assert "was not committed" in done.stdout
     noise = int(bank.cluster.sql("SELECT xmin::text FROM noise LIMIT 1")[0][0])
     assert "lies in the log" in bank.trigpoint("find", "--xid", str(noise)).stdout
-    assert fails(bank, "show", "999").returncode == 7
+    assert fails(bank, "show", "999").returncode == 11
+    assert fails(bank, "verify", "999").returncode == 11
 
 
 def test_a_point_on_demand_carries_its_note(bank: Deployment) -> None:
