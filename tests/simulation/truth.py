@@ -7,6 +7,7 @@ the object that stands for them. Which true log a history means is known from wh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -99,7 +100,7 @@ class Truth:
     def lineage(self, history: History) -> Lineage:
         """Give the past of a history."""
         book = self.book(history, 1 << 62)
-        return Lineage(history, book.forks[history.branch] if book else ())
+        return Lineage(history, _forks_of(book, history.branch) if book else ())
 
     def branches(self, history: History) -> list[History]:
         """Give every branch of the life of a log, as far as it was looked at."""
@@ -214,6 +215,14 @@ class Truth:
         was_left = history != gap.after.history and any(history in stay for stay in stays[:before])
         again = self._is_off_the_way(history, end, gap) and any(history in stay for stay in stays[before + 1 :])
         return was_left or again
+
+
+def _forks_of(book: Book, branch: int) -> tuple[tuple[int, int], ...]:
+    """Give the past of a branch; of one before a log began anew, by that of its descendant."""
+    if branch in book.forks:
+        return book.forks[branch]
+    past = next((forks for forks in book.forks.values() if any(one == branch for one, _ in forks)), ())
+    return tuple(itertools.takewhile(lambda fork: fork[0] != branch, past))
 
 
 def _parts(held: Held, timeline: int) -> list[Part]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from trigger.model import Commit
-from trigger.position import Position
+from trigger.position import Lineage, Position
 
 
 class Batch(NamedTuple):
@@ -26,6 +26,8 @@ class Break(NamedTuple):
     reason: str
     ends: tuple[tuple[Position, Position], ...] = ()
     """(end, where the next one begins) of each branch that was left since: nobody gives what it had behind its end."""
+    lineage: Lineage | None = None
+    """In which the stream goes on; None where that is a history of which nothing was seen before."""
 
 
 class Source(Protocol):

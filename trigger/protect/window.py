@@ -325,7 +325,7 @@ class Window:
         self._changed.set()
         if seen is not None:
             after = stream.through if stream.through is not None else seen.until
-            stream.forget(p for p in stream.pending if _comes_again(p.commit.position, seen.until))
+            stream.forget(p for p in stream.pending if _comes_again(p.commit.position, seen))
             self._breaks.append(Broken(stream.source.name, after, seen, tuple(stream.pending)))
             stream.through = seen.until
 
@@ -368,9 +368,10 @@ def _earliest_of_oldest(heads: Sequence[Pending]) -> History | None:
     return min((one for one in histories if one.is_of_system(oldest.commit.history)), key=lambda one: one.age)
 
 
-def _comes_again(position: Position, until: Position) -> bool:
-    """Whether a stream that was put back to `until` delivers what ends at `position` once more."""
-    return position.history == until.history and position.at > until.at
+def _comes_again(position: Position, seen: Break) -> bool:
+    """Whether a stream that a break put back delivers what ends at `position` once more: not behind a branch's end."""
+    there = seen.lineage is None or seen.lineage.includes(position)
+    return there and position.history == seen.until.history and position.at > seen.until.at
 
 
 def _is_up_to(position: Position, through: Position) -> bool:

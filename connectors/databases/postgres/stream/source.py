@@ -159,7 +159,8 @@ class PostgresSource:
         self._reported_at, self._asked_at = asyncio.get_running_loop().time(), None
         if not reason:
             return None
-        return Break(self._lineage.at(behind), reason, self._lineage.ends_since(after) if after else ())
+        ends = self._lineage.ends_since(after) if after else ()
+        return Break(self._lineage.at(behind), reason, ends, self._lineage)
 
     async def _connect_side(self) -> psycopg.AsyncConnection[Any]:
         """Open the ordinary connection: it makes slot and publications and asks what the stream does not tell."""
