@@ -12,7 +12,7 @@ import contextlib
 import errno
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -32,11 +32,11 @@ class Threads:
         self._busy = 0
         self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
-    async def run(self, call: Callable[[], T], *, alone: str = "") -> T:
+    async def run(self, call: Callable[[], T], *, alone: str | Sequence[str] = ()) -> T:
         """Give what `call` returns, or raise what it raises.
 
-        A cancellation abandons the call, which goes on in its thread. Calls with the same `alone` run one after the
-        other, also behind an abandoned one.
+        A cancellation abandons the call, which goes on in its thread. Calls with the same `alone`, or one of several,
+        run one after the other, also behind an abandoned one; whoever names several names them in one order.
 
         Raises:
             BlockingIOError: `limit` calls have not come back yet.
@@ -47,10 +47,11 @@ class Threads:
             if self._busy >= self._limit:
                 raise BlockingIOError(errno.EAGAIN, f"{self._busy} calls of {self._name} have not come back")
             self._busy += 1
-            lock = self._locks.setdefault(alone, threading.Lock()) if alone else None
+            names = [name for name in ([alone] if isinstance(alone, str) else alone) if name]
+            locks = [self._locks.setdefault(name, threading.Lock()) for name in names]
 
         def work() -> None:
-            settle = self._outcome(call, lock, future)
+            settle = self._outcome(call, locks, future)
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
                 loop.call_soon_threadsafe(settle)
 
@@ -58,11 +59,13 @@ class Threads:
         return await future
 
     def _outcome(
-        self, call: Callable[[], T], lock: threading.Lock | None, future: asyncio.Future[T]
+        self, call: Callable[[], T], locks: Sequence[threading.Lock], future: asyncio.Future[T]
     ) -> Callable[[], None]:
         """Do the call, and give what tells the waiting task how it went."""
         try:
-            with lock or contextlib.nullcontext():
+            with contextlib.ExitStack() as held:
+                for lock in locks:
+                    held.enter_context(lock)
                 result = call()
         except BaseException as error:  # noqa: BLE001 - raised where the call was asked for
             raised = error

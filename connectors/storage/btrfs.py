@@ -178,7 +178,7 @@ class BtrfsStorage:
     async def clone(self, point: str, name: str, progress: Progress) -> Clone:
         """Make writable snapshots of a point's snapshots."""
         with as_storage_error(f"clone {name} of {point}"):
-            clone = await self._threads.run(partial(self._clone, point, name), alone=point)
+            clone = await self._threads.run(partial(self._clone, point, name), alone=(f"clone {name}", point))
         progress("clone", 1, 1)
         return clone
 
@@ -206,7 +206,7 @@ class BtrfsStorage:
     async def drop_clone(self, name: str) -> None:
         """Remove a clone."""
         with as_storage_error(f"removal of the clone {name}", denied=_DELETION_DENIED):
-            await self._threads.run(lambda: _remove(self._shelf.present_clone(name)))
+            await self._threads.run(lambda: _remove(self._shelf.present_clone(name)), alone=f"clone {name}")
 
     async def space(self) -> Space:
         """Give the room that is left."""

@@ -212,7 +212,9 @@ class DirectoryStorage:
             loop.call_soon_threadsafe(progress, "clone", done, total)
 
         with as_storage_error(f"clone {name} of {point}"), _stopping(stop):
-            return await self._threads.run(partial(self._clone, point, name, told, stop), alone=point)
+            return await self._threads.run(
+                partial(self._clone, point, name, told, stop), alone=(f"clone {name}", point)
+            )
 
     def _clone(self, point: str, name: str, told: Callable[[int, int], None], stop: threading.Event) -> Clone:
         folder = self._shelf.clone_folder(name)
@@ -223,6 +225,8 @@ class DirectoryStorage:
         total = sum(sum(seen.size for seen in manifest.files.values()) for manifest in sizes if manifest)
         shares = Capability.INSTANT_CLONE in self.capabilities
         self._shelf.require_free(0 if shares else total)
+        if stop.is_set():  # whoever asked for it may have removed it already
+            raise StorageError(f"clone {name} was given up before it was begun")
         clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots])
         try:
             copier = Copier(stop=stop, told=lambda done: told(done, total))
