@@ -191,7 +191,7 @@ class Truth:
     def _is_off_the_way(self, history: History, end: int, gap: Gap) -> bool:
         """Whether what lies behind a gap's beginning is of a branch that was left since."""
         after, until = gap.after, gap.until
-        passed_by = self.includes(history, after) and not self.includes(history, until)
+        passed_by = self.lineage(history).shared(after) is not None and not self.includes(history, until)
         left = history == after.history and not self.includes(until.history, Position(history, end))
         return passed_by or left
 
@@ -207,14 +207,17 @@ class Truth:
         """Whether a gap claims of a history what was seen at another stay there.
 
         It lies between two servers, and claims all of them and of those that came and went between; or the server had
-        left that history for the one in which the gap begins; or it went back since to what it had left then.
+        left that history for the one in which the gap begins; or it went back since to what it had left then, where
+        the slot may be one of before.
         """
         if gap.after.history.system != gap.until.history.system:
             return True
         stays, before = self._stays[gap.stream], self._stays_before[gap.stream, gap.after]
         was_left = history != gap.after.history and any(history in stay for stay in stays[:before])
-        again = self._is_off_the_way(history, end, gap) and any(history in stay for stay in stays[before + 1 :])
-        return was_left or again
+        went_on = self._is_off_the_way(history, end, gap) and any(history in stay for stay in stays[before + 1 :])
+        later = itertools.pairwise(stays[before:])
+        back = any(history in stay and not earlier <= stay for earlier, stay in later)  # its slot may be an older one
+        return was_left or went_on or back
 
 
 def _forks_of(book: Book, branch: int) -> tuple[tuple[int, int], ...]:
