@@ -54,6 +54,8 @@ class Truth:
         """By stream the histories that each of its stays at a server led over, in order."""
         self._stays_before: dict[tuple[str, Position], int] = {}
         """How many stays of a stream came before the first that began with a break behind a place."""
+        self._given_from: dict[str, list[tuple[int, Position]]] = {}
+        """By stream which of its stays began with a break, and from where on it was given again then."""
 
     def leaves(self, cluster: Cluster) -> None:
         """Note that a cluster is about to leave its log for another."""
@@ -67,6 +69,8 @@ class Truth:
             for begin in (after, *(end for end, _ in broken.ends)):
                 self._stays_before.setdefault((stream, begin), len(stays))
         stays.append({one for one, _, _ in self.lineage(history).stretches()})
+        if broken is not None:
+            self._given_from.setdefault(stream, []).append((len(stays) - 1, broken.until))
 
     def is_back(self, stream: str, history: History, written: Collection[tuple[str, int]]) -> None:
         """Note that a stream goes on in a history without a break: of later lives nobody knows but by what is written.
@@ -215,8 +219,12 @@ class Truth:
         stays, before = self._stays[gap.stream], self._stays_before[gap.stream, gap.after]
         was_left = history != gap.after.history and any(history in stay for stay in stays[:before])
         went_on = self._is_off_the_way(history, end, gap) and any(history in stay for stay in stays[before + 1 :])
-        later = itertools.pairwise(stays[before:])
-        back = any(history in stay and not earlier <= stay for earlier, stay in later)  # its slot may be an older one
+        later = [
+            until
+            for stay, until in self._given_from.get(gap.stream, [])
+            if stay > before and not stays[stay - 1] <= stays[stay]
+        ]
+        back = any(until.history == history and until.at < end for until in later)  # its slot was one of before
         return was_left or went_on or back
 
 

@@ -399,13 +399,13 @@ def test_an_archive_is_followed_and_asked_for_what_a_restore_needs(folder: Path)
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            await server.close()
             assert await here.journal.audit() == []
             lost = next(name for name in here.segments.names() if not name.partial)
             here.segments.file(lost).unlink()
             target = Target(end.history, end.at, True, "end")
             await here.journal.stage(replay_from(begin, target), folder / "staged", silent)
             assert (folder / "staged" / lost.text(SEGMENT_BYTES)).exists()
+            await server.close()  # which is asked whether what comes out of the archive is its own
 
     asyncio.run(run())
 
