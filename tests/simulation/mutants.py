@@ -19,7 +19,7 @@ from tests.simulation.run import simulate
 from tests.simulation.story import Story, tell
 from trigger.ports import Capability
 
-TOLD, SEEDS = 2000, 150
+TOLD, SEEDS = 6000, 400
 """How many stories are told for a mutant, and how many of those that fit it are run at most."""
 ANNOTATIONS = __future__.annotations.compiler_flag
 FIRST_SEED = 7_000
