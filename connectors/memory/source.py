@@ -72,7 +72,7 @@ class MemorySource:
         elif not reason:
             return slot, None
         until = lineage.at(max(slot.confirmed, lineage.shared(after) or 0))
-        return slot, Break(until, reason, lineage.ends_since(after), lineage)
+        return slot, Break(until, reason, lineage)
 
     async def read(self) -> Batch:
         """Wait for log that was flushed, and give the commits of this stream in it."""

@@ -218,8 +218,10 @@ async def a_failover_is_a_break_that_tells_where_each_branch_that_was_left_ended
     found = await source.open(after)
     assert found is not None
     if found.until.history.is_of_system(after.history):  # else it is another server, and all of the old one is behind
-        assert len(found.ends) == 1
-        end, begins = found.ends[0]
+        assert found.lineage is not None
+        ends = found.lineage.ends_since(after)
+        assert len(ends) == 1
+        end, begins = ends[0]
         assert (end.history, end.at) == (after.history, begins.at)
         assert end > after
         rig.commit("new")

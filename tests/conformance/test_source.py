@@ -50,7 +50,7 @@ class SeesNoBreak(MemorySource):
 class ForgetsWhatWasLeft(MemorySource):
     async def open(self, after: Position | None) -> Break | None:
         found = await super().open(after)
-        return found and found._replace(ends=())
+        return found and found._replace(lineage=None)
 
 
 class SaysNothingUntilThereIsLog(MemorySource):

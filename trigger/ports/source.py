@@ -24,10 +24,8 @@ class Break(NamedTuple):
     until: Position
     """From here on commits are seen again: where the stream goes on, or what of the settled is its past too."""
     reason: str
-    ends: tuple[tuple[Position, Position], ...] = ()
-    """(end, where the next one begins) of each branch that was left since: nobody gives what it had behind its end."""
     lineage: Lineage | None = None
-    """In which the stream goes on; None where that is a history of which nothing was seen before."""
+    """In which the stream goes on: what a branch that it leaves had behind its end is given by nobody."""
 
 
 class Source(Protocol):

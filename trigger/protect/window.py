@@ -47,7 +47,8 @@ class Broken(NamedTuple):
 
         Where a server that takes over goes on with all that was delivered, what the one before had later is lost.
         """
-        until, ends = self.seen.until, self.seen.ends
+        until, lineage = self.seen.until, self.seen.lineage
+        ends = lineage.ends_since(self.after) if lineage else ()
         whole = () if ends and self.after == until else ((self.after, until),)
         return (*whole, *(one for one in ends if one[0].history.age >= until.history.age))
 

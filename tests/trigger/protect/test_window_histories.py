@@ -220,13 +220,15 @@ def test_what_each_branch_had_behind_its_end_is_a_gap_and_what_is_given_is_none(
     first = (Position(one, 100), Position(two, 100))
     second = (Position(two, 200), Position(three, 200))
 
-    def holes(after: Position, until: Position, *ends: tuple[Position, Position]) -> list[tuple[Position, Position]]:
-        return list(Broken("bank", after, Break(until, "a failover", ends)).holes)
+    lineage = Lineage(three, ((1, 100), (2, 200)))
+
+    def holes(after: Position, until: Position) -> list[tuple[Position, Position]]:
+        return list(Broken("bank", after, Break(until, "a failover", lineage)).holes)
 
     kept = Position(one, 70)
-    assert holes(kept, kept, first, second) == [first, second]
+    assert holes(kept, kept) == [first, second]
     beyond = Position(one, 130)
-    assert holes(beyond, first[1], (beyond, first[1]), second) == [(beyond, first[1]), second]
+    assert holes(beyond, first[1]) == [(beyond, first[1]), second]
     ahead = Position(three, 250)
-    assert holes(kept, ahead, first, second) == [(kept, ahead)], "it takes in all that was left on the way"
+    assert holes(kept, ahead) == [(kept, ahead)], "it takes in all that was left on the way"
     assert holes(Position(three, 210), ahead) == [(Position(three, 210), ahead)]

@@ -157,10 +157,7 @@ class PostgresSource:
         self._reported = 0
         self._pace, self._taken_bytes = Pace(stream.holds_bytes), stream.taken_bytes
         self._reported_at, self._asked_at = asyncio.get_running_loop().time(), None
-        if not reason:
-            return None
-        ends = self._lineage.ends_since(after) if after else ()
-        return Break(self._lineage.at(behind), reason, ends, self._lineage)
+        return Break(self._lineage.at(behind), reason, self._lineage) if reason else None
 
     async def _connect_side(self) -> psycopg.AsyncConnection[Any]:
         """Open the ordinary connection: it makes slot and publications and asks what the stream does not tell."""
