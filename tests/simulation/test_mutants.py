@@ -190,7 +190,7 @@ MUTANTS = (
     Mutant(
         "takes no point because of a gap",
         agenda,
-        "Agenda._urgent",
+        "Agenda._unbased",
         "if self.open_gap:",
         "if False:",
         "liveness|gap",

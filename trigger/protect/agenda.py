@@ -91,16 +91,22 @@ class Agenda:
         A window that is full is urgent: nothing is read any more until a point is taken.
         """
         urgent = self._urgent(now) or (Due(Cause.COMMIT, now, urgent=True) if window_is_full else None)
-        return urgent or min(self._planned(now, wall, log_ends), key=lambda due: due.at, default=None)
+        planned = self._planned(now, wall, log_ends)
+        return urgent or self._unbased(now) or min(planned, key=lambda due: due.at, default=None)
 
     def _urgent(self, now: float) -> Due | None:
-        if self.open_gap:
-            return Due(Cause.GAP, now, urgent=True)
-        if self.base is None:
-            return Due(Cause.START, now, urgent=True)
         if self.demands or self._in_round:  # the latter where a round ended without a word on its point
             return Due(Cause.DEMAND, now, urgent=True)
         return None
+
+    def _unbased(self, now: float) -> Due | None:
+        """Give what is due for want of a base: of any at once, of one behind a gap within the budget.
+
+        A stream that breaks on and on would get a point each time.
+        """
+        if self.open_gap:
+            return Due(Cause.GAP, now, urgent=self.base is None)
+        return Due(Cause.START, now, urgent=True) if self.base is None else None
 
     def _planned(self, now: float, wall: datetime, log_ends: Sequence[Position]) -> Iterator[Due]:
         if self._last is None:

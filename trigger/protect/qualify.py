@@ -266,7 +266,7 @@ class Due:
     cause: Cause
     at: float
     urgent: bool = False
-    """Urgent ones (start, gap, demand) do not wait for a budget."""
+    """Urgent ones (no base at all, a demand, a full window) do not wait for a budget."""
 
 
 def qualify(oldest: Pending | None, due: Due | None, pace: Pace, options: PointOptions, now: float) -> Decision:
@@ -290,7 +290,9 @@ def qualify(oldest: Pending | None, due: Due | None, pace: Pace, options: PointO
     allowed = max(allowed, pace.not_before)
     if now < allowed:
         return Wait(allowed)
-    return Take(due.cause if oldest is None and due is not None else Cause.COMMIT)
+    if due_now and due is not None and (oldest is None or due.cause is Cause.GAP):
+        return Take(due.cause)  # behind a gap a base is wanted, whatever is pending
+    return Take(Cause.COMMIT)
 
 
 def _allowed_from(pace: Pace, options: PointOptions) -> float:

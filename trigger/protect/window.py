@@ -298,18 +298,20 @@ class Window:
 
     async def follow(self, name: str) -> None:
         """Read the source `name` until cancelled; reconnects by itself, raises what no waiting can help."""
-        stream = self._streams[name]
+        stream, loop = self._streams[name], asyncio.get_running_loop()
         backoff = FIRST_BACKOFF_SECONDS
         while True:
+            began = loop.time()
             try:
                 await self._open(stream)
-                backoff = FIRST_BACKOFF_SECONDS
                 while True:
                     await self._wait_for_room(stream)
                     self._receive(stream, *await stream.source.read())
             except SourceError as error:
                 if not error.retryable:
                     raise
+                if stream.connected and loop.time() - began > LAST_BACKOFF_SECONDS:
+                    backoff = FIRST_BACKOFF_SECONDS  # it held for a while: this is another trouble
                 stream.trouble = str(error)
                 log.warning("stream %s: %s; trying again in %.1f s", name, error, backoff)
             finally:

@@ -15,6 +15,7 @@ from trigger.config.options import PointOptions
 from trigger.model import Bracket, Cause, Mark, RecoveryPoint, State
 from trigger.position import History, Position
 from trigger.protect.agenda import IDLE_NOISE_BYTES, LONGEST_RETRY_SECONDS, Agenda
+from trigger.protect.qualify import Take, qualify
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 HISTORY = History("postgres", "7391", 1)
@@ -52,6 +53,31 @@ def test_a_gap_comes_before_everything_else_until_a_point_is_sealed() -> None:
     book.began(0.0, NOON)
     book.sealed(point())
     assert book.next(1.0, NOON, []) is None
+
+
+def test_a_demand_does_not_wait_with_an_open_gap_for_the_budget() -> None:
+    async def run() -> None:
+        book = agenda(point())
+        book.open_gap = True
+        book.ask("now")
+        due = book.next(7.0, NOON, [])
+        assert due is not None
+        assert (due.cause, due.urgent) == (Cause.DEMAND, True)
+
+    asyncio.run(run())
+
+
+def test_gaps_that_come_on_and_on_get_no_more_points_than_the_budget_allows() -> None:
+    book, options = agenda(point()), PointOptions(min_interval_seconds=1, per_minute=6)
+    taken = 0
+    for moment in range(1200):  # two minutes of a stream that breaks ten times a second
+        now = moment / 10
+        book.open_gap = True
+        if isinstance(qualify(None, book.next(now, NOON, []), book.pace(now), options, now), Take):
+            taken += 1
+            book.began(now, NOON)
+            book.sealed(point(taken + 1))
+    assert taken == 12
 
 
 def test_an_interval_is_counted_from_the_first_look_after_a_restart() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.trigger.protect.test_pipeline import Stage
-from trigger.errors import CatalogError
+from trigger.errors import CatalogError, SourceError
 from trigger.model import Outcome, State
 from trigger.protect.window import LAST_BACKOFF_SECONDS
 
@@ -41,6 +41,16 @@ def test_a_server_that_is_back_is_protected_within_a_first_pause() -> None:
         assert answer.done()
 
     Stage(retry_seconds=5).play(act)
+
+
+def test_a_stream_that_opens_and_breaks_again_is_opened_less_and_less_often() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before read", *[SourceError("the connection is gone", retryable=True)] * 5000)
+        stage.cluster.commit("bank")
+        await asyncio.sleep(300)
+        assert 20 <= stage.window.opens <= 300 / LAST_BACKOFF_SECONDS + 10
+
+    Stage().play(act)
 
 
 def test_what_somebody_asks_for_is_tried_at_once_however_long_the_pause_is() -> None:

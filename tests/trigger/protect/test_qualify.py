@@ -367,12 +367,12 @@ def test_after_a_failed_round_even_the_longest_delay_and_urgent_reasons_wait() -
     assert decide(160, due=Due(Cause.GAP, 150, urgent=True), not_before=160) == Take(Cause.GAP)
 
 
-@pytest.mark.parametrize("cause", [Cause.START, Cause.GAP, Cause.DEMAND])
+@pytest.mark.parametrize("cause", [Cause.START, Cause.COMMIT, Cause.DEMAND])
 def test_an_urgent_reason_waits_for_no_budget(cause: Cause) -> None:
     assert decide(101, due=Due(cause, 101, urgent=True), began=[98, 99, 100], arrived=100.5) == Take(cause)
 
 
-@pytest.mark.parametrize("cause", [Cause.INTERVAL, Cause.CRON, Cause.CATCH_ALL, Cause.REPLAY])
+@pytest.mark.parametrize("cause", [Cause.GAP, Cause.INTERVAL, Cause.CRON, Cause.CATCH_ALL, Cause.REPLAY])
 def test_another_reason_waits_for_the_budget(cause: Cause) -> None:
     assert decide(105, due=Due(cause, 104), began=[100]) == Wait(110)
     assert decide(110, due=Due(cause, 104), began=[100]) == Take(cause)
@@ -380,6 +380,11 @@ def test_another_reason_waits_for_the_budget(cause: Cause) -> None:
 
 def test_a_pending_commit_gives_the_point_its_name_where_something_else_is_due_too() -> None:
     assert decide(110, arrived=109, due=Due(Cause.INTERVAL, 105), began=[100]) == Take(Cause.COMMIT)
+
+
+def test_a_point_behind_a_gap_bears_its_name_whatever_is_pending() -> None:
+    assert decide(110, arrived=109, due=Due(Cause.GAP, 105), began=[100]) == Take(Cause.GAP)
+    assert decide(109, arrived=108, due=Due(Cause.GAP, 105), began=[100]) == Wait(110)
 
 
 def test_a_reason_that_is_due_later_does_not_hurry_a_commit() -> None:
