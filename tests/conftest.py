@@ -6,10 +6,12 @@ the end of the report names what was left out, and why.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache
 
 import pytest
@@ -46,6 +48,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gone:
         config.hook.pytest_deselected(items=gone)
         items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the process, with where each thread stands, when even the time limit's exception has ended no test.
+
+    That one is raised once, in the main thread: who waits again while it is handled, for a thread that hangs, say,
+    waits for ever.
+    """
+    mark = item.get_closest_marker("timeout")
+    limit = float(mark.args[0] if mark and mark.args else item.config.getini("timeout"))
+    if limit and sys.__stderr__ is not None:
+        faulthandler.dump_traceback_later(limit * 1.5 + 60, exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
