@@ -17,7 +17,7 @@ from tests.conformance.source_rigs import MemorySourceRig, PostgresSourceRig, So
 from tests.fixtures.postgres import Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 from trigger.ports import Batch, Break
-from trigger.position import Position
+from trigger.position import Lineage, Position
 
 Claim = Callable[[SourceRig], Awaitable[None]]
 _numbers = itertools.count(1)
@@ -50,7 +50,7 @@ class SeesNoBreak(MemorySource):
 class ForgetsWhatWasLeft(MemorySource):
     async def open(self, after: Position | None) -> Break | None:
         found = await super().open(after)
-        return found and found._replace(lineage=None)
+        return found and found._replace(lineage=Lineage(found.until.history))
 
 
 class SaysNothingUntilThereIsLog(MemorySource):

@@ -66,7 +66,7 @@ class Truth:
         self.opened.add((stream, history.system, history.incarnation))
         stays = self._stays.setdefault(stream, [])
         if after is not None and broken is not None:
-            for begin in (after, *(end for end, _ in (broken.lineage.ends_since(after) if broken.lineage else ()))):
+            for begin in (after, *(end for end, _ in broken.lineage.ends_since(after))):
                 self._stays_before.setdefault((stream, begin), len(stays))
         stays.append({one for one, _, _ in self.lineage(history).stretches()})
         if broken is not None:

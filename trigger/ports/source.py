@@ -24,7 +24,7 @@ class Break(NamedTuple):
     until: Position
     """From here on commits are seen again: where the stream goes on, or what of the settled is its past too."""
     reason: str
-    lineage: Lineage | None = None
+    lineage: Lineage
     """In which the stream goes on: what a branch that it leaves had behind its end is given by nobody."""
 
 

@@ -277,7 +277,7 @@ async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> N
         for after, until in broken.holes:
             await cluster.catalog.record_gap(Gap(broken.stream, after, until, broken.seen.reason, cluster.clock.now()))
             log.error("stream %s: gap from %s to %s: %s", broken.stream, after, until, broken.seen.reason)
-        window.forget(broken, [*lost, *window.given_again(broken, lineage)])
+        window.forget(broken, lost)
         agenda.open_gap = True
 
 

@@ -38,8 +38,6 @@ class Broken(NamedTuple):
     stream: str
     after: Position
     seen: Break
-    pending: tuple[Pending, ...] = ()
-    """What was pending then."""
 
     @property
     def holes(self) -> Sequence[tuple[Position, Position]]:
@@ -47,8 +45,7 @@ class Broken(NamedTuple):
 
         Where a server that takes over goes on with all that was delivered, what the one before had later is lost.
         """
-        until, lineage = self.seen.until, self.seen.lineage
-        ends = lineage.ends_since(self.after) if lineage else ()
+        until, ends = self.seen.until, self.seen.lineage.ends_since(self.after)
         whole = () if ends and self.after == until else ((self.after, until),)
         return (*whole, *(one for one in ends if one[0].history.age >= until.history.age))
 
@@ -255,19 +252,8 @@ class Window:
         """Give the pending commits of a broken stream that `lineage` does not hold."""
         return [p for p in self._streams[broken.stream].pending if not lineage.includes(p.commit.position)]
 
-    def given_again(self, broken: Broken, lineage: Lineage) -> list[Pending]:
-        """Give what was pending at a break and lies behind its end in `lineage`: the stream gives that once more.
-
-        As where a server is back in a history that is younger than the place to which its slot has gone back.
-        """
-        until, before = broken.seen.until, set(map(id, broken.pending))
-        if not lineage.includes(until):
-            return []
-        mine = [p for p in self._streams[broken.stream].pending if id(p) in before]
-        return [p for p in mine if lineage.includes(p.commit.position) and p.commit.end > until.at]
-
     def forget(self, broken: Broken, lost: Iterable[Pending]) -> None:
-        """Let go of a break, and of what was lost with it or is given again: the catalog has the first two."""
+        """Let go of a break, and of what was lost with it: the catalog has both."""
         self._streams[broken.stream].forget(lost)
         self._breaks.remove(broken)
 
@@ -329,7 +315,7 @@ class Window:
         if seen is not None:
             after = stream.through if stream.through is not None else seen.until
             stream.forget(p for p in stream.pending if _comes_again(p.commit.position, seen))
-            self._breaks.append(Broken(stream.source.name, after, seen, tuple(stream.pending)))
+            self._breaks.append(Broken(stream.source.name, after, seen))
             stream.through = seen.until
 
     @property
@@ -373,8 +359,7 @@ def _earliest_of_oldest(heads: Sequence[Pending]) -> History | None:
 
 def _comes_again(position: Position, seen: Break) -> bool:
     """Whether a stream that a break put back delivers what ends at `position` once more: not behind a branch's end."""
-    there = seen.lineage is None or seen.lineage.includes(position)
-    return there and position.history == seen.until.history and position.at > seen.until.at
+    return seen.lineage.includes(position) and not _at_or_before(position, seen.until)
 
 
 def _is_up_to(position: Position, through: Position) -> bool:

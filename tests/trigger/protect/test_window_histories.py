@@ -75,8 +75,8 @@ def test_what_a_server_that_is_back_delivers_again_is_pending_once() -> None:
     source = Scripted(
         "bank",
         (None, Batch([first, second], second.position)),
-        (Break(Position(new, 2), "another cluster"), Batch([third], third.position)),
-        (Break(Position(old, 10), "another cluster"), Batch([second], second.position)),
+        (Break(Position(new, 2), "another cluster", Lineage(new)), Batch([third], third.position)),
+        (Break(Position(old, 10), "another cluster", Lineage(old)), Batch([second], second.position)),
     )
 
     async def act(window: Window) -> None:
@@ -115,7 +115,7 @@ def test_a_stream_that_cannot_come_back_after_a_failover_does_not_keep_the_other
     near = Scripted(
         "near",
         (None, Batch([], Position(old, 10))),
-        (Break(Position(new, 10), "a failover"), Batch([mine], mine.position)),
+        (Break(Position(new, 10), "a failover", Lineage(new)), Batch([mine], mine.position)),
     )
     near.stays = True
 
@@ -158,7 +158,7 @@ def test_what_a_later_history_settled_lets_go_of_nothing_where_the_server_went_b
     source = Scripted(
         "bank",
         (None, Batch([later], later.position)),
-        (Break(Position(old, 35), "undone"), Batch([mine], mine.position)),
+        (Break(Position(old, 35), "undone", Lineage(old)), Batch([mine], mine.position)),
     )
 
     async def act(window: Window) -> None:
@@ -178,8 +178,8 @@ def test_nor_where_it_has_left_once_more_what_it_went_back_to_since() -> None:
     source = Scripted(
         "bank",
         (None, Batch([later], later.position)),
-        (Break(Position(old, 35), "undone"), Batch([mine], mine.position)),
-        (Break(Position(anew, 90), "begun anew"), Batch([], Position(anew, 90))),
+        (Break(Position(old, 35), "undone", Lineage(old)), Batch([mine], mine.position)),
+        (Break(Position(anew, 90), "begun anew", Lineage(anew)), Batch([], Position(anew, 90))),
     )
 
     async def act(window: Window) -> None:
@@ -201,15 +201,15 @@ def test_what_is_pending_where_a_server_is_back_is_not_kept_beside_what_its_slot
     source = Scripted(
         "bank",
         (None, Batch([mine], mine.position)),
-        (Break(Position(third, 25), "a failover"), Batch([away], away.position)),
-        (Break(Position(first, 5), "undone"), Batch([again], again.position)),
+        (Break(Position(third, 25), "a failover", Lineage(third)), Batch([away], away.position)),
+        (Break(Position(first, 5), "undone", present), Batch([again], again.position)),
     )
 
     async def act(window: Window) -> None:
         await asyncio.sleep(10)
         for broken in window.breaks:
             lost = window.lost(broken, present)
-            window.forget(broken, [*lost, *window.given_again(broken, present)])
+            window.forget(broken, lost)
         assert [id(one.commit) for one in window.collect().pending] == [id(again)]
 
     play_scripted([source], act)
