@@ -39,6 +39,8 @@ RESTART_SECONDS = 1.0
 QUIET_SECONDS = 1500.0
 """Within this much virtual time after the story everything must be settled: the longest pause after failures is 600 s,
 and a call may have begun to hang just before the end."""
+MOST_EVENTS = 4000
+"""A whole story makes some hundred, the longest of a thousand stories 1,700: who does more does it for ever."""
 STOP_SECONDS = 200.0
 """A stop waits for the round at hand, in which every call may hang once."""
 
@@ -95,8 +97,10 @@ class Simulation(Acts):
         self._turns = list(story.at_failpoint)
 
     def note(self, text: str) -> None:
-        """Write a line into the event log."""
+        """Write a line into the event log; raises `Violation` where it has no end."""
         self.log.append(f"{self.loop.time():12.6f} {text}")
+        if len(self.log) % MOST_EVENTS == 0:
+            raise Violation(f"liveness: {len(self.log)} events, and no end of them")
 
     # ---- the run
 

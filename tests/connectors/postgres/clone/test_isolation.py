@@ -186,8 +186,8 @@ def test_nothing_leaves_a_clone_that_has_a_network_of_its_own(folder: Path) -> N
             from connectors.databases.postgres.clone.recovery import PostgresRecovery
             from connectors.databases.postgres.lsn import history
             from trigger.model import Volume
-            from trigger.replay import Target
-            from trigger.ports import Clone, Replay
+            from trigger.replay import Replay, Target
+            from trigger.ports import Clone
             from trigger.position import Position
 
             async def main():
