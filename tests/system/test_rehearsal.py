@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from connectors.databases.postgres.assembly import sockets_folder
 from tests.fixtures.service import Deployment, deployment
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -27,6 +29,8 @@ def made(here: Deployment) -> list[list[str]]:
 @pytest.mark.parametrize(("major", "storage"), [(15, "directory"), (18, "btrfs")])
 def test_a_rehearsal_before_the_first_start_proves_what_it_did_and_leaves_nothing(major: int, storage: str) -> None:
     with deployment(major, storage) as here:
+        name = f"test-{secrets.token_hex(4)}"
+        here.config.write_text(here.config.read_text().replace('name = "test"', f'name = "{name}"', 1))
         here.cluster.sql("CREATE TABLE t (v int PRIMARY KEY)")
         here.trigpoint("check")
         before = made(here)
@@ -35,6 +39,7 @@ def test_a_rehearsal_before_the_first_start_proves_what_it_did_and_leaves_nothin
         assert all(held for _, held, _ in done["verification"]["checks"])
         assert min(done["protected_seconds"], done["point_seconds"], done["proof_seconds"]) > 0
         assert made(here) == before
+        assert not list(sockets_folder(name).parent.glob(f"{name}*"))
 
 
 def test_a_rehearsal_beside_a_running_service_takes_nothing_from_it() -> None:

@@ -146,6 +146,7 @@ async def _clear(parts: Parts) -> None:
         await parts.database.remove()
     finally:
         for clone in await parts.storage.clones():
+            await parts.recovery.stop(clone)
             await parts.storage.drop_clone(clone.name)
         for found in await parts.storage.tagged():
             await parts.storage.delete(found.point)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -199,7 +198,7 @@ class PostgresRecovery:
         if data is None:
             return
         await postmaster.end(data, signal.SIGINT)
-        await asyncio.to_thread(shutil.rmtree, sockets.path(self._sockets, data), ignore_errors=True)
+        await asyncio.to_thread(sockets.remove, self._sockets, data)
 
     async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
         """Start the server of a clone that was brought up before, as it was left; see port `Recovery`."""

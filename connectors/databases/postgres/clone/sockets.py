@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from connectors.databases.postgres.log.files import give
 from trigger.errors import RestoreError
 
 _PATH_LIMIT = 107 - len("/.s.PGSQL.65535.lock")
+_TRIES = 100
+"""So often another clone's end may take away the folder that this one's is being made in."""
 
 
 def path(sockets: Path, data: Path) -> Path:
@@ -29,8 +32,7 @@ def make(sockets: Path, isolated: Isolated) -> Path:
     made = plain(path(sockets, isolated.data), "the folder of sockets")
     if len(os.fsencode(made)) > _PATH_LIMIT:
         raise RestoreError(f"the folder of sockets {sockets} is too long for a socket's path")
-    _let_through(sockets)
-    made.mkdir(mode=0o700, exist_ok=True)
+    _make_in(sockets, made)
     for folder in (sockets, made):
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid(), isolated.owner[0]):
@@ -41,6 +43,26 @@ def make(sockets: Path, isolated: Isolated) -> Path:
     give(made, isolated.owner)
     made.chmod(0o700)
     return made
+
+
+def remove(sockets: Path, data: Path) -> None:
+    """Remove the folder of the socket of the clone whose data directory is `data`, and with the last one theirs."""
+    shutil.rmtree(path(sockets, data), ignore_errors=True)
+    for folder in (sockets, sockets.parent):
+        with contextlib.suppress(OSError):  # another clone has its own there
+            folder.rmdir()
+
+
+def _make_in(sockets: Path, made: Path) -> None:
+    for left in reversed(range(_TRIES)):
+        try:
+            _let_through(sockets)
+            made.mkdir(mode=0o700, exist_ok=True)
+        except FileNotFoundError:
+            if not left:
+                raise
+        else:
+            return
 
 
 def _let_through(folder: Path) -> None:
