@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres.database import Postgres
-from tests.fixtures.postgres import Cluster, running_cluster
+from tests.fixtures.postgres import Cluster, running_cluster, running_standby
 from tests.fixtures.volumes import plain_folder
 from trigger.ports import Source
 from trigger.position import Position
@@ -35,41 +32,27 @@ def folder() -> Iterator[Path]:
 
 
 def test_what_the_primary_committed_behind_the_fork_lies_in_the_gap_of_the_failover(folder: Path) -> None:
-    with running_cluster(18, folder / "data") as primary:
-        primary.sql("CREATE TABLE t (v int)")
-        primary.sql("SELECT pg_create_physical_replication_slot('standby', true)")
-        asyncio.run(last_seen(primary))
-        standby = standby_with_slots(primary)
-        try:
-            wait_until(lambda: slot_is_carried_over(primary, standby))
-            seen = asyncio.run(last_seen(primary))
-            primary.sql("INSERT INTO t VALUES (2)")
-            kept = primary.flushed()
-            wait_until(lambda: bool(standby.sql(f"SELECT pg_last_wal_replay_lsn() >= '{kept}'")[0][0]))
-            standby.stop()
-            primary.sql("INSERT INTO t VALUES (3)")
-            lost = Position(seen.history, primary.flushed())
-            primary.kill()
-            standby.start()
-            standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
-            ((after, until),) = asyncio.run(holes(standby, seen))
-        finally:
-            standby.destroy()
+    with pair_with_slots(folder) as (primary, standby):
+        wait_until(lambda: slot_is_carried_over(primary, standby))
+        seen = asyncio.run(last_seen(primary))
+        primary.sql("INSERT INTO t VALUES (2)")
+        kept = primary.flushed()
+        wait_until(lambda: bool(standby.sql(f"SELECT pg_last_wal_replay_lsn() >= '{kept}'")[0][0]))
+        standby.stop()
+        primary.sql("INSERT INTO t VALUES (3)")
+        lost = Position(seen.history, primary.flushed())
+        primary.kill()
+        standby.start()
+        standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
+        ((after, until),) = asyncio.run(holes(standby, seen))
     assert seen < after < lost
     assert (until.history.branch, until.at) == (2, after.at)
 
 
 def test_a_standby_that_goes_down_while_commits_wait_for_it_costs_no_slot_and_no_gap(folder: Path) -> None:
     """The server warns of it with the SQLSTATE that it also warns of a dropped publication with."""
-    with running_cluster(18, folder / "data") as primary:
-        primary.sql("CREATE TABLE t (v int)")
-        primary.sql("SELECT pg_create_physical_replication_slot('standby', true)")
-        asyncio.run(last_seen(primary))
-        standby = standby_with_slots(primary)
-        try:
-            asyncio.run(held_and_given(primary, standby))
-        finally:
-            standby.destroy()
+    with pair_with_slots(folder) as (primary, standby):
+        asyncio.run(held_and_given(primary, standby))
 
 
 async def held_and_given(primary: Cluster, standby: Cluster) -> None:
@@ -103,30 +86,17 @@ async def ends(source: Source, until: int, seconds: float) -> list[int]:
     return found
 
 
-def standby_with_slots(primary: Cluster) -> Cluster:
-    """Give a running standby of the primary, which carries its logical slots over."""
-    standby = Cluster(primary.major, primary.data.parent / "standby")
-    primary.stop()
-    subprocess.run(["cp", "-a", primary.data, standby.data], check=True)
-    primary.configure({"synchronized_standby_slots": "standby"})
-    primary.start()
-    for slot in (standby.data / "pg_replslot").iterdir():
-        shutil.rmtree(slot)  # the copy has them, and a standby brings no slot up that it has not carried over itself
-    standby.sockets.mkdir(mode=0o755)
-    if os.geteuid() == 0:
-        os.chown(standby.sockets, *standby.owner)
-    settings = {
-        "port": str(standby.port),
-        "unix_socket_directories": str(standby.sockets),
-        "primary_conninfo": f"{primary.conninfo} dbname=postgres",
-        "primary_slot_name": "standby",
-        "hot_standby_feedback": "on",
-        "sync_replication_slots": "on",
-    }
-    standby.configure(settings)
-    (standby.data / "standby.signal").touch()
-    standby.start()
-    return standby
+@contextlib.contextmanager
+def pair_with_slots(folder: Path) -> Iterator[tuple[Cluster, Cluster]]:
+    """Give a primary with a slot of ours, which waits for its standby, and that, which carries its slots over."""
+    with running_cluster(18, folder / "data") as primary:
+        primary.sql("CREATE TABLE t (v int)")
+        primary.sql("SELECT pg_create_physical_replication_slot('standby', true)")
+        asyncio.run(last_seen(primary))
+        primary.configure({"synchronized_standby_slots": "standby"})
+        carried = {"primary_slot_name": "standby", "hot_standby_feedback": "on", "sync_replication_slots": "on"}
+        with running_standby(primary, carried | {"synchronized_standby_slots": ""}) as standby:
+            yield primary, standby
 
 
 def slot_is_carried_over(primary: Cluster, standby: Cluster) -> bool:

@@ -6,9 +6,7 @@ The copies are copies of data directories, the standbys are standbys, and the pr
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import os
 import shutil
 import subprocess
 import threading
@@ -31,7 +29,7 @@ from connectors.databases.postgres.stream.copyboth import identify
 from connectors.databases.postgres.stream.physical import read_log
 from connectors.databases.postgres.stream.source import PostgresSource
 from tests.connectors.postgres.reading import everything, opened
-from tests.fixtures.postgres import Cluster, running_cluster
+from tests.fixtures.postgres import Cluster, running_cluster, running_standby
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import SourceError
 from trigger.model import Commit, CommitRecord, Outcome
@@ -144,24 +142,6 @@ def put_back(cluster: Cluster, copy: Path) -> None:
     cluster.start()
 
 
-@contextlib.contextmanager
-def standby_of(cluster: Cluster, *, streams: bool) -> Iterator[Cluster]:
-    """Give a running standby, which has what the primary has now; where it streams, what comes later too."""
-    standby = Cluster(cluster.major, cluster.data.parent / "standby")
-    copied(saved(cluster), standby.data)
-    standby.sockets.mkdir(mode=0o755)
-    if os.geteuid() == 0:
-        os.chown(standby.sockets, *standby.owner)
-    settings = {"port": str(standby.port), "unix_socket_directories": str(standby.sockets)}
-    standby.configure(settings | ({"primary_conninfo": cluster.conninfo} if streams else {}))
-    (standby.data / "standby.signal").touch()
-    try:
-        standby.start()
-        yield standby
-    finally:
-        standby.destroy()
-
-
 def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while not holds():
@@ -207,7 +187,7 @@ def lives_that_know(how: str, known: Known, cluster: Cluster, folder: Path) -> L
 def test_a_standby_that_answers_is_refused_and_begins_no_new_life(cluster: Cluster, folder: Path) -> None:
     folders = LogFolders(folder / "journal", SEGMENT_BYTES)
     lives = Lives(folders=folders)
-    with standby_of(cluster, streams=False) as standby:
+    with running_standby(cluster, streams=False) as standby:
         known = known_of(cluster)
         lives.recognise([known.seen])
         first = confirmed(lives, cluster)
@@ -348,7 +328,7 @@ def test_a_copy_that_was_promoted_before_what_is_known_is_found_out_by_the_log_t
 def test_a_standby_that_was_promoted_goes_on_in_the_same_life(
     how: str, part: str, cluster: Cluster, folder: Path
 ) -> None:
-    with standby_of(cluster, streams=True) as standby:
+    with running_standby(cluster, streams=True) as standby:
         insert(cluster, 100)
         known = known_of(cluster)
         wait_until(lambda: bool(standby.sql(f"SELECT pg_last_wal_replay_lsn() >= '{cluster.flushed()}'")[0][0]))
@@ -372,7 +352,7 @@ def test_a_server_that_goes_back_to_a_timeline_of_which_it_has_all_that_is_known
     cluster: Cluster,
 ) -> None:
     """The primary of before is started again after a failover, or a restore in place is undone."""
-    with standby_of(cluster, streams=True) as standby:
+    with running_standby(cluster, streams=True) as standby:
         known = known_of(cluster)
         wait_until(lambda: bool(standby.sql(f"SELECT pg_last_wal_replay_lsn() >= '{cluster.flushed()}'")[0][0]))
         lives = Lives()
