@@ -55,8 +55,18 @@ def read_mounts() -> list[Mount]:
 
 def free_bytes(path: Path) -> int:
     """Give how much is free on the filesystem that `path` lies on, or will lie on."""
-    room = os.statvfs(next(place for place in (path, *path.parents) if place.exists()))
+    room = _room_at(path)
     return room.f_bavail * room.f_frsize
+
+
+def size_bytes(path: Path) -> int:
+    """Give how large the filesystem is that `path` lies on, or will lie on."""
+    room = _room_at(path)
+    return room.f_blocks * room.f_frsize
+
+
+def _room_at(path: Path) -> os.statvfs_result:
+    return os.statvfs(next(place for place in (path, *path.parents) if place.exists()))
 
 
 def make_passage(folder: Path) -> None:

@@ -88,7 +88,7 @@ async def look(kind: str | None, at: str | None, databases: list[str], state_fol
     """Give the proposal for the cluster that is reached at `at`; raises `DatabaseError` where it does not answer."""
     from trigger.config.drivers import driver
     from trigger.config.options import reached
-    from trigger.host import free_bytes, read_mounts, subvolume_of
+    from trigger.host import free_bytes, read_mounts, size_bytes, subvolume_of
     from trigger.service.initialise import propose
 
     section = reached(kind, at, os.environ)
@@ -111,6 +111,7 @@ async def look(kind: str | None, at: str | None, databases: list[str], state_fol
         root=os.geteuid() == 0,
         ours=lambda folder: why_not_ours(folder) is None,
         free_bytes=free_bytes,
+        size_bytes=size_bytes,
     )
 
 

@@ -36,6 +36,8 @@ class Proposal:
     """Why this storage, for people; one sentence each."""
     interval_seconds: float = 1.0
     """How far apart points are to be: rare, where each of them costs log."""
+    keep_free_bytes: int = 1 << 30
+    """How much is to stay free where the snapshots lie."""
     points_why: tuple[str, ...] = ()
     """Why so far apart; nothing where a point costs next to nothing."""
 
@@ -51,6 +53,7 @@ def propose(
     root: bool,
     ours: Callable[[Path], bool] = lambda _: True,
     free_bytes: Callable[[Path], int] = lambda _: 1 << 50,
+    size_bytes: Callable[[Path], int] = lambda _: 1 << 50,
 ) -> Proposal:
     """Give the configuration for a cluster.
 
@@ -63,6 +66,7 @@ def propose(
         subvolume_of: gives the root of the btrfs subvolume around a path on btrfs.
         root: whether we are root; an ordinary user may not delete btrfs snapshots everywhere.
         free_bytes: gives how much is free where a path lies.
+        size_bytes: gives how large the filesystem is that a path lies on.
         ours: whether nobody else can change what lies in a folder, or what leads there.
     """
     parts = list(layout.places.items())
@@ -76,8 +80,18 @@ def propose(
     found = tuple(volumes)
     return Proposal(
         *("main", state_folder, section.address, told, wanted, found),
-        *(driver, folder, tuple(why), interval, points_why),
+        *(driver, folder, tuple(why), interval, _kept_free(size_bytes(folder)), points_why),
     )
+
+
+def _kept_free(size_bytes: int) -> int:
+    """Give how much of a filesystem is to stay free: a tenth of it, in whole MiB, and no more than a GiB."""
+    return min(size_bytes // 10 >> 20 << 20, 1 << 30)
+
+
+def _written(size_bytes: int) -> str:
+    """Give a size in whole MiB as a configuration has it."""
+    return "1GiB" if size_bytes == 1 << 30 else f"{size_bytes >> 20}MiB"
 
 
 def _rare(segment_bytes: int, free_bytes: int) -> tuple[float, tuple[str, ...]]:
@@ -171,7 +185,7 @@ def text(proposal: Proposal) -> str:
         lines += ["", "[[volumes]]", *_line("volumes[].name", name), *_line("volumes[].path", path)]
     lines += ["", "[storage]", *(f"# {plain(why)}" for why in proposal.why)]
     lines += [f"driver = {toml(proposal.driver)}", *_line("storage.folder", proposal.storage_folder, proposal.driver)]
-    lines += [*_line("storage.keep_free", "1GiB"), *_line("storage.budget", 200)]
+    lines += [*_line("storage.keep_free", _written(proposal.keep_free_bytes)), *_line("storage.budget", 200)]
     interval = proposal.interval_seconds
     lines += ["", "[points]", *(f"# {plain(why)}" for why in proposal.points_why)]
     lines += [*_line("points.min_interval_seconds", interval), *_line("points.per_minute", 60)]

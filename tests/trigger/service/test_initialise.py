@@ -37,7 +37,7 @@ def proposed(found: Layout, mounts: list[Mount] | None = None, *, root: bool = T
         mounts=mounts or EXT4,
         subvolume_of=given["subvolume_of"],
         root=root,
-        **({"ours": given["ours"]} if "ours" in given else {}),
+        **{key: given[key] for key in ("ours", "size_bytes") if key in given},
     )
 
 
@@ -143,6 +143,15 @@ def test_what_is_written_is_read_back_as_proposed(mounts: list[Mount], name: str
     assert tuple((volume.name, volume.path) for volume in read.volumes) == found.volumes
     assert (read.storage.driver, read.storage.folder) == (found.driver, found.storage_folder)
     assert read.state_folder == found.state_folder
+
+
+@pytest.mark.parametrize(
+    ("disk", "kept"), [(1 << 30, 102 << 20), (2 << 30, 204 << 20), (9 << 30, 921 << 20), (1 << 40, 1 << 30)]
+)
+def test_of_a_small_disk_a_tenth_is_to_stay_free_and_of_a_large_one_a_gigabyte(disk: int, kept: int) -> None:
+    sizes = {Path("/srv/pg/trigpoint"): disk}
+    found = proposed(layout(), BTRFS, size_bytes=sizes.__getitem__)
+    assert parse(text(found), "written").storage.keep_free == kept
 
 
 def test_every_line_that_says_something_stands_under_a_comment() -> None:
