@@ -126,10 +126,14 @@ class BtrfsStorage:
             return [refused(f"{path} holds subvolumes that a snapshot leaves out: {', '.join(inner)}", remedy)]
         return [Finding(volume.name, Severity.OK, f"{path} is a btrfs subvolume")]
 
-    async def claim(self) -> None:
+    async def claim(self, holder: str = "") -> None:
         """Hold the folder, by a lock on a file in it; where nothing is in it yet, from the first snapshot on."""
         with as_storage_error(f"claim of {self._shelf.folder}"):
-            await self._threads.run(self._shelf.claim)
+            await self._threads.run(partial(self._shelf.claim, holder))
+
+    async def claimed_by_another(self, holder: str) -> Finding | None:
+        """Give whose the folder is, where it was claimed for another."""
+        return await self._threads.run(partial(self._shelf.claimed_by_another, holder))
 
     async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         """Cut every volume; durable on return. A cancelled call may still make the snapshot."""

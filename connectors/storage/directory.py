@@ -126,10 +126,14 @@ class DirectoryStorage:
         levels = [str(level) for level in (inside, *inside.parents) if level.parts]
         return any(Copier(exclude=self._exclude.get(volume.name, ())).leaves_out(level) for level in levels)
 
-    async def claim(self) -> None:
+    async def claim(self, holder: str = "") -> None:
         """Hold the folder, by a lock on a file in it; where nothing is in it yet, from the first snapshot on."""
         with as_storage_error(f"claim of {self._shelf.folder}"):
-            await self._threads.run(self._shelf.claim)
+            await self._threads.run(partial(self._shelf.claim, holder))
+
+    async def claimed_by_another(self, holder: str) -> Finding | None:
+        """Give whose the folder is, where it was claimed for another."""
+        return await self._threads.run(partial(self._shelf.claimed_by_another, holder))
 
     async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         """Copy every volume; durable on return. A cancelled call stops at the next block and cleans up."""

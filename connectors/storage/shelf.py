@@ -1,6 +1,6 @@
 """How storages that live inside a filesystem lay out what they keep, so that it can be read without us.
 
-    <folder>/lock                               held by the one who makes and removes points
+    <folder>/lock                               held by the one who makes and removes points, and whose it is
     <folder>/trg-<point id>/point.json          the sidecar: tag, volumes, times; sealed with a digest
                             <volume>            the snapshot: a folder, or a subvolume
     <folder>/clones/<name>/clone.json           which point it came from, when
@@ -30,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from connectors.storage import claims
 from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
 from trigger.errors import StorageError
 from trigger.lock import lock
@@ -44,6 +45,8 @@ _OUTER_POINTS = 2
 """The oldest and the newest one, which thinning leaves."""
 MENDING = "where only its tag is damaged, `trigpoint reconcile` writes that anew"
 _NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
+_EACH_ITS_OWN = "each service needs a storage.folder of its own; two would remove what the other makes"
+_GIVEN_UP = "; where that one is given up for good, move its catalog away"
 _CLOSED_MODE = 0o710  # what a folder of ours has that was made under umask 027, when that was not minded
 _FOLDER_MODE = 0o711  # a clone's server runs as the owner of the data and must reach it; nobody may list
 _POINT_MODE = 0o700  # what is in it belongs to the owner of the data, who could change it, or put links there
@@ -69,12 +72,13 @@ class Shelf:
         self._needed_bytes = 0
         self._was_there = False
         self._claim_wanted = False
+        self._holder = ""
         self._claim: int | None = None
         self._claiming = threading.Lock()  # held while a filesystem is waited for, which may be for ever
         self._swapping = threading.Lock()  # held for an instant
 
-    def claim(self) -> None:
-        """Hold the folder for this shelf from now on, or else from the next point on (`making`).
+    def claim(self, holder: str = "") -> None:
+        """Hold the folder for this shelf from now on, or else from the next point on (`making`); see port `Storage`.
 
         It is put off where there is no folder, or nothing in it that was ever ours: its filesystem may not be mounted,
         and the claim would be left beneath. So it is where the filesystem is read-only, since nobody makes or removes
@@ -83,7 +87,7 @@ class Shelf:
         Raises:
             StorageError: another holds it, or it can be no folder.
         """
-        self._claim_wanted = True
+        self._claim_wanted, self._holder = True, holder
         self._require_folder_possible()
         if not self._ever_used():
             return
@@ -99,14 +103,24 @@ class Shelf:
             if self._claim is not None or not self._claim_wanted:
                 return
             held = lock(self.folder / "lock")
-            if held is None:
-                raise StorageError(
-                    f"another trigpoint makes points in {self.folder}",
-                    hint="each service needs a storage.folder of its own; two would remove what the other makes",
-                    retryable=False,
-                )
+            taken = self.claimed_by_another(self._holder)
+            if held is None or taken is not None:
+                taken = taken or self._taken()
+                if held is not None:
+                    os.close(held)
+                raise StorageError(taken.message, hint=taken.remedy, retryable=False)
+            claims.note(held, self._holder)
             self._keep(held)
             self._close_points()
+
+    def claimed_by_another(self, holder: str) -> Finding | None:
+        """Give whose the folder is, where it was claimed for another than `holder`; see port `Storage`."""
+        other = claims.another(self.folder / "lock", holder)
+        return self._taken(f": that of the catalog {other}", _GIVEN_UP) if other else None
+
+    def _taken(self, whose: str = "", given_up: str = "") -> Finding:
+        message = f"another trigpoint makes points in {self.folder}{whose}"
+        return Finding(str(self.folder), Severity.REFUSED, message, f"{_EACH_ITS_OWN}{given_up}")
 
     def _keep(self, held: int) -> None:
         """Take what holds the folder for the claim, or let go of it where none is wanted any more."""

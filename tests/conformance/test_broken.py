@@ -71,14 +71,14 @@ class ClonesByHardLink(DirectoryStorage):
 
 
 class ClaimsForAnybody(DirectoryStorage):
-    async def claim(self) -> None:
+    async def claim(self, holder: str = "") -> None:
         self._shelf.folder.mkdir(exist_ok=True)
 
 
 class ForgetsToClaimWhatIsNotThereYet(DirectoryStorage):
-    async def claim(self) -> None:
+    async def claim(self, holder: str = "") -> None:
         if self._shelf.folder.exists():
-            await super().claim()
+            await super().claim(holder)
 
 
 class ClaimsOncePerSnapshot(DirectoryStorage):

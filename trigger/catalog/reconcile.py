@@ -83,12 +83,12 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
         accept_loss: believe a storage that shows nothing at all, although several points are sealed.
 
     Raises:
-        StorageError: another one holds the storage; or it cannot be read, or shows nothing: more likely it is not
-            mounted than emptied, and every point would be given up for good.
+        StorageError: another one holds the storage, or it was claimed for another catalog; or it cannot be read, or
+            shows nothing: more likely it is not mounted than emptied, and every point would be given up for good.
         CatalogError: the catalog cannot be read or written.
     """
     done = Reconciliation()
-    await storage.claim()
+    await storage.claim(str(catalog.file or ""))
     in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
     in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
     sealed = sum(point.state is State.SEALED for point in in_catalog.values())

@@ -11,9 +11,12 @@ import typer
 
 from trigger.cli import show
 from trigger.cli.arguments import LOCAL_CONFIG, SYSTEM_CONFIG, Config, Json, options
-from trigger.errors import ConfigError, PreflightError, VerifyError
-from trigger.model import Finding, Severity
+from trigger.errors import ConfigError, PreflightError, StorageError, VerifyError
+from trigger.model import Finding, Layout, Severity
 from trigger.trusted import why_not_ours
+
+MOST_NUMBERS = 100
+"""So many folders are tried for one that is nobody else's."""
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
@@ -101,18 +104,40 @@ async def look(kind: str | None, at: str | None, databases: list[str], state_fol
         layout = await database.layout()
     finally:
         await database.close()
-    return propose(
-        section,
-        databases or present,
-        layout,
-        state_folder=state_folder,
-        mounts=read_mounts(),
-        subvolume_of=subvolume_of,
-        root=os.geteuid() == 0,
-        ours=lambda folder: why_not_ours(folder) is None,
-        free_bytes=free_bytes,
-        size_bytes=size_bytes,
+    for number in range(1, MOST_NUMBERS + 1):
+        found = propose(
+            section,
+            databases or present,
+            layout,
+            state_folder=state_folder,
+            mounts=read_mounts(),
+            subvolume_of=subvolume_of,
+            root=os.geteuid() == 0,
+            ours=lambda folder: why_not_ours(folder) is None,
+            free_bytes=free_bytes,
+            size_bytes=size_bytes,
+            number=number,
+        )
+        if await is_free(found, layout):
+            return found
+    raise ConfigError(
+        f"{found.storage_folder}, and so many before it, are other services' folders for snapshots",
+        hint="give the service a --state-folder with another name",
     )
+
+
+async def is_free(found: Proposal, layout: Layout) -> bool:
+    """Whether nobody else has claimed the folder for snapshots of a proposal, as far as can be seen."""
+    from trigger.config.drivers import driver
+    from trigger.config.options import parse
+    from trigger.service.initialise import text
+
+    chosen = parse(text(found), "the proposal")
+    try:
+        storage = driver("storage", chosen.storage.driver)(chosen.storage, chosen.volume_list, layout)
+        return await storage.claimed_by_another(str(chosen.catalog_path)) is None
+    except StorageError:  # the check says it
+        return True
 
 
 def default_state_folder() -> Path:

@@ -63,15 +63,26 @@ class Storage(Protocol):
         """Give what stands in the way of snapshots of `volumes`; changes nothing."""
         ...
 
-    async def claim(self) -> None:
+    async def claimed_by_another(self, holder: str) -> Finding | None:
+        """Give what `claim` would refuse `holder` for, by whom the storage was claimed; None for nothing.
+
+        Changes nothing, and holds while the other's service is down too, as far as the storage can keep it in mind.
+        """
+        ...
+
+    async def claim(self, holder: str = "") -> None:
         """Hold the storage, so that nobody else makes or removes points in it, until `close` or the process ends.
 
         Repeating it is no error. Who only looks, clones and drops clones needs no claim. Where there is nothing yet to
         hold, or it cannot be written, the claim is taken with the next snapshot that makes a point, which then raises
         where another one holds it.
 
+        Args:
+            holder: the file of the catalog that the points are of, which tells services apart; "" tells nothing.
+
         Raises:
-            StorageError: another one holds it; not retryable.
+            StorageError: another one holds it, or it was claimed for another one whose catalog is still there; not
+                retryable.
         """
         ...
 

@@ -122,7 +122,10 @@ async def connect(
         recovery = driver("recovery", options.database.driver)(options.restore, database, layout, volumes, options.name)
         agents = [driver("agent", options.agent.driver)(options.agent, gethostname(), options.state_folder)]
         if answered:  # and fits: another cluster that answers there now must not make us forget where ours lies
-            await asyncio.to_thread(keep_layout, layout, layout_files(options))
+            files = layout_files(options)
+            if await storage.claimed_by_another(str(options.catalog_path)) is not None:
+                files = files[:1]  # beside another's snapshots lies the layout of another cluster
+            await asyncio.to_thread(keep_layout, layout, files)
     except BaseException:
         await catalog.close()
         raise
@@ -182,6 +185,8 @@ async def check(parts: Parts) -> list[Finding]:
     seen = (await parts.catalog.all_settled()).keys()
     findings = await parts.database.check(parts.volumes, bracketed=bracketed, seen=seen)
     findings += await parts.storage.check(parts.volumes)
+    taken = await parts.storage.claimed_by_another(str(parts.options.catalog_path))
+    findings += [taken] if taken else []
     findings += await parts.journal.check()
     findings.append(await asyncio.to_thread(_cost, parts))
     findings += await asyncio.to_thread(surroundings.check, parts.options, parts.volumes)

@@ -54,6 +54,7 @@ def propose(
     ours: Callable[[Path], bool] = lambda _: True,
     free_bytes: Callable[[Path], int] = lambda _: 1 << 50,
     size_bytes: Callable[[Path], int] = lambda _: 1 << 50,
+    number: int = 1,
 ) -> Proposal:
     """Give the configuration for a cluster.
 
@@ -67,10 +68,11 @@ def propose(
         root: whether we are root; an ordinary user may not delete btrfs snapshots everywhere.
         free_bytes: gives how much is free where a path lies.
         size_bytes: gives how large the filesystem is that a path lies on.
+        number: counts proposals, where the folder for snapshots in the last one is another service's.
         ours: whether nobody else can change what lies in a folder, or what leads there.
     """
     parts = list(layout.places.items())
-    host = _Host(mounts, subvolume_of, ours, root=root)
+    host = _Host(mounts, subvolume_of, ours, _own_name(state_folder), f"-{number}" if number > 1 else "", root=root)
     driver, volumes, folder, why = _storage(parts, host, state_folder)
     wanted = tuple(name for name in databases if name not in section.databases) or tuple(databases)
     told = {"driver": section.driver} | section.model_dump(mode="json", exclude_unset=True, exclude={"databases"})
@@ -82,6 +84,12 @@ def propose(
         *("main", state_folder, section.address, told, wanted, found),
         *(driver, folder, tuple(why), interval, _kept_free(size_bytes(folder)), points_why),
     )
+
+
+def _own_name(state_folder: Path) -> str:
+    """Give what a service's folders are called: like its state folder, which no two share."""
+    name = state_folder.name
+    return name if name.startswith("trigpoint") else f"trigpoint-{name}"
 
 
 def _kept_free(size_bytes: int) -> int:
@@ -113,6 +121,10 @@ class _Host:
     mounts: Sequence[Mount]
     subvolume_of: Callable[[Path], Path]
     ours: Callable[[Path], bool]
+    own_name: str
+    """What is made on it for this service is called so."""
+    suffix: str
+    """Stands behind a folder for snapshots."""
     _: KW_ONLY
     root: bool
 
@@ -146,19 +158,25 @@ def _storage(
             *where,
         ]
         return "directory", list(parts), copies, why
-    return "btrfs", roots, above / "trigpoint", [f"{on}, in subvolumes: snapshots are atomic and at once."]
+    return (
+        "btrfs",
+        roots,
+        above / f"{host.own_name}{host.suffix}",
+        [f"{on}, in subvolumes: snapshots are atomic and at once."],
+    )
 
 
 def _for_copies(data: Path, host: _Host, state_folder: Path) -> tuple[Path, list[str]]:
     """Give where copies belong, and what has to be said of it: beside the data where that is ours, else near by."""
+    beside, own = f"{host.own_name}-snapshots{host.suffix}", state_folder / f"snapshots{host.suffix}"
     if host.ours(data.parent):
-        return data.parent / "trigpoint-snapshots", []
+        return data.parent / beside, []
     whose = f"{data.parent} can be changed by others than us, so the snapshots lie elsewhere"
     if mount_of(data, host.mounts) == mount_of(state_folder, host.mounts):
-        return state_folder / "snapshots", [f"{whose}, on the same filesystem."]
+        return own, [f"{whose}, on the same filesystem."]
     if (above := host.beside(data)) is not None:
-        return above / "trigpoint-snapshots", [f"{whose}, on the same filesystem."]
-    return state_folder / "snapshots", [f"{whose}, on another filesystem, where files share nothing with the data."]
+        return above / beside, [f"{whose}, on the same filesystem."]
+    return own, [f"{whose}, on another filesystem, where files share nothing with the data."]
 
 
 def _distinct(volumes: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:

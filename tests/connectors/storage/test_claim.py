@@ -113,6 +113,47 @@ def test_a_storage_that_was_there_and_is_gone_is_not_made_anew_for_its_claim(tmp
     assert not folder.exists()
 
 
+def test_a_storage_stays_its_services_while_that_is_down_until_its_catalog_is_gone(
+    tmp_path: Path, volume: Volume
+) -> None:
+    folder, ours, other = tmp_path / "storage", tmp_path / "ours.sqlite", tmp_path / "other.sqlite"
+    (tmp_path / "alias").symlink_to(tmp_path)
+    ours.touch()
+
+    async def main() -> None:
+        first, second = storage_in(folder), storage_in(folder)
+        assert await second.claimed_by_another(str(other)) is None
+        await first.claim(str(ours))
+        await first.snapshot([volume], A, "tag")
+        for _ in range(2):
+            found = await second.claimed_by_another(str(other))
+            assert found is not None
+            assert found.message == f"{ANOTHER} {folder}: that of the catalog {ours}"
+            with pytest.raises(StorageError, match=ANOTHER) as raised:
+                await second.claim(str(other))
+            assert (raised.value.hint, raised.value.retryable) == (found.remedy, False)
+            await first.close()
+        for same in (ours, tmp_path / "alias" / "ours.sqlite"):
+            assert await second.claimed_by_another(str(same)) is None
+        ours.unlink()
+        assert await second.claimed_by_another(str(other)) is None
+        await second.claim(str(other))
+        other.touch()
+        assert await first.claimed_by_another(str(ours)) is not None
+        await second.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 4096, b"\xff/nowhere", b"/" + b"x" * 9000])
+def test_what_a_claim_cut_short_left_claims_nothing(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "lock").write_bytes(left)
+    shelf = shelf_in(tmp_path)
+    assert shelf.claimed_by_another(str(tmp_path / "catalog")) is None
+    shelf.claim(str(tmp_path / "catalog"))
+    shelf.close()
+
+
 def test_without_a_claim_none_is_taken_and_after_the_end_none_is_left(tmp_path: Path) -> None:
     folder = tmp_path / "storage"
     unclaimed, ended = shelf_in(folder), shelf_in(folder)

@@ -33,11 +33,11 @@ def proposed(found: Layout, mounts: list[Mount] | None = None, *, root: bool = T
         REACHED,
         given["databases"],
         found,
-        state_folder=Path("/var/lib/trigpoint"),
+        state_folder=given.get("state_folder", Path("/var/lib/trigpoint")),
         mounts=mounts or EXT4,
         subvolume_of=given["subvolume_of"],
         root=root,
-        **{key: given[key] for key in ("ours", "size_bytes") if key in given},
+        **{key: given[key] for key in ("ours", "size_bytes", "number") if key in given},
     )
 
 
@@ -81,6 +81,20 @@ def test_snapshots_of_a_subvolume_lie_in_the_nearest_folder_that_nobody_else_can
     found = proposed(layout("/srv/pg/15/main"), BTRFS, ours=not_below("/srv/pg"), **deep)
     assert (found.driver, found.storage_folder) == ("directory", Path("/var/lib/trigpoint/snapshots"))
     assert any("let root own it" in why for why in found.why)
+
+
+@pytest.mark.parametrize("mounts", [EXT4, BTRFS])
+@pytest.mark.parametrize("theirs", ["/nowhere", "/srv/pg/theirs"])
+def test_two_services_of_one_host_are_proposed_two_folders(mounts: list[Mount], theirs: str) -> None:
+    place: Any = layout("/srv/pg/theirs/data")
+    states = ["/var/lib/trigpoint", "/var/lib/trigpoint-shop", "/var/lib/bank"]
+    folders = [
+        proposed(place, mounts, state_folder=Path(state), number=number, ours=not_below(theirs)).storage_folder
+        for state in states
+        for number in (1, 2)
+    ]
+    assert len(set(folders)) == len(folders)
+    assert all("trigpoint" in str(folder) or "bank" in str(folder) for folder in folders)
 
 
 def test_data_in_a_btrfs_subvolume_gets_atomic_snapshots() -> None:

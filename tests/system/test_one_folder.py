@@ -1,0 +1,72 @@
+"""Two services and one folder for snapshots: `check` says of the second what `run` says; `init` proposes another."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.service import Deployment, deployment
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+def second_of(here: Deployment) -> Deployment:
+    """Give another service of another name for the same cluster, with the same folder for snapshots."""
+    desk = here.state.parent / "second"
+    desk.mkdir()
+    second = replace(here, state=desk / "state", process=None)
+    second.configure()
+    text = second.config.read_text().replace('name = "test"', 'name = "second"', 1)
+    second.config.write_text(text.replace("[database]", '[database]\nslot_prefix = "second"', 1))
+    return second
+
+
+def refused(second: Deployment, *command: str) -> str:
+    """Give what a command is refused for, as `another trigpoint …`."""
+    done = second.trigpoint(*command, check=False)
+    assert done.returncode == 3, done.stderr
+    found = re.search(r"another trigpoint makes points in (.*)", done.stdout + done.stderr)
+    assert found is not None, done.stdout + done.stderr
+    return found[0]
+
+
+def test_what_belongs_to_another_service_is_refused_by_check_as_by_run_while_that_is_down_too() -> None:
+    with deployment(16, "directory") as here:
+        here.start()
+        second, snapshots = second_of(here), here.root / "snapshots"
+        here.trigpoint("check")
+        layout = (snapshots / "layout.json").read_bytes()
+        claimed = f"another trigpoint makes points in {snapshots}: that of the catalog {here.state / 'catalog.sqlite'}"
+        for _ in range(2):
+            assert claimed in refused(second, "check")
+            assert claimed in refused(second, "run")
+            assert here.stop() == 0
+        forced = second.trigpoint("run", "--force", check=False)
+        assert (forced.returncode != 0, claimed in forced.stderr) == (True, True)
+        assert (snapshots / "layout.json").read_bytes() == layout
+        here.trigpoint("check")
+        (here.state / "catalog.sqlite").rename(here.state / "given-up.sqlite")
+        second.trigpoint("check")
+
+
+def test_init_proposes_no_folder_that_another_service_has() -> None:
+    with deployment(16, "directory") as here:
+
+        def init(state: Path) -> str:
+            options = ("--conninfo", here.cluster.conninfo, "--state-folder", str(state), "--output", "-")
+            found = re.search('^folder = "(.*)"', here.trigpoint("init", *options).stdout, re.MULTILINE)
+            assert found is not None
+            return found[1]
+
+        first = init(here.state)
+        text = here.config.read_text().replace(str(here.root / "snapshots"), first)
+        here.config.write_text(text)
+        here.start()
+        assert here.stop() == 0
+        assert init(here.state) == first
+        elsewhere = here.state.parent / "second" / here.state.name
+        assert init(elsewhere) == f"{first}-2"
+        assert init(here.state.parent / "shop") not in (first, f"{first}-2")
