@@ -135,6 +135,8 @@ class Logged(NamedTuple):
     """What people may call it besides: for PostgreSQL the ids of its savepoints."""
     did: str
     """What its record says of what was done, in words; "" where it says no more than that it was committed."""
+    database: str = ""
+    """In which database it was made; "" where that was not asked for, or nobody knows."""
 
     @property
     def record(self) -> CommitRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from pathlib import Path
 
 from connectors.memory.book import Entry
@@ -154,6 +154,18 @@ class MemoryJournal:
                 if commit is not None and there and first <= entry.start < last:
                     did = "" if commit.stream else "shown by no stream"
                     yield Logged(history, commit.name, commit.start, commit.end, commit.time_us, (), did)
+
+    async def named(self, commits: Sequence[Logged]) -> list[Logged]:
+        """Give the commits with their streams, which are its databases."""
+        await asyncio.sleep(0)
+        made = {
+            (history, entry.start): entry for history, held in self._all() for entry in held.entries[history.branch]
+        }
+        found = [made.get((one.history, one.start)) for one in commits]
+        return [
+            one._replace(database=entry.commit.stream) if entry and entry.commit else one
+            for one, entry in zip(commits, found, strict=True)
+        ]
 
     def file_start(self, position: Position) -> int:
         """Give where the file that holds a position begins."""

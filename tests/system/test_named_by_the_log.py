@@ -50,7 +50,7 @@ def test_a_drop_that_no_stream_shows_is_listed_found_and_undone_by_its_transacti
         dropped = committed(here, "DROP TABLE account")
         committed(here, "CREATE TABLE later (v int)")
         here.settle()
-        listed = here.ask("commits", "--around", began.isoformat(), "--within", "30")
+        listed = here.ask("commits", "--around", began.isoformat(), "--within", "30")["commits"]
         by_name = {one["name"]: one for one in listed}
         assert {saved, elsewhere, dropped} <= set(by_name)
         assert "DDL" in by_name[dropped]["did"]
@@ -68,4 +68,7 @@ def test_a_drop_that_no_stream_shows_is_listed_found_and_undone_by_its_transacti
         assert "in neither the catalog nor the log" in refused.stderr
         printed = here.trigpoint("commits", "--around", began.strftime("%Y-%m-%d %H:%M:%S.%f UTC")).stdout
         assert dropped in printed
+        assert by_name[elsewhere]["database"] == "other"
+        assert {by_name[one]["database"] for one in (saved, dropped)} == {"postgres"}
+        assert "the log that is kept ends there" in here.trigpoint("commits", "--around", "now", "--limit", "1").stdout
         assert here.stop() == 0

@@ -67,7 +67,7 @@ def test_a_database_is_whole_in_every_state_before_its_drop(major: int, storage:
         here.settle()
         around = ("commits", "--around", before.isoformat(), "--within", "60")
         ((made,),) = here.cluster.sql("SELECT xmin::text::int FROM pg_class WHERE relname = 'later'")
-        logged = {int(one["name"]): one for one in here.ask(*around)}
+        logged = {int(one["name"]): one for one in here.ask(*around)["commits"]}
         dropped = max(xid for xid in logged if xid < made)
         asked = {"database": "old", "question": "SELECT count(*)::int FROM kept"}
         for target in (

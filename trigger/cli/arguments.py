@@ -8,7 +8,7 @@ import re
 import sys
 import time as clock
 from contextvars import ContextVar
-from datetime import datetime, timedelta, timezone, tzinfo
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -77,11 +77,13 @@ def options(given: Path | None) -> Options:
 
 
 def time(text: str) -> datetime:
-    """Give the time written in `text`, aware; raises `ConfigError` where it has no zone.
+    """Give the time written in `text`, aware, or the present one for `now`; raises `ConfigError` where it has no zone.
 
     A naive time would mean another moment on the operator's laptop than on the server. The zone may be a name, as in
     PostgreSQL's log: `2026-03-01 12:00:05.250 CET`.
     """
+    if text.strip() == "now":
+        return datetime.now(UTC)
     moment, _, name = text.strip().rpartition(" ")
     zone = _zone(name) if moment and name[:1].isalpha() else None
     try:
@@ -89,7 +91,7 @@ def time(text: str) -> datetime:
         parsed = parsed.replace(tzinfo=zone) if zone is not None and parsed.tzinfo is None else parsed
     except ValueError:
         raise ConfigError(
-            f"not a time: {text!r}", hint="times are ISO-8601 with a zone, such as 2026-03-01T12:00:05.25Z"
+            f"not a time: {text!r}", hint="times are ISO-8601 with a zone, such as 2026-03-01T12:00:05.25Z, or now"
         ) from None
     if parsed.tzinfo is None:
         raise ConfigError(

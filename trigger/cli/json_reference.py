@@ -18,13 +18,14 @@ from trigger.catalog.rebuild import Rebuilt
 from trigger.catalog.reconcile import Reconciliation
 from trigger.config.reference import Section
 from trigger.keep.expire import GivenUp
-from trigger.model import CommitRecord, Finding, Gap, Logged, RecoveryPoint, Verification
+from trigger.model import CommitRecord, Finding, Gap, RecoveryPoint, Verification
 from trigger.position import History, Name, Place, Position
 from trigger.protect.rehearse import RehearsedPoint
 from trigger.restore.aside import Aside
 from trigger.restore.clones import CloneStatus
 from trigger.restore.inplace import ClonePlan, InPlacePlan
 from trigger.restore.locate import Location
+from trigger.restore.log_search import Around
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report
 from trigger.restore.swap import Swap
@@ -106,7 +107,7 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("list --gaps", list[Gap]),
     ("show", {"point": RecoveryPoint, "commits": list[CommitRecord]}),
     ("find", list[Location]),
-    ("commits", list[Logged]),
+    ("commits", Around),
     ("restore", Report),
     ("restore --dry-run", Plan),
     ("restore --in-place", {"report": Report, "swap": Swap}),

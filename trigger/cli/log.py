@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,53 +15,81 @@ from trigger.model import from_microseconds
 
 if TYPE_CHECKING:  # what reads the log takes a while to load, and help and completion do without
     from trigger.config.options import Options
-    from trigger.model import Logged
+    from trigger.restore.log_search import Around, Read
 
 
 def commits(
-    when: Annotated[str, typer.Option("--around", help="A time, ISO-8601 or as PostgreSQL's log prints it.")],
+    when: Annotated[str, typer.Option("--around", help="A time, ISO-8601 or as PostgreSQL's log prints it; or now.")],
     within: Annotated[
         float, typer.Option("--within", min=0.001, max=86400, help="So many seconds before and after it.")
     ] = 60,
+    limit: Annotated[
+        int, typer.Option("--limit", "-l", min=1, max=10_000, help="How many, those nearest to the time.")
+    ] = 1000,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
     """List what was committed around a time, by the log that is kept: DDL and other databases too.
 
     What is listed is named to `restore` by its transaction id: --before-xid brings back the state right before it.
+    Below it stands which log was read: what was committed where that does not reach to is not listed.
     """
-    chosen = options(config)
-    found = asyncio.run(_commits(chosen, when, within))
+    middle, chosen = time(when), options(config)
+    found = asyncio.run(_commits(chosen, middle, timedelta(seconds=within), limit))
     if as_json:
         show.print_json(found)
         return
     show.table(
-        ("time", "transaction", "place", "history", "savepoints", "what its record says"),
+        ("time", "database", "transaction", "place", "history", "savepoints", "what its record says"),
         [
             (
                 show.moment(from_microseconds(one.time_us), digits=6),
+                one.database,
                 one.name,
                 one.history.place(one.start),
                 one.history,
                 ", ".join(map(str, one.children)),
                 one.did,
             )
-            for one in found
+            for one in found.commits
         ],
-        empty=f"nothing was committed within {within:g} s of {when} in the log that is kept",
+        empty=f"nothing was committed within {within:g} s of {show.moment(middle)} in the log that was read",
     )
+    show.more(found.more, "commits")
+    show.say()
+    show.facts([("log read", line) for line in _read(found)])
 
 
-async def _commits(chosen: Options, when: str, within: float) -> list[Logged]:
+def _read(found: Around) -> list[str]:
+    """Give which log was read, and where that cannot tell what was committed, for people."""
+    if not found.read:
+        return ["none of that time is kept"]
+    lines = [_stretch(one) for one in found.read]
+    if not found.from_before:
+        lines[0] = f"{lines[0]}; what was committed before it is not in the log that is kept"
+    if not found.until_behind:
+        lines[-1] = f"{lines[-1]}; the log that is kept ends there, and what is committed later is not in it yet"
+    return lines
+
+
+def _stretch(one: Read) -> str:
+    words = f"{one.begin.place} to {one.end.place} of {one.begin.history}"
+    if one.first_us is None or one.last_us is None:
+        return f"{words}, which has no commit"
+    first, last = (show.moment(from_microseconds(each), digits=6) for each in (one.first_us, one.last_us))
+    return f"{words}, with commits from {first} to {last}"
+
+
+async def _commits(chosen: Options, middle: datetime, aside: timedelta, limit: int) -> Around:
     from trigger.restore.log_search import around
     from trigger.service.service import opened
 
-    middle, aside = time(when), timedelta(seconds=within)
     async with opened(chosen, past=True) as parts:
         latest = await parts.catalog.latest()
         if latest is None or latest.ceiling is None:
             raise CatalogError(
                 "there is no sealed recovery point yet", hint="`trigpoint run` takes the first at its start"
             )
+        await parts.journal.catch_up()
         lineage = await parts.journal.lineage(latest.ceiling.history)
-        return await around(middle - aside, middle + aside, lineage, parts.catalog, parts.journal)
+        return await around(middle, aside, limit, lineage, parts.catalog, parts.journal)

@@ -237,7 +237,9 @@ def _time(commit: CommitRecord) -> Any:
 def find(
     xid: Annotated[str | None, typer.Option("--xid", help="A transaction id.", show_default=False)] = None,
     at: Annotated[str | None, typer.Option("--lsn", help="A place in the log.", show_default=False)] = None,
-    when: Annotated[str | None, typer.Option("--time", help="ISO-8601 with a zone.", show_default=False)] = None,
+    when: Annotated[
+        str | None, typer.Option("--time", help="ISO-8601 with a zone, or now.", show_default=False)
+    ] = None,
     marker: Annotated[str | None, typer.Option("--marker", help="The text of a marker.", show_default=False)] = None,
     database: Annotated[str | None, typer.Option("--database", help="Only in this one.", show_default=False)] = None,
     config: Config = None,

@@ -51,7 +51,7 @@ def _place(flag: str, words: str) -> Any:
 
 ToLsn = Annotated[str | None, _target("--to-lsn", "The commit whose record begins or ends there.")]
 ToXid = Annotated[str | None, _target("--to-xid", "Up to this transaction.")]
-ToTime = Annotated[str | None, _target("--to-time", "All commits up to then, ISO-8601 with a zone.")]
+ToTime = Annotated[str | None, _target("--to-time", "All commits up to then, ISO-8601 with a zone, or now.")]
 ToLatest = Annotated[bool, _target("--to-latest", "The latest state that there is.")]
 ToPoint = Annotated[str | None, _target("--to-point", "What this point was taken for: a commit, or a moment.")]
 ToMarker = Annotated[str | None, _target("--to-marker", "Up to the transaction with this marker.")]

@@ -97,7 +97,7 @@ async def look(kind: str | None, at: str | None, databases: list[str], state_fol
     section = reached(kind, at, os.environ)
     database = driver("database", section.driver)(section)
     try:
-        present = await database.existing()
+        present = list(await database.existing())
         missing = [name for name in databases if name not in present]
         if missing:
             raise ConfigError(f"there is no database {', '.join(missing)}", hint=f"there are: {', '.join(present)}")

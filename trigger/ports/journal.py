@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -63,6 +63,10 @@ class Journal(Protocol):
 
         What no stream shows too. `like` is a name near those there: a log may say less. Raises `JournalError`.
         """
+        ...
+
+    async def named(self, commits: Sequence[Logged]) -> list[Logged]:
+        """Give commits of the log with the database that each was made in, as far as that can be known."""
         ...
 
     def file_start(self, position: Position) -> int:

@@ -285,6 +285,8 @@ async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lin
         return _unknown(f"no commit at or before {time.isoformat()} is known of {lineage.history}{aside}")
     there = await _of_commit(last, catalog, known)
     reason = f"the last qualifying commit by then is {last.record.name} of {last.record.stream}: {there.reason}"
+    if await catalog.commit_after(last.record.start, lineage) is None:
+        reason += f"; no later one is known, and {await log_search.end_of(lineage, known.journal)}"
     return replace(there, reason=reason)
 
 

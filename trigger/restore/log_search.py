@@ -8,18 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import NamedTuple
 
 from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError
-from trigger.model import Logged, RecoveryPoint, to_microseconds
+from trigger.model import Extent, Logged, RecoveryPoint, to_microseconds
 from trigger.ports import Journal
 from trigger.position import LAST, Lineage, Name, Position
 
-MOST = 10_000
-"""So many commits are given at once at most."""
+
+class Read(NamedTuple):
+    """A stretch of log that is kept without a hole, as far as it was read."""
+
+    begin: Position
+    end: Position
+    first_us: int | None
+    """The time of its first commit, in microseconds since 1970; None where it has none."""
+    last_us: int | None
+    """Likewise of its last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """The commits around a time, and which log says so."""
+
+    commits: list[Logged]
+    """Those nearest to the time, in the order of the log."""
+    more: int
+    """How many others there are."""
+    read: list[Read]
+    """The log that was read, or the end of what is kept before it; where it does not reach to, nobody knows what was
+    committed."""
+    from_before: bool
+    """Whether it is known to reach back to the beginning of the time that was asked for."""
+    until_behind: bool
+    """Whether it is known to reach to the end of it; log may come yet."""
 
 
 async def named(name: Name, lineage: Lineage, catalog: Catalog, journal: Journal, since: int = 0) -> list[Logged]:
@@ -68,31 +95,90 @@ async def left(name: Name, lineages: Sequence[Lineage], catalog: Catalog, journa
 
 
 async def around(
-    since: datetime, until: datetime, lineage: Lineage, catalog: Catalog, journal: Journal
-) -> list[Logged]:
-    """Give the commits of a lineage from a time up to another, by the stamps in the log, in the order of the log.
+    time: datetime, aside: timedelta, most: int, lineage: Lineage, catalog: Catalog, journal: Journal
+) -> Around:
+    """Give the commits of a lineage within so long of a time, by the stamps in the log; so many at most.
 
     Clocks go back, and a stamp is made before its place in the log: the log is read between the points that were cut
     surely before and surely after, by our clock.
 
     Raises:
-        JournalError: the log cannot be read, or there are more than `MOST`.
+        JournalError: the log cannot be read.
         CatalogError: the catalog cannot be read.
     """
+    since, until = time - aside, time + aside
     bases = [base for base in await catalog.bases() if base.mark_in(lineage.history)]
     begin = max(_marks([base for base in bases if base.opened_at < since], lineage)[:-1])
     end = min([LAST, *_ends([base for base in bases if base.opened_at > until], lineage)])
     last = await catalog.commit_before(end, lineage)
     like = last.record.name if last else Name("", 0)
-    first, beyond = to_microseconds(since), to_microseconds(until)
-    found: list[Logged] = []
+    near = _Near(to_microseconds(time), most)
+    read = _held(await journal.extents(), lineage, begin, end)
+    earliest, latest = to_microseconds(since), to_microseconds(until)
+    earlier = later = False
     async with aclosing(journal.commits(lineage, begin, end, like)) as commits:
         async for one in commits:
-            if first <= one.time_us <= beyond:
-                found.append(one)
-            if len(found) > MOST:
-                raise JournalError(f"more than {MOST} commits lie there", hint="name a shorter time")
-    return found
+            read = [_with(each, one) for each in read]
+            earlier, later = earlier or one.time_us < earliest, later or one.time_us > latest
+            if earliest <= one.time_us <= latest:
+                near.add(one)
+    whole = len(read) == 1 or all(one.end.at >= other.begin.at for one, other in pairwise(read))
+    reaches_back = bool(read) and whole and (earlier or 0 < begin >= read[0].begin.at)
+    reaches_on = bool(read) and whole and (later or end <= read[-1].end.at)
+    return Around(await journal.named(near.commits), near.left_out, read, reaches_back, reaches_on)
+
+
+@dataclass(slots=True)
+class _Near:
+    """Those commits that are nearest to a time, so many at most."""
+
+    time_us: int
+    most: int
+    left_out: int = 0
+    kept: list[tuple[int, int, Logged]] = field(default_factory=list)
+    """(how near, how many came before it, the commit), the farthest first; a heap."""
+    seen: int = 0
+
+    def add(self, one: Logged) -> None:
+        self.seen += 1
+        heappush(self.kept, (-abs(one.time_us - self.time_us), -self.seen, one))
+        if len(self.kept) > self.most:
+            heappop(self.kept)
+            self.left_out += 1
+
+    @property
+    def commits(self) -> list[Logged]:
+        """In the order in which they came."""
+        return [one for _, _, one in sorted(self.kept, key=lambda kept: -kept[1])]
+
+
+def _held(extents: Sequence[Extent], lineage: Lineage, begin: int, end: int) -> list[Read]:
+    """Give what is held of a stretch of a lineage, in its order; where nothing is, where the log before it ends."""
+    held = [
+        (history, low, high, extent)
+        for history, low, high in lineage.stretches()
+        for extent in sorted(extents, key=lambda extent: extent.start)
+        if extent.history == history
+    ]
+    read = [
+        Read(Position(history, first), Position(history, last), None, None)
+        for history, low, high, extent in held
+        if (first := max(low, begin, extent.start)) < (last := min(high, end, extent.end))
+    ]
+    before = [Position(history, min(high, extent.end)) for history, _, high, extent in held if extent.start < begin]
+    return read or [Read(each, each, None, None) for each in before[-1:]]
+
+
+def _with(read: Read, one: Logged) -> Read:
+    if one.history != read.begin.history or not read.begin.at <= one.start < read.end.at:
+        return read
+    return read._replace(first_us=one.time_us if read.first_us is None else read.first_us, last_us=one.time_us)
+
+
+async def end_of(lineage: Lineage, journal: Journal) -> str:
+    """Give where the log of a history ends that is kept by now, in words."""
+    ends = [extent.end for extent in await journal.extents() if extent.history == lineage.history]
+    return f"the log that is kept ends at {lineage.history.place(max(ends))}" if ends else "no log of it is kept"
 
 
 class AsOf(NamedTuple):

@@ -246,7 +246,7 @@ async def _at_time(
     last, later = await log_search.as_of(time, lineage, catalog, journal)
     description = f"the state of {time.isoformat()}{_last(last)}"
     if later is None:
-        description += ", no later commit is known"
+        description += f", no later commit is known: {await log_search.end_of(lineage, journal)}"
     reach = later.record.end if later else await _passed(lineage, database)
     known = last.record if last else None
     return Target(lineage.history, None, True, description, time, known, reach)

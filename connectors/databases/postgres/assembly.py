@@ -21,7 +21,7 @@ from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.programs import find_programs
 from connectors.databases.postgres.sections import ArchiveOptions, CloneOptions, PostgresOptions, ReceivewalOptions
-from trigger.errors import ConfigError
+from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Layout, Volume
 
 
@@ -66,7 +66,13 @@ def _journal(database: Postgres, layout: Layout, folder: Path, feed: Feed) -> Po
         except ConfigError:
             return None
 
-    return PostgresJournal(folders, feed, database.present, dump_for, database.lives.newest_known)
+    async def names() -> dict[int, str]:
+        try:
+            return {oid: name for name, oid in (await database.existing()).items()}
+        except DatabaseError:  # they are for people, who are told the oids then
+            return {}
+
+    return PostgresJournal(folders, feed, database.present, dump_for, database.lives.newest_known, names)
 
 
 def recovery(

@@ -76,8 +76,9 @@ _GRANTS = (
     " pg_backup_stop(boolean) TO {role}"
 )
 _PRESENT: LiteralString = (
-    "SELECT array(SELECT datname::text FROM pg_database"
-    " WHERE datallowconn AND NOT datistemplate AND datconnlimit <> -2 ORDER BY datname)"
+    "WITH there AS (SELECT datname::text AS name, oid::bigint AS number FROM pg_database"
+    " WHERE datallowconn AND NOT datistemplate AND datconnlimit <> -2)"
+    " SELECT array(SELECT name FROM there ORDER BY name), array(SELECT number FROM there ORDER BY name)"
 )
 """Without what an interrupted DROP DATABASE left (DATCONNLIMIT_INVALID_DB)."""
 
@@ -331,10 +332,9 @@ class Postgres:
         """Give the layout that was kept as JSON, by this version or an earlier one; raises `ConfigError`."""
         return places.recall(document)
 
-    async def existing(self) -> list[str]:
-        """Give the databases that may be connected to, templates aside, by name; raises `DatabaseError`."""
-        (names,) = await self._ask(_PRESENT)
-        return list(names)
+    async def existing(self) -> dict[str, int]:
+        """Give the oids of the databases that may be connected to, templates aside, by name; raises `DatabaseError`."""
+        return dict(zip(*await self._ask(_PRESENT), strict=True))
 
     async def check(
         self, volumes: Sequence[Volume], *, bracketed: bool = False, seen: Collection[str] = ()

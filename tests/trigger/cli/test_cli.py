@@ -207,13 +207,6 @@ def test_the_targets_are_those_of_the_command(capsys: pytest.CaptureFixture[str]
     assert all(target in help_text for target in TARGETS.split(", "))
 
 
-def test_a_naive_time_is_refused_with_the_remedy() -> None:
-    with pytest.raises(errors.ConfigError) as refused:
-        arguments.time("2026-03-01T12:00:00")
-    assert "2026-03-01T12:00:00Z" in refused.value.hint
-    assert arguments.time("2026-03-01T12:00:00+02:00").utcoffset() is not None
-
-
 NESTED = ExceptionGroup("g", [ExceptionGroup("h", [errors.AgentError("a")]), errors.CatalogError("b")])
 DENIED = PermissionError(13, "Permission denied", "/x")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,10 @@ class Feed(Protocol):
         ...
 
 
+async def _no_names() -> Mapping[int, str]:
+    return {}
+
+
 class PostgresJournal:
     """Port `Journal` over the folders of a log's lives and a feed.
 
@@ -73,6 +77,7 @@ class PostgresJournal:
         present: gives the history that the server is in, as far as is known.
         known: gives the history that was seen last, without asking the server; None for nothing.
         dump_for: gives `pg_waldump` for the log of a folder, for the audit; None where that version is not here.
+        names: gives the names of the server's databases by oid; nothing where it does not answer.
     """
 
     replays = True
@@ -84,12 +89,14 @@ class PostgresJournal:
         present: Callable[[], Awaitable[History]],
         dump_for: Callable[[SegmentFolder], WalDump | None],
         known: Callable[[], History | None] = lambda: None,
+        names: Callable[[], Awaitable[Mapping[int, str]]] = _no_names,
     ) -> None:
         self._folders = folders
         self._feed = feed
         self._present = present
         self._dump_for = dump_for
         self._known = known
+        self._names = names
         self._audits: dict[Path, Audit] = {}
         self._running: History | None = None
         self._file_bytes: dict[tuple[str, int], int] = {}
@@ -169,6 +176,17 @@ class PostgresJournal:
                     async with aclosing(search.commits(segments, dump, history, first, last, like)) as found:
                         async for one in found:
                             yield one
+
+    async def named(self, commits: Sequence[Logged]) -> list[Logged]:
+        """Give commits with the names of their databases; of one that is dropped, or renamed unseen, with its oid."""
+        found = await self._folders.threads.run(
+            lambda: [search.database_of(self._folders.of(one.history), one) for one in commits]
+        )
+        names = await self._names() if any(found) else {}
+        return [
+            one._replace(database=names.get(oid, f"oid {oid}") if oid else "")
+            for one, oid in zip(commits, found, strict=True)
+        ]
 
     def file_start(self, position: Position) -> int:
         """Give where the segment that holds a position begins; each life has segments of a size of its own."""

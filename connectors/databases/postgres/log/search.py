@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections.abc import AsyncGenerator
@@ -11,11 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from connectors.databases.postgres.log.segments import SegmentFolder
-from connectors.databases.postgres.log.wal import behind
+from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, behind, commit_stamp
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn, full_xid, transaction
 from trigger.model import Logged, to_microseconds
 from trigger.position import History, Name
+from trigger.trusted import NotOursError
 
 _COMMIT = re.compile(
     r"rmgr: Transaction len \(rec/tot\): +\d+/ *(\d+), tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?"
@@ -68,6 +70,23 @@ def _logged(line: str, history: History, segment_bytes: int, like: Name) -> Logg
         tuple(_near(int(child), like) for child in children[1].split()) if children else (),
         _did(line),
     )
+
+
+def database_of(segments: SegmentFolder, commit: Logged) -> int:
+    """Give the oid of the database that a commit was made in; 0 where its record is not held, or lies in two segments.
+
+    `pg_waldump` does not print it.
+    """
+    size, begin = segments.segment_bytes, commit.start - commit.start % PAGE_BYTES
+    if commit.start // size != (commit.end - 1) // size:
+        return 0
+    name = SegmentName(commit.history.branch, commit.start // size)
+    name = name if segments.locate(name.text(size)) else name._replace(partial=True)
+    with contextlib.suppress(OSError, NotOursError), segments.slices(name) as segment:
+        pages = bytes(segment[begin - name.start(size) : commit.end - name.start(size)])
+        stamp = commit_stamp(pages, commit.start - begin)
+        return stamp.database if stamp else 0
+    return 0
 
 
 def _near(low: int, like: Name) -> Name:

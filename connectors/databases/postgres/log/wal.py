@@ -31,7 +31,7 @@ _GIVES_UP = 0x0008
 _RECORD_LIMIT = 1020 << 20  # XLogRecordMaxSize
 _RMGR_XLOG, _XLOG_SWITCH = 0, 0x40
 _RMGR_XACT, _XACT_OPCODES, _XACT_COMMIT, _XACT_COMMIT_PREPARED = 1, 0x70, 0x00, 0x30  # access/xact.h
-_XACT_HAS_INFO, _XINFO_HAS_ORIGIN = 0x80, 1 << 5
+_XACT_HAS_INFO, _XINFO_HAS_DBINFO, _XINFO_HAS_ORIGIN = 0x80, 1 << 0, 1 << 5
 _SHORT_DATA = 255
 _MORE_HEADERS = {253: 2, 252: 4}
 """Headers that may stand before that of the main data, with their lengths: the origin, the top-level transaction."""
@@ -296,6 +296,8 @@ class CommitStamp(NamedTuple):
     """By the database's clock, in microseconds since 1970."""
     from_elsewhere: bool
     """Whether it was replicated from another database, whose clock logical decoding gives instead."""
+    database: int = 0
+    """The oid of the database that it was made in, which with `wal_level = logical` each says; 0 where it does not."""
 
     def fits(self, xid: int, time_us: int) -> bool:
         """Whether it is the record of a transaction with this id (64 bits) and time."""
@@ -329,7 +331,8 @@ def commit_stamp(pages: bytes, at: int) -> CommitStamp | None:
     data = body[0][_main_data(body[0]) :]
     (stamp,) = struct.unpack_from("=q", data)
     (flags,) = struct.unpack_from("=I", data, 8) if info & _XACT_HAS_INFO else (0,)
-    return CommitStamp(xid, stamp + _POSTGRES_EPOCH_US, bool(flags & _XINFO_HAS_ORIGIN))
+    (database,) = struct.unpack_from("=I", data, 12) if flags & _XINFO_HAS_DBINFO else (0,)
+    return CommitStamp(xid, stamp + _POSTGRES_EPOCH_US, bool(flags & _XINFO_HAS_ORIGIN), database)
 
 
 def _main_data(record: bytes) -> int:

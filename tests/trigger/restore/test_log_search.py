@@ -1,0 +1,66 @@
+"""What the log says of a time: the commits nearest to it, and where the log that says so begins and ends."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from tests.fixtures.bank import Bank, run
+from trigger.restore.locate import locate
+from trigger.restore.log_search import Around, around
+from trigger.restore.target import Named
+
+HOUR = timedelta(hours=1)
+
+
+async def looked(it: Bank, time: datetime, aside: timedelta, most: int = 100) -> Around:
+    lineage = it.world.cluster.lineage()
+    return await around(time, aside, most, lineage, it.catalog, it.site.journal)
+
+
+def test_the_commits_nearest_to_a_time_are_given_with_their_databases_and_how_many_are_left_out(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        commits = [it.commit() for _ in range(9)]
+        await it.point()
+        middle = commits[4].time
+        found = await looked(it, middle, HOUR, most=3)
+        assert [one.name for one in found.commits] == [one.name for one in commits[3:6]]
+        assert {one.database for one in found.commits} == {"bank"}
+        assert found.more == 6
+        assert len((await looked(it, middle, HOUR)).commits) == 9
+
+    run(tmp_path, story)
+
+
+def test_where_the_log_does_not_reach_to_is_told_from_where_nothing_was_committed(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        await it.point()
+        first, last = it.commit(), it.commit()
+        await it.point()
+        (whole,) = (found := await looked(it, last.time, HOUR)).read
+        assert (whole.first_us, whole.last_us) == (first.time_us, last.time_us)
+        assert whole.end.at >= last.end
+        assert not found.until_behind
+        later = await looked(it, last.time + 3 * HOUR, HOUR)
+        assert (later.commits, later.until_behind) == ([], False)
+        assert later.read[-1].end == whole.end
+        within = await looked(it, first.time, timedelta(microseconds=1))
+        assert (len(within.commits), within.until_behind) == (1, True)
+        assert not (await looked(it, first.time - 3 * HOUR, HOUR)).from_before
+
+    run(tmp_path, story)
+
+
+def test_of_a_time_behind_the_last_commit_it_is_said_how_far_the_log_goes(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        await it.point()
+        first, last = it.commit(), it.commit()
+        await it.point()
+        end = max(extent.end for extent in await it.site.journal.extents())
+        said = f"the log that is kept ends at {last.history.place(end)}"
+        for time, told in ((first.time, False), (last.time + HOUR, True)):
+            (found,) = await locate(it.catalog, it.site.journal, time=time)
+            assert (said in found.reason) == told
+            assert (said in (await it.resolve(Named(time=time))).description) == told
+
+    run(tmp_path, story)
