@@ -11,6 +11,7 @@ import json
 import random
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -255,3 +256,31 @@ def _assert_both_come_back(deployed: Deployment, xid: int) -> None:
     report = deployed.ask("restore", "--to-xid", str(xid), "--name", "back")
     assert held_by(report["conninfo"]) == written_by(deployed.cluster)
     deployed.trigpoint("clones", "drop", "--yes", "back")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("find", "--time", "now"),
+        ("find", "--xid", "3"),
+        ("restore", "--to-latest", "--dry-run"),
+        ("restore", "--to-xid", "3", "--name", "none"),
+        ("restore", "--to-marker", "none", "--in-place", "--dry-run"),
+    ],
+)
+def test_a_database_that_nothing_knows_is_refused_with_those_that_are_known(
+    shared: Deployment, command: tuple[str, ...]
+) -> None:
+    refused = shared.trigpoint(*command, "--database", "nosuch", check=False)
+    assert refused.returncode == 2, refused.stdout
+    assert "no database 'nosuch' is configured, and the catalog knows of none" in refused.stderr
+    assert "there are: bank, shop" in refused.stderr
+
+
+def test_a_database_that_was_taken_out_of_the_configuration_is_known_by_its_commits(shared: Deployment) -> None:
+    try:
+        replace(shared, databases=(SHOP,)).configure()
+        for command in (("find", "--time", "now"), ("restore", "--to-latest", "--dry-run")):
+            shared.trigpoint(*command, "--database", BANK)
+    finally:
+        shared.configure()

@@ -186,6 +186,10 @@ class Catalog:
         """Give by stream what `settled` gives."""
         return await self._read(commit_index.all_settled)
 
+    async def streams(self) -> list[str]:
+        """Give every stream that a commit, a gap or a settled position is known of, by name."""
+        return await self._read(commit_index.stream_names)
+
     async def settle(self, stream: str, through: Position) -> None:
         """Note that `stream` is settled up to `through`, no qualifying commit between; never goes back.
 

@@ -192,6 +192,11 @@ def all_settled(connection: Connection) -> dict[str, Position]:
     return {row.name: position_of(history_of(row), row.through) for row in connection.execute(_ALL_SETTLED)}
 
 
+def stream_names(connection: Connection) -> list[str]:
+    """Give the names of all streams, in order."""
+    return list(connection.scalars(select(streams.c.name).order_by(streams.c.name)))
+
+
 def history_of(row: Row[*tuple[Any, ...]]) -> History:
     """Give the history that a row names by the columns of `histories`."""
     return History(*(getattr(row, name) for name in HISTORY_COLUMNS))

@@ -9,9 +9,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from trigger.cli import show
+from trigger.errors import ConfigError
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
+    from trigger.ports import Database
+    from trigger.replay import Target
+    from trigger.restore.target import Named
     from trigger.service.connect import Parts
 
 T = TypeVar("T")
@@ -45,6 +49,27 @@ def at(chosen: Options, act: Callable[[Parts], Awaitable[T]], *, by_itself: bool
     with contextlib.suppress(OSError):  # the terminal may be gone
         show.error(f"ended by {ended_by[0].name}; what was begun is tidied up", "")
     raise SystemExit(128 + ended_by[0])
+
+
+async def require_known(database: str | None, parts: Parts) -> None:
+    """Refuse the name of a database that neither the configuration nor the catalog knows; raises `ConfigError`.
+
+    What is in the log of any other, and no stream shows, bears no name of a database there.
+    """
+    known = {*(source.name for source in parts.sources), *await parts.catalog.streams()}
+    if database is not None and database not in known:
+        raise ConfigError(
+            f"no database {database!r} is configured, and the catalog knows of none",
+            hint=f"there are: {', '.join(sorted(known))}; what others wrote to the log is named without --database",
+        )
+
+
+async def meant(named: Named, parts: Parts, database: Database | None, *, only_look: bool = False) -> Target:
+    """Give the target that `named` means; see `resolve`. Raises `ConfigError` too, where it names no known database."""
+    from trigger.restore.target import resolve
+
+    await require_known(named.stream, parts)
+    return await resolve(named, parts.catalog, parts.journal, database, only_look=only_look)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import typer
 
 from trigger.cli import show
 from trigger.cli.arguments import Config, Json, Yes, confirm, options, require_answer
-from trigger.cli.connected import at
+from trigger.cli.connected import at, meant
 from trigger.errors import ConfigError, RestoreError
 from trigger.model import Finding, Severity
 
@@ -75,9 +75,8 @@ def _putting(what: str, chosen: Options) -> str:
 async def look(named: Named, parts: Parts) -> InPlacePlan:
     """Give what putting a state in place would mean; production is not made to commit anything for it."""
     from trigger.restore.inplace import prepare_in_place
-    from trigger.restore.target import resolve
 
-    return await prepare_in_place(await resolve(named, parts.catalog, parts.journal), parts.site)
+    return await prepare_in_place(await meant(named, parts, None), parts.site)
 
 
 async def _planned_clone(name: str, parts: Parts) -> ClonePlan:
@@ -88,9 +87,8 @@ async def _planned_clone(name: str, parts: Parts) -> ClonePlan:
 
 async def _put(named: Named, parts: Parts) -> tuple[Report, Swap]:
     from trigger.restore.inplace import restore_in_place
-    from trigger.restore.target import resolve
 
-    target = await resolve(named, parts.catalog, parts.journal, parts.database)
+    target = await meant(named, parts, parts.database)
     with show.steps() as progress:
         return await restore_in_place(target, parts.site, progress=progress)
 

@@ -11,6 +11,7 @@ import typer
 
 from trigger.cli import show
 from trigger.cli.arguments import Config, Json, options, place, time, transaction
+from trigger.cli.connected import require_known
 from trigger.errors import CatalogError, ConfigError, NotFoundError
 from trigger.model import CommitRecord, Gap, Mark, RecoveryPoint, State
 
@@ -276,6 +277,7 @@ async def _locate(chosen: Options, database: str | None, wanted: dict[str, Any])
     from trigger.service.service import opened
 
     async with opened(chosen, past=True) as parts:
+        await require_known(database, parts)
         return await locate(parts.catalog, parts.journal, stream=database, **wanted)
 
 

@@ -22,13 +22,12 @@ from trigger.cli.arguments import (
     time,
     transaction,
 )
-from trigger.cli.connected import at
+from trigger.cli.connected import at, meant
 from trigger.errors import CatalogError, ConfigError, VerifyError
 from trigger.model import Verification
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
-    from trigger.replay import Target
     from trigger.restore.clones import CloneStatus, Site
     from trigger.restore.planner import Plan
     from trigger.restore.restore import Report
@@ -183,22 +182,15 @@ def require_one_target(named: Named) -> None:
 
 async def _plan(named: Named, parts: Parts) -> Plan:
     from trigger.restore.restore import prepare
-    from trigger.restore.target import resolve
 
-    target = await resolve(named, parts.catalog, parts.journal, parts.database, only_look=True)
+    target = await meant(named, parts, parts.database, only_look=True)
     return await prepare(target, parts.site)
-
-
-async def _meant(named: Named, parts: Parts) -> Target:
-    from trigger.restore.target import resolve
-
-    return await resolve(named, parts.catalog, parts.journal, parts.database)
 
 
 async def _restore(named: Named, name: str, parts: Parts) -> Report:
     from trigger.restore.restore import restore
 
-    target = await _meant(named, parts)
+    target = await meant(named, parts, parts.database)
     with show.steps() as progress:
         return await restore(target, parts.site, progress=progress, name=name)
 
