@@ -52,6 +52,17 @@ def test_what_belongs_to_another_service_is_refused_by_check_as_by_run_while_tha
         second.trigpoint("check")
 
 
+def test_init_gives_a_file_of_another_name_a_service_with_folders_of_its_own() -> None:
+    with deployment(16, "directory") as here:
+        found = []
+        for file in ("trigpoint.toml", "bank.toml", "shop.toml"):
+            target = here.state.parent / "etc" / file
+            found.append(here.ask("init", "--conninfo", here.cluster.conninfo, "--output", str(target))["proposal"])
+    assert [one["name"] for one in found] == ["main", "bank", "shop"]
+    for key in ("state_folder", "storage_folder"):
+        assert len({one[key] for one in found}) == len(found), key
+
+
 def test_init_proposes_no_folder_that_another_service_has() -> None:
     with deployment(16, "directory") as here:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ from trigger.errors import ConfigError, PreflightError, StorageError, VerifyErro
 from trigger.model import Finding, Layout, Severity
 from trigger.trusted import why_not_ours
 
+SERVICE_NAME = r"[a-z0-9][a-z0-9-]{0,39}"
+"""What `name` may be in a configuration (`trigger.config.sections.Name`)."""
 MOST_NUMBERS = 100
 """So many folders are tried for one that is nobody else's."""
 
@@ -50,7 +53,8 @@ def init(
     """Look at a running cluster and write a configuration for it, with comments.
 
     Run it on the database's host, as the user that will run the service (root, or the owner of the data). Nothing is
-    changed but the file; one that is there is only replaced with --force.
+    changed but the file; one that is there is only replaced with --force. A file of another name is of another service,
+    which is called like it and gets folders of its own.
     """
     from trigger.config.options import parse
     from trigger.service.initialise import text
@@ -58,7 +62,8 @@ def init(
     target = output or (SYSTEM_CONFIG if os.geteuid() == 0 else LOCAL_CONFIG)
     if str(target) != "-" and target.exists() and not force:
         raise ConfigError(f"{target} is there already", hint="--output writes elsewhere, --force replaces it")
-    found = asyncio.run(look(driver, conninfo, databases or [], state_folder or default_state_folder()))
+    name = service_name(target)
+    found = asyncio.run(look(driver, conninfo, databases or [], state_folder or default_state_folder(name), name))
     written = text(found)
     parse(written, str(target))
     if str(target) == "-":
@@ -87,7 +92,13 @@ def init(
     show.say(f"       trigpoint run{option}                 protect it")
 
 
-async def look(kind: str | None, at: str | None, databases: list[str], state_folder: Path) -> Proposal:
+def service_name(target: Path) -> str:
+    """Give what a service is called by its configuration's file; `main` by the usual one, and by what is no name."""
+    stem = target.stem
+    return stem if stem != LOCAL_CONFIG.stem and re.fullmatch(SERVICE_NAME, stem) else "main"
+
+
+async def look(kind: str | None, at: str | None, databases: list[str], state_folder: Path, name: str) -> Proposal:
     """Give the proposal for the cluster that is reached at `at`; raises `DatabaseError` where it does not answer."""
     from trigger.config.drivers import driver
     from trigger.config.options import reached
@@ -110,6 +121,7 @@ async def look(kind: str | None, at: str | None, databases: list[str], state_fol
             databases or present,
             layout,
             state_folder=state_folder,
+            name=name,
             mounts=read_mounts(),
             subvolume_of=subvolume_of,
             root=os.geteuid() == 0,
@@ -140,11 +152,12 @@ async def is_free(found: Proposal, layout: Layout) -> bool:
         return True
 
 
-def default_state_folder() -> Path:
-    """Give where our state belongs: the system's place for root, else the user's own."""
+def default_state_folder(name: str) -> Path:
+    """Give where the state of a service belongs: in the system's place for root, else in the user's own."""
+    folder = "trigpoint" if name == "main" else f"trigpoint-{name}"
     if os.geteuid() == 0:
-        return Path("/var/lib/trigpoint")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "trigpoint"
+        return Path("/var/lib") / folder
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / folder
 
 
 def put(target: Path, written: str) -> None:

@@ -48,6 +48,7 @@ def propose(
     layout: Layout,
     *,
     state_folder: Path,
+    name: str = "main",
     mounts: Sequence[Mount],
     subvolume_of: Callable[[Path], Path],
     root: bool,
@@ -63,6 +64,7 @@ def propose(
         databases: what there is; those of `section` are left out where there is another.
         layout: where its files lie.
         state_folder: where we may keep our state.
+        name: what the service is called.
         mounts: the mounts of this host.
         subvolume_of: gives the root of the btrfs subvolume around a path on btrfs.
         root: whether we are root; an ordinary user may not delete btrfs snapshots everywhere.
@@ -81,7 +83,7 @@ def propose(
         interval, points_why = _rare(layout.log_file_bytes, free_bytes(state_folder))
     found = tuple(volumes)
     return Proposal(
-        *("main", state_folder, section.address, told, wanted, found),
+        *(name, state_folder, section.address, told, wanted, found),
         *(driver, folder, tuple(why), interval, _kept_free(size_bytes(folder)), points_why),
     )
 
