@@ -51,6 +51,10 @@ class MemoryJournal:
                 extents[-1] = extents[-1][0], end
             begin = max(begin, end)
 
+    async def begun(self) -> bool:
+        """Whether it holds any log."""
+        return bool(await self.extents())
+
     async def catch_up(self) -> None:
         """Do nothing: the log comes while it runs."""
         await asyncio.sleep(0)

@@ -26,6 +26,11 @@ class NoLog:
         """Do nothing until cancelled."""
         await asyncio.Event().wait()
 
+    async def begun(self) -> bool:
+        """Give that nothing has to be waited for."""
+        await asyncio.sleep(0)
+        return True
+
     async def catch_up(self) -> None:
         """Do nothing."""
         await asyncio.sleep(0)

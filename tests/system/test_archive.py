@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,9 @@ def _journal(deployed: Deployment) -> Path:
 
 
 def _begin(deployed: Deployment) -> None:
-    """Start the service; it waits a while for a first segment, which an idle server does not finish by itself."""
-    deployed.start(wait=False)
-    deployed.wait_for(lambda: any(_journal(deployed).glob("0*")), "a journal that knows where it begins")
-    _switch(deployed)
-    deployed.wait_for(lambda: deployed.status().get("ready"), "every stream open and a first point")
+    """Start the service, and wait for a first segment, which an idle server does not finish by itself."""
+    deployed.start()
+    _arrives(deployed, _switch(deployed))
 
 
 def _commit(deployed: Deployment, marker: str = "") -> int:
@@ -129,6 +127,26 @@ def _arrives(deployed: Deployment, segment: str) -> None:
 
 def _findings(deployed: Deployment) -> dict[str, str]:
     return {finding["subject"]: finding["message"] for finding in deployed.status()["journal"]}
+
+
+def test_a_first_start_waits_for_no_segment_and_promises_nothing_of_which_the_log_is_not_there_yet() -> None:
+    with archived(18) as (here, _):
+        here.cluster.sql("CHECKPOINT")  # so that the log is needed from the segment on that is being written
+        began = time.monotonic()
+        here.start()
+        assert time.monotonic() - began < 15
+        assert [name for name in _journal(here).glob("0*") if name.suffix != ".partial"] == []
+        assert "the journal has not begun" not in here.log.read_text()
+        xid = str(_commit(here))
+        here.settle()
+        (found,) = here.ask("find", "--xid", xid)
+        assert "not yet restorable" in found["reason"] or found["base"] is None, found
+        refused = here.trigpoint("restore", "--to-xid", xid, "--dry-run", check=False)
+        assert refused.returncode != 0, refused.stdout
+        _arrives(here, _switch(here))
+        here.wait_for(lambda: here.trigpoint("restore", "--to-xid", xid, "--dry-run", check=False).returncode == 0, xid)
+        _assert_comes_back(here, f"--to-xid={xid}", {int(xid)})
+        assert here.stop() == 0
 
 
 def test_what_is_archived_while_no_service_runs_is_found_planned_for_and_restored() -> None:
@@ -327,9 +345,13 @@ def test_a_journal_without_a_segment_begins_after_a_restart_where_it_would_have_
         assert deployed.stop() == 0
 
 
-def test_log_that_the_archive_gets_after_the_next_timelines_history_is_fetched_all_the_same() -> None:
+@pytest.mark.parametrize("begin", [_begin, Deployment.start])
+def test_log_that_the_archive_gets_after_the_next_timelines_history_is_fetched_all_the_same(
+    begin: Callable[[Deployment], None],
+) -> None:
     with archived(15) as (deployed, archive):
-        _begin(deployed)
+        deployed.cluster.sql("CHECKPOINT")  # so that there is no first segment before one is begun
+        begin(deployed)
         archive.write(archive.keep, f'case $2 in 00000001*) exit 1;; esac; cp "$1" {archive.files}/$2')
         behind = [_switch(deployed), _switch(deployed)]
         xid = _commit(deployed)

@@ -27,6 +27,13 @@ class Journal(Protocol):
         """Keep the log until cancelled; raises `JournalError` where that is no longer possible."""
         ...
 
+    async def begun(self) -> bool:
+        """Whether the first base can be taken: it holds log, or what it is read from will give all from here on.
+
+        Raises `JournalError` where that cannot be told.
+        """
+        ...
+
     async def catch_up(self) -> None:
         """Bring the log that can be had by now, since `run` may be at work in no process; beside one it is harmless."""
         ...

@@ -340,18 +340,18 @@ async def _keep_journal(service: Service) -> None:
 
 
 async def _journal_begun(service: Service) -> None:
-    """Wait until the journal holds log, so that the first base is followed by it; not for ever, nor past a stop."""
+    """Wait until the journal has begun, so that the first base is followed by log; not for ever, nor past a stop."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(JOURNAL_START_SECONDS):
-            while not service.agenda.stopping and not await _has_log(service.parts.journal):  # noqa: ASYNC110 - a folder that another program fills
+            while not service.agenda.stopping and not await _has_begun(service.parts.journal):  # noqa: ASYNC110 - a folder that another program fills
                 await asyncio.sleep(0.05)
             return
     log.error("the journal has not begun within %.0f s; points are taken all the same", JOURNAL_START_SECONDS)
 
 
-async def _has_log(journal: Journal) -> bool:
+async def _has_begun(journal: Journal) -> bool:
     try:
-        return bool(await journal.extents())
+        return await journal.begun()
     except (JournalError, OSError):  # shown by its audit
         return False
 

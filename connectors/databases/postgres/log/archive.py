@@ -147,6 +147,7 @@ class ArchiveReader:
         self._command = command
         self._server = server
         self.owner = owner
+        self.begun = False
         self._poll_seconds = poll_seconds
         self._fetch_seconds = fetch_seconds
         self._late_seconds = late_seconds
@@ -309,6 +310,7 @@ class ArchiveReader:
             JournalError: the folder is empty, and the server does not say where to begin.
         """
         following, self._folder = await self._resume(segments, None), segments.path
+        self.begun = True  # the server archives the segment that it writes, from its last checkpoint on at the latest
         lineage, looked_at = None, -math.inf
         while True:
             if (now := asyncio.get_running_loop().time()) >= looked_at + self._poll_seconds:
@@ -433,9 +435,9 @@ class ArchiveReader:
 def _missing(names: list[SegmentName], following: SegmentName) -> Iterator[SegmentName]:
     """Give what is missing between those that are there, and before them; each beside one that is there by then."""
     held = [name for name in names if not name.partial]
-    if held and names[0].partial:  # where it was to begin, had the server not removed its own log there
+    if held and names[0].partial:  # where it was to begin, and the server had removed its own log, or left the timeline
         for number in reversed(range(names[0].number, held[0].number)):
-            yield SegmentName(held[0].timeline, number)
+            yield SegmentName(names[0].timeline, number)
     for before, behind in itertools.pairwise([*held, following]):
         for number in range(before.number + 1, behind.number):
             yield SegmentName(before.timeline, number)

@@ -39,6 +39,9 @@ class Feed(Protocol):
     owner: tuple[int, int] | None
     """User and group id under which it writes into the folder; None for ours."""
 
+    begun: bool
+    """Whether, while it holds nothing yet, all log of the server is surely coming from a known place on."""
+
     async def run(self, segments: SegmentFolder) -> None:
         """Bring the log until cancelled, or until it belongs into another folder; raises `JournalError`."""
         ...
@@ -119,6 +122,10 @@ class PostgresJournal:
             segments = await self._folders.threads.run(partial(self._folders.of, history))
             await self._folders.threads.run(partial(segments.make, self._feed.owner))
             await self._feed.run(segments)
+
+    async def begun(self) -> bool:
+        """Whether it holds log, or an archive, which gives a segment when it is full, will give it from here on."""
+        return self._feed.begun or bool(await self.extents())
 
     async def catch_up(self) -> None:
         """Bring what an archive has by now, as where the service does not run; see port `Journal`."""

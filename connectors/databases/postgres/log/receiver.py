@@ -109,6 +109,7 @@ class Receiver:
         self._programs = programs
         self._slot = slot
         self.owner = owner
+        self.begun = False  # before the first log is here, the slot may not keep it yet
         self._stall_seconds = stall_seconds
         self._recognise = recognise or self._first_of_its_timeline
         self._trouble = ""

@@ -42,6 +42,7 @@ class Idle:
 
     def __init__(self) -> None:
         self.owner: tuple[int, int] | None = None
+        self.begun = False
         self.at_work = asyncio.Event()
 
     async def run(self, segments: SegmentFolder) -> None:
