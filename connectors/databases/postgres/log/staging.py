@@ -173,21 +173,32 @@ class Staging:
         """
         newest = put = False
         for index, timeline in enumerate(needed.timelines):
-            for partial in (False, True):
+            for partial in (False, True, False):  # the receiver may finish it between two looks
                 name = SegmentName(timeline, needed.number, partial)
-                source = self._segments.file(name)
-                if not self._segments.is_sound(source.name) and not self._fetch(source.name):
-                    if needed.until is not None and not put:  # else the replay stops before it, or reads the newer one
-                        self._require_undamaged(source)
-                    continue
-                if self._segments.file(name).stat().st_size == self._segment_bytes:
-                    self._put(self._segments.file(name), stage, name.text(self._segment_bytes), copy=partial)
-                    put = True
-                    if index == 0:
+                try:
+                    there = self._stage_file(name, needed, stage, may_lack=put)
+                    if there and index == 0:
                         self._require_reaches(name, needed.until)
                         newest = True
+                except FileNotFoundError:
+                    there = False
+                if there:
+                    put = True
                     break
         return newest
+
+    def _stage_file(self, name: SegmentName, needed: Needed, stage: int, *, may_lack: bool) -> bool:
+        """Put one file of a segment into `stage`; whether it was there, whole."""
+        source = self._segments.file(name)
+        if not self._segments.is_sound(source.name) and not self._fetch(source.name):
+            if needed.until is not None and not may_lack:  # else the replay stops before it, or reads the newer one
+                self._require_undamaged(source)
+            return False
+        source = self._segments.file(name)  # which may have been fetched just now
+        if source.stat().st_size != self._segment_bytes:
+            return False
+        self._put(source, stage, name.text(self._segment_bytes), copy=name.partial)
+        return True
 
     def _require_undamaged(self, source: Path) -> None:
         """Refuse a file that is there, and that the audit found damaged; what was lost may come again unfinished."""
