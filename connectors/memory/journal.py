@@ -15,7 +15,7 @@ from connectors.memory.manner import Manner
 from connectors.memory.world import Staged, World
 from trigger.errors import JournalError
 from trigger.model import Extent, Finding, Logged, Severity
-from trigger.ports import Progress
+from trigger.ports import Copies, Progress
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Replay
 
@@ -27,6 +27,9 @@ class MemoryJournal:
 
     def __init__(self, world: World) -> None:
         self._world = world
+
+    def look_into(self, copies: Copies) -> None:
+        """Do nothing: its snapshots say nothing of the past."""
 
     async def run(self) -> None:
         """Take over what was flushed, whenever something was."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from pathlib import Path
 
 from trigger.model import Extent, Finding, Logged, Severity
-from trigger.ports import Progress
+from trigger.ports import Copies, Progress
 from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Replay
 
@@ -16,6 +16,9 @@ class NoLog:
     """Port `Journal`: keeps nothing; points are brought back as they were cut."""
 
     replays = False
+
+    def look_into(self, copies: Copies) -> None:
+        """Do nothing: no history has a past."""
 
     async def check(self) -> list[Finding]:
         """Say what can be brought back."""

@@ -39,3 +39,41 @@ def test_a_lost_state_folder_is_made_anew_from_the_storage_while_the_server_is_d
             assert clone.execute("SELECT n FROM t").fetchall() == [(1,)]
         here.trigpoint("clones", "drop", "--yes", "back")
         here.cluster.start()
+
+
+@pytest.mark.volume
+@pytest.mark.parametrize("log_is_lost", [True, False])
+def test_a_later_timeline_comes_back_by_what_its_snapshots_know_of_the_past(log_is_lost: bool) -> None:
+    with deployment(18) as here:
+        journal = here.state / "journal" if log_is_lost else here.root / "journal"
+        here.configure(f'[journal]\nfolder = "{journal}"\n')
+        here.cluster.sql("CREATE TABLE t (n int)")
+        here.start()
+        ((wanted,),) = here.cluster.sql("INSERT INTO t VALUES (1) RETURNING pg_current_xact_id()::text")
+        here.cluster.sql("INSERT INTO t VALUES (2)")
+        here.settle()
+        assert here.stop() == 0
+        here.cluster.stop()
+        here.trigpoint("restore", "--to-xid", str(wanted), "--in-place", "--yes")
+        here.cluster.start()
+        here.start()
+        ((later,),) = here.cluster.sql("INSERT INTO t VALUES (3) RETURNING pg_current_xact_id()::text")
+        here.settle()
+        point = here.ask("point")
+        assert any(one["history"].endswith("/2") for one in here.ask("find", "--xid", str(later)))
+        here.cluster.sql("INSERT INTO t VALUES (4)")
+        here.settle()
+        assert here.stop() == 0
+        here.cluster.stop()
+        shutil.rmtree(here.state)
+
+        here.trigpoint("catalog", "rebuild")
+        for file in journal.glob("*.history"):
+            file.unlink()
+        target = ("--to-point", str(point["number"])) if log_is_lost else ("--to-xid", str(later))
+        report = here.ask("restore", *target, "--name", "back")
+        assert report["history"].endswith("/3"), "a timeline that production never had"
+        with psycopg.connect(f"{report['conninfo']} dbname=postgres") as clone:
+            assert clone.execute("SELECT n FROM t ORDER BY n").fetchall() == [(1,), (3,)]
+        here.trigpoint("clones", "drop", "--yes", "back")
+        here.cluster.start()

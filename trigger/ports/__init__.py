@@ -13,7 +13,7 @@ Contracts that hold for every port:
 from trigger.ports.agent import Agent
 from trigger.ports.clock import Clock
 from trigger.ports.database import Database, Seen
-from trigger.ports.journal import Journal
+from trigger.ports.journal import Copies, Journal
 from trigger.ports.progress import Progress
 from trigger.ports.recovery import Recovery
 from trigger.ports.source import Batch, Break, Source
@@ -26,6 +26,7 @@ __all__ = [
     "Capability",
     "Clock",
     "Clone",
+    "Copies",
     "Database",
     "Journal",
     "Progress",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,9 @@ from trigger.ports.progress import Progress
 from trigger.position import At, History, Lineage, Name, Position
 from trigger.replay import Replay
 
+Copies = Callable[[History], Awaitable[tuple[Path, Path] | None]]
+"""Gives (a snapshot on this host, where in it the log lies), the newest that was cut in a history; None for none."""
+
 
 class Journal(Protocol):
     """The database's log, kept continuously so that every commit between two snapshots can be replayed."""
@@ -18,6 +21,13 @@ class Journal(Protocol):
     replays: bool
     """Whether anything can be replayed. Without it (a source that only triggers has no log) points are brought back as
     they were cut, and nothing else is."""
+
+    def look_into(self, copies: Copies) -> None:
+        """Take note of how snapshots are found, since one may alone hold what its history began on.
+
+        Called once, before anything else is asked; nothing is looked up by it.
+        """
+        ...
 
     async def check(self) -> list[Finding]:
         """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from socket import gethostname
 
@@ -19,6 +20,7 @@ from trigger.config.options import Options
 from trigger.errors import AgentError, CatalogError, ConfigError, DatabaseError
 from trigger.model import Finding, Layout, Severity, Volume
 from trigger.ports import Agent, Capability, Database, Journal, Recovery, Source, Storage
+from trigger.position import History
 from trigger.protect.logs import Logs
 from trigger.restore.clones import Site
 from trigger.service import costs, surroundings
@@ -119,6 +121,7 @@ async def connect(
             await _refuse_empty(options.catalog_path, storage)
         database.recognise(await catalog.seen())
         journal = driver("journal", options.journal.driver)(options.journal, database, layout, options.journal_folder)
+        journal.look_into(partial(newest_copy, catalog, volumes, layout.log))
         recovery = driver("recovery", options.database.driver)(options.restore, database, layout, volumes, options.name)
         agents = [driver("agent", options.agent.driver)(options.agent, gethostname(), options.state_folder)]
         if answered:  # and fits: another cluster that answers there now must not make us forget where ours lies
@@ -140,6 +143,26 @@ async def _refuse_empty(path: Path, storage: Storage) -> None:
             f"the catalog {path} knows of no point, and the storage has {there}: it was lost",
             hint="`trigpoint catalog rebuild` makes it anew from them, also while the cluster is down",
         )
+
+
+async def newest_copy(
+    catalog: Catalog, volumes: Sequence[Volume], path: Path, history: History
+) -> tuple[Path, Path] | None:
+    """Give (a volume's snapshot, where in it), of what lies at a path of production, as it was last in a history.
+
+    None where no point that is one instant was sealed there.
+    """
+    roots = {volume.name: Path(volume.path).resolve() for volume in volumes}
+    within = [name for name, root in roots.items() if path.is_relative_to(root)]
+    volume = max(within, key=lambda name: len(roots[name].parts), default="")
+    for base in reversed(await catalog.bases()):
+        mark = base.mark_in(history)
+        if mark is None or mark.ceiling is None or mark.ceiling.history != history or mark.bracket is not None:
+            continue
+        for snapshot in base.snapshots:
+            if snapshot.volume == volume:
+                return Path(snapshot.location), path.relative_to(roots[volume])
+    return None
 
 
 def layout_files(options: Options) -> tuple[Path, ...]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from connectors.databases.postgres.log.files import entered
 from trigger.model import Volume
 from trigger.ports import Clone
-
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Part(NamedTuple):
@@ -52,33 +50,6 @@ def folder_of(part: Part | None, clone: Clone) -> Path | None:
             return copy / part.path
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def entered(top: Path, below: Path = Path()) -> Iterator[int]:
-    """Give a descriptor of the folder `below` in `top`, none of which, `top` included, may be a link.
-
-    Raises:
-        OSError: one is, or it is not there.
-    """
-    here = os.open(top, _FOLDER)
-    try:
-        place = top
-        for name in below.parts:
-            place /= name
-            here, above = _step(here, name, place), here
-            os.close(above)
-        yield here
-    finally:
-        os.close(here)
-
-
-def _step(here: int, name: str, place: Path) -> int:
-    try:
-        return os.open(name, _FOLDER, dir_fd=here)
-    except OSError as error:
-        error.filename = str(place)
-        raise
 
 
 def empty(folder: int, which: Callable[[str], bool] = lambda _: True) -> None:

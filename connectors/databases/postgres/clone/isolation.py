@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from connectors.databases.postgres import places
-from connectors.databases.postgres.clone.inside import Part, empty, entered, folder_of, part_of
-from connectors.databases.postgres.log.files import give
+from connectors.databases.postgres.clone.inside import Part, empty, folder_of, part_of
+from connectors.databases.postgres.log.files import entered, give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import PreflightError, RestoreError

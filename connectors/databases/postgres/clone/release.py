@@ -15,9 +15,9 @@ from pathlib import Path
 
 from connectors.databases.postgres.clone import archiving
 from connectors.databases.postgres.clone.beside import production_log
-from connectors.databases.postgres.clone.inside import entered, folder_of, part_of
+from connectors.databases.postgres.clone.inside import folder_of, part_of
 from connectors.databases.postgres.clone.isolation import OWN_FOLDER, Placement, links, log_of, require_no_link_to
-from connectors.databases.postgres.log.files import give
+from connectors.databases.postgres.log.files import entered, give
 from trigger.errors import RestoreError
 from trigger.model import Volume
 from trigger.ports import Clone

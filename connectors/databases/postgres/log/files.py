@@ -13,6 +13,7 @@ from pathlib import Path
 from trigger.trusted import open_file
 
 _FICLONE = 0x40049409
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
@@ -20,6 +21,33 @@ def reading(path: Path, *, folder: int | None = None) -> Iterator[io.FileIO]:
     """Give an ordinary file to read, without a buffer; raises `NotOursError` for a link, a pipe or a device."""
     with io.FileIO(open_file(path, folder=folder)) as file:
         yield file
+
+
+@contextlib.contextmanager
+def entered(top: Path, below: Path = Path()) -> Iterator[int]:
+    """Give a descriptor of the folder `below` in `top`, none of which, `top` included, may be a link.
+
+    Raises:
+        OSError: one is, or it is not there.
+    """
+    here = os.open(top, _FOLDER)
+    try:
+        place = top
+        for name in below.parts:
+            place /= name
+            here, above = _step(here, name, place), here
+            os.close(above)
+        yield here
+    finally:
+        os.close(here)
+
+
+def _step(here: int, name: str, place: Path) -> int:
+    try:
+        return os.open(name, _FOLDER, dir_fd=here)
+    except OSError as error:
+        error.filename = str(place)
+        raise
 
 
 def flushed_size(path: Path) -> int:

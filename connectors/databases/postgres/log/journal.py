@@ -15,17 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from connectors.databases.postgres import lsn
 from connectors.databases.postgres.log import search
 from connectors.databases.postgres.log.audit import Audit
+from connectors.databases.postgres.log.files import entered, give, reading, take_place, write_flushed
 from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.staging import Staging
 from connectors.databases.postgres.log.wal import PAGE_BYTES, history_timeline, holds_commit
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
-from trigger.errors import JournalError
+from trigger.errors import JournalError, PositionError
 from trigger.model import CommitRecord, Extent, Finding, Logged, Severity
-from trigger.ports import Progress
+from trigger.ports import Copies, Progress
 from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Replay, Target
 
@@ -100,9 +102,14 @@ class PostgresJournal:
         self._dump_for = dump_for
         self._known = known
         self._names = names
+        self._copies: Copies | None = None
         self._audits: dict[Path, Audit] = {}
         self._running: History | None = None
         self._file_bytes: dict[tuple[str, int], int] = {}
+
+    def look_into(self, copies: Copies) -> None:
+        """Take note of how snapshots are found; see port `Journal`."""
+        self._copies = copies
 
     async def check(self) -> list[Finding]:
         """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
@@ -150,12 +157,21 @@ class PostgresJournal:
         return found
 
     async def lineage(self, history: History) -> Lineage:
-        """Give the past of `history` by its timeline history file, which an archive is asked for.
+        """Give the past of `history` by its timeline history file, which an archive is asked for, then a snapshot.
+
+        What a snapshot of the history has is put where the log is kept: a replay asks for it there.
 
         Raises:
             JournalError: nobody has it.
         """
-        return await self._folders.threads.run(partial(self._lineage, history, asyncio.get_running_loop()))
+        run = self._folders.threads.run
+        try:
+            return await run(partial(self._lineage, history, asyncio.get_running_loop()))
+        except JournalError:
+            place = await self._copies(history) if self._copies is not None else None
+            if place is None or not await run(partial(self._take_from_copy, history, *place)):
+                raise
+            return await run(partial(self._folders.of(history).lineage, history))
 
     def _lineage(self, history: History, loop: asyncio.AbstractEventLoop) -> Lineage:
         segments = self._folders.of(history)
@@ -165,6 +181,22 @@ class PostgresJournal:
             if not (segments.path.is_dir() and self._fetch_into(segments, loop)(f"{history.branch:08X}.history")):
                 raise
             return segments.lineage(history)
+
+    def _take_from_copy(self, history: History, top: Path, below: Path) -> bool:
+        """Put the history file that a snapshot has in the folder of the log; whether there is a sound one by now."""
+        segments, name = self._folders.of(history), f"{history.branch:08X}.history"
+        try:
+            with entered(top, below) as log, reading(Path(name), folder=log) as file:
+                text = file.read().decode()
+            lsn.lineage(history, text)
+            segments.make(self._feed.owner)
+            draft = segments.path / f".{name}"
+            write_flushed(draft, text)
+            give(draft, self._feed.owner)
+            take_place(draft, segments.path / name)
+        except (OSError, ValueError, PositionError):
+            return False
+        return True
 
     async def commits(self, lineage: Lineage, begin: int, end: int, like: Name) -> AsyncGenerator[Logged, None]:
         """Give the commits of a stretch of a lineage, by the log itself; see port `Journal`."""
