@@ -136,6 +136,10 @@ class MemoryRecovery:
         working = [volume.path for volume in volumes if volume.path in self._world.at_work]
         return [Finding(path, Severity.REFUSED, f"the server in {path} runs", "stop it first") for path in working]
 
+    async def strangers(self, clone: Clone) -> list[Finding]:
+        """Give the servers that the world says to work in a clone."""
+        return await self.at_work([Volume(volume, str(path)) for volume, path in clone.paths])
+
     async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:  # noqa: ARG002 - the port's
         """Refuse for a clone that runs; there is no configuration to give back."""
         await asyncio.sleep(0)

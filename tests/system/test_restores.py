@@ -21,6 +21,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from tests.fixtures.postgres import free_port
 from tests.fixtures.service import CHECKOUT, Deployment, deployment
 from trigger.config.options import load
 from trigger.errors import RestoreError
@@ -113,21 +114,45 @@ def test_a_point_is_verified_in_a_sandbox_that_is_gone_afterwards(bank: Deployme
 
 
 @pytest.mark.parametrize("place", ["after-clone", "after-replay"])
-def test_a_restore_that_is_killed_is_found_and_dropped_with_its_server(bank: Deployment, place: str) -> None:
+def test_what_a_killed_restore_left_is_removed_by_the_service_with_its_server(bank: Deployment, place: str) -> None:
+    kill_restore(bank, place)
+    bank.wait_for(lambda: bank.ask("clones", "list") == [], "the removal of what was left")
+    assert "removed clone one, which a restore left that was killed" in bank.log.read_text()
+    assert not list((bank.state / "staging").glob("*"))
+    assert not servers_in(bank.root / "snapshots")
+
+
+@pytest.mark.volume
+def test_what_a_killed_restore_left_stays_while_a_server_works_in_it_that_is_not_ours() -> None:
+    with deployment(18) as here:
+        here.start()
+        here.ask("point")
+        assert here.stop() == 0
+        kill_restore(here, "after-clone", "--to-latest")
+        data = here.root / "snapshots" / "clones" / "one" / "data"
+        (data / "postmaster.pid").unlink(missing_ok=True)
+        options = f"-c unix_socket_directories={here.cluster.sockets} -c port={free_port()}"
+        here.cluster.run("pg_ctl", "-D", data, "-o", options, "-l", here.cluster.sockets / "other.log", "-w", "start")
+        here.start()
+        here.wait_for(lambda: any("unfinished clone" in why for why in here.status()["troubles"]), "the trouble")
+        (left,) = here.ask("clones", "list")
+        assert (left["name"], left["state"]) == ("one", "unfinished")
+        assert servers_in(here.root / "snapshots")
+        here.cluster.run("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+        here.wait_for(lambda: here.ask("clones", "list") == [], "the removal of what was left")
+        here.wait_for(lambda: here.status()["troubles"] == [], "the end of the trouble")
+
+
+def kill_restore(bank: Deployment, place: str, target: str = "--to-marker=payment-7") -> None:
+    """Let a restore be killed on the way."""
     killed = subprocess.run(
-        [sys.executable, "-m", "trigger", "restore", "--to-marker", "payment-7", "--name", "one"],
+        [sys.executable, "-m", "trigger", "restore", target, "--name", "one"],
         env=os.environ
         | {"TRIGPOINT_CONFIG": str(bank.config), "PYTHONPATH": str(CHECKOUT), "TRIGPOINT_FAILPOINT": f"{place}:kill"},
         capture_output=True,
         timeout=60,
     )
     assert killed.returncode == -signal.SIGKILL
-    (left,) = bank.ask("clones", "list")
-    assert (left["name"], left["state"]) == ("one", "unfinished")
-    bank.trigpoint("clones", "drop", "--yes", "one")
-    assert bank.ask("clones", "list") == []
-    assert not list((bank.state / "staging").glob("*"))
-    assert not servers_in(bank.root / "snapshots")
 
 
 @pytest.mark.parametrize("how", ["stopped in order", "killed with its socket folder, as by a reboot"])

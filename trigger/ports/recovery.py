@@ -76,6 +76,10 @@ class Recovery(Protocol):
         """Give the servers that work in one of the volumes, also where their processes are not seen; never raises."""
         ...
 
+    async def strangers(self, clone: Clone) -> list[Finding]:
+        """Give the servers that work in a clone, or may, and were started neither by `start` nor by `resume`."""
+        ...
+
     async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:
         """Make a stopped clone fit to take the place of the cluster it was made of.
 

@@ -98,6 +98,20 @@ def intent(folder: Path, record: CloneRecord) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def abandoned(folder: Path, name: str) -> Iterator[bool]:
+    """Hold the intent of a clone whose maker died, so that nobody else removes it; whether it is such a one."""
+    with contextlib.ExitStack() as held:
+        try:
+            descriptor = os.open(_intent(folder, name), os.O_RDONLY | os.O_CLOEXEC)
+            held.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_it = os.path.samestat(os.fstat(descriptor), _intent(folder, name).stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_it = False
+        yield is_it and not _done(folder, name).exists()
+
+
 def _take_name(folder: Path, name: str, draft: Path) -> None:
     """Put the intent in its place, whole and locked from its first moment there."""
     taken = _done(folder, name).exists()

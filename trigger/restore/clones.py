@@ -49,7 +49,9 @@ class CloneState(StrEnum):
     RUNNING = "running"
     STOPPED = "stopped"
     UNFINISHED = "unfinished"
-    """Whoever made it died on the way, or nothing is written about it; it can only be dropped."""
+    """Whoever made it died on the way, or nothing is written about it; it can only be dropped.
+
+    What is written down goes by itself while the service runs; see `leftovers`."""
     GONE = "gone"
     """It is written down, and the storage does not have it."""
 

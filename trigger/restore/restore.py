@@ -2,7 +2,7 @@
 
 The plan can be printed and nothing done. What is done either ends in a proven clone, or leaves nothing behind: a
 server that was started is stopped, the clone dropped, the staged log removed, also on a cancellation. What a SIGKILL
-leaves behind is shown by `clones` as unfinished and goes with `drop`.
+leaves behind is shown by `clones` as unfinished; the service removes it, and so does `drop`.
 """
 
 from __future__ import annotations

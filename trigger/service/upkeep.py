@@ -23,6 +23,7 @@ from trigger.model import Finding, Layout, Severity, Volume
 from trigger.protect.agenda import Agenda
 from trigger.protect.behind import Behind
 from trigger.protect.window import Window
+from trigger.restore.leftovers import clear
 from trigger.service.connect import Parts, keep_layout, layout_files
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ ROOM_SHARE = 0.5
 time their removal may take, since commits wait for it."""
 AUDIT_SECONDS = 5.0
 PLACES_SECONDS = 10.0
+CLONES_SECONDS = 10.0
 PRUNE_SECONDS = 10.0
 PRUNE_POINTS = 500
 PRUNE_ROUNDS = 4
@@ -68,6 +70,7 @@ class Upkeep:
         yield "audit", self._every(AUDIT_SECONDS, self.audit_journal, "the journal is not audited")
         yield "streams", self._every(WATCH_SECONDS, self.watch_streams, "it is not known how far the streams are")
         yield "old points", self._every(PRUNE_SECONDS, self.prune, "what expired long ago stays in the catalog")
+        yield "clones", self._every(CLONES_SECONDS, self.clear_clones, "what killed restores left is not removed")
         yield "places", self._every(PLACES_SECONDS, self.watch_places, "it is not known where the cluster lies")
 
     async def _every(
@@ -142,6 +145,13 @@ class Upkeep:
             if await catalog.prune(before, PRUNE_POINTS) < PRUNE_POINTS:
                 break
         await catalog.give_back(GIVE_BACK_PAGES)
+
+    async def clear_clones(self) -> None:
+        """Remove what restores left that were killed; where somebody else's server works in it, show that."""
+        gone, stay = await clear(self.parts.site)
+        for name in gone:
+            log.warning("removed clone %s, which a restore left that was killed", name)
+        self.show("an unfinished clone stays", "; ".join(stay))
 
     def show(self, what: str, why: str) -> None:
         """Show in the status why something is not done at present; "" for nothing any more."""

@@ -19,6 +19,7 @@ from trigger.model import EPOCH, Address
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, clone_name
 from trigger.restore.clones import CloneState, clones, drop, start, stop
+from trigger.restore.leftovers import clear
 from trigger.restore.restore import restore
 
 
@@ -81,6 +82,8 @@ def test_a_clone_that_is_being_made_is_shown_so_and_not_dropped(tmp_path: Path) 
             seen.extend(await clones(it.site))
             with pytest.raises(RestoreError, match="is being made"):
                 await drop("one", it.site)
+            assert await clear(it.site) == ([], [])
+            assert "one" in {clone.name for clone in await it.site.storage.clones()}
 
         recovery = Breaking(it.site.recovery, "start", look, after=False)
         with pytest.raises(AttributeError):  # the wrapper gives no server back
@@ -92,15 +95,7 @@ def test_a_clone_that_is_being_made_is_shown_so_and_not_dropped(tmp_path: Path) 
 
 @pytest.mark.parametrize("place", ["after-intent", "after-clone", "after-stage", "after-replay"])
 def test_a_killed_restore_is_found_as_unfinished_and_dropped(tmp_path: Path, place: str) -> None:
-    """The process that holds the intent is killed for good; its world lives on here, as a storage does."""
-    words = "import sys; from tests.trigger.restore import test_clones; test_clones.restore_one(sys.argv[1])"
-    killed = subprocess.run(
-        [sys.executable, "-c", words, str(tmp_path)],
-        env=os.environ | {"TRIGPOINT_FAILPOINT": f"{place}:kill"},
-        cwd=Path(__file__).parents[3],
-        timeout=60,
-    )
-    assert killed.returncode == -signal.SIGKILL
+    kill_one(tmp_path, place)
 
     async def story(it: Bank) -> None:
         target = await two_points(it)
@@ -111,6 +106,56 @@ def test_a_killed_restore_is_found_as_unfinished_and_dropped(tmp_path: Path, pla
         assert nothing_left(it)
 
     run(tmp_path, story)
+
+
+def test_what_a_killed_restore_left_goes_by_itself_and_nothing_else(tmp_path: Path) -> None:
+    kill_one(tmp_path, "after-stage")
+
+    async def story(it: Bank) -> None:
+        target = await two_points(it)
+        base = (await it.catalog.bases())[0].id
+        await it.site.storage.clone(base, "one", quiet)
+        await it.site.storage.clone(base, "stray", quiet)
+        await restore(target, it.site, progress=quiet, name="whole")
+        assert await clear(it.site) == (["one"], [])
+        assert await clear(it.site) == ([], [])
+        states = {status.name: status.state for status in await clones(it.site)}
+        assert states == {"stray": CloneState.UNFINISHED, "whole": CloneState.RUNNING}
+        await drop("stray", it.site)
+        await drop("whole", it.site)
+        assert nothing_left(it)
+
+    run(tmp_path, story)
+
+
+def test_what_a_killed_restore_left_stays_while_somebody_elses_server_works_in_it(tmp_path: Path) -> None:
+    kill_one(tmp_path, "after-stage")
+
+    async def story(it: Bank) -> None:
+        await two_points(it)
+        clone = await it.site.storage.clone((await it.catalog.bases())[0].id, "one", quiet)
+        it.world.at_work.add(str(clone.paths[0][1]))
+        gone, (why,) = await clear(it.site)
+        assert not gone
+        assert "clone one, which a restore left that was killed: the server in" in why
+        assert [status.state for status in await clones(it.site)] == [CloneState.UNFINISHED]
+        it.world.at_work.clear()
+        assert await clear(it.site) == (["one"], [])
+        assert nothing_left(it)
+
+    run(tmp_path, story)
+
+
+def kill_one(tmp_path: Path, place: str) -> None:
+    """Kill the process that holds the intent for good; its world lives on in a test, as a storage does."""
+    words = "import sys; from tests.trigger.restore import test_clones; test_clones.restore_one(sys.argv[1])"
+    killed = subprocess.run(
+        [sys.executable, "-c", words, str(tmp_path)],
+        env=os.environ | {"TRIGPOINT_FAILPOINT": f"{place}:kill"},
+        cwd=Path(__file__).parents[3],
+        timeout=60,
+    )
+    assert killed.returncode == -signal.SIGKILL
 
 
 def restore_one(folder: str) -> None:

@@ -37,6 +37,12 @@ def find(data: Path) -> Postmaster | None:
     return Postmaster(pid, lines[_READY_LINE].strip() if len(lines) > _READY_LINE else "")
 
 
+def is_ours(data: Path) -> bool:
+    """Whether the postmaster of a data directory lives and was started by us, as its command line says."""
+    server = find(data)
+    return server is not None and server.pid in _started(data)
+
+
 async def end(data: Path, how: signal.Signals, seconds: float = 60.0) -> None:
     """End the server of a data directory and wait until it is gone; at once where it takes too long.
 
@@ -75,7 +81,12 @@ def forget_the_dead(data: Path) -> None:
 def _processes(data: Path) -> set[int]:
     """Give the postmaster of a data directory, and whatever is about to become it."""
     server = find(data)
-    found = {server.pid} if server else set()
+    return _started(data) | ({server.pid} if server else set())
+
+
+def _started(data: Path) -> set[int]:
+    """Give the processes that were started with the configuration that we wrote for a data directory."""
+    found = set()
     configuration = os.fsencode(data / OWN_FOLDER / "postgresql.conf")
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

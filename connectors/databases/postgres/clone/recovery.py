@@ -273,6 +273,14 @@ class PostgresRecovery:
         """Give the servers that work in one of the volumes, also where their processes are not seen."""
         return await production.at_work(volumes, self._conninfo, self._programs_for)
 
+    async def strangers(self, clone: Clone) -> list[Finding]:
+        """Give the servers that work in a clone, or may, and are not ours; see `postmaster.is_ours`."""
+        data = self._data(clone)
+        if data is not None and await asyncio.to_thread(postmaster.is_ours, data):
+            return []
+        copies = [Volume(volume, str(path)) for volume, path in clone.paths]
+        return await production.at_work(copies, programs_for=self._programs_for)
+
     async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:
         """Make a stopped clone fit to take the place of the cluster it was made of; see `release`."""
         data = self._data(clone)
