@@ -70,7 +70,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: st
 
 
 def _cell(cell: object) -> str:
-    return "-" if cell is None or cell == "" else plain(" ".join(str(data(cell)).split()))
+    return "-" if cell is None or cell == "" else plain(str(data(cell)))
 
 
 def _print_lines(names: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:

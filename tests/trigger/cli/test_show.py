@@ -77,7 +77,19 @@ def test_lines_for_pipes_are_aligned_and_never_wrapped(capsys: pytest.CaptureFix
     assert lines[0] == "NAME  COUNT  TEXT"
     assert lines[1] == "a         5  " + "x" * 300
     assert lines[2] == "bbb    1234  -"
-    assert lines[3] == "-         7  two lines here"
+    assert lines[3] == "-         7  two\\nlines\\there"
+
+
+def test_a_name_shows_its_ends_of_lines_and_its_blanks_wherever_it_is_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = "two\nlines  and blanks "
+    show.table(("name", "x"), [(name, 1)])
+    show.facts([("marker", name)])
+    show.say(name)
+    show.note(name)
+    out, err = capsys.readouterr()
+    assert [line.count("two\\nlines  and blanks ") for line in (out + err).splitlines()] == [0, 1, 1, 1, 1]
 
 
 def test_a_table_without_rows_says_so(capsys: pytest.CaptureFixture[str]) -> None:
