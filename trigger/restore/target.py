@@ -25,6 +25,15 @@ from trigger.restore import log_search
 from trigger.restore.branch import followed
 
 _SHOWN = 5
+_NOWHERE = (
+    "is in neither the catalog nor the log that is kept",
+    "it was not committed, or is older than the log; trigpoint commits --around lists those of a time, and any place in"
+    " the log can be restored with --to-lsn",
+)
+_NO_MARKER = (
+    "no log is read for markers; trigpoint commits --around lists the commits of a time, and each can be restored with"
+    " --to-xid"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,15 +345,22 @@ async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog
             with suppress(JournalError):  # it is only for the words of the refusal
                 logged = await log_search.left(name, [lineage], catalog, journal)
         found += [Found(one.record, None, "", one.history) for one in logged]
-    return _only(found, f"transaction {name}", lineage)
+    in_one = (
+        f"of {stream} is not in the catalog",
+        "without --database the log is read too, which has no word of databases",
+    )
+    return _only(found, f"transaction {name}", lineage, *(_NOWHERE if stream is None else in_one))
 
 
 async def _marked(marker: str, stream: str | None, lineage: Lineage, catalog: Catalog) -> Found:
     found = await catalog.find(marker=marker, stream=stream)
-    return _only(found, f"marker {marker!r}", lineage)
+    of = f" of {stream}" if stream is not None else ""
+    unknown = f"is not in the catalog: no commit{of} that a stream showed and a rule took has it, by its whole text"
+    return _only(found, f"marker {marker!r}", lineage, unknown, _NO_MARKER)
 
 
-def _only(found: list[Found], what: str, lineage: Lineage) -> Found:
+def _only(found: list[Found], what: str, lineage: Lineage, unknown: str, remedy: str) -> Found:
+    """Give the one commit of a lineage that was found; raises `RestoreError`, with the last two where there is none."""
     mine = [one for one in found if _in(one, lineage)]
     if len(mine) == 1:
         return mine[0]
@@ -358,11 +374,7 @@ def _only(found: list[Found], what: str, lineage: Lineage) -> Found:
             f"{what} was committed in {history}, which is not in the past of {lineage.history}",
             hint=f"to bring back that abandoned state add {naming(history, lineage.history)}",
         )
-    raise RestoreError(
-        f"{what} is in neither the catalog nor the log that is kept",
-        hint="it was not committed, or is older than the log; trigpoint commits --around lists those of a time, and"
-        " any place in the log can be restored with --to-lsn",
-    )
+    raise RestoreError(f"{what} {unknown}", hint=remedy)
 
 
 async def is_left(target: Target, catalog: Catalog, journal: Journal) -> bool:

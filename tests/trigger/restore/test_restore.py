@@ -208,6 +208,10 @@ def test_a_name_that_nothing_or_several_things_bear_is_refused_with_what_to_say_
         await it.point()
         with pytest.raises(RestoreError, match=rf"names 2 commits.*{first.name} of bank.*{second.name} of bank"):
             await it.resolve(Named(marker="payday"))
+        for unseen in (Named(marker="no day"), Named(name=Name("", 1), stream="bank")):
+            with pytest.raises(RestoreError, match="is not in the catalog") as refused:
+                await it.resolve(unseen)
+            assert "log that is kept" not in str(refused.value), "nobody looked there"
         with pytest.raises(RestoreError, match="transaction 1 is in neither the catalog nor the log"):
             await it.resolve(Named(name=Name("", 1)))
         with pytest.raises(RestoreError, match="exactly one target"):
