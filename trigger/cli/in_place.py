@@ -137,14 +137,13 @@ def _notes(planned: ClonePlan) -> list[str]:
 
 
 def _with_service(refused: tuple[Finding, ...], chosen: Options) -> tuple[Finding, ...]:
-    """Give the findings, with one more where a service holds the state folder."""
-    from trigger.service.control import if_free
+    """Give the findings, with one more where somebody holds the state folder."""
+    from trigger.service.control import holder, if_free
 
     with if_free(chosen.state_folder) as free:
         if free:
             return refused
-    words = f"another trigpoint works in {chosen.state_folder}"
-    return (*refused, Finding("service", Severity.REFUSED, words, "stop the service first"))
+    return (*refused, Finding("service", Severity.REFUSED, *holder(chosen.state_folder)))
 
 
 def _show_refused(refused: Sequence[Finding], *, as_json: bool) -> None:

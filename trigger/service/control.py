@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import struct
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 _LINE_LIMIT = 1 << 20
 _ANSWER_LIMIT = 64 << 20
 _REQUEST_SECONDS = 10.0
+_CONNECT_SECONDS = 1.0
+_PEER = struct.Struct("3i")
+"""Process, user and group of who listens (`struct ucred`, unix(7))."""
 
 
 class NotRunningError(TrigpointError):
@@ -66,14 +70,27 @@ def only_one(state_folder: Path) -> Iterator[None]:
     except NotOursError as error:
         raise ConfigError(f"state_folder: {error.message}", hint=error.remedy) from error
     if held is None:
-        raise ConfigError(
-            f"another trigpoint works in {state_folder}",
-            hint="one service protects one cluster; `trigpoint status` asks the one that runs",
-        )
+        words, remedy = holder(state_folder)
+        raise ConfigError(words, hint=remedy)
     try:
         yield
     finally:
         os.close(held)
+
+
+def holder(state_folder: Path) -> tuple[str, str]:
+    """Give who holds a state folder, in words, and what to do: the service where it listens there, else a command."""
+    try:
+        with socket.socket(socket.AF_UNIX) as asking, _short(socket_path(state_folder)) as short:
+            asking.settimeout(_CONNECT_SECONDS)
+            asking.connect(short)
+            (pid, _, _) = _PEER.unpack(asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    except OSError:
+        return f"another trigpoint works in {state_folder}", "wait until it has ended"
+    return (
+        f"the service works in {state_folder} (process {pid})",
+        "stop it first, and start it again afterwards: one service protects one cluster",
+    )
 
 
 async def serve(state_folder: Path, answer: Answer) -> None:

@@ -337,7 +337,8 @@ async def _check_slot(connection: psycopg.AsyncConnection[Any], source: Postgres
         remedy = "nothing to do: at the next start it is made anew, the gap recorded and a point taken"
         return [Finding(f"slot {source.slot}", _WARNING, f"it was {found.lost}", remedy)]
     if found is not None and found.active_pid is not None:
-        return [Finding(f"slot {source.slot}", _NOTE, f"it is in use by process {found.active_pid}")]
+        message = f"it is read at present, by the service if that runs (the server's process {found.active_pid})"
+        return [Finding(f"slot {source.slot}", _NOTE, message)]
     return []
 
 

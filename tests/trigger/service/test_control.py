@@ -18,7 +18,7 @@ from unittest.mock import patch
 import pytest
 
 from trigger.errors import ConfigError, StorageError, TrigpointError
-from trigger.service.control import NotRunningError, ask, only_one, serve, socket_path
+from trigger.service.control import NotRunningError, ask, holder, only_one, serve, socket_path
 
 
 async def echo(request: dict[str, Any]) -> dict[str, Any]:
@@ -250,6 +250,18 @@ def test_one_state_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:
             pass
     with only_one(folder):
         pass
+
+
+def test_who_holds_a_state_folder_is_the_service_where_it_listens_there(tmp_path: Path) -> None:
+    async def main() -> None:
+        with only_one(tmp_path):
+            assert holder(tmp_path)[0] == f"another trigpoint works in {tmp_path}"
+            async with serving(tmp_path):
+                words, remedy = await asyncio.to_thread(holder, tmp_path)
+                assert words == f"the service works in {tmp_path} (process {os.getpid()})"
+                assert "stop it first" in remedy
+
+    asyncio.run(main())
 
 
 def test_a_lock_ends_with_its_process_however_it_ends(tmp_path: Path) -> None:
