@@ -27,7 +27,7 @@ from trigger.protect.agenda import Agenda
 from trigger.protect.pipeline import Protected, agenda_of, protect, take
 from trigger.protect.qualify import Rules
 from trigger.protect.window import Collected, Window
-from trigger.service.connect import Parts, SystemClock, check, connect
+from trigger.service.connect import Parts, SystemClock, check, connect, keep_layout, layout_files
 from trigger.service.control import if_free, only_one, serve
 from trigger.service.detached import Detached
 from trigger.service.upkeep import Upkeep
@@ -379,9 +379,16 @@ async def _announce(service: Service, ready: Callable[[Service], None] | None) -
     """Say once that commits are protected from now on: the streams are open and a base stands."""
     while service.agenda.base is None:
         await service.window.more(asyncio.get_running_loop().time() + 1)
+    await _keep_layout(service.parts)
     log.info("protecting %s: the newest base is point %d", service.parts.options.name, service.agenda.base.number)
     if ready is not None:
         ready(service)
+
+
+async def _keep_layout(parts: Parts) -> None:
+    """Keep the layout beside the snapshots too, whose folder may have come with the first of them."""
+    with contextlib.suppress(OSError):  # the watch over the places tries it again, and shows it
+        await asyncio.to_thread(keep_layout, parts.layout, layout_files(parts.options))
 
 
 async def give_up(room: Room, request: dict[str, Any]) -> GivenUp:
@@ -415,4 +422,6 @@ async def _take_one(parts: Parts, note: str) -> RecoveryPoint:
     """Take one point of what is there now; gives it sealed or failed."""
     await preflight(parts, force=False)
     service = await begin(parts)
-    return await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
+    point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
+    await _keep_layout(parts)
+    return point
