@@ -76,4 +76,9 @@ def test_a_later_timeline_comes_back_by_what_its_snapshots_know_of_the_past(log_
         with psycopg.connect(f"{report['conninfo']} dbname=postgres") as clone:
             assert clone.execute("SELECT n FROM t ORDER BY n").fetchall() == [(1,), (3,)]
         here.trigpoint("clones", "drop", "--yes", "back")
+
+        (old,) = here.ask("aside")
+        assert (old["kind"], old["undo"]) == ("before", f"trigpoint restore --undo {old['name']}")
+        here.trigpoint("restore", "--undo", "last")
         here.cluster.start()
+        assert here.cluster.sql("SELECT n FROM t ORDER BY n") == [(1,), (2,)]

@@ -224,6 +224,10 @@ def list_aside(config: Config = None, as_json: Json = False) -> None:
         for one in found
     ]
     show.table(columns, rows, empty="nothing lies aside")
+    for one in found:
+        if one.kind == "before" and not one.undo:
+            words = f"{one.name} cannot be undone: the old state is not there of every volume"
+            show.note(f"{words}; it can be looked into, and removed: trigpoint aside drop {one.name}")
 
 
 async def _aside(parts: Parts) -> list[Aside]:

@@ -25,7 +25,7 @@ from trigger.host import sync_folder
 from trigger.model import Finding, Severity, Volume
 from trigger.restore.clones import Site, to_its_end
 from trigger.restore.obstacles import require_none
-from trigger.restore.swap import Swap, forget, noted, places_held
+from trigger.restore.swap import Swap, forget, noted, places_held, swaps
 
 _MEASURING_SECONDS = 20.0
 _TIME = "%Y%m%dT%H%M%SZ"
@@ -59,23 +59,28 @@ class Aside:
     paths: tuple[str, ...]
     needed: str
     """Why it may not be removed now; "" where it may."""
+    undo: str
+    """The command that puts it back in its place; "" where none can."""
 
 
 async def aside(site: Site) -> list[Aside]:
     """Give all that lies aside, the oldest first; nothing is changed."""
     records = {swap.name: swap for swap in await asyncio.to_thread(noted, site.records_folder)}
+    begun = {swap.name: swap for swap in await swaps(site)}
+    whole = {name for name, swap in begun.items() if not swap.finished or all(map(os.path.lexists, swap.kept))}
     found = await asyncio.to_thread(_found, site.volumes, list(records.values()))
     by_then = asyncio.get_running_loop().time() + _MEASURING_SECONDS
     listed = []
     for (name, kind), paths in sorted(found.items()):
         swap = records.get(name)
-        needed = await _needed(name, paths, swap, site)
+        needed = await _needed(name, paths, swap or begun.get(name), site)
         began = datetime.strptime(name, _TIME).replace(tzinfo=UTC)
         left = by_then - asyncio.get_running_loop().time()
         size = await asyncio.to_thread(_bytes, paths, left)
         words = "; ".join(finding.message for finding in needed)
         target = swap.target if swap is not None else ""
-        listed.append(Aside(name, kind, target, site.clock.now() - began, size, tuple(map(str, paths)), words))
+        undo = f"trigpoint restore --undo {name}" if kind is Kind.BEFORE and name in whole else ""
+        listed.append(Aside(name, kind, target, site.clock.now() - began, size, tuple(map(str, paths)), words, undo))
     return listed
 
 
@@ -87,7 +92,8 @@ async def discard(name: str, site: Site) -> list[Path]:
             not be removed, and it can be repeated.
     """
     with places_held(site):
-        swap = next((one for one in await asyncio.to_thread(noted, site.records_folder) if one.name == name), None)
+        known = [*await asyncio.to_thread(noted, site.records_folder), *await swaps(site)]
+        swap = next((one for one in known if one.name == name), None)
         found = await asyncio.to_thread(_found, site.volumes, [swap] if swap is not None else [])
         paths = [path for (of, _), each in found.items() if of == name for path in each]
         if not paths:

@@ -188,10 +188,7 @@ async def _ready(name: str, target: str, site: Site) -> Swap:
     clone = await _clone(name, site)
     copies = dict(clone.paths)
     began = f"{site.clock.now():%Y%m%dT%H%M%SZ}"
-    places = tuple(
-        Place(volume.path, f"{volume.path}.before-{began}", str(copies[volume.name]), f"{volume.path}.restored-{began}")
-        for volume in site.volumes
-    )
+    places = tuple(Place.of(volume.path, began, str(copies[volume.name])) for volume in site.volumes)
     for place in places:
         fixed = await asyncio.to_thread(immovable, Path(place.clone), Path(place.path).parent)
         require_none([fixed] if fixed is not None else [])

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
 from trigger.host import make_passage, sync_folder
 from trigger.lock import lock
+from trigger.model import Volume
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.obstacles import require_at_rest
 
+UNRECORDED = "a state of which no record is left"
+"""What a swap put in place that is known only by what lies beside the volumes."""
+_KEPT = re.compile(r"\.before-(\d{8}T\d{6}Z)$")
 _SWAP, _UNDONE = ".swap", ".undone"
 """How the files are called in which a swap is written down: one that stands or was cut off, and one taken back."""
 
@@ -39,6 +46,11 @@ class Place:
     restored: str
     """Where the restored state goes when the swap is undone."""
 
+    @classmethod
+    def of(cls, path: str, name: str, clone: str = "") -> Self:
+        """Give the paths of the volume at `path` in the swap called `name`."""
+        return cls(path, f"{path}.before-{name}", clone, f"{path}.restored-{name}")
+
 
 @dataclass(frozen=True, slots=True)
 class Swap:
@@ -48,6 +60,7 @@ class Swap:
     """By which it is undone: the time it began, `20260501T120000Z`."""
     target: str
     clone: str
+    """Which clone took the place; "" where that is not known."""
     places: tuple[Place, ...]
     finished: bool
     """Whether all of it is in place; not where it was cut off, nor where its undoing was."""
@@ -61,8 +74,11 @@ class Swap:
 
 
 async def swaps(site: Site) -> list[Swap]:
-    """Give every swap that was begun and of which the old state is still there, the oldest first."""
-    return await asyncio.to_thread(_all, site.records_folder)
+    """Give every swap that was begun and of which the old state is still there, the oldest first.
+
+    Also of which no record is left, as after the loss of the state folder; see `unrecorded`.
+    """
+    return await asyncio.to_thread(_all, site.records_folder, site.volumes)
 
 
 async def resume(name: str, site: Site) -> Swap:
@@ -124,7 +140,8 @@ def _note_undone(swap: Swap, records: Path) -> None:
 async def _drop_shell(swap: Swap, site: Site) -> None:
     """Remove what is left of the clone; what cannot be removed stays on the list of clones."""
     with contextlib.suppress(TrigpointError):
-        await remove(swap.clone, site)
+        if swap.clone:
+            await remove(swap.clone, site)
 
 
 async def _swap(name: str, site: Site) -> Swap:
@@ -237,6 +254,30 @@ def _read(path: Path) -> Swap:
     return Swap(**content | {"places": places, "finished": finished})
 
 
-def _all(folder: Path) -> list[Swap]:
+def _all(folder: Path, volumes: Sequence[Volume]) -> list[Swap]:
     there = [swap for swap in noted(folder) if not swap.undone]
-    return [swap for swap in there if not swap.finished or any(os.path.lexists(kept) for kept in swap.kept)]
+    found = [swap for swap in there if not swap.finished or any(os.path.lexists(kept) for kept in swap.kept)]
+    return sorted([*found, *unrecorded(folder, volumes)], key=lambda swap: swap.name)
+
+
+def unrecorded(folder: Path, volumes: Sequence[Volume]) -> list[Swap]:
+    """Give the swaps of which no record is left, by what lies beside the volumes; blocks.
+
+    Every volume must have something of such a swap there: of one that has nothing nobody can tell whether it was not
+    exchanged yet, or its old state was removed.
+    """
+    recorded = {swap.name for swap in noted(folder)}
+    roots = [Path(volume.path) for volume in volumes]
+    beside = [entry for root in roots for entry in root.parent.glob(f"{glob.escape(root.name)}.before-*")]
+    names = {match[1] for entry in beside if (match := _KEPT.search(entry.name))}
+    found = []
+    for name in sorted(names - recorded):
+        places = tuple(Place.of(str(root), name) for root in roots)
+        if all(_is_folder(place.kept) or _is_folder(place.restored) for place in places):
+            is_finished = not any(os.path.lexists(place.restored) for place in places)
+            found.append(Swap(name, UNRECORDED, "", places, is_finished))
+    return found
+
+
+def _is_folder(path: str) -> bool:
+    return Path(path).is_dir() and not Path(path).is_symlink()

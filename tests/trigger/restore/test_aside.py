@@ -80,6 +80,46 @@ def test_what_was_taken_back_is_listed_until_it_is_removed(tmp_path: Path) -> No
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 4])
+def test_an_old_state_of_which_no_record_is_left_is_put_back_by_what_lies_there(tmp_path: Path, cut: int) -> None:
+    """The undoing is cut off after so many renames, and its record lost too; 0 is nowhere."""
+
+    async def story() -> None:
+        async with put_back(tmp_path) as (it, swap):
+            shutil.rmtree(it.site.records_folder)
+            (one,) = await aside(it.site)
+            assert (one.kind, one.target, one.undo) == (Kind.BEFORE, "", f"trigpoint restore --undo {swap.name}")
+            if cut:
+                with cut_at("after-rename", cut), pytest.raises(CutError):
+                    await undo(swap.name, it.site)
+                shutil.rmtree(it.site.records_folder, ignore_errors=True)
+            if await swaps(it.site):  # all but the last rename leave an old state aside
+                await undo(swap.name, it.site)
+            assert states(it) == all_of(OLD)
+            assert await kinds(it) == [(swap.name, Kind.RESTORED)]
+            assert await swaps(it.site) == []
+            await discard(swap.name, it.site)
+            assert await aside(it.site) == []
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_old_state_that_is_not_there_of_every_volume_is_not_put_back(tmp_path: Path, recorded: bool) -> None:
+    async def story() -> None:
+        async with put_back(tmp_path) as (it, swap):
+            shutil.rmtree(swap.kept[1])
+            if not recorded:
+                shutil.rmtree(it.site.records_folder)
+            (one,) = await aside(it.site)
+            assert (one.kind, one.undo) == (Kind.BEFORE, "")
+            with pytest.raises(RestoreError, match=r"is gone|there is no restore in place"):
+                await undo(swap.name, it.site)
+            assert states(it) == all_of(NEW)
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize(("place", "count"), CUTS[1:])
 def test_what_a_restore_in_place_that_was_cut_off_needs_stays(tmp_path: Path, place: str, count: int) -> None:
     async def story() -> None:
