@@ -69,8 +69,10 @@ FromClone = Annotated[str | None, _place("--from-clone", "With --in-place: put t
 InPlace = Annotated[
     bool, typer.Option("--in-place", help="Put it where production lies, stopped.", rich_help_panel="In place")
 ]
-Undo = Annotated[str | None, _place("--undo", "Take back this restore in place; `last` is the newest.")]
-Resume = Annotated[str | None, _place("--resume", "Finish a restore in place that was cut off.")]
+Undo = Annotated[str | None, _place("--undo", "Take back this restore in place, by its time, or `last`: the newest.")]
+Resume = Annotated[
+    str | None, _place("--resume", "Finish this restore in place, by its time, or `last`: the one that was cut off.")
+]
 
 
 def restore_state(
