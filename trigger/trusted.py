@@ -118,9 +118,13 @@ def replace_file(path: Path, text: str) -> None:
 def _replace(path: Path, text: str) -> None:
     folder = os.open(path.parent, _FOLDER & ~os.O_NOFOLLOW)
     draft = Path(f".{path.name}.{os.getpid()}")
-    try:
+
+    def drop_draft() -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft, dir_fd=folder)
+
+    try:
+        drop_draft()
         with os.fdopen(open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder=folder), "w") as file:
             owner = os.fstat(folder)
             if os.geteuid() == 0:
@@ -131,6 +135,7 @@ def _replace(path: Path, text: str) -> None:
         os.rename(draft, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         os.fsync(folder)
     finally:
+        drop_draft()  # where there was no room for it
         os.close(folder)
 
 

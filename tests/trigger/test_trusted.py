@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.room import room_for
 from trigger.config.options import load
 from trigger.lock import lock
 from trigger.model import Severity
@@ -169,3 +170,12 @@ def test_no_example_puts_what_we_write_below_a_folder_of_the_data_s_owner(exampl
     for place in (chosen.state_folder, chosen.catalog_path, chosen.journal_folder, chosen.storage.folder):
         assert not place.is_relative_to("/var/lib/postgresql"), place
         assert why_not_ours(place) is None, place
+
+
+def test_a_file_for_which_there_is_no_room_stays_as_it_was_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    replace_file(kept, "old")
+    with room_for(2), pytest.raises(OSError, match="large"):
+        replace_file(kept, "new and longer")
+    assert kept.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

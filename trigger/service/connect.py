@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from socket import gethostname
+from stat import S_IFREG
 
 from trigger import host
 from trigger.catalog.catalog import Catalog, Upgrade
@@ -187,8 +188,16 @@ def keep_layout(layout: Layout, kept: Sequence[Path]) -> None:
     text = json.dumps(data(layout), indent=2)
     for number, file in enumerate(kept):
         with contextlib.suppress(*([OSError] if number else [])):
-            if not number or (file.parent.is_dir() and (not file.exists() or file.read_text() != text)):
+            if not _is_kept(file, text) and (not number or file.parent.is_dir()):
                 replace_file(file, text)
+
+
+def _is_kept(file: Path, text: str) -> bool:
+    """Whether a file holds `text` and is ours alone; with no room left, what is known already is no reason to stop."""
+    try:
+        return file.lstat().st_mode & 0o170077 == S_IFREG and file.read_text() == text
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _recalled(database: Database, kept: Path) -> Layout:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from connectors.databases.postgres import places
+from tests.fixtures.room import room_for
 from tests.fixtures.service import deployment
 from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Layout
@@ -108,3 +109,9 @@ def test_a_state_folder_of_another_is_refused_before_anything_is_written_there()
         done = deployed.trigpoint("check", check=False)
         assert done.returncode == 3
         assert f"refused  state folder: {deployed.state} belongs to user" in done.stdout
+
+
+def test_a_layout_that_is_known_already_asks_for_no_room(tmp_path: Path) -> None:
+    keep_layout(SEEN, [tmp_path / "layout.json"])
+    with room_for(2):
+        keep_layout(SEEN, [tmp_path / "layout.json"])
