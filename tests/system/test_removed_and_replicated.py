@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from tests.fixtures.postgres import Cluster, running_cluster
@@ -49,7 +50,10 @@ def removal(here: Deployment) -> str:
     dump = WalDump(here.cluster.programs, here.cluster.owner)
     files = here.cluster.data / "pg_wal"
     begin = min(file.name for file in files.glob("0000*") if len(file.name) == 24)
-    stretch = Stretch(files, 1, Lsn(int(begin[16:], 16) * SEGMENT_BYTES))
+    start = Lsn(int(begin[16:], 16) * SEGMENT_BYTES)
+    end = SegmentFolder(files, SEGMENT_BYTES).end_of_run(1, start)
+    assert end is not None
+    stretch = Stretch(files, 1, SEGMENT_BYTES, start, end)
     return str(Lsn(asyncio.run(dump.preview(stretch)).removals[-1] + 8))
 
 

@@ -23,7 +23,7 @@ from connectors.databases.postgres.clone.isolation import is_segment
 from connectors.databases.postgres.clone.sandbox import Opened, open_all
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
-from connectors.databases.postgres.log.waldump import LoggedCommit, Stretch, WalDump
+from connectors.databases.postgres.log.waldump import EndOfLogError, LoggedCommit, Stretch, WalDump, goes_on
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, last_lines, listed, run
 from trigger.errors import DatabaseError, RestoreError
@@ -94,12 +94,20 @@ async def holds_target(subject: Subject, dump: WalDump) -> Result | None:
 async def lacks_next(subject: Subject, dump: WalDump) -> Result | None:
     """The next commit record that the log has behind the target is not there; or the log has none.
 
-    None where no log behind the target was staged, so that there is nothing to look at.
+    None where no log behind the target was staged, or it is damaged, so that there is nothing to look at.
+
+    Raises:
+        JournalError: it could not be looked at.
     """
-    stretch = _behind(subject)
+    stretch = await asyncio.to_thread(_behind, subject)
     if stretch is None:
         return None
-    behind = await dump.commits(stretch, limit=1)
+    try:
+        behind = await dump.commits(stretch, limit=1)
+    except EndOfLogError as end:
+        if await asyncio.to_thread(goes_on, stretch, end):
+            return None
+        behind = []
     if not behind:
         return "no commit follows in the log that is kept", True, f"it was read from {stretch.start} to {stretch.end}"
     if subject.target.is_latest:
@@ -200,13 +208,22 @@ def _damage(words: str, data: Path) -> str:
 
 
 async def _commits_before(subject: Subject, dump: WalDump) -> list[LoggedCommit]:
-    """Give the last commits before the target, in order: those of its segment, or of as many more as it takes."""
-    staged = _Staged.of(subject)
+    """Give the last commits before the target, in order: those of its segment, or of as many more as it takes.
+
+    None at all where the log there is damaged: which are the last ones cannot be told.
+    """
+    staged = await asyncio.to_thread(_Staged.of, subject)
     last = (subject.boundary - 1) // staged.segment_bytes
     first = last
     while first in staged.numbers:
         start = SegmentName(staged.timeline, first).start(staged.segment_bytes)
-        found = await dump.commits(Stretch(subject.log_folder, staged.timeline, start, subject.boundary), 1 << 20)
+        stretch = Stretch(subject.log_folder, staged.timeline, staged.segment_bytes, start, subject.boundary)
+        found: list[LoggedCommit] = []
+        try:
+            found = await dump.commits(stretch, 1 << 20)
+        except EndOfLogError as end:
+            if await asyncio.to_thread(goes_on, stretch, end):
+                return []
         before = [commit for commit in found if commit.start < subject.boundary]
         if len(before) >= _LOOK_BACK or first - 1 not in staged.numbers:
             return before
@@ -216,14 +233,20 @@ async def _commits_before(subject: Subject, dump: WalDump) -> list[LoggedCommit]
 
 async def _next_record(subject: Subject, dump: WalDump, at: Lsn) -> Lsn | None:
     """Give where the first record begins, at or behind a place, in the staged log."""
-    return await dump.next_record(Stretch(subject.log_folder, subject.target.history.branch, at))
+    stretch = await asyncio.to_thread(_from, subject, at)
+    return await dump.next_record(stretch) if stretch is not None else None
 
 
 def _behind(subject: Subject) -> Stretch | None:
     """Give the staged log from the target's boundary on, as far as it goes."""
+    return _from(subject, subject.boundary)
+
+
+def _from(subject: Subject, at: Lsn) -> Stretch | None:
+    """Give the staged log from a place on, as far as it goes; None where it is not there."""
     staged = _Staged.of(subject)
-    end = SegmentFolder(subject.log_folder, staged.segment_bytes).end_of_run(staged.timeline, subject.boundary)
-    return Stretch(subject.log_folder, staged.timeline, subject.boundary, end) if end is not None else None
+    end = SegmentFolder(subject.log_folder, staged.segment_bytes).end_of_run(staged.timeline, at)
+    return Stretch(subject.log_folder, staged.timeline, staged.segment_bytes, at, end) if end is not None else None
 
 
 class _Staged(NamedTuple):

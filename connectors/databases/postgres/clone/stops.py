@@ -15,6 +15,7 @@ from pathlib import Path
 
 from connectors.databases.postgres.clone import tablespaces
 from connectors.databases.postgres.clone.isolation import Isolated, Stop
+from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import Ended, Stretch, WalDump, parse_ended
 from connectors.databases.postgres.lsn import Lsn
 from trigger.replay import Replay, Target
@@ -56,11 +57,21 @@ async def time_of(dump: WalDump, staged: Path, target: Target, stop: Stop | None
     at = target.at if stop is None else stop.at
     if at is None or not inclusive:
         return None
-    async with aclosing(dump.transactions(Stretch(staged, target.history.branch, Lsn(at)))) as lines:
+    stretch = await asyncio.to_thread(_from, staged, target.history.branch, Lsn(at))
+    if stretch is None:
+        return None
+    async with aclosing(dump.transactions(stretch)) as lines:
         async for line in lines:
             ended = parse_ended(line)
             return ended.time if ended is not None and ended.start == at else None
     return None
+
+
+def _from(staged: Path, timeline: int, at: Lsn) -> Stretch | None:
+    """Give the staged log from a place on, as far as it goes; None where it is not there."""
+    segment_bytes = tablespaces.segment_size(staged)
+    end = SegmentFolder(staged, segment_bytes).end_of_run(timeline, at) if segment_bytes else None
+    return Stretch(staged, timeline, segment_bytes, at, end) if segment_bytes and end is not None else None
 
 
 def _is_beyond(one: Ended, target: Target) -> bool:

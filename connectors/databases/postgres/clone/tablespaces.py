@@ -6,6 +6,8 @@ Looked for in the log of the snapshot itself, and in what is staged from the jou
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 from connectors.databases.postgres.clone import isolation
@@ -56,7 +58,7 @@ def segment_size(*folders: Path) -> int | None:
 
 
 def stretches(folder: Path, segment_bytes: int, redo: int, replay: Replay) -> list[Stretch]:
-    """Give what of the log in a folder a replay from `redo` on can read, one stretch a timeline."""
+    """Give what of the log in a folder a replay from `redo` on can read: of each timeline what has no hole."""
     target = replay.target
     if replay.as_cut and folder.name != "pg_wal":
         return []
@@ -65,10 +67,18 @@ def stretches(folder: Path, segment_bytes: int, redo: int, replay: Replay) -> li
         if name.number >= redo // segment_bytes:
             held.setdefault(name.timeline, []).append(name.number)
     found: list[Stretch] = []
-    for timeline, numbers in held.items():
-        start = Lsn(max(redo, min(numbers) * segment_bytes))
-        end = Lsn((max(numbers) + 1) * segment_bytes)  # without one pg_waldump waits for a segment that does not come
+    for timeline, first, last in ((timeline, *run) for timeline, numbers in held.items() for run in _runs(numbers)):
+        start, end = Lsn(max(redo, first * segment_bytes)), Lsn((last + 1) * segment_bytes)
         if not replay.as_cut and target.at is not None and timeline == target.history.branch:
             end = min(end, Lsn(target.at + _WHOLE_RECORD_BYTES))
-        found.append(Stretch(folder, timeline, start, end))
+        if start < end:
+            found.append(Stretch(folder, timeline, segment_bytes, start, end))
     return found
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Give the first and the last of all that follow on each other."""
+    ordered = sorted(numbers)
+    for _, run in groupby(enumerate(ordered), key=lambda one: one[1] - one[0]):
+        run_numbers = [number for _, number in run]
+        yield run_numbers[0], run_numbers[-1]

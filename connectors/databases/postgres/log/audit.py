@@ -157,7 +157,7 @@ class Audit:
         dump = self._dump()
         if not why and dump is not None:
             begin = Lsn(known.resume if follows else start)
-            stretch = Stretch(folder, name.timeline, begin, Lsn(start + segment_bytes))
+            stretch = Stretch(folder, name.timeline, segment_bytes, begin, Lsn(start + segment_bytes))
             why = await dump.fault(stretch)
         state.damaged.pop(text, None)
         if why:

@@ -23,7 +23,7 @@ from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.staging import Staging
 from connectors.databases.postgres.log.wal import PAGE_BYTES, history_timeline, holds_commit
-from connectors.databases.postgres.log.waldump import Stretch, WalDump
+from connectors.databases.postgres.log.waldump import EndOfLogError, Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError, PositionError
 from trigger.model import CommitRecord, Extent, Finding, Logged, Severity
@@ -288,9 +288,10 @@ class PostgresJournal:
         behind = Lsn((target.at or 0) + (1 if target.inclusive else 0))
         staged, staging, more = SegmentFolder(folder, segments.segment_bytes), Staging(segments, fetch), 1
         while dump and (end := await run(partial(staged.end_of_run, history.branch, behind))) is not None:
-            stretch = Stretch(folder, history.branch, behind, end)
-            if more > _PROOF_SEGMENTS or await dump.commits(stretch, limit=1):
-                return
+            stretch = Stretch(folder, history.branch, segments.segment_bytes, behind, end)
+            with contextlib.suppress(EndOfLogError):  # of what is there by now
+                if more > _PROOF_SEGMENTS or await dump.commits(stretch, limit=1):
+                    return
             if not await run(partial(staging.behind, target, folder, more)):
                 return
             more *= 2

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, behind, commit_stamp
-from connectors.databases.postgres.log.waldump import Stretch, WalDump
+from connectors.databases.postgres.log.waldump import EndOfLogError, Stretch, WalDump, goes_on
 from connectors.databases.postgres.lsn import Lsn, full_xid, transaction
 from trigger.model import Logged, to_microseconds
 from trigger.position import History, Name
@@ -35,16 +35,23 @@ async def commits(
     """Give the commits whose records begin from `begin` up to `end` of a timeline, in order.
 
     The log stands there without a hole. It has the lower halves of transaction ids only: the upper one is that of the
-    id which is nearest to `like`. Ends early where the log does.
+    id which is nearest to `like`.
+
+    Raises:
+        JournalError: part of the stretch cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="trigpoint-") as view:
         await segments.threads.run(partial(_link, segments, history.branch, begin, end, Path(view)))
-        stretch = Stretch(Path(view), history.branch, Lsn(begin), Lsn(end))
-        async with aclosing(dump.transactions(stretch)) as lines:
-            async for line in lines:
-                one = _logged(line, history, segments.segment_bytes, like)
-                if one is not None and begin <= one.start < end:
-                    yield one
+        stretch = Stretch(Path(view), history.branch, segments.segment_bytes, Lsn(begin), Lsn(end))
+        try:
+            async with aclosing(dump.transactions(stretch, whole=True)) as lines:
+                async for line in lines:
+                    one = _logged(line, history, segments.segment_bytes, like)
+                    if one is not None and begin <= one.start < end:
+                        yield one
+        except EndOfLogError as error:  # it says so too where no record begins in a stretch
+            if await segments.threads.run(partial(goes_on, stretch, error, segments)):
+                raise
 
 
 def _link(segments: SegmentFolder, timeline: int, begin: int, end: int, view: Path) -> None:

@@ -24,6 +24,7 @@ from connectors.databases.postgres.log.wal import (
     Slices,
     Tail,
     history_timeline,
+    holds_record,
     joins,
     page_header,
     tail,
@@ -288,6 +289,16 @@ class SegmentFolder:
         """Give where the complete records of a segment end."""
         with self.slices(name) as segment:
             return tail(segment, name.start(self.segment_bytes))
+
+    def holds_record(self, timeline: int, begin: int, end: int) -> bool:
+        """Whether a whole record begins in a stretch, by what is here; one that lies in two segments does not count."""
+        size = self.segment_bytes
+        for name in self.names():
+            if name.timeline == timeline and begin // size <= name.number <= (end - 1) // size:
+                with self.slices(name) as segment:
+                    if holds_record(segment, name.start(size), begin, end):
+                        return True
+        return False
 
     def slices(self, name: SegmentName) -> contextlib.AbstractContextManager[Slices]:
         """Give the bytes of a segment, read where they are looked at."""

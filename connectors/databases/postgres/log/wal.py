@@ -240,6 +240,28 @@ def records(pages: bytes) -> Iterator[tuple[int, int, bytes]]:
             position = _aligned(body[1])
 
 
+def holds_record(segment: Slices, start: int, begin: int, end: int) -> bool:
+    """Whether a record that is whole, and passes its checksum, begins in a segment from `begin` on and ends by `end`.
+
+    Behind damage it goes on with the next page. `start` is the position of the segment's first byte.
+    """
+    limit = min(len(segment), end - start)
+    for page in range(max(begin - start, 0) // PAGE_BYTES, -(-limit // PAGE_BYTES)):
+        header = page_header(segment[page * PAGE_BYTES : page * PAGE_BYTES + 64])
+        is_ours = header is not None and header.address == start + page * PAGE_BYTES
+        position = _first_record(segment, page) if is_ours else None
+        while position is not None and position < (page + 1) * PAGE_BYTES:
+            head = _collect(segment, position, _RECORD.size, limit)
+            total = _RECORD.unpack(head[0])[0] if head is not None else 0
+            body = _collect(segment, position, total, limit) if _RECORD.size <= total <= limit else None
+            if body is None:
+                break
+            if start + position >= begin and checksum_holds(body[0]):
+                return True
+            position = _aligned(body[1])
+    return False
+
+
 def _collect(segment: Slices, position: int, count: int, limit: int) -> tuple[bytes, int] | None:
     """Give `count` bytes of records from an offset on, leaping page headers, and the offset behind them."""
     parts = []

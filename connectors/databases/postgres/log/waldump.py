@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from connectors.databases.postgres.log.segments import SegmentFolder
+from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, as_owner, minimal_environment
 from trigger.errors import JournalError
@@ -27,7 +29,15 @@ _CHUNK_BYTES = 1 << 20
 _RECORD = re.compile(r"rmgr: \w+ .*?tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: (\w+)(.*)", re.DOTALL)
 _PARAMETER = re.compile(r"(\w+)=(\w+)")
 _TRUNCATED = re.compile(r"^rmgr: Storage .*desc: TRUNCATE (\S+) to (\d+) blocks")
-_DAMAGE = ("error in WAL record", "could not find a valid record")
+_SAID = "pg_waldump: error: "
+_END = re.compile(
+    r"error in WAL record at ([0-9A-F]+/[0-9A-F]+): "
+    r"|could not find a valid record after [0-9A-F]+/[0-9A-F]+"
+    r"|WAL segment size must be a power of two .* the WAL file \"|invalid WAL segment size in WAL file \""
+)
+"""What versions 15 to 18 say where a log ends, with the start of the last record that was read; the last two where not
+even the first page is one of a log. A replay by the server would stop there too."""
+_DIED = "run it again; if it fails again, see by the kernel's log what ended it (memory?), or run it by hand"
 _REMOVAL = re.compile(r"^rmgr: (?:Database|Tablespace) .*?, lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: DROP ", re.DOTALL)
 _ENDED = re.compile(
     r"^rmgr: Transaction .*?, lsn: ([0-9A-F]+/[0-9A-F]+), .*?"
@@ -86,12 +96,39 @@ class Preview(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A stretch of one timeline whose whole segments lie in `folder`; to the end of the log there if `end` is None."""
+    """A stretch of one timeline, all of whose segments lie in `folder`."""
 
     folder: Path
     timeline: int
+    segment_bytes: int
     start: Lsn
-    end: Lsn | None = None
+    end: Lsn
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """The names of its first and its last segment."""
+        first = SegmentName(self.timeline, self.start // self.segment_bytes)
+        last = SegmentName(self.timeline, (self.end - 1) // self.segment_bytes)
+        return first.text(self.segment_bytes), last.text(self.segment_bytes)
+
+
+class EndOfLogError(JournalError):
+    """The log ended before a stretch did, by the program's own words; `last` is where its last record begins.
+
+    None where it has no record at all from the beginning of the stretch on.
+    """
+
+    words: str
+    last: Lsn | None
+
+    def __init__(self, stretch: Stretch, words: str) -> None:
+        super().__init__(
+            f"the log in {stretch.folder} cannot be read from {stretch.start} to {stretch.end}: {words}",
+            hint="`trigpoint status` tells what the audit finds in it; choose a state before it, or a later point",
+        )
+        self.words = words
+        found = _END.match(words)
+        self.last = Lsn.parse(found[1]) if found and found[1] else None
 
 
 def parse_commit(line: str) -> LoggedCommit | None:
@@ -129,6 +166,16 @@ def parse_parameters(line: str) -> Parameters | None:
     return Parameters(Lsn.parse(match[2]), dict(_PARAMETER.findall(match[4])))
 
 
+def goes_on(stretch: Stretch, end: EndOfLogError, held: SegmentFolder | None = None) -> bool:
+    """Whether a stretch has a record behind the last one that was read: it is damage at which the program stopped.
+
+    Blocks on the files of the stretch, or on those in `held`, where it shows what lies there.
+    """
+    begin = stretch.start if end.last is None else max(stretch.start, end.last + 1)
+    held = held or SegmentFolder(stretch.folder, stretch.segment_bytes)
+    return held.holds_record(stretch.timeline, begin, stretch.end)
+
+
 class WalDump:
     """`pg_waldump` of one version, run as `owner`; every call ends within `deadline_seconds`."""
 
@@ -149,16 +196,19 @@ class WalDump:
             async with aclosing(self._lines(stretch, "--quiet")) as lines:
                 async for _ in lines:
                     pass
-        except _EndOfLog as end:
-            if not str(end).startswith(_DAMAGE):
-                raise JournalError(f"pg_waldump cannot read {stretch.folder}: {end}") from end
-            return str(end)
+        except EndOfLogError as end:
+            return end.words
         return ""
 
     async def commits(self, stretch: Stretch, limit: int) -> list[LoggedCommit]:
-        """Give the first `limit` commits whose records begin in a stretch; fewer where its log ends before."""
+        """Give the first `limit` commits whose records begin in a stretch.
+
+        Raises:
+            EndOfLogError: there are fewer, and its log ends before.
+            JournalError: it could not look.
+        """
         found: list[LoggedCommit] = []
-        async with aclosing(self.transactions(stretch)) as lines:
+        async with aclosing(self.transactions(stretch, whole=True)) as lines:
             async for line in lines:
                 commit = parse_commit(line)
                 if commit is not None and commit.start >= stretch.start:
@@ -168,26 +218,41 @@ class WalDump:
         return found
 
     async def next_record(self, stretch: Stretch) -> Lsn | None:
-        """Give where the first record begins that begins in a stretch; None where its log has none."""
-        with contextlib.suppress(_EndOfLog):
+        """Give where the first record begins that begins in a stretch; None where its log has none.
+
+        Raises:
+            JournalError: it could not look.
+        """
+        with contextlib.suppress(EndOfLogError):
             async with aclosing(self._lines(stretch, "--limit=1")) as lines:
                 async for line in lines:
                     match = _RECORD.match(line)
                     return Lsn.parse(match[2]) if match else None
         return None
 
-    async def transactions(self, stretch: Stretch) -> AsyncGenerator[str, None]:
-        """Give what is printed of each end of a transaction in a stretch, times in UTC; ends where its log does."""
-        with contextlib.suppress(_EndOfLog):
+    async def transactions(self, stretch: Stretch, *, whole: bool = False) -> AsyncGenerator[str, None]:
+        """Give what is printed of each end of a transaction in a stretch, times in UTC; ends where its log does.
+
+        Raises:
+            EndOfLogError: its log ends before, and it was to be read as a `whole`.
+            JournalError: it could not look.
+        """
+        try:
             async with aclosing(self._lines(stretch, "--rmgr=Transaction")) as lines:
                 async for line in lines:
                     yield line
+        except EndOfLogError:
+            if whole:
+                raise
 
     async def preview(self, stretch: Stretch) -> Preview:
-        """Give what a replay of a stretch would do to folders and files, and the settings that the server had in it."""
+        """Give what a replay of a stretch would do to folders and files, and the settings that the server had in it.
+
+        As far as its log goes: a replay goes no further. Raises `JournalError` where it could not look.
+        """
         found = Preview([], [], {}, [])
         kinds = ("--rmgr=Tablespace", "--rmgr=XLOG", "--rmgr=Storage", "--rmgr=Database")
-        with contextlib.suppress(_EndOfLog):
+        with contextlib.suppress(EndOfLogError):
             async with aclosing(self._lines(stretch, *kinds)) as lines:
                 async for line in lines:
                     if made := parse_tablespace(line):
@@ -201,15 +266,23 @@ class WalDump:
         return found
 
     async def _lines(self, stretch: Stretch, *options: str) -> AsyncGenerator[str, None]:
-        """Give the beginnings of the lines printed; raises `_EndOfLog` with the program's words where it stops."""
-        end = [f"--end={stretch.end}"] if stretch.end is not None else []
+        """Give the beginnings of the lines printed.
+
+        The files are named: by itself the program takes the size of segments from the first that it finds in the
+        folder, which in a pg_wal may be one that the server has yet to write.
+
+        Raises:
+            EndOfLogError: it says that the log ends there, or is damaged.
+            JournalError: it could not look, died, or did not end in time; that says nothing about the log.
+        """
         process = await asyncio.create_subprocess_exec(
             self._program,
             f"--path={stretch.folder}",
             f"--timeline={stretch.timeline}",
             f"--start={stretch.start}",
-            *end,
+            f"--end={stretch.end}",
             *options,
+            *stretch.files,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -222,14 +295,14 @@ class WalDump:
         assert process.stdout is not None
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                error = ""
+                words = ""
                 async for line in _heads(process.stdout):
-                    if line.startswith("pg_waldump: error"):
-                        error = line.removeprefix("pg_waldump: error: ")
-                    elif line.startswith("rmgr:"):
+                    if line.startswith("rmgr:"):
                         yield line
-                if await process.wait() != 0:
-                    raise _EndOfLog(error)
+                    elif line.startswith(_SAID) or not words:
+                        words = line.removeprefix(_SAID)
+                if code := await process.wait():
+                    raise _ended(stretch, code, words)
         except TimeoutError:
             raise JournalError(f"pg_waldump did not end within {self._deadline_seconds:g} s") from None
         finally:
@@ -252,5 +325,11 @@ async def _heads(stream: asyncio.StreamReader) -> AsyncIterator[str]:
         yield head.decode(errors="replace")
 
 
-class _EndOfLog(Exception):  # noqa: N818 - the usual end of a log that is still written
-    """The reader stopped: at the end of the log that is there, or at damage."""
+def _ended(stretch: Stretch, code: int, words: str) -> JournalError:
+    """Give why a program ended with another exit code than 0: the end of a log is only what its own words say it is."""
+    if code == 1 and _END.match(words):
+        return EndOfLogError(stretch, words)
+    how = f"ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    said = f": {words}" if words else ""
+    message = f"the log in {stretch.folder} was not read from {stretch.start} to {stretch.end}: pg_waldump {how}{said}"
+    return JournalError(message, hint=_DIED, retryable=True)

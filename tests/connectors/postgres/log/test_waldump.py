@@ -98,7 +98,7 @@ def test_a_commit_of_millions_of_subtransactions_is_a_line_like_any_other(tmp_pa
     """)
     program.chmod(0o755)
     dump = WalDump(Programs(tmp_path, 15))
-    found = asyncio.run(dump.commits(Stretch(tmp_path, 1, Lsn(0)), 10))
+    found = asyncio.run(dump.commits(Stretch(tmp_path, 1, 16 << 20, Lsn(0), Lsn(48 << 20)), 10))
     assert found == [LoggedCommit(725, Lsn.parse("0/1759A78")), LoggedCommit(9000000, Lsn.parse("0/2759A78"))]
 
 
