@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import re
 import tempfile
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from connectors.databases.postgres.log.segments import SegmentFolder
-from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, behind, commit_stamp
-from connectors.databases.postgres.log.waldump import EndOfLogError, Stretch, WalDump, goes_on
+from connectors.databases.postgres.log.segments import FileBytes, SegmentFolder
+from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, behind, commit_stamp, holds_record, tail
+from connectors.databases.postgres.log.waldump import EndOfLogError, Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn, full_xid, transaction
+from trigger.errors import JournalError
 from trigger.model import Logged, to_microseconds
 from trigger.position import History, Name
-from trigger.trusted import NotOursError
 
+SHOWN = 64
+"""So many segments, and a few more where one record fills many, are held open at once."""
 _COMMIT = re.compile(
     r"rmgr: Transaction len \(rec/tot\): +\d+/ *(\d+), tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?"
     r"desc: (?:COMMIT|COMMIT_PREPARED(?: (\d+):)?) ",
@@ -40,26 +45,77 @@ async def commits(
     Raises:
         JournalError: part of the stretch cannot be read.
     """
-    with tempfile.TemporaryDirectory(prefix="trigpoint-") as view:
-        await segments.threads.run(partial(_link, segments, history.branch, begin, end, Path(view)))
-        stretch = Stretch(Path(view), history.branch, segments.segment_bytes, Lsn(begin), Lsn(end))
-        try:
-            async with aclosing(dump.transactions(stretch, whole=True)) as lines:
-                async for line in lines:
-                    one = _logged(line, history, segments.segment_bytes, like)
-                    if one is not None and begin <= one.start < end:
-                        yield one
-        except EndOfLogError as error:  # it says so too where no record begins in a stretch
-            if await segments.threads.run(partial(goes_on, stretch, error, segments)):
-                raise
+    at = begin
+    while at < end:
+        async with _shown(segments, history.branch, at, end) as shown:
+            async with aclosing(_commits_in(shown, dump, segments, history, like)) as found:
+                async for one in found:
+                    yield one
+            at = shown.stretch.end
 
 
-def _link(segments: SegmentFolder, timeline: int, begin: int, end: int, view: Path) -> None:
-    """Show the segments of a stretch, and the one behind it, under the names by which a program looks for them."""
-    size = segments.segment_bytes
-    for name in segments.names():
-        if name.timeline == timeline and begin // size <= name.number <= end // size + 1:
-            (view / name.text(size)).symlink_to(segments.file(name))
+async def _commits_in(
+    shown: _Shown, dump: WalDump, segments: SegmentFolder, history: History, like: Name
+) -> AsyncGenerator[Logged, None]:
+    begin, end = shown.stretch.start, shown.stretch.end
+    try:
+        async with aclosing(dump.transactions(shown.stretch, whole=True)) as lines:
+            async for line in lines:
+                one = _logged(line, history, segments.segment_bytes, like)
+                if one is not None and begin <= one.start < end:
+                    yield one
+    except EndOfLogError as error:  # it says so too where no record begins in a stretch
+        if await segments.threads.run(partial(shown.goes_on_behind, error)):
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A stretch of log as far as its segments are open, and shown to a program."""
+
+    stretch: Stretch
+    files: Sequence[io.FileIO]
+    """Its segments in order."""
+
+    def goes_on_behind(self, end: EndOfLogError) -> bool:
+        """Whether there is a record behind the last one that was read: it is damage at which the program stopped."""
+        size = self.stretch.segment_bytes
+        begin = self.stretch.start if end.last is None else max(self.stretch.start, end.last + 1)
+        return any(
+            holds_record(FileBytes(file.fileno()), number * size, begin, self.stretch.end)
+            for number, file in enumerate(self.files, self.stretch.start // size)
+            if number >= begin // size
+        )
+
+
+@asynccontextmanager
+async def _shown(segments: SegmentFolder, timeline: int, begin: int, end: int) -> AsyncIterator[_Shown]:
+    """Show a stretch, or so much of it as may be open at once, up to a place where a record begins.
+
+    By descriptors: a file that is open can be read on, whatever becomes of its name.
+    """
+    run, size = segments.threads.run, segments.segment_bytes
+    with contextlib.ExitStack() as opened:
+        view = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="trigpoint-")))
+        files: list[io.FileIO] = []
+        for number in range(begin // size, (end - 1) // size + 1):
+            if len(files) >= SHOWN and (last := await run(partial(_next_record, files, begin // size, size))) > begin:
+                end = last
+                break
+            file = opened.enter_context(await run(partial(segments.opened, timeline, number)))
+            text = SegmentName(timeline, number).text(size)
+            (view / text).symlink_to(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+            files.append(file)
+        yield _Shown(Stretch(view, timeline, size, Lsn(begin), Lsn(end)), files)
+
+
+def _next_record(files: Sequence[io.FileIO], first: int, segment_bytes: int) -> int:
+    """Give behind the last record that ends in open segments that follow on each other; 0 where none does."""
+    for number in reversed(range(len(files))):
+        found = tail(FileBytes(files[number].fileno()), Lsn((first + number) * segment_bytes))
+        if found.last_record is not None:
+            return found.end
+    return 0
 
 
 def _logged(line: str, history: History, segment_bytes: int, like: Name) -> Logged | None:
@@ -85,12 +141,11 @@ def database_of(segments: SegmentFolder, commit: Logged) -> int:
     `pg_waldump` does not print it.
     """
     size, begin = segments.segment_bytes, commit.start - commit.start % PAGE_BYTES
-    if commit.start // size != (commit.end - 1) // size:
+    number = commit.start // size
+    if number != (commit.end - 1) // size:
         return 0
-    name = SegmentName(commit.history.branch, commit.start // size)
-    name = name if segments.locate(name.text(size)) else name._replace(partial=True)
-    with contextlib.suppress(OSError, NotOursError), segments.slices(name) as segment:
-        pages = bytes(segment[begin - name.start(size) : commit.end - name.start(size)])
+    with contextlib.suppress(OSError, JournalError), segments.opened(commit.history.branch, number) as file:
+        pages = FileBytes(file.fileno())[begin - number * size : commit.end - number * size]
         stamp = commit_stamp(pages, commit.start - begin)
         return stamp.database if stamp else 0
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -41,8 +42,8 @@ _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP)
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """The bytes of an open file, read where they are asked for."""
+class FileBytes:
+    """What `Slices` asks for: the bytes of an open file, read where they are asked for."""
 
     descriptor: int
 
@@ -58,7 +59,7 @@ class _Read:
 def slices_of(path: Path) -> Iterator[Slices]:
     """Give the bytes of a file, read where they are looked at; a mapping would count as memory of ours."""
     with reading(path) as file:
-        yield _Read(file.fileno())
+        yield FileBytes(file.fileno())
 
 
 class _Held(NamedTuple):
@@ -70,6 +71,8 @@ class _Held(NamedTuple):
 
 
 _NOTHING = _Held("", None)
+_LOOKS = 10
+"""So often a folder is listed until it has not changed meanwhile; one that never holds still is taken as it is."""
 MISSING = "missing"
 """What an audit says of a segment that is not there."""
 
@@ -290,6 +293,26 @@ class SegmentFolder:
         with self.slices(name) as segment:
             return tail(segment, name.start(self.segment_bytes))
 
+    def opened(self, timeline: int, number: int) -> io.FileIO:
+        """Give a segment, complete or not, to read; it may get its full name, or be let go of, while it is open.
+
+        Raises:
+            JournalError: it is not there, or cannot be read.
+        """
+        text = SegmentName(timeline, number).text(self.segment_bytes)
+        for partial in (False, True, False):  # the receiver may finish it between two looks
+            try:
+                return io.FileIO(open_file(self.file(SegmentName(timeline, number, partial))))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise JournalError(f"the log in {self.path} cannot be read: {error}", hint=remedy(error)) from error
+        raise JournalError(
+            f"segment {text} is not in the journal {self.path} any more",
+            hint="where the journal let go of it meanwhile, ask again",
+            retryable=True,
+        )
+
     def holds_record(self, timeline: int, begin: int, end: int) -> bool:
         """Whether a whole record begins in a stretch, by what is here; one that lies in two segments does not count."""
         size = self.segment_bytes
@@ -311,7 +334,10 @@ class SegmentFolder:
         try:
             seen = path.lstat()
             held = known.get(path.name, seen) or self._read(name, path)
-        except (FileNotFoundError, NotOursError, ValueError):  # released, completed or re-made in this moment; a link
+        except FileNotFoundError:  # completed, or released, in this moment
+            whole = name._replace(partial=False)
+            return self._held(whole, self.file(whole), known) if name.partial else _NOTHING
+        except (NotOursError, ValueError):  # a link; re-made in this moment
             return _NOTHING
         self._known.put(path.name, seen, held)
         return held
@@ -323,15 +349,24 @@ class SegmentFolder:
             header = page_header(file.read(64)) if whole else None
             if header is None or header.address != start:
                 return _NOTHING
-            end = tail(_Read(file.fileno()), start).end if name.partial else Lsn(start + self.segment_bytes)
+            end = tail(FileBytes(file.fileno()), start).end if name.partial else Lsn(start + self.segment_bytes)
         return _Held(sys.intern(header.system), end if end > start else None)
 
     def _listing(self) -> dict[str, Path]:
-        """Give by the name of each file in which folder it lies."""
+        """Give by the name of each file in which folder it lies.
+
+        A folder is listed again where it changed meanwhile: a file that gets another name then may be in no list.
+        """
         found: dict[str, Path] = {}
         for folder in (self.aside, self.path):
-            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-                found |= {entry.name: folder for entry in entries}
+            with contextlib.suppress(FileNotFoundError):
+                for _ in range(_LOOKS):
+                    before = folder.stat().st_mtime_ns
+                    with os.scandir(folder) as entries:
+                        listed = dict.fromkeys((entry.name for entry in entries), folder)
+                    if folder.stat().st_mtime_ns == before:
+                        break
+                found |= listed
         return found
 
     def end_of_run(self, timeline: int, at: Lsn) -> Lsn | None:

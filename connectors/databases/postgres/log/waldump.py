@@ -166,14 +166,13 @@ def parse_parameters(line: str) -> Parameters | None:
     return Parameters(Lsn.parse(match[2]), dict(_PARAMETER.findall(match[4])))
 
 
-def goes_on(stretch: Stretch, end: EndOfLogError, held: SegmentFolder | None = None) -> bool:
+def goes_on(stretch: Stretch, end: EndOfLogError) -> bool:
     """Whether a stretch has a record behind the last one that was read: it is damage at which the program stopped.
 
-    Blocks on the files of the stretch, or on those in `held`, where it shows what lies there.
+    Blocks on the files of the stretch.
     """
     begin = stretch.start if end.last is None else max(stretch.start, end.last + 1)
-    held = held or SegmentFolder(stretch.folder, stretch.segment_bytes)
-    return held.holds_record(stretch.timeline, begin, stretch.end)
+    return SegmentFolder(stretch.folder, stretch.segment_bytes).holds_record(stretch.timeline, begin, stretch.end)
 
 
 class WalDump:
