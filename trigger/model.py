@@ -137,6 +137,8 @@ class Logged(NamedTuple):
     """What its record says of what was done, in words; "" where it says no more than that it was committed."""
     database: str = ""
     """In which database it was made; "" where that was not asked for, or nobody knows."""
+    more_children: int = 0
+    """How many `children` it has besides those that are listed."""
 
     @property
     def record(self) -> CommitRecord:

@@ -15,7 +15,11 @@ from trigger.model import from_microseconds
 
 if TYPE_CHECKING:  # what reads the log takes a while to load, and help and completion do without
     from trigger.config.options import Options
+    from trigger.model import Logged
     from trigger.restore.log_search import Around, Read
+
+_CHILDREN = 50
+"""So many savepoints of one commit are printed; with --json all that are kept."""
 
 
 def commits(
@@ -48,7 +52,7 @@ def commits(
                 one.name,
                 one.history.place(one.start),
                 one.history,
-                ", ".join(map(str, one.children)),
+                _children(one),
                 one.did,
             )
             for one in found.commits
@@ -58,6 +62,12 @@ def commits(
     show.more(found.more, "commits")
     show.say()
     show.facts([("log read", line) for line in _read(found)])
+
+
+def _children(one: Logged) -> str:
+    """Give the names of savepoints; no more than fit a table, and how many others there are."""
+    more = one.more_children + max(len(one.children) - _CHILDREN, 0)
+    return ", ".join(map(str, one.children[:_CHILDREN])) + (f" and {more} more" if more else "")
 
 
 def _read(found: Around) -> list[str]:

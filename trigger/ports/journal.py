@@ -78,7 +78,8 @@ class Journal(Protocol):
     def commits(self, lineage: Lineage, begin: At, end: At, like: Name) -> AsyncGenerator[Logged, None]:
         """Give the commits whose records begin from `begin` up to `end`, in order, by the log itself, all of it read.
 
-        What no stream shows too. `like` is a name near those there: a log may say less. Raises `JournalError`.
+        What no stream shows too. `like` is a name near those there: a log may say less. Where it is one of very many
+        that a commit may be called by, it is among those that are listed. Raises `JournalError`.
         """
         ...
 

@@ -5,33 +5,25 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from connectors.databases.postgres.log.said import Said
 from connectors.databases.postgres.log.segments import FileBytes, SegmentFolder
 from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName, behind, commit_stamp, holds_record, tail
 from connectors.databases.postgres.log.waldump import EndOfLogError, Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn, full_xid, transaction
 from trigger.errors import JournalError
-from trigger.model import Logged, to_microseconds
+from trigger.model import Logged
 from trigger.position import History, Name
 
 SHOWN = 64
 """So many segments, and a few more where one record fills many, are held open at once."""
-_COMMIT = re.compile(
-    r"rmgr: Transaction len \(rec/tot\): +\d+/ *(\d+), tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?"
-    r"desc: (?:COMMIT|COMMIT_PREPARED(?: (\d+):)?) ",
-    re.DOTALL,
-)
-_TIME = re.compile(r"(\d{4,}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?) UTC")
-_FILES = re.compile(r"rels: ([^;]+)")
-_CHILDREN = re.compile(r"subxacts: ([\d ]+)")
+_LOW = (1 << 32) - 1
 
 
 async def commits(
@@ -58,15 +50,23 @@ async def _commits_in(
     shown: _Shown, dump: WalDump, segments: SegmentFolder, history: History, like: Name
 ) -> AsyncGenerator[Logged, None]:
     begin, end = shown.stretch.start, shown.stretch.end
+    said: Said | None = None
     try:
-        async with aclosing(dump.transactions(shown.stretch, whole=True)) as lines:
+        async with aclosing(dump.transactions(shown.stretch, whole=True, further=True)) as lines:
             async for line in lines:
-                one = _logged(line, history, segments.segment_bytes, like)
-                if one is not None and begin <= one.start < end:
-                    yield one
+                if line.startswith(" "):
+                    if said is not None:
+                        said.add(line)
+                    continue
+                if said is not None:
+                    yield _logged(said, history, segments.segment_bytes, like)
+                said = Said.of(line, wanted=(like.number or 0) & _LOW)
+                said = said if said is not None and begin <= said.start < end else None
     except EndOfLogError as error:  # it says so too where no record begins in a stretch
         if await segments.threads.run(partial(shown.goes_on_behind, error)):
             raise
+    if said is not None:
+        yield _logged(said, history, segments.segment_bytes, like)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +118,16 @@ def _next_record(files: Sequence[io.FileIO], first: int, segment_bytes: int) -> 
     return 0
 
 
-def _logged(line: str, history: History, segment_bytes: int, like: Name) -> Logged | None:
-    found, made = _COMMIT.match(line), _TIME.search(line)
-    if found is None or made is None:
-        return None
-    start, low = Lsn.parse(found[3]), int(found[4] or found[2])
-    children = _CHILDREN.search(line)
+def _logged(said: Said, history: History, segment_bytes: int, like: Name) -> Logged:
     return Logged(
         history,
-        _near(low, like),
-        start,
-        Lsn(behind(start, int(found[1]), segment_bytes)),
-        to_microseconds(datetime.fromisoformat(made[1]).replace(tzinfo=UTC)),
-        tuple(_near(int(child), like) for child in children[1].split()) if children else (),
-        _did(line),
+        _near(said.xid, like),
+        said.start,
+        Lsn(behind(said.start, said.length, segment_bytes)),
+        said.time_us,
+        tuple(_near(child, like) for child in said.children),
+        said.did,
+        more_children=said.more_children,
     )
 
 
@@ -153,15 +149,3 @@ def database_of(segments: SegmentFolder, commit: Logged) -> int:
 
 def _near(low: int, like: Name) -> Name:
     return transaction(max(full_xid(low, like.number or 0), low))  # of no commit that is known: as it stands there
-
-
-def _did(line: str) -> str:
-    """Give what a commit record itself says of what was done: what was changed is in records before it."""
-    said = []
-    if "inval msgs:" in line:
-        said.append("changes the catalog (DDL)")
-    if files := _FILES.search(line):
-        said.append(f"drops {len(files[1].split())} files")
-    if " origin:" in line:
-        said.append("was replicated from elsewhere")
-    return ", ".join(said)

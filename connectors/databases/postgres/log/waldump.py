@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +24,8 @@ from connectors.databases.postgres.programs import Programs, as_owner, minimal_e
 from trigger.errors import JournalError
 
 _HEAD_BYTES = 64 << 10
-"""So much of a line is looked at: a commit of many subtransactions is one line, of any length, its id in front."""
+"""So much of a line is held at once: a commit of many subtransactions is one line, of any length, its id in front."""
+_WORD_BYTES = 1 << 10
 _CHUNK_BYTES = 1 << 20
 _RECORD = re.compile(r"rmgr: \w+ .*?tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: (\w+)(.*)", re.DOTALL)
 _PARAMETER = re.compile(r"(\w+)=(\w+)")
@@ -229,15 +230,19 @@ class WalDump:
                     return Lsn.parse(match[2]) if match else None
         return None
 
-    async def transactions(self, stretch: Stretch, *, whole: bool = False) -> AsyncGenerator[str, None]:
+    async def transactions(
+        self, stretch: Stretch, *, whole: bool = False, further: bool = False
+    ) -> AsyncGenerator[str, None]:
         """Give what is printed of each end of a transaction in a stretch, times in UTC; ends where its log does.
+
+        Of a long line the beginning; `further` parts, cut at blanks, each begin with one.
 
         Raises:
             EndOfLogError: its log ends before, and it was to be read as a `whole`.
             JournalError: it could not look.
         """
         try:
-            async with aclosing(self._lines(stretch, "--rmgr=Transaction")) as lines:
+            async with aclosing(self._lines(stretch, "--rmgr=Transaction", further=further)) as lines:
                 async for line in lines:
                     yield line
         except EndOfLogError:
@@ -264,8 +269,8 @@ class WalDump:
                         found.removals.append(Lsn.parse(match[1]))
         return found
 
-    async def _lines(self, stretch: Stretch, *options: str) -> AsyncGenerator[str, None]:
-        """Give the beginnings of the lines printed.
+    async def _lines(self, stretch: Stretch, *options: str, further: bool = False) -> AsyncGenerator[str, None]:
+        """Give the beginnings of the lines printed, or all parts of them.
 
         The files are named: by itself the program takes the size of segments from the first that it finds in the
         folder, which in a pg_wal may be one that the server has yet to write.
@@ -295,9 +300,12 @@ class WalDump:
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 words = ""
-                async for line in _heads(process.stdout):
+                async for line in _parts(process.stdout):
                     if line.startswith("rmgr:"):
                         yield line
+                    elif line.startswith(" "):
+                        if further:
+                            yield line
                     elif line.startswith(_SAID) or not words:
                         words = line.removeprefix(_SAID)
                 if code := await process.wait():
@@ -311,17 +319,32 @@ class WalDump:
                 await asyncio.shield(process.wait())
 
 
-async def _heads(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Give the first part of every line of a stream, however long the lines are."""
-    head = b""
+async def _parts(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Give the lines of a stream; long ones in parts, cut in front of a blank, where they have one."""
+    held = b""
     while chunk := await stream.read(_CHUNK_BYTES):
-        first, *others = chunk.split(b"\n")
-        head += first[: _HEAD_BYTES - len(head)]
-        for following in others:
-            yield head.decode(errors="replace")
-            head = following[:_HEAD_BYTES]
-    if head:
-        yield head.decode(errors="replace")
+        *lines, held = (held + chunk).split(b"\n")
+        for line in lines:
+            *parts, last = _cut(line)
+            for part in (*parts, last):
+                yield part.decode(errors="replace")
+        *parts, held = _cut(held)
+        for part in parts:
+            yield part.decode(errors="replace")
+    if held:
+        yield held.decode(errors="replace")
+
+
+def _cut(line: bytes) -> Iterator[bytes]:
+    """Give a line in parts of about `_HEAD_BYTES`, the last of which may go on."""
+    begin = 0
+    while len(line) - begin > _HEAD_BYTES:
+        end = line.find(b" ", begin + _HEAD_BYTES - _WORD_BYTES)
+        if end < 0:
+            break
+        yield line[begin:end]
+        begin = end
+    yield line[begin:]
 
 
 def _ended(stretch: Stretch, code: int, words: str) -> JournalError:

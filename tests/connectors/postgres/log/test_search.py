@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.log import search
 from connectors.databases.postgres.log.folders import LogFolders
+from connectors.databases.postgres.log.said import CHILDREN, Said
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn
@@ -24,6 +26,9 @@ from trigger.position import Name
 
 pytestmark = pytest.mark.server
 
+_CHILDREN = 20_000
+_MANY = f"""DO $$ BEGIN FOR i IN 1..{_CHILDREN} LOOP
+    BEGIN INSERT INTO t VALUES (i + 10); EXCEPTION WHEN unique_violation THEN NULL; END; END LOOP; END $$"""
 Meanwhile = Callable[[SegmentFolder], None]
 
 
@@ -39,6 +44,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
                 made.sql(f"INSERT INTO t VALUES (1); SELECT pg_logical_emit_message(true, 'bulk', repeat('x', {size}))")
             made.sql("SELECT pg_switch_wal()")
         insert(made, 10)
+        made.sql(_MANY)
         made.sql("DROP TABLE IF EXISTS none; CREATE TABLE other (v int)")
         yield made
 
@@ -51,14 +57,16 @@ def held(cluster: Cluster, tmp_path: Path) -> SegmentFolder:
     return folders.all()[0]
 
 
-def searched(cluster: Cluster, held: SegmentFolder, meanwhile: Meanwhile = lambda _: None) -> list[Logged]:
+def searched(
+    cluster: Cluster, held: SegmentFolder, meanwhile: Meanwhile = lambda _: None, like: int = 700
+) -> list[Logged]:
     """Give all commits of the log; something happens to the folder once the first one is read."""
 
     async def run() -> list[Logged]:
         found: list[Logged] = []
         begin, end = held.extents()[0].start, held.extents()[-1].end
         history, dump = lsn.history(held.system(), 1), WalDump(cluster.programs)
-        async for one in search.commits(held, dump, history, begin, end, Name("", 700)):
+        async for one in search.commits(held, dump, history, begin, end, Name("", like)):
             found.append(one)
             if len(found) == 1:
                 meanwhile(held)
@@ -125,3 +133,48 @@ def test_a_segment_that_gets_its_name_while_the_folder_is_listed_is_held_all_the
     ends = [(extent.start, extent.end) for extent in folder.extents()]
     assert ends[0][0] == extents[0].start
     assert ends[0][1] >= extents[-1].end
+
+
+def test_a_savepoint_is_found_however_many_there_are_before_it(cluster: Cluster, held: SegmentFolder) -> None:
+    rows = cluster.sql(f"SELECT DISTINCT xmin::text::int FROM t WHERE v IN (11, {_CHILDREN // 2}, {_CHILDREN + 10})")
+    for child in (row[0] for row in rows):
+        (one,) = [one for one in searched(cluster, held, like=child) if Name("", child) in one.children]
+        assert len(one.children) + one.more_children == _CHILDREN
+        assert len(one.children) <= CHILDREN + 1
+        assert len(set(one.children)) == len(one.children)
+        assert one.children[0].number == (one.name.number or 0) + 1
+
+
+@pytest.mark.parametrize(
+    ("said", "did", "children"),
+    [
+        ("", "", []),
+        ("; subxacts: 731 732 733", "", [731, 732, 733]),
+        (
+            "; rels: base/5/16384 base/5/16385; subxacts: 731 732; inval msgs: catcache 7; sync",
+            "changes the catalog (DDL), drops 2 files",
+            [731, 732],
+        ),
+        (
+            "; inval msgs: catcache 7 relcache 1; origin: node 3, lsn 0/2, at 2026-11-26 10:18:40 UTC",
+            "changes the catalog (DDL), was replicated from elsewhere",
+            [],
+        ),
+    ],
+)
+def test_what_a_commit_says_is_read_from_parts_as_from_the_whole(said: str, did: str, children: list[int]) -> None:
+    head = (
+        "rmgr: Transaction len (rec/tot):     46/    46, tx:        725, lsn: 0/01759A78, prev 0/01759A38, "
+        "desc: COMMIT 2026-11-21 23:12:53.690434 UTC"
+    )
+    blanks = [at for at, letter in enumerate(said) if letter == " "]
+    for cut in (*blanks, len(said)):
+        one = Said.of(head + said[:cut])
+        assert one is not None
+        one.add(said[cut:])
+        assert (one.xid, one.did, one.children) == (725, did, children)
+    every = Said.of(head)
+    assert every is not None
+    for begin, end in itertools.pairwise([0, *blanks, len(said)]):
+        every.add(said[begin:end])
+    assert (every.did, every.children) == (did, children)
