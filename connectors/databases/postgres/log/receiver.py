@@ -30,7 +30,7 @@ from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, as_owner, last_lines, minimal_environment
 from connectors.threads import Threads
-from trigger.errors import ConfigError, SourceError
+from trigger.errors import ConfigError, PositionError, SourceError
 from trigger.model import Extent, Finding, Severity
 from trigger.position import History
 
@@ -159,8 +159,7 @@ class Receiver:
             pause = _FIRST_PAUSE_SECONDS if clock() - began > _GOOD_RUN_SECONDS else pause
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
-            if any(sign.search(words) for sign in (_CANNOT_SERVE, _OTHER_PAST, _WENT_BACK)):
-                await self._lead_on(segments, words)
+            if await self._lead_on(segments, words):
                 pause = _FIRST_PAUSE_SECONDS
 
     async def _receive_once(self, segments: SegmentFolder) -> str | None:
@@ -226,30 +225,40 @@ class Receiver:
                 await _end(process, signal.SIGKILL)
                 return
 
-    async def _lead_on(self, segments: SegmentFolder, words: str) -> None:
+    async def _lead_on(self, segments: SegmentFolder, words: str) -> bool:
         """Let the program go on where the server still can; where that leaves a hole, `audit` will report it.
+
+        Gives whether it could not where it was. A server that left our timeline exactly there, as a standby of an
+        archive does where a segment ends, gives the program no word of it: so that is told by where either stands.
 
         `pg_receivewal` resumes behind the newest file of its folder. Where the server cannot serve that any more, an
         empty file marks where it can: where its timeline began, if it left ours (a standby was promoted, or production
         was restored in place); where our slot reserves the log, if it went back to an earlier timeline (such a restore
         was undone); else where a new slot reserves it.
         """
+        is_said = any(sign.search(words) for sign in (_CANNOT_SERVE, _OTHER_PAST, _WENT_BACK))
         try:
+            resumes = await segments.threads.run(partial(_resumes, segments))
             async with self._connect() as connection:
                 head = await _head(connection)
                 begin = None
                 if _WENT_BACK.search(words):
                     begin = await _reserved(connection, self._slot)
-                elif _OTHER_PAST.search(words) and head.timeline > 1:
-                    begin = await _fork(connection, head)
+                elif head.timeline > 1 and not _CANNOT_SERVE.search(words) and (is_said or resumes is not None):
+                    begin = await _fork(connection, head, None if is_said else resumes)
+                if begin is None and not is_said:
+                    return False
                 if begin is None:
                     begin = await _make_slot_anew(connection, self._slot) or (head.timeline, head.written)
             timeline, number = begin[0], begin[1] // segments.segment_bytes
             await segments.threads.run(
                 partial(_mark, segments, SegmentName(timeline, number, partial=True), self.owner)
             )
-        except (TimeoutError, psycopg.Error, OSError) as error:
-            self._trouble = last_lines(f"{words}\n{error}")
+        except (TimeoutError, psycopg.Error, OSError, PositionError) as error:
+            if is_said:
+                self._trouble = last_lines(f"{words}\n{error}")
+            return is_said
+        return True
 
     async def _first_of_its_timeline(self) -> History:
         head = await self._head()
@@ -373,8 +382,15 @@ async def _reserved(connection: psycopg.AsyncConnection[Any], slot: str) -> tupl
     return (int(row[2]), Lsn.parse(row[1])) if row and row[1] and row[2] else None
 
 
-async def _fork(connection: psycopg.AsyncConnection[Any], head: _Head) -> tuple[int, Lsn] | None:
-    """Give the server's timeline and where it left the one before."""
+async def _fork(
+    connection: psycopg.AsyncConnection[Any], head: _Head, resumes: tuple[int, Lsn] | None
+) -> tuple[int, Lsn] | None:
+    """Give the server's timeline and where it left the one before.
+
+    With a place at which a program resumes, only where the server has left that timeline there, or before.
+    """
+    if resumes is not None and resumes[0] >= head.timeline:
+        return None
     try:
         row = await (await connection.execute(f"TIMELINE_HISTORY {head.timeline}".encode())).fetchone()
     except psycopg.errors.UndefinedFile:  # pg_resetwal gave it its number: it left none
@@ -383,6 +399,8 @@ async def _fork(connection: psycopg.AsyncConnection[Any], head: _Head) -> tuple[
         return None
     text = row[1] if isinstance(row[1], str) else bytes(row[1]).decode(errors="replace")
     forks = lsn.lineage(lsn.history(head.system, head.timeline), text).forks
+    if resumes is not None and not any(timeline == resumes[0] and at <= resumes[1] for timeline, at in forks):
+        return None
     return (head.timeline, Lsn(forks[-1][1])) if forks else None
 
 
@@ -390,6 +408,14 @@ def _dies_with_us() -> list[str]:
     """Give what, put before a program, ends it when we are killed: it would hold the slot against our successor."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig=INT", "--"] if setpriv else []
+
+
+def _resumes(segments: SegmentFolder) -> tuple[int, Lsn] | None:
+    """Give the timeline and the place at which `pg_receivewal` resumes: behind the newest file that it sees."""
+    newest = max(segments.in_sight(), key=lambda name: (name.number, name.timeline, not name.partial), default=None)
+    if newest is None:
+        return None
+    return newest.timeline, Lsn((newest.number + (not newest.partial)) * segments.segment_bytes)
 
 
 def _drop_half_made(segments: SegmentFolder) -> None:

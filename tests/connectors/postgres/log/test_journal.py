@@ -23,6 +23,7 @@ from connectors.databases.postgres.log.journal import PostgresJournal
 from connectors.databases.postgres.log.receiver import Receiver
 from connectors.databases.postgres.log.wal import PAGE_BYTES, SegmentName
 from connectors.databases.postgres.log.waldump import WalDump
+from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import minimal_environment
 from tests.fixtures.restores import SEGMENT_BYTES, Ground, damage, fill, ground, replay_from, silent
 from tests.fixtures.volumes import plain_folder
@@ -188,6 +189,39 @@ def test_the_journal_follows_production_to_another_timeline(newest: Ground) -> N
             assert await damage(here.journal) == []
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("major", [15, 18])
+def test_the_journal_follows_a_server_that_left_its_timeline_where_a_segment_ends(folder: Path, major: int) -> None:
+    """As a standby that is fed by an archive; the program that receives gets no word of why nothing comes then."""
+
+    async def run(here: Ground) -> None:
+        async with here.journaling():
+            history = here.durable().history
+            here.cluster.sql("CHECKPOINT")
+            switched = here.cluster.sql("SELECT pg_switch_wal()::text")[0][0]
+            edge = Lsn((Lsn.parse(switched) // SEGMENT_BYTES + 1) * SEGMENT_BYTES)
+            async with asyncio.timeout(30):
+                while here.segments.names()[-1].partial:  # noqa: ASYNC110 - another program's work
+                    await asyncio.sleep(0.02)
+            await here.journal_reaches(Position(history, edge))
+            here.cluster.stop("immediate")
+            here.cluster.configure({"restore_command": "false"})
+            (here.cluster.data / "recovery.signal").touch()
+            await asyncio.to_thread(here.cluster.start)
+            async with asyncio.timeout(60):
+                while here.cluster.sql("SELECT pg_is_in_recovery()")[0][0]:  # noqa: ASYNC110 - another program's work
+                    await asyncio.sleep(0.05)
+            fork = (here.cluster.data / "pg_wal" / "00000002.history").read_text().split()[1]
+            assert Lsn.parse(fork) == edge
+            here.cluster.sql("CREATE TABLE later (v int)")
+            await here.journal_reaches(here.durable())
+            first, second = await here.journal.extents()
+            assert (first.end, second.start) == (edge, edge)
+            assert await damage(here.journal) == []
+
+    with ground(major, folder, btrfs=False) as here:
+        asyncio.run(run(here))
 
 
 async def undone(here: Ground, segments: int, between: Callable[[], None] = lambda: None) -> tuple[Position, ...]:
