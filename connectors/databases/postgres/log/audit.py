@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from connectors.databases.postgres.log.segments import MISSING, SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName, page_faults, page_header
@@ -61,6 +61,15 @@ class _State:
     """What else stands in the file, as a later version may write it."""
 
 
+class _New(NamedTuple):
+    """What is known of a segment before its records are looked at."""
+
+    why: str
+    """What its headers say against it."""
+    dump: WalDump | None
+    stretch: Stretch
+
+
 class Audit:
     """Looks at the segments of one folder; what it found survives a restart, in a file beside them."""
 
@@ -78,12 +87,9 @@ class Audit:
         """
         began_ns = time.time_ns()
         async with self.between_segments:
-            state = await self._segments.threads.run(self.load)
-            held = await self._segments.threads.run(self._segments.complete)
-            await self._segments.threads.run(partial(self._look_at_known, state, held))
-            state.looked_ns = began_ns
+            state, new = await self._segments.threads.run(partial(self._look_around, began_ns))
         kept_at = time.monotonic()
-        for name in held:
+        for name in new:
             async with self.between_segments:
                 await self._look_at_new(state, name)
                 if time.monotonic() - kept_at > _KEEP_SECONDS:
@@ -92,6 +98,14 @@ class Audit:
         async with self.between_segments:
             kept = await self._segments.threads.run(self._kept)
         return [*kept, *(_damage(*one) for one in sorted(state.damaged.items()))]
+
+    def _look_around(self, began_ns: int) -> tuple[_State, list[SegmentName]]:
+        """Look whether what is known is still there; gives what earlier audits found, and what none has looked at."""
+        state, held = self.load(), self._segments.complete()
+        self._look_at_known(state, held)
+        state.looked_ns = began_ns
+        looked_at = {timeline: known.following for timeline, known in state.timelines.items()}
+        return state, [name for name in held if name.number >= looked_at.get(name.timeline, 0)]
 
     def _kept(self) -> list[Finding]:
         """Keep what was found; gives why that could not be done, since what was found is worth telling all the same."""
@@ -139,31 +153,40 @@ class Audit:
                     break
 
     async def _look_at_new(self, state: _State, name: SegmentName) -> None:
-        segment_bytes = self._segments.segment_bytes
+        new = await self._segments.threads.run(partial(self._look_at_headers, state, name))
+        if new is not None:
+            why = new.why
+            if not why and new.dump is not None:
+                why = await new.dump.fault(new.stretch)
+            await self._segments.threads.run(partial(self._note, state, name, why))
+
+    def _look_at_headers(self, state: _State, name: SegmentName) -> _New | None:
+        """Say of a segment what its headers do, and how to look at its records; None where it need not be looked at."""
+        size = self._segments.segment_bytes
         if not self._segments.file(name).exists():  # gone since it was listed
-            return
+            return None
         known = state.timelines.get(name.timeline)
         if known is None:
             known = state.timelines[name.timeline] = _Timeline(name.number, name.number, 0)
         if name.number < known.following:
-            return
+            return None
         for number in range(known.following, name.number):
-            state.damaged[SegmentName(name.timeline, number).text(segment_bytes)] = MISSING
-        text, start = name.text(segment_bytes), name.start(segment_bytes)
-        folder = self._segments.file(name).parent
+            state.damaged[SegmentName(name.timeline, number).text(size)] = MISSING
+        start, folder = name.start(size), self._segments.file(name).parent
         before = SegmentName(name.timeline, name.number - 1)
         follows = known.following == name.number and known.resume and self._segments.file(before).parent == folder
-        why = await self._segments.threads.run(partial(self._headers, state, name))
-        dump = self._dump()
-        if not why and dump is not None:
-            begin = Lsn(known.resume if follows else start)
-            stretch = Stretch(folder, name.timeline, segment_bytes, begin, Lsn(start + segment_bytes))
-            why = await dump.fault(stretch)
+        begin = Lsn(known.resume if follows else start)
+        stretch = Stretch(folder, name.timeline, size, begin, Lsn(start + size))
+        return _New(self._headers(state, name), self._dump(), stretch)
+
+    def _note(self, state: _State, name: SegmentName, why: str) -> None:
+        """Note what is wrong with a segment, "" for nothing, and from where on the next one is looked at."""
+        known, text = state.timelines[name.timeline], name.text(self._segments.segment_bytes)
         state.damaged.pop(text, None)
         if why:
             state.damaged[text] = why
         known.following = name.number + 1
-        known.resume = 0 if why else (await self._segments.threads.run(partial(self._segments.tail, name))).end
+        known.resume = 0 if why else self._segments.tail(name).end
 
     def _headers(self, state: _State, name: SegmentName) -> str:
         """Give what the size and the page headers of a segment say against it; "" for nothing."""
