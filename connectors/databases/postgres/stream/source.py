@@ -144,12 +144,13 @@ class PostgresSource:
         through = self._lineage.at(self._through) if self._through else after
         present = await self._recognise(self._dsn, through)
         self._stream = stream = await CopyBoth.connect(self._dsn, self._deadline_seconds)
-        self._lineage = await self._within(stream.lineage(present.history))
-        self._forked_at = self._lineage.forks[-1][1] if self._lineage.forks else 0
+        lineage = await self._within(stream.lineage(present.history))
         publications, useless = await self._publish(side)
         confirmed, made = await self._slot(side, stream, useless, present.flushed)
-        behind, reason = slot.resume(after, self._lineage, confirmed, present.flushed, made)
+        behind, reason = slot.resume(after, lineage, confirmed, present.flushed, made)
         await self._start(stream, behind, publications)
+        self._lineage = lineage  # with the place: a place of one history told of another makes a life that never was
+        self._forked_at = lineage.forks[-1][1] if lineage.forks else 0
         self._after = self._through = behind
         self._settled = confirmed  # what was delivered before may have no outcome yet, and is not to be forgotten
         self._says_where_it_begins = after is None
@@ -157,7 +158,7 @@ class PostgresSource:
         self._reported = 0
         self._pace, self._taken_bytes = Pace(stream.holds_bytes), stream.taken_bytes
         self._reported_at, self._asked_at = asyncio.get_running_loop().time(), None
-        return Break(self._lineage.at(behind), reason, self._lineage) if reason else None
+        return Break(lineage.at(behind), reason, lineage) if reason else None
 
     async def _connect_side(self) -> psycopg.AsyncConnection[Any]:
         """Open the ordinary connection: it makes slot and publications and asks what the stream does not tell."""
