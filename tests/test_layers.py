@@ -111,9 +111,14 @@ POSTGRES = {
     "log": ("lsn", "programs"),
     "clone": ("lsn", "places", "programs", "encoding", "connection", "log"),
     "lives": ("lsn", "stream", "log"),
+    "locality": ("lsn", "log"),
+    "backup": ("lsn",),
     "made": ("stream",),
     "preflight": ("lsn", "places", "programs", "encoding", "connection", "stream", "clone", "made"),
-    "database": ("lsn", "places", "programs", "connection", "stream", "log", "lives", "preflight", "made"),
+    "database": (
+        *("lsn", "places", "programs", "connection", "stream", "log"),
+        *("lives", "locality", "backup", "preflight", "made"),
+    ),
     "assembly": ("lsn", "places", "programs", "stream", "log", "clone", "database", "sections"),
 }
 """The rooms of the largest driver, and the modules at its door: which others each may import."""

@@ -139,6 +139,9 @@ class MemoryDatabase:
         data = Path("/memory/data")
         return Layout({"data": data}, data / "log", (), 0, 0)
 
+    def lies_at(self, layout: Layout) -> None:
+        """Have nothing to note: the world has one place."""
+
     def recall(self, document: Mapping[str, Any]) -> Layout:
         """Give that place."""
         data = Path(document["places"]["data"])

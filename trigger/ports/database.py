@@ -55,9 +55,13 @@ class Database(Protocol):
         ...
 
     async def redo(self) -> Position | None:
-        """Give from where on a snapshot that is cut now is replayed; raises `DatabaseError`.
+        """Give from where on a snapshot that is cut now is replayed.
 
         For PostgreSQL the redo position of the last completed checkpoint. None where nothing is replayed.
+
+        Raises:
+            DatabaseError: no answer; or by one that does not keep its files where `lies_at` said, so that a snapshot
+                of them would not be of it.
         """
         ...
 
@@ -65,7 +69,7 @@ class Database(Protocol):
         """Hold the database's backup bracket; for storages that do not cut all volumes at one instant.
 
         Gives a function that ends the bracket and returns its proof. Leaving the block without having called it
-        abandons the bracket. Only one is held at a time in one process.
+        abandons the bracket. Only one is held at a time in one process. Raises `DatabaseError` as `redo` does.
         """
         ...
 
@@ -113,7 +117,21 @@ class Database(Protocol):
         ...
 
     async def layout(self) -> Layout:
-        """Give where the cluster lies and who owns it; raises `DatabaseError`."""
+        """Give where the cluster lies and who owns it.
+
+        Raises:
+            DatabaseError: no answer, or what lies there on this host is not what the database that answers keeps; once
+                `lies_at` was called also where it keeps its files elsewhere.
+        """
+        ...
+
+    def lies_at(self, layout: Layout) -> None:
+        """Take note of where the files lie that snapshots are made of.
+
+        Called once, before a point is taken. Whatever answers after that may be another database, or a copy of this
+        one on another host: `redo` and `bracket` refuse it on the very connection on which they ask. Where it cannot
+        be told, because the files may not be read, nothing is refused, and `check` says so.
+        """
         ...
 
     def recall(self, document: Mapping[str, Any]) -> Layout:

@@ -113,6 +113,7 @@ async def connect(
     volumes = options.volume_list
     database = driver("database", options.database.driver)(options.database, suffix)
     layout, answered = await known_layout(database, layout_files(options))
+    database.lies_at(layout)
     storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
     if past and not options.catalog_path.exists():
         await _refuse_empty(options.catalog_path, storage)
@@ -179,7 +180,7 @@ async def known_layout(database: Database, kept: Sequence[Path]) -> tuple[Layout
         there = next((file for file in kept if file.exists()), None)
         if there is None:
             raise
-        log.info("the layout is the one last seen, since the cluster does not answer: %s", error.message)
+        log.info("the layout is the one last seen, since the cluster does not tell it: %s", error.message)
         return _recalled(database, there), False
 
 

@@ -201,8 +201,11 @@ class Upkeep:
             self.show(f"stream {name} stands still", why)
 
     async def watch_places(self) -> None:
-        """Show a part of the cluster that lies on no volume by now, as a new tablespace may: no point holds it."""
-        with suppress(DatabaseError):  # of a server that does not answer the streams say so
+        """Show a part of the cluster that lies on no volume by now, as a new tablespace may: no point holds it.
+
+        Where another one answers than the one that is protected, what is known of that one stays.
+        """
+        with suppress(DatabaseError):  # of a server that does not answer, or is another, streams and points say so
             layout = await self.parts.database.layout()
             await asyncio.to_thread(keep_layout, layout, layout_files(self.parts.options))
             outside = await asyncio.to_thread(_outside, layout, self.parts.volumes)

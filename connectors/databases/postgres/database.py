@@ -12,9 +12,10 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import conninfo as dsn
 
-from connectors.databases.postgres import made, places, preflight
+from connectors.databases.postgres import backup, made, places, preflight
 from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.lives import Lives
+from connectors.databases.postgres.locality import CONTROL, Locality
 from connectors.databases.postgres.log.proof import Compared
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
@@ -48,7 +49,6 @@ SELECT durable::text, (inserted - CASE
 bytes in the first page of a segment, 24 in others: access/xlog_internal.h); the record before it ends where the page
 begins. A record that goes on from the page before never ends right behind the header: at least a byte of it follows.
 """
-_REDO: LiteralString = "SELECT redo_lsn::text, timeline_id FROM pg_control_checkpoint()"
 _MARK: LiteralString = (
     "SELECT set_config('synchronous_commit', 'local', true), pg_logical_emit_message(false, %s, ''),"
     " pg_current_xact_id()::text"
@@ -60,16 +60,6 @@ _RETAINED: LiteralString = (
     " pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint, safe_wal_size) ORDER BY slot_name), '[]')"
     " FROM pg_replication_slots WHERE starts_with(slot_name, %s) AND restart_lsn IS NOT NULL"
 )
-_BACKUP_START: LiteralString = (
-    "SELECT lsn::text, left(pg_walfile_name(lsn), 8) FROM pg_backup_start(%s, fast => true) AS lsn"
-)
-_BACKUP_STOP: LiteralString = (
-    "SELECT lsn::text, left(pg_walfile_name(lsn), 8), labelfile, spcmapfile,"
-    " (lsn + ((size - mod(lsn - '0/0'::pg_lsn, size)) % size))::text"
-    " FROM pg_backup_stop(wait_for_archive => false),"
-    " (SELECT setting::numeric FROM pg_settings WHERE name = 'wal_segment_size') AS segment(size)"
-)
-"""The end of the backup switches to the next segment, so the rest of this one is filled."""
 _GRANTS = (
     "have a superuser run: GRANT pg_read_all_settings, pg_checkpoint TO {role}; GRANT SELECT ON pg_file_settings TO"
     " {role}; GRANT EXECUTE ON FUNCTION pg_show_all_file_settings(), pg_backup_start(text, boolean),"
@@ -132,7 +122,8 @@ class Postgres:
         self._confirmed: psycopg.AsyncConnection[Any] | None = None
         self._system = self._home = self._role = ""
         self._lineage = Lineage(history("", 0))
-        self.lives = Lives(deadline_seconds)
+        self._locality = Locality(self._threads, deadline_seconds)
+        self.lives = Lives(deadline_seconds, refuse_another=self._locality.refuse_another)
         self._turn = asyncio.Lock()
         self._bracket = asyncio.Lock()
 
@@ -208,9 +199,9 @@ class Postgres:
         return Position(self._history(int(timeline, 16)), Lsn.parse(end))
 
     async def redo(self) -> Position:
-        """Give the redo position of the last completed checkpoint; raises `DatabaseError`."""
-        lsn, timeline = await self._ask(_REDO, of_log=True)
-        return Position(self._history(timeline), Lsn.parse(lsn))
+        """Give the redo position of the last completed checkpoint, by the control file here; see port `Database`."""
+        control = await self._locality.require(partial(self._ask, CONTROL, of_log=True))
+        return Position(self._history(control.timeline), control.redo)
 
     async def lineage(self) -> Lineage:
         """Give the present history and its past; asks for the history file only when the timeline has changed."""
@@ -255,19 +246,10 @@ class Postgres:
             connection = await self._connect(self._slow_deadline_seconds)
             try:
                 await self._confirm(connection)
-                start, start_timeline = await self._run(connection, _BACKUP_START, name)
-
-                async def finish() -> Bracket:
-                    stop, stop_timeline, label, tablespace_map, filled_to = await self._run(connection, _BACKUP_STOP)
-                    on = self._history(int(stop_timeline, 16))
-                    return Bracket(
-                        Position(self._history(int(start_timeline, 16)), Lsn.parse(start)),
-                        Position(on, Lsn.parse(stop)),
-                        {"label": label, "tablespace_map": tablespace_map or ""},
-                        Position(on, Lsn.parse(filled_to)),
-                    )
-
-                yield finish
+                ask = partial(self._run, connection)
+                started = await ask(backup.START, name)
+                await self._locality.require(partial(ask, CONTROL))
+                yield partial(backup.stop, ask, started, self._history)
             finally:
                 await _hang_up(connection)
 
@@ -313,7 +295,8 @@ class Postgres:
         """Give where the cluster lies and who owns it.
 
         Raises:
-            DatabaseError: no answer, the role may not read the settings, or the files are not on this host.
+            DatabaseError: no answer, the role may not read the settings, or the files are not on this host, or not
+                those that are protected.
         """
         try:
             found = await self._ask(places.LAYOUT)
@@ -321,7 +304,14 @@ class Postgres:
             if isinstance(error.__cause__, psycopg.errors.InsufficientPrivilege):
                 raise DatabaseError(error.message, hint=_GRANTS.format(role=self._role)) from error
             raise
-        return await self._threads.run(partial(places.look_at_files, *found))
+        layout = await self._threads.run(partial(places.look_at_files, *found))
+        self._locality.require_protected(data := places.data_directory(layout))
+        await self._locality.require(partial(self._ask, CONTROL), data)
+        return layout
+
+    def lies_at(self, layout: Layout) -> None:
+        """Take note of where the files lie that snapshots are made of; see port `Database`."""
+        self._locality.data = places.data_directory(layout)
 
     async def archived(self) -> str:
         """Give the file of the log that the server archived last, "" for none; raises `DatabaseError`."""
@@ -358,6 +348,7 @@ class Postgres:
             layout = await self.layout()
         except DatabaseError as error:
             return [*findings, preflight.unreachable(error)]
+        findings += self._locality.findings()
         return findings + await self._threads.run(partial(preflight.check_paths, layout, volumes))
 
     async def explain(self) -> list[Finding]:

@@ -47,6 +47,10 @@ T = TypeVar("T")
 ReadLog = Callable[[str, int, int, int, float], Awaitable[bytes | None]]
 
 
+async def _refuse_none(system: str) -> None:
+    """Take whichever cluster answers."""
+
+
 @dataclass(slots=True)
 class Lives:
     """Knows which incarnation of each cluster is the present one; shared by all that connect to it.
@@ -54,6 +58,7 @@ class Lives:
     Args:
         deadline_seconds: bound of one comparison.
         read: gives bytes of the server's log; see `read_log`.
+        refuse_another: raises `SourceError` for a cluster whose files do not lie here.
     """
 
     deadline_seconds: float = 10.0
@@ -62,6 +67,7 @@ class Lives:
     """Where the journal keeps its log, once there is one; it remembers the incarnations too."""
     writer: tuple[int, int] | None = None
     """Who writes into these folders."""
+    refuse_another: Callable[[str], Awaitable[None]] = _refuse_none
     _newest: dict[str, int] = field(default_factory=dict)
     _looked: set[str] = field(default_factory=set)
     _confirmed: History | None = None
@@ -115,10 +121,11 @@ class Lives:
             through: how far its log was seen.
 
         Raises:
-            SourceError: the server did not answer, or a folder for a new log cannot be made.
+            SourceError: the server did not answer, is another cluster's, or a folder for a new log cannot be made.
         """
         async with self._turn:
             system = await identify(dsn, self.deadline_seconds)
+            await self.refuse_another(system.identifier)
             await self._look(system.identifier)
             history = self.history(system.identifier, system.timeline)
             if through is not None:

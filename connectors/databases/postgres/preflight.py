@@ -70,7 +70,7 @@ async def check_cluster(
     if standby:
         findings.append(
             Finding(
-                "primary", _REFUSED, "this server is a standby", "connect to the primary (target_session_attrs=primary)"
+                "primary", _REFUSED, "this server is a standby", "protect the primary, by a service on its own host"
             )
         )
     findings += check_room("max_replication_slots", int(settings["max_replication_slots"]) - slots_used, len(ours) + 1)

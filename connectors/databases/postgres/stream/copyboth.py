@@ -107,7 +107,7 @@ class CopyBoth:
     async def require_primary(self) -> None:
         """Raise `SourceError` where a standby answers, whose log is another one's, and may be behind."""
         if (await self._command("SELECT pg_catalog.pg_is_in_recovery()"))[0] == b"t":
-            raise SourceError("the server is a standby", hint="connect to the primary; see target_session_attrs")
+            raise SourceError("the server is a standby", hint="protect the primary, by a service on its own host")
 
     async def identify(self) -> System:
         """Give which cluster the server is, its timeline, and how far its log is flushed."""

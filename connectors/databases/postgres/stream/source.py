@@ -175,7 +175,7 @@ class PostgresSource:
         if standby:
             raise SourceError(
                 f"the server of database {self.name} is a standby",
-                hint="connect to the primary; see target_session_attrs",
+                hint="protect the primary, by a service on its own host",
             )
         self.heartbeat_seconds = min(10.0, timeout_ms / 4000) if timeout_ms else 10.0
         return side
