@@ -69,6 +69,9 @@ class Replay:
     """Whether the snapshots end at the target by themselves, and nothing is to be replayed beyond."""
     held_until: At = 0
     """So far the snapshots may hold log themselves: no replay stops before."""
+    redo: Position | None = None
+    """From here on the snapshots have to be replayed, or from behind: those that begin before are of something else.
+    None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,9 @@ class Plan:
     @property
     def replay(self) -> Replay:
         """What leads a clone of the base to the target."""
-        held = self.mark.holds_at_most
-        return Replay(self.target, self.log_from, self.log_until, self.mark.bracket, self.as_cut, held)
+        mark, held = self.mark, self.mark.holds_at_most
+        redo = mark.bracket.start if mark.bracket else mark.redo
+        return Replay(self.target, self.log_from, self.log_until, mark.bracket, self.as_cut, held, redo)
 
     def describe(self) -> list[str]:
         """Give the plan in lines for people."""

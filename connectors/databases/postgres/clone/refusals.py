@@ -19,15 +19,41 @@ _HINTS = {
 
 
 def require_fit(control: dict[str, str], replay: Replay) -> None:
-    """Refuse a clone of another cluster, and one that is consistent only behind the target; raises `RestoreError`."""
+    """Refuse a clone of another cluster or server, and one that is consistent only behind the target.
+
+    Raises:
+        RestoreError: it is one of these.
+    """
     target, bracket = replay.target, replay.bracket
     system = control["Database system identifier"]
     if system != target.history.system:
         raise RestoreError(f"the clone is of cluster {system}, the target in cluster {target.history.system}")
+    _require_server(control, replay)
     if bracket is not None and target.at is not None and target.at < bracket.stop.at:
         raise RestoreError(
             f"the target {Lsn(target.at)} lies before {bracket.stop.place}, where the copy becomes consistent",
             hint="restore from an earlier point",
+        )
+
+
+def _require_server(control: dict[str, str], replay: Replay) -> None:
+    """Refuse the files of another server than the one that said from where they are replayed, and how far they go.
+
+    Between these two the server wrote the control file that was cut: it begins at or behind the first, and its newest
+    checkpoint lies before the second. `cover` holds them against each other by now; points of before bear what an
+    address said that led to another server, and its backup label.
+    """
+    redo, checkpoint = (Lsn.parse(control[f"Latest checkpoint{name}"]) for name in ("'s REDO location", " location"))
+    timeline = int(control["Latest checkpoint's TimeLineID"])
+    wrong = ""
+    if replay.redo is not None and (timeline, redo) < (replay.redo.history.branch, replay.redo.at):
+        wrong = f"are replayed from {redo} of timeline {timeline}, and the server's began at {replay.redo} by then"
+    elif replay.held_until and checkpoint >= replay.held_until:
+        wrong = f"have a checkpoint at {checkpoint}, and the server had come to {Lsn(replay.held_until)} at the most"
+    if wrong:
+        raise RestoreError(
+            f"the point's files are not those of the server whose commits it is said to hold: they {wrong}",
+            hint="the address led to another server then; name a commit from before that (trigpoint list)",
         )
 
 

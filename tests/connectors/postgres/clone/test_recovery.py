@@ -247,3 +247,24 @@ def test_a_restore_by_time_holds_every_commit_up_to_that_time_and_no_other() -> 
 
     with loop_volume("btrfs", 4096) as folder, ground(16, folder, btrfs=True, track_commit_timestamp="on") as made:
         asyncio.run(run(made))
+
+
+def test_the_label_of_one_server_on_the_files_of_another_is_refused(on_any: Ground) -> None:
+    """As points have it that were made while the address led to another server, which had gone further."""
+
+    async def run() -> None:
+        here = on_any
+        async with here.journaling():
+            cut = await asyncio.to_thread(here.copy_in_bracket)
+            here.cluster.sql("INSERT INTO ledger SELECT pg_current_xact_id()")
+            further = await asyncio.to_thread(here.copy_in_bracket)
+            end = here.durable()
+            await here.journal_reaches(end)
+        wrong = replace(cut, bracket=further.bracket, floor=further.floor, ceiling=further.ceiling)
+        with pytest.raises(RestoreError, match="not those of the server whose commits") as refused:
+            await here.restore(wrong, Target(end.history, None, True, "all"), until=end.at)
+        assert f"the server's began at {further.bracket.start if further.bracket else ''} by then" in str(refused.value)
+        _, running, _ = await here.restore(further, Target(end.history, None, True, "all"), until=end.at)
+        assert await here.ledger(running)
+
+    asyncio.run(run())
