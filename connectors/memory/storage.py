@@ -127,7 +127,7 @@ class MemoryStorage:
         await asyncio.sleep(0)
         self._world.kept.pop(point, None)
 
-    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
         """Make a copy of what a point holds."""
         await asyncio.sleep(0)
         kept = self._world.kept.get(point)
@@ -136,7 +136,7 @@ class MemoryStorage:
         if name in self._world.clones:
             raise StorageError(f"the clone {name} exists already", hint="choose another name", retryable=False)
         paths = tuple((volume, Path(f"/memory/clones/{name}/{volume}")) for volume in kept.cuts)
-        clone = Clone(name, point, paths, self._world.now())
+        clone = Clone(name, point, paths, self._world.now(), identity)
         self._world.clones[name] = clone, {volume: content for volume, (_, content) in kept.cuts.items()}
         progress("clone", 1, 1)
         return clone

@@ -179,20 +179,21 @@ class BtrfsStorage:
             _remove(folder)
             self._deleted_at = time.monotonic()
 
-    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
         """Make writable snapshots of a point's snapshots."""
         with as_storage_error(f"clone {name} of {point}"):
-            clone = await self._threads.run(partial(self._clone, point, name), alone=(f"clone {name}", point))
+            making = partial(self._clone, point, name, identity)
+            clone = await self._threads.run(making, alone=(f"clone {name}", point))
         progress("clone", 1, 1)
         return clone
 
-    def _clone(self, point: str, name: str) -> Clone:
+    def _clone(self, point: str, name: str, identity: str) -> Clone:
         self._shelf.clone_folder(name)
         found = self._shelf.tagged(point, _look)
         if not found.complete:
             raise StorageError(f"no whole snapshot of {point}", hint=MENDING, retryable=False)
         self._shelf.require_free()
-        clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots])
+        clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots], identity)
         try:
             for kept, (_, path) in zip(found.snapshots, clone.paths, strict=True):
                 libbtrfsutil.create_snapshot(Path(kept.location), path, read_only=False)

@@ -207,7 +207,7 @@ class DirectoryStorage:
             self._shelf.forget(point)
             remove_tree(folder)
 
-    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
         """Copy a point's snapshots. A cancelled call stops at the next block and cleans up."""
         stop = threading.Event()
         loop = asyncio.get_running_loop()
@@ -216,11 +216,12 @@ class DirectoryStorage:
             loop.call_soon_threadsafe(progress, "clone", done, total)
 
         with as_storage_error(f"clone {name} of {point}"), _stopping(stop):
-            return await self._threads.run(
-                partial(self._clone, point, name, told, stop), alone=(f"clone {name}", point)
-            )
+            making = partial(self._clone, point, name, identity, told, stop)
+            return await self._threads.run(making, alone=(f"clone {name}", point))
 
-    def _clone(self, point: str, name: str, told: Callable[[int, int], None], stop: threading.Event) -> Clone:
+    def _clone(
+        self, point: str, name: str, identity: str, told: Callable[[int, int], None], stop: threading.Event
+    ) -> Clone:
         folder = self._shelf.clone_folder(name)
         found = self._shelf.tagged(point, _look)
         if not found.complete:
@@ -231,7 +232,7 @@ class DirectoryStorage:
         self._shelf.require_free(0 if shares else total)
         if stop.is_set():  # whoever asked for it may have removed it already
             raise StorageError(f"clone {name} was given up before it was begun")
-        clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots])
+        clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots], identity)
         try:
             copier = Copier(stop=stop, told=lambda done: told(done, total))
             for kept, (_, path) in zip(found.snapshots, clone.paths, strict=True):

@@ -3,7 +3,7 @@
     <folder>/lock                               held by the one who makes and removes points, and whose it is
     <folder>/trg-<point id>/point.json          the sidecar: tag, volumes, times; sealed with a digest
                             <volume>            the snapshot: a folder, or a subvolume
-    <folder>/clones/<name>/clone.json           which point it came from, when
+    <folder>/clones/<name>/clone.json           which point it came from, when, and its identity
                            <volume>             the writable copy
 
 A sidecar is replaced by a rename of a flushed file, so it is the old one or the new one and never neither; one
@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -28,15 +26,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from connectors.storage import claims
+from connectors.storage import claims, sealed
 from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
 from trigger.errors import StorageError
 from trigger.lock import lock
 from trigger.model import Finding, Severity, Snapshot, Space, Volume, is_point_id, tag_name
 from trigger.ports import Clone, Tagged
-from trigger.trusted import NotOursError, open_file, require_no_link, why_not_ours
+from trigger.trusted import NotOursError, require_no_link, why_not_ours
 
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -224,7 +221,7 @@ class Shelf:
     def read(self, point: str) -> Sidecar | None:
         """Give a point's sidecar; None where it is missing or damaged."""
         folder = self.point_folder(point)
-        content = _read(folder / "point.json")
+        content = sealed.read(folder / "point.json")
         if content is None:
             return None
         try:
@@ -235,18 +232,18 @@ class Shelf:
     def write(self, point: str, sidecar: Sidecar) -> None:
         """Write or replace a point's sidecar durably."""
         self.require_ours(self.point_folder(point))
-        _write(self.point_folder(point) / "point.json", sidecar_out(sidecar))
+        sealed.replace(self.point_folder(point) / "point.json", sidecar_out(sidecar))
 
     def write_ahead(self, point: str, sidecar: Sidecar) -> None:
         """Write a point's first sidecar; its content is durable, its name with the filesystem's next commit."""
-        _write_flushed(self.point_folder(point) / "point.json", sidecar_out(sidecar))
+        sealed.write_new(self.point_folder(point) / "point.json", sidecar_out(sidecar))
 
     def forget(self, point: str) -> None:
         """Remove a point's sidecar durably: from here on the point is unfinished."""
         folder = self.point_folder(point)
         self.require_ours(folder)
         (folder / "point.json").unlink(missing_ok=True)
-        _flush_folder(folder)
+        sealed.flush_folder(folder)
 
     def made_before(
         self, volumes: Sequence[Volume], point: str, look: Callable[[Snapshot], Snapshot | None]
@@ -285,24 +282,40 @@ class Shelf:
         found = tuple(seen for kept in sidecar.snapshots if (seen := look(kept)) is not None)
         return Tagged(point, sidecar.tag, found, complete=len(found) == len(sidecar.snapshots))
 
-    def begin_clone(self, name: str, point: str, volumes: Sequence[str]) -> Clone:
-        """Make the folder of a clone and note where it comes from; raises `StorageError` if the name is taken."""
+    def begin_clone(self, name: str, point: str, volumes: Sequence[str], identity: str) -> Clone:
+        """Make the folder of a clone, with what says where it comes from and whose it is: both or neither.
+
+        Raises:
+            StorageError: the name is taken.
+        """
         folder = self.clone_folder(name)
         self.require_ours(folder.parent)
         make_folder(folder.parent)
+        draft = self._fresh_draft(folder)
+        _make_one(draft)
+        content = {"point": point, "volumes": list(volumes), "created_at": datetime.now(UTC).isoformat()}
+        sealed.replace(draft / "clone.json", content | {"identity": identity})
         try:
-            _make_one(folder)
-        except FileExistsError:
+            draft.rename(folder)  # over none, or one in which nothing lies
+        except OSError as error:
+            self._fresh_draft(folder)
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
             hint = "drop it first, or choose another name"
             raise StorageError(f"the clone {name} exists already", hint=hint, retryable=False) from None
-        content = {"point": point, "volumes": list(volumes), "created_at": datetime.now(UTC).isoformat()}
-        _write(folder / "clone.json", content)
         return self._clone(folder)
 
+    def _fresh_draft(self, folder: Path) -> Path:
+        """Give where a clone's folder is made ready, with nothing there."""
+        draft = folder.with_name(f".{folder.name}")
+        remove_tree(draft)
+        return draft
+
     def present_clone(self, name: str) -> Path:
-        """Give where a clone lies, for a change; raises `NotOursError` where that is not ours."""
+        """Give where a clone lies, for its removal; raises `NotOursError` where that is not ours."""
         folder = self.clone_folder(name)
         self.require_ours(folder.parent, folder)
+        self._fresh_draft(folder)
         return folder
 
     def clones(self) -> list[Clone]:
@@ -313,12 +326,12 @@ class Shelf:
         return [self._clone(found) for found in sorted(folder.iterdir()) if _CLONE_NAME.fullmatch(found.name)]
 
     def _clone(self, folder: Path) -> Clone:
-        content = _read(folder / "clone.json") or {}
+        content = sealed.read(folder / "clone.json") or {}
         volumes = content.get("volumes", [])
         since = content.get("created_at")
         created_at = datetime.fromisoformat(since) if since else datetime.fromtimestamp(folder.stat().st_mtime, UTC)
         paths = tuple((volume, folder / volume) for volume in volumes)
-        return Clone(folder.name, content.get("point", ""), paths, created_at)
+        return Clone(folder.name, content.get("point", ""), paths, created_at, content.get("identity", ""))
 
     def space(self) -> Space:
         """Give the room that is left on the filesystem of the folder."""
@@ -449,40 +462,3 @@ def remove_tree(folder: Path) -> None:
     """Remove a folder with all it holds; nothing to remove is no error."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    fresh = path.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    _write_flushed(fresh, content)
-    fresh.replace(path)
-    _flush_folder(path.parent)
-
-
-def _write_flushed(path: Path, content: dict[str, Any]) -> None:
-    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
-        file.write(json.dumps({"content": content, "sha256": _digest(content)}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        with os.fdopen(open_file(path), "rb") as file:
-            document = json.loads(file.read())
-        content: dict[str, Any] = document["content"]
-        return content if document["sha256"] == _digest(content) else None
-    except (OSError, KeyError, TypeError, ValueError, RecursionError):  # of what cannot be read nothing else is known
-        return None
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

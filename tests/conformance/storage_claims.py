@@ -272,6 +272,16 @@ async def the_name_of_a_clone_is_taken_once(rig: Rig) -> None:
 
 
 @every
+async def a_clone_bears_the_identity_that_it_was_made_with(rig: Rig) -> None:
+    storage = rig.driver()
+    await storage.snapshot(rig.volumes, A, TAG)
+    made = await storage.clone(A, "copy", silent, identity="first")
+    with pytest.raises(StorageError):
+        await storage.clone(A, "copy", silent, identity="second")
+    assert [made.identity, *(clone.identity for clone in await rig.driver().clones())] == ["first", "first"]
+
+
+@every
 async def a_clone_that_fails_leaves_nothing_behind(rig: Rig) -> None:
     with pytest.raises(StorageError):
         await rig.driver().clone(A, "copy", silent)

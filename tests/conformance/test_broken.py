@@ -61,8 +61,8 @@ class CallsTheUnfinishedComplete(DirectoryStorage):
 
 
 class ClonesByHardLink(DirectoryStorage):
-    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
-        clone = await super().clone(point, name, progress)
+    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+        clone = await super().clone(point, name, progress, identity=identity)
         for volume, path in clone.paths:
             shutil.rmtree(path)
             kept = self._shelf.point_folder(point) / volume
@@ -100,16 +100,21 @@ class KeepsItsClaim(DirectoryStorage):
 
 
 class OverwritesAClone(DirectoryStorage):
-    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
         await self.drop_clone(name)
-        return await super().clone(point, name, progress)
+        return await super().clone(point, name, progress, identity=identity)
+
+
+class ForgetsWhoseACloneIs(DirectoryStorage):
+    async def clones(self) -> list[Clone]:
+        return [replace(found, identity="") for found in await super().clones()]
 
 
 class LeavesAFailedClone(DirectoryStorage):
-    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
         if not self._shelf.point_folder(point).exists():
-            self._shelf.begin_clone(name, point, [])
-        return await super().clone(point, name, progress)
+            self._shelf.begin_clone(name, point, [], identity)
+        return await super().clone(point, name, progress, identity=identity)
 
 
 class DeletesWhatBeginsLikeOurs(DirectoryStorage):
@@ -185,6 +190,7 @@ BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[No
     (ClaimsOncePerSnapshot, storage_claims.snapshots_side_by_side_do_not_contend_for_their_own_claim),
     (KeepsItsClaim, storage_claims.a_claim_is_held_by_one_until_it_lets_go),
     (OverwritesAClone, storage_claims.the_name_of_a_clone_is_taken_once),
+    (ForgetsWhoseACloneIs, storage_claims.a_clone_bears_the_identity_that_it_was_made_with),
     (LeavesAFailedClone, storage_claims.a_clone_that_fails_leaves_nothing_behind),
     (DeletesWhatBeginsLikeOurs, storage_claims.what_is_not_ours_is_neither_listed_nor_deleted),
     (ListsWhatBeginsLikeOurs, storage_claims.what_is_not_ours_is_neither_listed_nor_deleted),

@@ -46,6 +46,8 @@ class Clone:
     paths: tuple[tuple[str, Path], ...]
     """(volume, where its copy lies)."""
     created_at: datetime
+    identity: str = ""
+    """What it was made with, which tells it from any other of its name; "" for one of an earlier version."""
 
 
 class Storage(Protocol):
@@ -116,8 +118,11 @@ class Storage(Protocol):
         """Remove the snapshots and the tag of a point; nothing to remove is no error."""
         ...
 
-    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
+    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
         """Make a writable copy of a point's snapshots under `name` (made by us: lower-case letters, digits, `-`).
+
+        It bears `identity` from its first moment in `clones` on, so that whoever made it tells it from one that was
+        there before, or came later under the same name.
 
         It need not be on stable storage yet: what a restore makes of it is synced as a whole at the end.
 

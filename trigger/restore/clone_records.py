@@ -37,6 +37,11 @@ def clone_name(text: str) -> str:
     return text
 
 
+def new_identity() -> str:
+    """Give what no other clone bears."""
+    return secrets.token_hex(16)
+
+
 def new_name(kind: str) -> str:
     """Give a name nobody has: `trg-<kind>-` and eight hexadecimal digits."""
     return clone_name(f"trg-{kind}-{secrets.token_hex(4)}")
@@ -61,6 +66,8 @@ class CloneRecord:
     """The position up to which it holds the log of the database it is a copy of; "" likewise."""
     checks: tuple[tuple[str, bool, str], ...] = ()
     """By which it was proven."""
+    identity: str = ""
+    """What the clone in the storage bears too; "" for one of an earlier version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,26 +106,27 @@ def intent(folder: Path, record: CloneRecord) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def abandoned(folder: Path, name: str) -> Iterator[bool]:
-    """Hold the intent of a clone whose maker died, so that nobody else removes it; whether it is such a one."""
+def abandoned(folder: Path, name: str) -> Iterator[CloneRecord | None]:
+    """Hold the intent of a clone whose maker died, so that nobody else removes it; None where it is no such one."""
     with contextlib.ExitStack() as held:
         try:
             descriptor = os.open(_intent(folder, name), os.O_RDONLY | os.O_CLOEXEC)
             held.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_it = os.path.samestat(os.fstat(descriptor), _intent(folder, name).stat())
-        except (BlockingIOError, FileNotFoundError):
-            is_it = False
-        yield is_it and not _done(folder, name).exists()
+            record = _record(_intent(folder, name).read_text())
+        except (BlockingIOError, FileNotFoundError, ValueError, TypeError, KeyError):
+            is_it, record = False, None
+        yield record if is_it and not _done(folder, name).exists() else None
 
 
 def _take_name(folder: Path, name: str, draft: Path) -> None:
     """Put the intent in its place, whole and locked from its first moment there."""
-    taken = _done(folder, name).exists()
     with contextlib.suppress(FileExistsError):
-        if not taken:
-            os.link(draft, _intent(folder, name))
+        os.link(draft, _intent(folder, name))
+        if not _done(folder, name).exists():  # only now nobody else can finish one under this name
             return
+        _intent(folder, name).unlink()
     raise RestoreError(
         f"there is a clone {name} already",
         hint=f"choose another name, or remove it: trigpoint clones drop {name}",

@@ -150,19 +150,36 @@ async def drop(name: str, site: Site) -> None:
     await to_its_end(remove(name, site))
 
 
-async def remove(name: str, site: Site) -> None:
+def is_of(clone: Clone, record: CloneRecord) -> bool:
+    """Whether a clone is the one that was to be made by `record`, not one that was there before under that name.
+
+    Where neither bears an identity, an earlier version made both, and the times are all that there is to go by.
+    """
+    if clone.identity or record.identity:
+        return clone.identity == record.identity
+    return clone.created_at >= record.created_at
+
+
+async def remove(name: str, site: Site, *, of: CloneRecord | None = None) -> None:
     """Stop a clone's server, drop the clone, remove the staged log, and forget it, in this order; may be repeated.
+
+    Args:
+        name: the clone's.
+        site: where it is.
+        of: what was written down before it was made. Where the storage has another one under that name, that was
+            there before, and is left alone: only what is written down goes then. None for whatever bears the name.
 
     Raises:
         TrigpointError: a step failed or took too long; what is left stays written down, so that it is found.
     """
     try:
         async with asyncio.timeout(CLEANUP_SECONDS):
-            for clone in await site.storage.clones():
-                if clone.name == name:
-                    await site.recovery.stop(clone)
-            await site.storage.drop_clone(name)
-            await asyncio.to_thread(clone_records.remove_folder, site.staged_log(name))
+            there = next((clone for clone in await site.storage.clones() if clone.name == name), None)
+            if there is None or of is None or is_of(there, of):
+                if there is not None:
+                    await site.recovery.stop(there)
+                await site.storage.drop_clone(name)
+                await asyncio.to_thread(clone_records.remove_folder, site.staged_log(name))
             await asyncio.to_thread(clone_records.forget, site.records_folder, name)
     except TimeoutError:
         raise RestoreError(

@@ -137,26 +137,27 @@ async def _expired(found: Plan, site: Site) -> bool:
 async def raised(
     found: Plan, site: Site, name: str, progress: Progress, *, throwaway: bool = False
 ) -> AsyncIterator[Raised]:
-    """Give the clone that `found` plans, up and running; if the block fails, everything of it is removed.
+    """Give the clone that `found` plans, up and running; if the block fails, everything of it, and nothing else, goes.
 
     The block has to call `clone_records.finish` to keep the clone, or to drop it.
     """
-    record = CloneRecord(name, found.target.description, found.base.number, site.clock.now())
+    identity = clone_records.new_identity()
+    record = CloneRecord(name, found.target.description, found.base.number, site.clock.now(), identity=identity)
     with clone_records.intent(site.records_folder, record):
         try:
             reached("after-intent")
-            yield await _bring_up(found, site, name, progress, throwaway=throwaway)
+            yield await _bring_up(found, site, record, progress, throwaway=throwaway)
         except BaseException as error:
-            await to_its_end(_remove_after(error, name, site))
+            await to_its_end(_remove_after(error, record, site))
             raise
 
 
-async def _bring_up(found: Plan, site: Site, name: str, progress: Progress, *, throwaway: bool) -> Raised:
+async def _bring_up(found: Plan, site: Site, record: CloneRecord, progress: Progress, *, throwaway: bool) -> Raised:
     watch = _Watch()
-    clone = await site.storage.clone(found.base.id, name, progress)
+    clone = await site.storage.clone(found.base.id, record.name, progress, identity=record.identity)
     watch.lap("clone")
     reached("after-clone")
-    folder = site.staged_log(name)
+    folder = site.staged_log(record.name)
     await asyncio.to_thread(clone_records.make_folder, folder)
     staged = await site.journal.stage(found.replay, folder, progress)
     watch.lap("stage")
@@ -203,9 +204,10 @@ async def require_room(found: Plan, site: Site) -> None:
         )
 
 
-async def _remove_after(error: BaseException, name: str, site: Site) -> None:
+async def _remove_after(error: BaseException, record: CloneRecord, site: Site) -> None:
+    name = record.name
     try:
-        await remove(name, site)
+        await remove(name, site, of=record)
     except (TrigpointError, OSError) as left:
         log.warning("clone %s was not removed after its failure: %s", name, left)
         error.add_note(f"clone {name} was left behind ({left}); remove it with: trigpoint clones drop {name}")
@@ -254,4 +256,5 @@ def _record(up: Raised, site: Site, checks: tuple[tuple[str, bool, str], ...]) -
         history=str(up.running.history),
         stands_at=str(Position(up.plan.target.history, up.running.replayed)),
         checks=checks,
+        identity=up.clone.identity,
     )

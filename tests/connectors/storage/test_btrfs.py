@@ -192,7 +192,7 @@ with patch(step, create):
 @pytest.mark.parametrize(
     ("step", "when", "whole"),
     [
-        ("connectors.storage.shelf._write_flushed", "before", False),
+        ("connectors.storage.sealed.write_new", "before", False),
         ("connectors.storage.libbtrfsutil.create_snapshot", "before", False),
         ("connectors.storage.libbtrfsutil.create_snapshot", "after", True),
     ],

@@ -331,6 +331,27 @@ def test_a_clone_tells_its_progress_and_is_refused_without_room(tmp_path: Path) 
     assert [found.name for found in asyncio.run(greedy.clones())] == ["copy"]
 
 
+def test_a_clone_is_there_with_its_identity_or_not_at_all(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.cut(0)
+    clones = tmp_path / "storage" / "clones"
+
+    def clone() -> None:
+        asyncio.run(house.storage.clone(POINTS[0], "copy", lambda *_: None, identity="ours"))
+
+    for name in ("connectors.storage.sealed.write_new", "pathlib.Path.rename"):
+        with patch(name, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            clone()  # as if killed there
+        assert asyncio.run(house.storage.clones()) == []
+        assert [left.name for left in clones.iterdir()] == [".copy"]
+    clone()
+    assert [found.identity for found in asyncio.run(house.storage.clones())] == ["ours"]
+    with patch("pathlib.Path.rename", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        clone()
+    asyncio.run(house.storage.drop_clone("copy"))
+    assert not list(clones.iterdir())
+
+
 @pytest.mark.volume
 def test_nothing_is_copied_that_would_leave_too_little_free(tmp_path: Path) -> None:
     with loop_volume("ext4", 128) as mount:
@@ -422,7 +443,7 @@ with patch(step, kill):
         "connectors.storage.directory.Manifest.write",
         "connectors.storage.copying.Copier._bytes",
         "connectors.storage.directory.syncfs",
-        "connectors.storage.shelf._write_flushed",
+        "connectors.storage.sealed.write_new",
         "connectors.storage.shelf.Path.replace",
     ],
 )

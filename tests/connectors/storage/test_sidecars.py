@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from connectors.storage import shelf
+from connectors.storage import sealed
 from connectors.storage.directory import DirectoryStorage
 from tests.fixtures.volumes import flip_bit
 from trigger.errors import StorageError
@@ -93,7 +93,7 @@ def test_a_sidecar_that_cannot_be_read_keeps_no_other_point_from_being_found(
             raise OSError(5, "Input/output error", str(path))
         return opened(path, *more, **options)
 
-    monkeypatch.setattr(shelf, "open_file", on_a_bad_sector)
+    monkeypatch.setattr(sealed, "open_file", on_a_bad_sector)
     damaged, whole = house.found()
     assert (damaged.tag, len(damaged.snapshots)) == (None, 2)
     assert (whole.tag, whole.complete) == (f"tag of {B}", True)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from tests.fixtures.bank import Bank, Breaking, nothing_left, quiet, run, two_points
-from trigger.errors import RestoreError
+from trigger.errors import RestoreError, StorageError
 from trigger.model import EPOCH, Address
+from trigger.ports import Clone
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, clone_name
 from trigger.restore.clones import CloneState, clones, drop, start, stop
@@ -99,7 +101,7 @@ def test_a_killed_restore_is_found_as_unfinished_and_dropped(tmp_path: Path, pla
 
     async def story(it: Bank) -> None:
         target = await two_points(it)
-        await it.site.storage.clone((await it.catalog.bases())[0].id, "one", quiet)  # what the killed one had made
+        await what_the_killed_one_made(it)
         (status,) = await clones(it.site)
         assert (status.state, status.record and status.record.target) == (CloneState.UNFINISHED, target.description)
         await drop("one", it.site)
@@ -113,9 +115,8 @@ def test_what_a_killed_restore_left_goes_by_itself_and_nothing_else(tmp_path: Pa
 
     async def story(it: Bank) -> None:
         target = await two_points(it)
-        base = (await it.catalog.bases())[0].id
-        await it.site.storage.clone(base, "one", quiet)
-        await it.site.storage.clone(base, "stray", quiet)
+        await what_the_killed_one_made(it)
+        await it.site.storage.clone((await it.catalog.bases())[0].id, "stray", quiet)
         await restore(target, it.site, progress=quiet, name="whole")
         assert await clear(it.site) == (["one"], [])
         assert await clear(it.site) == ([], [])
@@ -133,7 +134,7 @@ def test_what_a_killed_restore_left_stays_while_somebody_elses_server_works_in_i
 
     async def story(it: Bank) -> None:
         await two_points(it)
-        clone = await it.site.storage.clone((await it.catalog.bases())[0].id, "one", quiet)
+        clone = await what_the_killed_one_made(it)
         it.world.at_work.add(str(clone.paths[0][1]))
         gone, (why,) = await clear(it.site)
         assert not gone
@@ -144,6 +145,66 @@ def test_what_a_killed_restore_left_stays_while_somebody_elses_server_works_in_i
         assert nothing_left(it)
 
     run(tmp_path, story)
+
+
+async def what_the_killed_one_made(it: Bank) -> Clone:
+    record = clone_records.written(it.site.records_folder)["one"].record
+    base = (await it.catalog.bases())[0].id
+    return await it.site.storage.clone(base, "one", quiet, identity=record.identity)
+
+
+def test_a_refused_restore_leaves_the_clone_that_was_there_before(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        target = await two_points(it)
+        await restore(target, it.site, progress=quiet, name="one")
+        held = it.held("one")
+        shutil.rmtree(it.site.records_folder)  # as with the state folder
+        with pytest.raises(StorageError, match="one exists already"):
+            await restore(target, it.site, progress=quiet, name="one")
+        assert it.held("one") == held, "its server runs"
+        assert [clone.name for clone in await it.site.storage.clones()] == ["one"]
+        assert not clone_records.written(it.site.records_folder), "nobody knows more of it than before"
+
+    run(tmp_path, story)
+
+
+@pytest.mark.parametrize("by", ["this version", "an earlier one"])
+def test_what_was_there_before_a_restore_that_was_killed_stays(tmp_path: Path, by: str) -> None:
+    kill_one(tmp_path, "after-intent")
+    intent = tmp_path / "clones" / "one.intent"
+    if by == "an earlier one":
+        old = json.loads(intent.read_text())
+        del old["identity"]
+        later = datetime.fromisoformat(old["created_at"]) + timedelta(hours=1)
+        intent.write_text(json.dumps(old | {"created_at": later.isoformat()}))
+
+    async def story(it: Bank) -> None:
+        await two_points(it)
+        await it.site.storage.clone((await it.catalog.bases())[0].id, "one", quiet)
+        await clear(it.site)
+        assert [clone.name for clone in await it.site.storage.clones()] == ["one"]
+        assert not intent.exists()
+
+    run(tmp_path, story)
+
+
+def test_a_name_that_is_given_away_amid_our_taking_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, theirs = os.link, CloneRecord("one", "theirs", 1, EPOCH)
+
+    def link_late(draft: Path, place: Path) -> None:
+        monkeypatch.undo()
+        with clone_records.intent(tmp_path, theirs):
+            clone_records.finish(tmp_path, theirs)
+        link(draft, place)
+
+    monkeypatch.setattr(os, "link", link_late)
+    with (
+        pytest.raises(RestoreError, match="there is a clone one already"),
+        clone_records.intent(tmp_path, replace(theirs, target="ours")),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+    assert clone_records.written(tmp_path)["one"].record == theirs
 
 
 def kill_one(tmp_path: Path, place: str) -> None:

@@ -304,10 +304,10 @@ def test_a_base_that_expires_between_plan_and_clone_gives_way_to_an_older_one(tm
             def __getattr__(self, name: str) -> Any:
                 return getattr(it.site.storage, name)
 
-            async def clone(self, point: str, name: str, progress: Any) -> Any:
+            async def clone(self, point: str, name: str, progress: Any, *, identity: str) -> Any:
                 if point == newer.id:
                     await expire(it.catalog, it.site.storage, newer)
-                return await it.site.storage.clone(point, name, progress)
+                return await it.site.storage.clone(point, name, progress, identity=identity)
 
         target = await it.resolve(Named(name=wanted.name))
         report = await restore(target, with_port(it.site, "storage", Thinned()), progress=quiet, name="one")

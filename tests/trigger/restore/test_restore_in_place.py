@@ -37,8 +37,8 @@ class Folders(MemoryStorage):
         super().__init__(world)
         self.folder = self.clones_folder = folder
 
-    async def clone(self, point: str, name: str, progress: Progress) -> Clone:
-        made = await super().clone(point, name, progress)
+    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+        made = await super().clone(point, name, progress, identity=identity)
         moved = replace(made, paths=tuple((volume, self.folder / name / volume) for volume, _ in made.paths))
         for volume, path in moved.paths:
             path.mkdir(parents=True)
