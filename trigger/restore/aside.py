@@ -25,10 +25,9 @@ from trigger.host import sync_folder
 from trigger.model import Finding, Severity, Volume
 from trigger.restore.clones import Site, to_its_end
 from trigger.restore.obstacles import require_none
-from trigger.restore.swap import Swap, forget, noted, places_held, swaps
+from trigger.restore.swap import TIME, Swap, forget, noted, places_held, swaps
 
 _MEASURING_SECONDS = 20.0
-_TIME = "%Y%m%dT%H%M%SZ"
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
@@ -74,7 +73,7 @@ async def aside(site: Site) -> list[Aside]:
     for (name, kind), paths in sorted(found.items()):
         swap = records.get(name)
         needed = await _needed(name, paths, swap or begun.get(name), site)
-        began = datetime.strptime(name, _TIME).replace(tzinfo=UTC)
+        began = datetime.strptime(name, TIME).replace(tzinfo=UTC)
         left = by_then - asyncio.get_running_loop().time()
         size = await asyncio.to_thread(_bytes, paths, left)
         words = "; ".join(finding.message for finding in needed)

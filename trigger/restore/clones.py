@@ -79,7 +79,7 @@ async def clones(site: Site) -> list[CloneStatus]:
         clone, note = there.get(name), written.get(name)
         created_at = note.record.created_at if note else there[name].created_at
         state = await _state(clone, note, site.recovery)
-        record = note.record if note else None
+        record = note.record if note and _is_about(note, clone) else None
         found.append(CloneStatus(name, state, now - created_at, created_at, clone.point if clone else "", record))
     return sorted(found, key=lambda status: (status.created_at, status.name))
 
@@ -87,11 +87,16 @@ async def clones(site: Site) -> list[CloneStatus]:
 async def _state(clone: Clone | None, note: Written | None, recovery: Recovery) -> CloneState:
     if note is not None and note.busy:
         return CloneState.RESTORING
-    if note is None or not note.finished:
+    if note is None or not note.finished or not _is_about(note, clone):
         return CloneState.UNFINISHED
     if clone is None:
         return CloneState.GONE
     return CloneState.RUNNING if await recovery.running(clone) else CloneState.STOPPED
+
+
+def _is_about(note: Written, clone: Clone | None) -> bool:
+    """Whether a record is about the clone of its name in the storage, if there is one, and not about another."""
+    return note.busy or clone is None or clone.identity == note.record.identity
 
 
 async def status_of(name: str, site: Site) -> CloneStatus:

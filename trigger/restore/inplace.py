@@ -24,7 +24,7 @@ from trigger.restore.losses import Losses, behind_clone, behind_target
 from trigger.restore.obstacles import immovable, obstacles, require_at_rest, require_none
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
-from trigger.restore.swap import Place, Swap, resume, swaps, write
+from trigger.restore.swap import TIME, Place, Swap, resume, swaps, write
 from trigger.restore.target import known_histories
 
 
@@ -187,7 +187,7 @@ async def _ready(name: str, target: str, site: Site) -> Swap:
     """Stop a proven clone, make it fit to be production, and give the swap, checked but not begun."""
     clone = await _clone(name, site)
     copies = dict(clone.paths)
-    began = f"{site.clock.now():%Y%m%dT%H%M%SZ}"
+    began = site.clock.now().strftime(TIME)
     places = tuple(Place.of(volume.path, began, str(copies[volume.name])) for volume in site.volumes)
     for place in places:
         fixed = await asyncio.to_thread(immovable, Path(place.clone), Path(place.path).parent)
@@ -199,7 +199,7 @@ async def _ready(name: str, target: str, site: Site) -> Swap:
     await site.recovery.stop(clone)
     await site.recovery.release(clone, site.volumes)
     reached("after-release")
-    return Swap(began, target, name, places, finished=False)
+    return Swap(began, target, name, places, finished=False, identity=clone.identity)
 
 
 async def _clone(name: str, site: Site) -> Clone:

@@ -3,6 +3,8 @@
 Each volume is two renames: the old state to `<path>.before-<time>`, the clone's copy to `<path>`. They are written
 down before the first; and since what exists tells which of them were done, a swap that was cut off anywhere can be
 finished or undone, and both can be repeated. Nothing is copied and nothing is deleted.
+
+The clone is known by its identity: by its name and its paths one that was made later could be taken for it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
@@ -23,11 +26,14 @@ from trigger.failpoint import reached
 from trigger.host import make_passage, sync_folder
 from trigger.lock import lock
 from trigger.model import Volume
+from trigger.restore import clone_records
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.obstacles import require_at_rest
 
 UNRECORDED = "a state of which no record is left"
 """What a swap put in place that is known only by what lies beside the volumes."""
+TIME = "%Y%m%dT%H%M%SZ"
+"""How the time is written by which a swap is called."""
 _KEPT = re.compile(r"\.before-(\d{8}T\d{6}Z)$")
 _SWAP, _UNDONE = ".swap", ".undone"
 """How the files are called in which a swap is written down: one that stands or was cut off, and one taken back."""
@@ -66,11 +72,22 @@ class Swap:
     """Whether all of it is in place; not where it was cut off, nor where its undoing was."""
     undone: bool = False
     """Whether it was taken back; then only what had been in place may still be there."""
+    identity: str = ""
+    """What the clone bears; "" where an earlier version made it."""
 
     @property
     def kept(self) -> tuple[str, ...]:
         """Where the old state lies, a path a volume."""
         return tuple(place.kept for place in self.places)
+
+    def is_of(self, identity: str, created_at: datetime) -> bool:
+        """Whether what bears the name of the clone is the clone itself, and not one that was made later.
+
+        Where neither bears an identity an earlier version made both, and only the time, in whole seconds, tells.
+        """
+        if self.identity or identity:
+            return self.identity == identity
+        return created_at.replace(microsecond=0) <= datetime.strptime(self.name, TIME).replace(tzinfo=UTC)
 
 
 async def swaps(site: Site) -> list[Swap]:
@@ -87,12 +104,14 @@ async def resume(name: str, site: Site) -> Swap:
     Raises:
         RestoreError: there is none, production runs, or the restored state is not there any more, and nothing has
             changed; or a rename failed, and it can be repeated or undone.
+        StorageError: whose clone lies there cannot be told, and nothing has changed.
     """
     with places_held(site):
         swap = await _swap(name, site)
         await require_at_rest(site)
-        _require_restored(swap)
-        await to_its_end(asyncio.to_thread(_each, swap.places, _forward))
+        places = await _with_its_clone(swap, site)
+        _require_restored(swap, places)
+        await to_its_end(asyncio.to_thread(_each, places, _forward))
         done = replace(swap, finished=True)
         await asyncio.to_thread(write, site.records_folder, done)
         await _drop_shell(swap, site)
@@ -140,8 +159,24 @@ def _note_undone(swap: Swap, records: Path) -> None:
 async def _drop_shell(swap: Swap, site: Site) -> None:
     """Remove what is left of the clone; what cannot be removed stays on the list of clones."""
     with contextlib.suppress(TrigpointError):
-        if swap.clone:
+        if not swap.clone:
+            return
+        there = [
+            (found.identity, found.created_at) for found in await site.storage.clones() if found.name == swap.clone
+        ]
+        if (note := (await asyncio.to_thread(clone_records.written, site.records_folder)).get(swap.clone)) is not None:
+            there.append((note.record.identity, note.record.created_at))
+        if all(swap.is_of(*one) for one in there):
             await remove(swap.clone, site)
+
+
+async def _with_its_clone(swap: Swap, site: Site) -> tuple[Place, ...]:
+    """Give the places of a swap; without the clone's where that is gone, though another may bear its name now."""
+    if any(os.path.lexists(place.clone) for place in swap.places):
+        for found in await site.storage.clones():
+            if found.name == swap.clone and swap.is_of(found.identity, found.created_at):
+                return swap.places
+    return tuple(replace(place, clone="") for place in swap.places)
 
 
 async def _swap(name: str, site: Site) -> Swap:
@@ -151,13 +186,15 @@ async def _swap(name: str, site: Site) -> Swap:
     raise RestoreError(f"there is no restore in place called {name}", hint="its name is the time it began")
 
 
-def _require_restored(swap: Swap) -> None:
+def _require_restored(swap: Swap, places: Sequence[Place]) -> None:
     """Refuse where a volume's restored state neither is in place nor can be put there; raises `RestoreError`."""
-    for place in swap.places:
+    for place, noted_of_it in zip(places, swap.places, strict=True):
         in_place = os.path.lexists(place.path) and (swap.finished or os.path.lexists(place.kept))
         if not in_place and _aside(place) is None:
+            lost = noted_of_it.clone
+            why = f"{lost} is another clone's now" if os.path.lexists(lost) else f"{lost} does not exist"
             raise RestoreError(
-                f"the restored state of {place.path} is gone: {place.clone} does not exist",
+                f"the restored state of {place.path} is gone: {why}",
                 hint=f"put the old state back: trigpoint restore --undo {swap.name}",
             )
 
@@ -251,7 +288,9 @@ def _read(path: Path) -> Swap:
     content = json.loads(path.read_text())
     places = tuple(Place(**place) for place in content["places"])
     finished = content["finished"] and not any(os.path.lexists(place.restored) for place in places)
-    return Swap(**content | {"places": places, "finished": finished})
+    known = {field.name for field in fields(Swap)}
+    read = content | {"places": places, "finished": finished}
+    return Swap(**{name: value for name, value in read.items() if name in known})
 
 
 def _all(folder: Path, volumes: Sequence[Volume]) -> list[Swap]:

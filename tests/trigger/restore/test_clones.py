@@ -168,6 +168,17 @@ def test_a_refused_restore_leaves_the_clone_that_was_there_before(tmp_path: Path
     run(tmp_path, story)
 
 
+def test_a_record_tells_nothing_of_another_clone_of_its_name(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        await restore(await two_points(it), it.site, progress=quiet, name="one")
+        await it.site.storage.drop_clone("one")
+        await it.site.storage.clone((await it.catalog.bases())[0].id, "one", quiet, identity="of another service")
+        (status,) = await clones(it.site)
+        assert (status.state, status.record) == (CloneState.UNFINISHED, None)
+
+    run(tmp_path, story)
+
+
 @pytest.mark.parametrize("by", ["this version", "an earlier one"])
 def test_what_was_there_before_a_restore_that_was_killed_stays(tmp_path: Path, by: str) -> None:
     kill_one(tmp_path, "after-intent")

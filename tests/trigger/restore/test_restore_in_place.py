@@ -7,9 +7,10 @@ import contextlib
 import json
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from trigger.errors import RestoreError
 from trigger.model import Volume
 from trigger.ports import Clone, Progress
 from trigger.restore import obstacles, swap
-from trigger.restore.clones import CloneState, clones, drop
+from trigger.restore.clones import CloneState, Site, clones, drop
 from trigger.restore.inplace import prepare_clone, prepare_in_place, put_in_place, restore_in_place
 from trigger.restore.restore import restore
 from trigger.restore.swap import resume, swaps, undo
@@ -295,6 +296,106 @@ def test_a_clone_cut_off_on_its_way_into_the_place_is_not_lost(tmp_path: Path, p
             assert not await clones(it.site)
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("by", ["this version", "an earlier one"])
+def test_an_undo_leaves_a_later_clone_of_the_same_name_alone(tmp_path: Path, by: str) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            target = await two_points(it)
+            await restore(target, it.site, progress=quiet, name="early")
+            _, done = await put_in_place("early", it.site, progress=quiet)
+            if by == "an earlier one":
+                without_identity(tmp_path / "records" / f"{done.name}.swap")
+            await restore(target, it.site, progress=quiet, name="early")
+            await undo(done.name, it.site)
+            assert states(it) == all_of(OLD)
+            assert [(clone.name, clone.state) for clone in await clones(it.site)] == [("early", CloneState.RUNNING)]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("by", ["this version", "an earlier one"])
+@pytest.mark.parametrize("cuts", [1, 2, 3])
+def test_an_undo_that_was_cut_off_takes_up_its_own_state_and_no_later_clone(tmp_path: Path, cuts: int, by: str) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            target = await two_points(it)
+            await restore(target, it.site, progress=quiet, name="early")
+            _, done = await put_in_place("early", it.site, progress=quiet)
+            with cut_at("after-rename", cuts), pytest.raises(CutError):
+                await undo(done.name, it.site)
+            if by == "an earlier one":
+                without_identity(tmp_path / "records" / f"{done.name}.swap")
+            await restore(target, it.site, progress=quiet, name="early")
+            later = tmp_path / "clones" / "early"
+            for volume in it.site.volumes:
+                (later / volume.name / "state").write_text("later")
+            await resume(done.name, it.site)
+            assert states(it) == all_of(NEW)
+            assert [(later / volume.name / "state").read_text() for volume in it.site.volumes] == ["later", "later"]
+            assert [(clone.name, clone.state) for clone in await clones(it.site)] == [("early", CloneState.RUNNING)]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("by", ["this version", "an earlier one"])
+@pytest.mark.parametrize("cuts", [0, 1, 2])
+def test_a_swap_does_not_go_on_with_a_later_clone_of_the_same_name(tmp_path: Path, cuts: int, by: str) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            target = await two_points(it)
+            await restore(target, it.site, progress=quiet, name="early")
+            with cut_at("after-rename" if cuts else "after-swap-intent", max(cuts, 1)), pytest.raises(CutError):
+                await put_in_place("early", it.site, progress=quiet)
+            (left,) = await swaps(it.site)
+            if by == "an earlier one":
+                without_identity(tmp_path / "records" / f"{left.name}.swap")
+            await drop("early", it.site)
+            await restore(target, it.site, progress=quiet, name="early")
+            there = sorted(tmp_path.rglob("state"))
+            with pytest.raises(RestoreError, match=r"the restored state of .* is gone: .* is another clone's now"):
+                await resume(left.name, it.site)
+            assert sorted(tmp_path.rglob("state")) == there
+            await undo(left.name, it.site)
+            assert states(it) == all_of(OLD)
+            assert [(clone.name, clone.state) for clone in await clones(it.site)] == [("early", CloneState.RUNNING)]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+@pytest.mark.parametrize("end", [resume, undo])
+def test_of_a_swap_and_a_clone_of_an_earlier_version_the_times_tell(
+    tmp_path: Path, end: Callable[[str, Site], Awaitable[swap.Swap]], is_later: bool
+) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            await restore(await two_points(it), it.site, progress=quiet, name="early")
+            with cut_at("after-swap-intent", 1), pytest.raises(CutError):
+                await put_in_place("early", it.site, progress=quiet)
+            (left,) = await swaps(it.site)
+            without_identity(tmp_path / "records" / f"{left.name}.swap")
+            without_identity(tmp_path / "records" / "early.json")
+            clone, content = it.world.clones["early"]
+            made = clone.created_at + timedelta(hours=1 if is_later else 0)
+            it.world.clones["early"] = replace(clone, identity="", created_at=made), content
+            if end is resume and is_later:
+                with pytest.raises(RestoreError, match="is another clone's now"):
+                    await end(left.name, it.site)
+            else:
+                await end(left.name, it.site)
+                assert states(it) == all_of(NEW if end is resume else OLD)
+            assert [clone.name for clone in await clones(it.site)] == (["early"] if is_later else [])
+
+    asyncio.run(story())
+
+
+def without_identity(record: Path) -> None:
+    """Leave what an earlier version wrote."""
+    content = json.loads(record.read_text())
+    del content["identity"]
+    record.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("why", ["production has been there since", "earlier version", "nobody knows what it holds"])
