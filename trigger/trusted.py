@@ -17,6 +17,7 @@ from pathlib import Path
 
 _STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_TEXT_BYTES = 1 << 24
 _MOST_LINKS = 40
 """What the kernel follows too before it says ELOOP (path_resolution(7))."""
 
@@ -91,6 +92,21 @@ def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, folder
         os.close(descriptor)
         raise NotOursError(f"{path} is no ordinary file", "somebody put it there: look who, and remove it")
     return descriptor
+
+
+def read_text(path: Path, *, folder: int | None = None) -> str:
+    """Give the text of an ordinary file that somebody else may have put there, of a long one its last 16 MiB.
+
+    Args:
+        path: the file; with `folder` its name in the folder of that descriptor.
+        folder: where `path` begins.
+
+    Raises:
+        NotOursError, OSError: as for `open_file`.
+    """
+    with os.fdopen(open_file(path, folder=folder), "rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - _TEXT_BYTES, 0))
+        return file.read(_TEXT_BYTES).decode(errors="replace")
 
 
 @contextlib.contextmanager

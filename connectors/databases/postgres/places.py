@@ -9,6 +9,7 @@ from typing import Any, LiteralString
 
 from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Layout
+from trigger.trusted import read_text
 
 _DATA, _WAL, _TABLESPACE = "data", "wal", "tablespace-"
 _USUAL_SUPERUSER = "postgres"
@@ -108,7 +109,7 @@ def environment(of: Layout) -> dict[str, str]:
 def _environment(data: Path) -> dict[str, str]:
     """Give such variables of the server that runs in a data directory; none where we may not look."""
     try:
-        pid = int((data / "postmaster.pid").read_text().split()[0])
+        pid = int(read_text(data / "postmaster.pid").split()[0])
         if not Path(f"/proc/{pid}/cwd").samefile(data):  # of a server that is gone
             return {}
         found = (entry.partition("=") for entry in Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))

@@ -7,6 +7,7 @@ roles and databases (`GucSource` in guc.h); what else they set goes back to the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from connectors.databases.postgres.connection import SESSION, connect, startup_o
 from trigger.errors import RestoreError
 
 _CONNECT_SECONDS = 10
+_NO_PASSWORD = {"password": "", "passfile": os.devnull + "/none"}
+"""Neither the environment nor a file of ours has a password for whoever listens in a folder that was given away."""
 LOCK_SECONDS = 60
 """So long we wait for a lock: of all that lives in a clone only an in-doubt transaction can hold one for longer."""
 _FROM_THE_START = SESSION | {
@@ -84,6 +87,7 @@ class Access:
                 self.conninfo,
                 dbname=database or self.home,
                 options=clone_options(self.major, other, is_superuser=self.is_superuser),
+                **_NO_PASSWORD,
                 connect_timeout=_CONNECT_SECONDS,
             )
         )

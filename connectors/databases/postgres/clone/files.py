@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from connectors.databases.postgres.log.files import reading
 from trigger.errors import RestoreError
 
 _CHUNK_BYTES = 1 << 20
@@ -318,11 +319,11 @@ def _each(path: str, pages: _Pages) -> Iterator[tuple[int, bytes]]:
     for file in _segments(path, pages):
         here = min(left, pages.segment_blocks)
         left -= here
-        with file.open("rb", buffering=0) as reading:
+        with reading(file) as opened:
             while here:
                 if pages.over.is_set():
                     raise RestoreError("the look at the files was ended before its end")
-                chunk = reading.read(min(here * pages.block_bytes, _CHUNK_BYTES))
+                chunk = opened.read(min(here * pages.block_bytes, _CHUNK_BYTES))
                 if len(chunk) < pages.block_bytes:
                     return
                 for at in range(0, len(chunk) - pages.block_bytes + 1, pages.block_bytes):

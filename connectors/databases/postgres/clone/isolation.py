@@ -26,7 +26,7 @@ from trigger.errors import PreflightError, RestoreError
 from trigger.model import Address, Bracket, Layout, Volume
 from trigger.ports import Clone
 from trigger.replay import Replay
-from trigger.trusted import open_file
+from trigger.trusted import NotOursError, open_file, read_text
 
 OWN_FOLDER = "trigpoint"
 _OWN_LIFE = ("postmaster.pid", "postmaster.opts", "recovery.signal", "standby.signal", "backup_label.old")
@@ -183,12 +183,14 @@ def require_no_link_to(data: Path, clone: Clone) -> None:
 def major_of(data: Path) -> int:
     """Give the major version of a data directory; raises `RestoreError` where its file does not say one."""
     try:
-        return int((data / "PG_VERSION").read_text())
+        return int(read_text(data / "PG_VERSION"))
     except ValueError:
         raise RestoreError(
             f"{data / 'PG_VERSION'} names no version of PostgreSQL",
             hint="the snapshot is damaged; use another point",
         ) from None
+    except NotOursError as error:
+        raise RestoreError(error.message, hint=error.remedy) from None
 
 
 def _owner(data: Path) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectors.databases.postgres.clone.isolation import OWN_FOLDER
+from connectors.databases.postgres.log.files import text_inside
 from trigger.errors import RestoreError
 
 _POLL_SECONDS = 0.01
@@ -28,7 +29,7 @@ class Postmaster:
 def find(data: Path) -> Postmaster | None:
     """Give the postmaster of a data directory if it lives: its lock file may be left over, and its pid another's."""
     try:
-        lines = (data / "postmaster.pid").read_text().splitlines()
+        lines = text_inside(data, Path("postmaster.pid")).splitlines()
         pid = int(lines[0])
         if not Path(f"/proc/{pid}/cwd").samefile(data):
             return None

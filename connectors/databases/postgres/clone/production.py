@@ -20,6 +20,7 @@ from connectors.databases.postgres.clone import isolation
 from connectors.databases.postgres.programs import Programs, find_programs, run
 from trigger.errors import ConfigError, DatabaseError, RestoreError
 from trigger.model import Finding, Severity, Volume
+from trigger.trusted import read_text
 
 LOCK_FILE = "postmaster.pid"
 _DEPTH = 3
@@ -86,7 +87,7 @@ def _refused(lock: Path, why: str, remedy: str) -> Finding:
 def _named(lock: Path) -> int | None:
     """Give the process that a lock file names."""
     try:
-        return int(lock.read_text().split()[0])
+        return int(read_text(lock).split()[0])
     except (OSError, ValueError, IndexError):
         return None
 
@@ -160,7 +161,7 @@ def _reached(lock: Path, conninfo: str) -> dict[str, dict[str, str]]:
 
 def _text(lock: Path) -> str:
     try:
-        return lock.read_text(errors="replace")
+        return read_text(lock)
     except OSError:
         return ""
 

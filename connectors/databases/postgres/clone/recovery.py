@@ -8,6 +8,7 @@ comes through `restore_command`. A snapshot that is not one instant starts from 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -33,6 +34,7 @@ from connectors.databases.postgres.clone import (
 )
 from connectors.databases.postgres.clone.access import Access, find_home
 from connectors.databases.postgres.clone.files import Relation
+from connectors.databases.postgres.clone.inside import empty
 from connectors.databases.postgres.clone.isolation import Isolated, Placement
 from connectors.databases.postgres.clone.release import release
 from connectors.databases.postgres.clone.sandbox import relations
@@ -40,7 +42,7 @@ from connectors.databases.postgres.clone.scrub import scrub
 from connectors.databases.postgres.clone.state import State, owner_of
 from connectors.databases.postgres.connection import encoding_of
 from connectors.databases.postgres.encoding import decoding, encoded
-from connectors.databases.postgres.log.files import give
+from connectors.databases.postgres.log.files import entered, give_open, put_new, reading, text_inside
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn
@@ -50,8 +52,11 @@ from trigger.model import Address, Finding, Severity, Volume
 from trigger.ports import Clone, Progress
 from trigger.position import Position
 from trigger.replay import Replay, Running, Target
+from trigger.trusted import NotOursError, read_text
 
 PORT = 5432
+_SERVER_LOG = Path(isolation.OWN_FOLDER, "server.log")
+_HISTORIES = "log"
 _POLL_SECONDS = 0.01
 _PROGRAM_SECONDS = 60.0
 _SYNC_SECONDS = 600.0
@@ -301,7 +306,7 @@ class PostgresRecovery:
 
         `pg_ctl` would do that through a shell, which may read a path as more than itself.
         """
-        log = isolation.write(isolated.folder / "server.log", "", isolated.owner)
+        log = isolation.write(isolated.data / _SERVER_LOG, "", isolated.owner)
         option = f"--config-file={isolated.folder / 'postgresql.conf'}"
         command: list[str | Path] = ["setsid", "--fork", programs.path("postgres"), "-D", isolated.data, option]
         try:
@@ -312,7 +317,7 @@ class PostgresRecovery:
 
     async def _ready(self, isolated: Isolated, begin: int, replay: Replay, progress: Progress) -> None:
         """Wait until the server has replayed, promoted itself and takes connections."""
-        log, total, started = isolated.folder / "server.log", max(replay.until - begin, 0), False
+        total, started = max(replay.until - begin, 0), False
         told = 0
         clock = asyncio.get_running_loop().time
         appear_by, deadline = clock() + _PROGRAM_SECONDS, clock() + self._start_deadline_seconds
@@ -320,7 +325,7 @@ class PostgresRecovery:
             server = postmaster.find(isolated.data)
             if server is not None and server.status == "ready":
                 return
-            words = await asyncio.to_thread(log.read_text, errors="replace")
+            words = await asyncio.to_thread(text_inside, isolated.data, _SERVER_LOG)
             lost = server is None and (started or "FATAL" in words or "PANIC" in words or clock() > appear_by)
             if lost or clock() > deadline:
                 raise refusals.failure(
@@ -359,8 +364,9 @@ class PostgresRecovery:
                 hint="set restore.superuser to a superuser of the cluster; where the words above speak of damaged data,"
                 " restore from another point, and see what trigpoint verify says of this one",
             ) from error
-        words = (isolated.folder / "server.log").read_text(errors="replace")
-        history = (isolated.data / "pg_wal" / f"{facts.timeline:08X}.history").read_text()
+        words = await asyncio.to_thread(text_inside, isolated.data, _SERVER_LOG)
+        with isolation.log_of(isolated.data, clone, ()) as wal:
+            history = read_text(Path(f"{facts.timeline:08X}.history"), folder=wal)
         lineage = lsn.lineage(lsn.history(facts.system, facts.timeline), history)
         removed = f"replication slots removed: {', '.join(isolated.slots)}"
         state = State(
@@ -459,13 +465,19 @@ def _visible_log(isolated: Isolated, staged: Path, replay: Replay) -> Path:
     """
     if not replay.as_cut or replay.bracket is not None:
         return staged
-    own = isolated.folder / "log"
-    own.mkdir(mode=0o700, exist_ok=True)
-    give(own, isolated.owner)  # where a link lies there, `write` refuses it
-    for entry in staged.iterdir():
-        if history_timeline(entry.name) is not None:
-            isolation.write(own / entry.name, entry.read_text(), isolated.owner)
-    return own
+    with entered(isolated.data, Path(isolation.OWN_FOLDER)) as folder, contextlib.suppress(FileExistsError):
+        os.mkdir(_HISTORIES, 0o700, dir_fd=folder)
+    with entered(staged) as theirs, entered(isolated.folder, Path(_HISTORIES)) as own:
+        give_open(own, isolated.owner)
+        empty(own)
+        for name in os.listdir(theirs):  # noqa: PTH208 - an open folder
+            if history_timeline(name) is not None:
+                try:
+                    with reading(Path(name), folder=theirs) as file:
+                        put_new(name, own, file, isolated.owner)
+                except NotOursError as error:
+                    raise RestoreError(f"in the staged log {staged}: {error.message}", hint=error.remedy) from None
+    return isolated.folder / _HISTORIES
 
 
 def _last_commit_at(words: str) -> str:

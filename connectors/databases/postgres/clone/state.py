@@ -7,11 +7,18 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.clone.isolation import OWN_FOLDER, write
+from connectors.databases.postgres.log.files import text_inside
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import RestoreError
 from trigger.replay import Running
+
+_REACHING = frozenset({"host", "port", "user", "application_name"})
+"""What a connection string of ours says; other words of libpq name files of ours, or make it ask elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +59,15 @@ class State:
 
     @classmethod
     def read(cls, data: Path) -> State:
-        """Give what is kept in a data directory; raises `RestoreError` where it is no clone that was brought up."""
+        """Give what is kept in a data directory; raises `RestoreError` where it is no clone that was brought up.
+
+        The owner of the data may have written it. So nothing is taken for a connection but a socket on this host.
+        """
         try:
-            found = json.loads((data / OWN_FOLDER / cls.FILE).read_text())
+            found = json.loads(text_inside(data, Path(OWN_FOLDER, cls.FILE)))
+            _require_local(found["conninfo"])
             return cls(**found | {"notes": tuple(found["notes"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, psycopg.ProgrammingError) as error:
             raise RestoreError(f"{data} is not a clone that was brought up: {error}") from error
 
     def running(self, data: Path, pid: int) -> Running:
@@ -71,6 +82,12 @@ class State:
             last_commit_at=datetime.fromisoformat(self.last_commit_at) if self.last_commit_at else None,
             notes=self.notes,
         )
+
+
+def _require_local(conninfo: str) -> None:
+    said = conninfo_to_dict(conninfo)
+    if not said.keys() <= _REACHING or not str(said.get("host", "")).startswith("/"):
+        raise ValueError(f"it is not reached by {', '.join(sorted(said))} as a clone is")
 
 
 def owner_of(data: Path) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
 from trigger.model import Finding, Severity
+from trigger.trusted import read_text
 
 _STATE_FILE = "audit.json"
 _KEEP_SECONDS = 2.0
@@ -202,7 +203,7 @@ class Audit:
     def _read(self) -> _State:
         path = self._segments.path / _STATE_FILE
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(read_text(path))
             if (version := found.get("version", 1)) > _VERSION:
                 raise JournalError(
                     f"what the audit found, in {path}, is of version {version}, this program reads up to {_VERSION}",

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from trigger.trusted import open_file
+from trigger.trusted import NotOursError, naming, open_file, read_text
 
 _FICLONE = 0x40049409
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -40,6 +40,21 @@ def entered(top: Path, below: Path = Path()) -> Iterator[int]:
         yield here
     finally:
         os.close(here)
+
+
+def text_inside(top: Path, path: Path) -> str:
+    """Give the text of the ordinary file `path` in `top`; see `read_text`. No folder on the way, nor `top`, is a link.
+
+    Raises:
+        NotOursError: it is a link, or no ordinary file.
+        OSError: it is not there, or a folder on the way is a link.
+    """
+    with entered(top, path.parent) as folder:
+        try:
+            with naming(top / path):
+                return read_text(Path(path.name), folder=folder)
+        except NotOursError as error:
+            raise NotOursError(f"in {top / path.parent}: {error.message}", error.remedy) from None
 
 
 def _step(here: int, name: str, place: Path) -> int:

@@ -12,7 +12,7 @@ import re
 import threading
 from pathlib import Path
 
-from connectors.databases.postgres.log.files import flush_folder, give, write_flushed
+from connectors.databases.postgres.log.files import flush_folder, give, reading, write_flushed
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import page_header
 from connectors.databases.postgres.lsn import KIND
@@ -123,7 +123,7 @@ def _segment_bytes(folder: Path, default: int) -> int:
     except OSError:
         return default
     for entry in entries[:1]:
-        with contextlib.suppress(OSError), entry.open("rb") as file:
+        with contextlib.suppress(OSError), reading(entry) as file:
             header = page_header(file.read(64))
             return header.segment_bytes if header is not None and header.segment_bytes else default
     return default
