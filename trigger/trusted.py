@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -34,25 +34,32 @@ class NotOursError(PermissionError):
         return f"{self.message}; {self.remedy}"
 
 
-def open_ours(path: Path) -> int:
+def open_ours(path: Path, also: Collection[int] = ()) -> int:
     """Give a descriptor of the folder `path`, which only we and root can change, with all that leads to it.
+
+    Args:
+        path: the folder.
+        also: ids of users who may, besides.
 
     Raises:
         NotOursError: somebody else may write it or a folder above it.
         OSError: it is not there, or is no folder.
     """
-    step = _reach(path)
+    step = _reach(path, also=also)
     try:
         return os.open(".", _FOLDER, dir_fd=step)
     finally:
         os.close(step)
 
 
-def why_not_ours(path: Path) -> NotOursError | None:
-    """Give what makes `path`, or as much of it as is there, somebody else's to change; None where nothing does."""
+def why_not_ours(path: Path, also: Collection[int] = ()) -> NotOursError | None:
+    """Give what makes `path`, or as much of it as is there, somebody else's to change; None where nothing does.
+
+    Users whose id is in `also` may change it too.
+    """
     for place in (path, *path.parents):
         try:
-            os.close(_reach(place, last=place == path))
+            os.close(_reach(place, last=place == path, also=also))
         except NotOursError as error:
             return error
         except FileNotFoundError:
@@ -159,14 +166,15 @@ def _link(path: Path) -> NotOursError:
     return NotOursError(f"{path} is a symbolic link", "somebody put it there: look who, and remove it")
 
 
-def _reach(path: Path, *, last: bool = True) -> int:
+def _reach(path: Path, *, last: bool = True, also: Collection[int] = ()) -> int:
     """Give a descriptor for steps from the folder `path`; see `open_ours`. Not `last`: names of ours may follow."""
+    owners = {0, os.geteuid(), *also}
     whole = path.absolute()
     left = list(reversed(whole.parts[1:]))
     here, place, links = os.open("/", _STEP), Path("/"), 0
     try:
         while left:
-            _require_ours(place, os.fstat(here), last=False)
+            _require_ours(place, os.fstat(here), owners, last=False)
             name = left.pop()
             following = _step(here, place, name)
             try:
@@ -184,7 +192,7 @@ def _reach(path: Path, *, last: bool = True) -> int:
                 here, following, place = following, here, _joined(place, name)
             finally:
                 os.close(following)
-        _require_ours(place, os.fstat(here), last=last)
+        _require_ours(place, os.fstat(here), owners, last=last)
     except BaseException:
         os.close(here)
         raise
@@ -212,9 +220,9 @@ def _followed(link: Path, seen: os.stat_result, descriptor: int, links: int) -> 
     return Path(os.readlink("", dir_fd=descriptor))
 
 
-def _require_ours(place: Path, seen: os.stat_result, *, last: bool) -> None:
+def _require_ours(place: Path, seen: os.stat_result, owners: Collection[int], *, last: bool) -> None:
     """Raise `NotOursError` where somebody else may change the names in a folder; in the last one even his own."""
-    if seen.st_uid not in (0, os.geteuid()):
+    if seen.st_uid not in owners:
         whose = "root's" if os.geteuid() == 0 else "ours or root's"
         raise NotOursError(
             f"{place} belongs to user {seen.st_uid}, who decides what lies in it",
