@@ -86,7 +86,7 @@ def test_a_rehearsal_that_is_refused_since_another_one_is_at_work_takes_nothing_
             assert time.monotonic() < deadline
             time.sleep(0.05)
         second = here.trigpoint("check", "--rehearse", check=False)
-        assert "another trigpoint works in" in second.stderr
+        assert "another rehearsal works in" in second.stderr
         out, _ = first.communicate(timeout=120)
         assert first.returncode == 0, out
         assert "trigpoint_rehearsal_2026" in made(here)[0], "the service's own slot of a database that is called so"

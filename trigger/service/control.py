@@ -59,10 +59,11 @@ def if_free(state_folder: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def only_one(state_folder: Path) -> Iterator[None]:
+def only_one(state_folder: Path, *, passing: str = "") -> Iterator[None]:
     """Hold the state folder for one process; raises `ConfigError` where another holds it, or could change it.
 
-    The lock is the kernel's own and ends with the process, however it ends.
+    `passing` is what works there, if nothing does for good. The lock is the kernel's own and ends with the process,
+    however it ends.
     """
     make_passage(state_folder)
     try:
@@ -70,7 +71,8 @@ def only_one(state_folder: Path) -> Iterator[None]:
     except NotOursError as error:
         raise ConfigError(f"state_folder: {error.message}", hint=error.remedy) from error
     if held is None:
-        words, remedy = holder(state_folder)
+        wait = (f"{passing} works in {state_folder}", "wait until it has ended")
+        words, remedy = wait if passing else holder(state_folder)
         raise ConfigError(words, hint=remedy)
     try:
         yield

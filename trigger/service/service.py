@@ -229,7 +229,7 @@ async def alone(options: Options, *, suffix: str = "", past: bool = False) -> As
 
     `suffix` and `past` as in `connect`.
     """
-    with only_one(options.state_folder):
+    with only_one(options.state_folder, passing="another rehearsal" if suffix else ""):
         parts = await connect(options, suffix=suffix, past=past)
         try:
             yield parts
