@@ -60,7 +60,7 @@ async def time_of(dump: WalDump, staged: Path, target: Target, stop: Stop | None
     stretch = await asyncio.to_thread(_from, staged, target.history.branch, Lsn(at))
     if stretch is None:
         return None
-    async with aclosing(dump.transactions(stretch)) as lines:
+    async with aclosing(dump.transactions(stretch, one=True)) as lines:
         async for line in lines:
             ended = parse_ended(line)
             return ended.time if ended is not None and ended.start == at else None

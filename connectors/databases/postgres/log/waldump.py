@@ -231,18 +231,20 @@ class WalDump:
         return None
 
     async def transactions(
-        self, stretch: Stretch, *, whole: bool = False, further: bool = False
+        self, stretch: Stretch, *, whole: bool = False, further: bool = False, one: bool = False
     ) -> AsyncGenerator[str, None]:
         """Give what is printed of each end of a transaction in a stretch, times in UTC; ends where its log does.
 
-        Of a long line the beginning; `further` parts, cut at blanks, each begin with one.
+        Of a long line the beginning; `further` parts, cut at blanks, each begin with one. Only `one` is there at once:
+        else the program holds what it prints back until it has read some hundred of them, or all.
 
         Raises:
             EndOfLogError: its log ends before, and it was to be read as a `whole`.
             JournalError: it could not look.
         """
         try:
-            async with aclosing(self._lines(stretch, "--rmgr=Transaction", further=further)) as lines:
+            options = ("--rmgr=Transaction", *(["--limit=1"] if one else []))
+            async with aclosing(self._lines(stretch, *options, further=further)) as lines:
                 async for line in lines:
                     yield line
         except EndOfLogError:

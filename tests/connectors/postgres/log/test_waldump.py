@@ -10,6 +10,7 @@ import pytest
 
 from connectors.databases.postgres.log.waldump import (
     CreatedTablespace,
+    Ended,
     LoggedCommit,
     Parameters,
     Stretch,
@@ -100,6 +101,22 @@ def test_a_commit_of_millions_of_subtransactions_is_a_line_like_any_other(tmp_pa
     dump = WalDump(Programs(tmp_path, 15))
     found = asyncio.run(dump.commits(Stretch(tmp_path, 1, 16 << 20, Lsn(0), Lsn(48 << 20)), 10))
     assert found == [LoggedCommit(725, Lsn.parse("0/1759A78")), LoggedCommit(9000000, Lsn.parse("0/2759A78"))]
+
+
+def test_one_end_of_a_transaction_is_there_before_the_program_has_read_all(tmp_path: Path) -> None:
+    """Its output to a pipe comes in pieces of some KiB: the record asked for came last, seconds later."""
+    line = _TRANSACTION.format(length=34, tx=725) + "desc: COMMIT 2026-11-26 10:18:40 UTC"
+    program = tmp_path / "pg_waldump"
+    program.write_text(f"#!/bin/sh\ncase \"$*\" in *--limit=1*) ;; *) sleep 60 ;; esac\necho '{line}'\n")
+    program.chmod(0o755)
+    dump = WalDump(Programs(tmp_path, 15), deadline_seconds=10)
+
+    async def read() -> list[str]:
+        return [
+            line async for line in dump.transactions(Stretch(tmp_path, 1, 16 << 20, Lsn(0), Lsn(48 << 20)), one=True)
+        ]
+
+    assert list(map(parse_ended, asyncio.run(read()))) == [Ended(Lsn.parse("0/1759A78"), _AT, True)]
 
 
 @pytest.mark.parametrize(
