@@ -39,6 +39,11 @@ class Place(int):
             raise PositionError(f"not a place: {text!r}", hint="it is a whole number here")
         return cls(text)
 
+    @staticmethod
+    def meant(name: Name, _near: Name) -> Name:
+        """Give the whole name of a commit that somebody called `name`, maybe in short; `_near` is a late one's."""
+        return name
+
     def since(self, earlier: int) -> int:
         """Give how much log lies between `earlier` and here, in bytes or units of this kind; 0 for one behind."""
         return max(0, self - earlier)
@@ -122,6 +127,10 @@ class History:
     def parse_place(self, text: str) -> Place:
         """Give the place of this history written in `text`; raises `PositionError` for anything else."""
         return Place.KINDS.get(self.kind, Place).parse(text.strip())
+
+    def meant(self, name: Name, near: Name) -> Name:
+        """Give the whole name of a commit that somebody called `name`, maybe in short; `near` is a late one's."""
+        return Place.KINDS.get(self.kind, Place).meant(name, near)
 
     def is_of_system(self, other: History) -> bool:
         """Whether both are of one database, whatever became of it."""

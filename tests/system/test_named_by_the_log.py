@@ -72,3 +72,44 @@ def test_a_drop_that_no_stream_shows_is_listed_found_and_undone_by_its_transacti
         assert {by_name[one]["database"] for one in (saved, dropped)} == {"postgres"}
         assert "the log that is kept ends there" in here.trigpoint("commits", "--around", "now", "--limit", "1").stdout
         assert here.stop() == 0
+
+
+def let_ids_turn(here: Deployment, epoch: int) -> None:
+    """Let the server go on as if it had given so many times 2^32 transaction ids."""
+    here.cluster.stop()
+    here.cluster.run("pg_resetwal", "-e", str(epoch), here.cluster.data)
+    here.cluster.start()
+
+
+def test_after_a_turn_of_the_ids_a_short_one_means_the_transaction_that_shows_it() -> None:
+    with deployment(18, "directory") as here:
+        let_ids_turn(here, 5)
+        here.cluster.sql("CREATE TABLE account AS SELECT n FROM generate_series(1, 1000) n")
+        here.start()
+        saved = committed(here, "INSERT INTO account VALUES (0)")
+        shown = here.cluster.sql("SELECT xmin::text FROM account WHERE n = 0")[0][0]
+        assert int(saved) - int(shown) == 5 << 32
+        dropped = committed(here, "DROP TABLE account")
+        committed(here, "CREATE TABLE later (v int)")
+        here.settle()
+        (found,) = here.ask("find", "--xid", shown)
+        assert (str(found["record"]["name"]), found["where"]) == (saved, "point")
+        (found,) = here.ask("find", "--xid", str(int(dropped) - (5 << 32)))
+        assert (str(found["record"]["name"]), found["where"]) == (dropped, "log")
+        count = "SELECT count(*)::int FROM account"
+        assert brought_back(here, count, "--to-xid", shown) == (1001,)
+        assert brought_back(here, count, "--before-xid", str(int(dropped) - (5 << 32))) == (1001,)
+        assert here.stop() == 0
+
+
+def test_after_a_turn_of_the_ids_a_time_is_restored_where_no_stream_has_shown_a_commit_yet() -> None:
+    with deployment(15, "directory", extra=RULES) as here:
+        let_ids_turn(here, 5)
+        here.cluster.sql("CREATE TABLE account AS SELECT n FROM generate_series(1, 1000) n")
+        here.start()
+        committed(here, "INSERT INTO account VALUES (0)")
+        then = datetime.now(UTC)
+        committed(here, "DROP TABLE account")
+        here.settle()
+        assert brought_back(here, "SELECT count(*)::int FROM account", "--to-time", then.isoformat()) == (1001,)
+        assert here.stop() == 0

@@ -87,14 +87,17 @@ async def locate(
         await journal.catch_up()
     known = await _known(stream, catalog, journal)
     places = _places(place, known.logs) if place is not None else {}
+    whole: list[Name] = []
     if place is not None:
         each = [(kind, await catalog.find(place=at, stream=stream)) for kind, at in places.items()]
         found = [one for kind, there in each for one in there if one.history.kind == kind]
+    elif name is not None:
+        whole, found = await _known_by(name, stream, catalog, known)
     else:
-        found = await catalog.find(name=name, time=time, marker=marker, stream=stream)
+        found = await catalog.find(time=time, marker=marker, stream=stream)
     told = [await _of_commit(one, catalog, known) for one in found]
     if name is not None and stream is None:
-        told += [await _of_logged(one, catalog, known) for one in await _logged(name, found, catalog, known)]
+        told += [await _of_logged(one, catalog, known) for one in await _logged(whole, found, catalog, known)]
     for lineage in known.logs:
         if any(one.history.is_of_system(lineage.history) for one in found):
             continue
@@ -191,19 +194,29 @@ def _places(place: str, logs: Sequence[Lineage]) -> dict[str, int]:
     return places
 
 
-async def _logged(name: Name, found: Sequence[Found], catalog: Catalog, known: _Known) -> list[Logged]:
-    """Give the commits of a name that the log alone has.
+async def _known_by(name: Name, stream: str | None, catalog: Catalog, known: _Known) -> tuple[list[Name], list[Found]]:
+    """Give which whole name is meant in each log, and the commits that the catalog knows by one of them."""
+    whole, found = [name], await catalog.find(name=name, stream=stream)
+    for number, lineage in enumerate(known.logs):
+        meant, there = await log_search.known(name, lineage, stream, catalog)
+        whole[number:] = [meant]
+        found += [one for one in there if one not in found]
+    return whole, found
+
+
+async def _logged(names: Sequence[Name], found: Sequence[Found], catalog: Catalog, known: _Known) -> list[Logged]:
+    """Give the commits that the log alone has, of the name that is meant in each.
 
     They are looked for as a restore does: in each log whose lineage has none of those that the catalog knows. Where
     nothing bears the name there, what is held of the histories that were left is read too.
     """
     logged: list[Logged] = []
     try:
-        for lineage in known.logs:
+        for name, lineage in zip(names, known.logs, strict=False):
             if not any(lineage.includes(Position(one.history, one.record.end)) for one in found):
                 logged += await log_search.named(name, lineage, catalog, known.journal)
         if not found and not logged:
-            logged = await log_search.left(name, known.logs, catalog, known.journal)
+            logged = await log_search.left(names[0], known.logs, catalog, known.journal)
     except JournalError:
         if not found:  # what the catalog knows is told without the log
             raise

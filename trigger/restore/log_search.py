@@ -49,6 +49,19 @@ class Around:
     """Whether it is known to reach to the end of it; log may come yet."""
 
 
+async def known(name: Name, lineage: Lineage, stream: str | None, catalog: Catalog) -> tuple[Name, list[Found]]:
+    """Give the whole name that is meant in a lineage, where somebody may have named it in short, and who bears it.
+
+    What the catalog knows by the very name there is meant; else what is near to its last commit. Raises `CatalogError`.
+    """
+    found = await catalog.find(name=name, stream=stream)
+    last = await catalog.commit_before(LAST, lineage)
+    whole = lineage.history.meant(name, last.record.name) if last else name
+    if whole == name or any(lineage.includes(Position(one.history, one.record.end)) for one in found):
+        return name, found
+    return whole, [*found, *await catalog.find(name=whole, stream=stream)]
+
+
 async def named(name: Name, lineage: Lineage, catalog: Catalog, journal: Journal, since: int = 0) -> list[Logged]:
     """Give the commits that a name means, of the newest part of a lineage's log that has any; none where none has.
 
@@ -110,7 +123,7 @@ async def around(
     bases = [base for base in await catalog.bases() if base.mark_in(lineage.history)]
     begin = max(_marks([base for base in bases if base.opened_at < since], lineage)[:-1])
     end = min([LAST, *_ends([base for base in bases if base.opened_at > until], lineage)])
-    last = await catalog.commit_before(end, lineage)
+    last = await catalog.commit_before(end, lineage) or await catalog.commit_after(end - 1, lineage)
     like = last.record.name if last else Name("", 0)
     near = _Near(to_microseconds(time), most)
     read = _held(await journal.extents(), lineage, begin, end)
@@ -210,9 +223,9 @@ async def _as_of_log(time: datetime, lineage: Lineage, catalog: Catalog, journal
     if not begin:
         raise JournalError(f"no point was there by {time.isoformat()} to read the log from")
     last = await catalog.commit_before(begin, lineage)
-    like = last.record.name if last else Name("", 0)
+    like = last or await catalog.commit_after(begin - 1, lineage)
     beyond = to_microseconds(time)
-    async with aclosing(journal.commits(lineage, begin, LAST, like)) as commits:
+    async with aclosing(journal.commits(lineage, begin, LAST, like.record.name if like else Name("", 0))) as commits:
         async for one in commits:
             found = Found(one.record, None, "", one.history)
             if one.time_us > beyond:

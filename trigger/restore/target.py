@@ -338,12 +338,12 @@ def _last(found: Found | None) -> str:
 
 async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog: Catalog, journal: Journal) -> Found:
     """Give the commit of a name: by the catalog, else by the log itself, which has DDL and savepoints too."""
-    found = await catalog.find(name=name, stream=stream)
+    whole, found = await log_search.known(name, lineage, stream, catalog)
     if stream is None and not any(_in(one, lineage) for one in found):
-        logged = await log_search.named(name, lineage, catalog, journal)
+        logged = await log_search.named(whole, lineage, catalog, journal)
         if not found and not logged:
             with suppress(JournalError):  # it is only for the words of the refusal
-                logged = await log_search.left(name, [lineage], catalog, journal)
+                logged = await log_search.left(whole, [lineage], catalog, journal)
         found += [Found(one.record, None, "", one.history) for one in logged]
     in_one = (
         f"of {stream} is not in the catalog",

@@ -26,6 +26,13 @@ class Lsn(Place, kind=KIND):
             raise PositionError(f"not an LSN: {text!r}", hint="an LSN looks like 16/B374D848")
         return cls(int(match[1], 16) << 32 | int(match[2], 16))
 
+    @staticmethod
+    def meant(name: Name, near: Name) -> Name:
+        """Give the transaction nearest to `near` whose low half is named, as `xmin` shows it; another name as it is."""
+        if name.text or name.number is None or name.number >= _WRAP or near.number is None:
+            return name
+        return transaction(max(full_xid(name.number, near.number), name.number))
+
     def __str__(self) -> str:
         return f"{self >> 32:X}/{self & 0xFFFFFFFF:X}"
 

@@ -24,7 +24,7 @@ from connectors.databases.postgres.clone.sandbox import Opened, open_all
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.log.waldump import EndOfLogError, LoggedCommit, Stretch, WalDump, goes_on
-from connectors.databases.postgres.lsn import Lsn
+from connectors.databases.postgres.lsn import Lsn, transaction
 from connectors.databases.postgres.programs import Programs, last_lines, listed, run
 from trigger.errors import DatabaseError, RestoreError
 from trigger.replay import Running, Target
@@ -82,12 +82,12 @@ async def holds_target(subject: Subject, dump: WalDump) -> Result | None:
     """The target's own commit is there; without one, the last commit that the log has before the target, if any."""
     wanted = subject.target.commit
     if wanted is not None:
-        status = await _status(subject, wanted.name.number or 0)
+        status = await _logged_status(subject, wanted.name.number or 0)
         return "the target is committed", status == "committed", f"transaction {wanted.name}: {status}"
     before = await _commits_before(subject, dump)
     if not before:
         return None
-    status = await _logged_status(subject, before[-1])
+    status = await _logged_status(subject, before[-1].xid)
     return "the last commit before the target is committed", status == "committed", _said(before[-1], status)
 
 
@@ -112,7 +112,7 @@ async def lacks_next(subject: Subject, dump: WalDump) -> Result | None:
         return "no commit follows in the log that is kept", True, f"it was read from {stretch.start} to {stretch.end}"
     if subject.target.is_latest:
         return "no commit of the log is left out", False, f"transaction {behind[0].xid} at {behind[0].start}"
-    status = await _logged_status(subject, behind[0])
+    status = await _logged_status(subject, behind[0].xid)
     return "the next commit is not there", status != "committed", _said(behind[0], status)
 
 
@@ -121,7 +121,7 @@ async def holds_those_before(subject: Subject, dump: WalDump) -> Result | None:
     before = (await _commits_before(subject, dump))[-_LOOK_BACK:]
     if not before:
         return None
-    statuses = [(commit, await _logged_status(subject, commit)) for commit in before]
+    statuses = [(commit, await _logged_status(subject, commit.xid)) for commit in before]
     lost = [_said(commit, status) for commit, status in statuses if status != "committed"]
     seen = "; ".join(lost) or f"{len(before)} of {len(before)} in the staged log before {subject.boundary}"
     return f"the last {_LOOK_BACK} commits before it are committed", not lost, seen
@@ -272,11 +272,10 @@ class _Staged(NamedTuple):
         return number
 
 
-async def _logged_status(subject: Subject, commit: LoggedCommit) -> str:
-    """Give the state of a transaction of which the log says 32 bits: the one nearest to the clone's next id."""
-    turn = 1 << 32
-    distance = (commit.xid - subject.next_xid + turn // 2) % turn - turn // 2
-    return await _status(subject, subject.next_xid + distance)
+async def _logged_status(subject: Subject, xid: int) -> str:
+    """Give the state of a transaction: of 32 bits, all that the log says, the one nearest to the clone's next id."""
+    meant = Lsn.meant(transaction(xid), transaction(subject.next_xid))
+    return await _status(subject, meant.number or 0)
 
 
 async def _status(subject: Subject, xid: int) -> str:
