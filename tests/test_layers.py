@@ -113,7 +113,7 @@ POSTGRES = {
     "lives": ("lsn", "stream", "log"),
     "locality": ("lsn", "log"),
     "backup": ("lsn",),
-    "made": ("stream",),
+    "made": ("connection", "stream"),
     "preflight": ("lsn", "places", "programs", "encoding", "connection", "stream", "clone", "made"),
     "database": (
         *("lsn", "places", "programs", "connection", "stream", "log"),

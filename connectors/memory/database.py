@@ -30,6 +30,13 @@ class MemoryDatabase:
         """Take note of what is known from before."""
         self._world.lives(self._cluster).recognise(seen)
 
+    def claim(self, holder: str) -> None:
+        """Note nothing: one world has one service."""
+
+    async def claimed_by_another(self, holder: str) -> Finding | None:  # noqa: ARG002 - likewise
+        """Give nothing."""
+        return None
+
     async def lineage(self) -> Lineage:
         """Give the present history and its past."""
         await self._connected()

@@ -5,10 +5,10 @@ A service is known by its catalog, the other half of what it keeps: one that is 
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
+from connectors.claimant import is_anothers
 from trigger.trusted import NotOursError, open_file
 
 _LONGEST = 4096
@@ -25,11 +25,7 @@ def another(file: Path, holder: str) -> str:
         noted = _noted(descriptor)
     finally:
         os.close(descriptor)
-    if not (noted and holder) or noted == holder or not os.path.exists(noted):  # noqa: PTH110 - False where it is not seen
-        return ""
-    with contextlib.suppress(OSError):
-        return "" if Path(noted).samefile(holder) else noted
-    return noted
+    return noted if is_anothers(noted, holder) else ""
 
 
 def note(descriptor: int, holder: str) -> None:

@@ -1,4 +1,6 @@
-"""Two services and one folder for snapshots: `check` says of the second what `run` says; `init` proposes another."""
+"""Two services on one host: a folder for snapshots, or slots, of the first are refused to the second, by `check` as by
+`run`, and `init` proposes others.
+"""
 
 from __future__ import annotations
 
@@ -81,3 +83,34 @@ def test_init_proposes_no_folder_that_another_service_has() -> None:
         elsewhere = here.state.parent / "second" / here.state.name
         assert init(elsewhere) == f"{first}-2"
         assert init(here.state.parent / "shop") not in (first, f"{first}-2")
+
+
+def test_slots_of_another_service_are_refused_and_init_proposes_names_of_its_own() -> None:
+    with deployment(16, "directory", databases=("postgres", "shop")) as here:
+        here.start()
+        second = second_of(here)
+        text = second.config.read_text().replace('slot_prefix = "second"\n', "").replace(', "shop"', "")
+        second.config.write_text(text.replace(str(here.root / "snapshots"), str(here.root / "others")))
+        claimed = f"are those of another trigpoint, of the catalog {here.state / 'catalog.sqlite'}"
+        made = sorted(here.cluster.sql("SELECT slot_name::text FROM pg_replication_slots"))
+        for _ in range(2):
+            for command in ("check", "run"):
+                done = second.trigpoint(command, check=False)
+                assert (done.returncode, claimed in done.stdout + done.stderr) == (3, True), done.stdout + done.stderr
+            assert here.stop() == 0
+        dropped = second.trigpoint("release", "--yes", check=False)
+        assert (dropped.returncode, claimed in dropped.stderr) == (4, True), dropped.stderr
+        assert sorted(here.cluster.sql("SELECT slot_name::text FROM pg_replication_slots")) == made
+        here.trigpoint("check")
+
+        def init(file: str, state: Path) -> str:
+            target = here.state.parent / file
+            found = here.ask(
+                *("init", "--conninfo", here.cluster.conninfo, "--output", str(target)), "--state-folder", str(state)
+            )
+            return str(found["proposal"]["database"].get("slot_prefix"))
+
+        assert init("here.toml", here.state) == "None"
+        assert init("shop-2.toml", here.state.parent / "shop-2") == "shop_2_trigpoint"
+        (here.state / "catalog.sqlite").rename(here.state / "lost.sqlite")
+        assert init("anew.toml", here.state.parent / "anew") == "None"

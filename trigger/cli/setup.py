@@ -23,6 +23,7 @@ MOST_NUMBERS = 100
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
+    from trigger.config.sections import DatabaseOptions
     from trigger.service.initialise import Proposal
     from trigger.service.rehearsal import Rehearsal
 
@@ -115,6 +116,7 @@ async def look(kind: str | None, at: str | None, databases: list[str], state_fol
         layout = await database.layout()
     finally:
         await database.close()
+    section = await _with_own_names(section, str(state_folder / "catalog.sqlite"), name)
     for number in range(1, MOST_NUMBERS + 1):
         found = propose(
             section,
@@ -136,6 +138,21 @@ async def look(kind: str | None, at: str | None, databases: list[str], state_fol
         f"{found.storage_folder}, and so many before it, are other services' folders for snapshots",
         hint="give the service a --state-folder with another name",
     )
+
+
+async def _with_own_names(section: DatabaseOptions, holder: str, name: str) -> DatabaseOptions:
+    """Give the section under whose names no other service than that of the catalog `holder` has made something."""
+    from trigger.config.drivers import driver
+
+    for number in range(MOST_NUMBERS):
+        own = section.apart(name, number) if number else section
+        database = driver("database", own.driver)(own)
+        try:
+            if await database.claimed_by_another(holder) is None or (number and own == section):
+                break
+        finally:
+            await database.close()
+    return own  # where it is another's all the same, the check says it
 
 
 async def is_free(found: Proposal, layout: Layout) -> bool:

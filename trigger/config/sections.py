@@ -87,6 +87,15 @@ class DatabaseOptions(DriverSection):
             "this kind of database has to be configured by hand", hint="`trigpoint config reference` lists every option"
         )
 
+    def apart(self, name: str, number: int) -> Self:  # noqa: ARG002 - for those that make something
+        """Give the section of another service, called `name`, whose names in the database are its own.
+
+        Args:
+            name: what the service is called.
+            number: counts what was given for that name, from 1; each is another.
+        """
+        return self
+
     @property
     def address(self) -> str:
         """How it is reached, for people, without secrets."""

@@ -35,6 +35,22 @@ class Database(Protocol):
         """
         ...
 
+    def claim(self, holder: str) -> None:
+        """Note in the database, with all that is made in it from now on, for whose catalog that is.
+
+        What another one's made is not taken: a stream on it does not open, and `remove` refuses. Without a claim
+        nothing is noted, and nothing is another's.
+        """
+        ...
+
+    async def claimed_by_another(self, holder: str) -> Finding | None:
+        """Give what bears the names of ours in the database and is of another catalog than `holder`; None for nothing.
+
+        Changes nothing, and holds while the other's service is down too, until its catalog is gone from where it was.
+        Raises `DatabaseError`.
+        """
+        ...
+
     async def lineage(self) -> Lineage:
         """Give the present history and its past; raises `DatabaseError`."""
         ...

@@ -112,6 +112,7 @@ async def connect(
         raise ConfigError(f"state_folder: {alien.message}", hint=alien.remedy)
     volumes = options.volume_list
     database = driver("database", options.database.driver)(options.database, suffix)
+    database.claim(str(options.catalog_path))
     layout, answered = await known_layout(database, layout_files(options))
     database.lies_at(layout)
     storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
@@ -218,8 +219,9 @@ async def check(parts: Parts) -> list[Finding]:
     seen = (await parts.catalog.all_settled()).keys()
     findings = await parts.database.check(parts.volumes, bracketed=bracketed, seen=seen)
     findings += await parts.storage.check(parts.volumes)
-    taken = await parts.storage.claimed_by_another(str(parts.options.catalog_path))
-    findings += [taken] if taken else []
+    for claimed in (parts.database, parts.storage):
+        taken = await claimed.claimed_by_another(str(parts.options.catalog_path))
+        findings += [taken] if taken else []
     findings += await parts.journal.check()
     findings.append(await asyncio.to_thread(_cost, parts))
     findings += await asyncio.to_thread(surroundings.check, parts.options, parts.volumes)

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -22,6 +23,7 @@ from psycopg import conninfo
 from psycopg.types.string import TextLoader
 
 from connectors.databases.postgres.encoding import decoding, readable
+from trigger.errors import ConfigError
 
 _RAW = "SQL_ASCII"
 """What keeps a server from converting, until its own encoding is known."""
@@ -54,6 +56,14 @@ def encoding_of(connection: psycopg.AsyncConnection[Any]) -> str:
 def startup_options(settings: Mapping[str, str]) -> str:
     """Give settings as `options` of a connection."""
     return " ".join(f"-c {name}={_ESCAPED.sub(_BACKSLASHED, value)}" for name, value in settings.items())
+
+
+def with_password_file(dsn: str, password_file: Path | None) -> str:
+    """Give a connection string that names a file of passwords too; raises `ConfigError` where it is none."""
+    try:
+        return conninfo.make_conninfo(dsn, **({"passfile": str(password_file)} if password_file else {}))
+    except psycopg.Error as error:
+        raise ConfigError(f"not a connection string: {' '.join(str(error).split())}") from error
 
 
 async def connect(dsn: str) -> psycopg.AsyncConnection[Any]:

@@ -13,7 +13,7 @@ import psycopg
 from psycopg import conninfo as dsn
 
 from connectors.databases.postgres import backup, made, places, preflight
-from connectors.databases.postgres.connection import connect
+from connectors.databases.postgres.connection import connect, with_password_file
 from connectors.databases.postgres.lives import Lives
 from connectors.databases.postgres.locality import CONTROL, Locality
 from connectors.databases.postgres.log.proof import Compared
@@ -106,9 +106,10 @@ class Postgres:
     ) -> None:
         if not databases:
             raise ConfigError("no database is named whose commits are to be captured", hint="set database.databases")
-        self.conninfo = _with_password_file(conninfo, password_file)
+        self.conninfo = with_password_file(conninfo, password_file)
         self.databases = tuple(databases)
         self.name = name
+        self._holder = ""
         self.bin_directory = bin_directory
         self.password_file = password_file
         self._threads = Threads("data")
@@ -139,6 +140,7 @@ class Postgres:
                 recognise=self.lives.confirm,
                 saw=self.lives.saw,
                 failover=self._failover,
+                holder=self._holder,
             )
             for database in self.databases
         ]
@@ -146,6 +148,15 @@ class Postgres:
     def recognise(self, seen: Collection[Seen]) -> None:
         """Take note of what is known from before; see port `Database`."""
         self.lives.recognise(seen)
+
+    def claim(self, holder: str) -> None:
+        """Take note for whose catalog the publications are made, which are to say so; see port `Database`."""
+        self._holder = holder
+
+    async def claimed_by_another(self, holder: str) -> Finding | None:
+        """Give what bears our prefix and is noted for another catalog; see port `Database`."""
+        there = map(self._dsn, await self.existing())
+        return await made.of_another(there, self.name, holder, self._deadline_seconds)
 
     def _history(self, timeline: int) -> History:
         return self.lives.history(self._system, timeline)
@@ -270,19 +281,16 @@ class Postgres:
         Raises:
             SourceError, DatabaseError: a slot is still in use, or the server refused; what came before is gone.
         """
+        if taken := await self.claimed_by_another(self._holder):
+            raise DatabaseError(f"nothing was dropped: {taken.message}", hint=taken.remedy, retryable=False)
         there = await self.existing()
+        dsns = {name: self._dsn(name) for name in there}
         sources = [] if unused else [source for source in self.sources() if source.name in there]
         gone = [name for source in sources for name in await source.remove()]
-        used = self._used if unused else {}
         try:
             async with asyncio.timeout(self._slow_deadline_seconds):
                 async with await self._connect(self._deadline_seconds) as connection:
-                    gone += await made.drop(connection, self.name, used)
-                    read = await made.read(connection, self.name)
-                for database in there:
-                    async with await connect(self._dsn(database)) as connection:
-                        is_unused = database not in (*self.databases, *read)
-                        gone += await made.unpublish(connection, self.name, unused=is_unused)
+                    gone += await made.clear(connection, dsns, self.databases, self.name, self._used if unused else {})
         except TimeoutError:
             raise DatabaseError("what was made in the cluster could not be dropped in time") from None
         except psycopg.Error as error:
@@ -469,13 +477,6 @@ class Postgres:
             raise DatabaseError("the database did not answer in time") from None
         except psycopg.Error as error:
             raise _failed("the database refused", error) from error
-
-
-def _with_password_file(conninfo: str, password_file: Path | None) -> str:
-    try:
-        return dsn.make_conninfo(conninfo, **({"passfile": str(password_file)} if password_file else {}))
-    except psycopg.Error as error:
-        raise ConfigError(f"not a connection string: {' '.join(str(error).split())}") from error
 
 
 def _failed(what: str, error: psycopg.Error) -> DatabaseError:

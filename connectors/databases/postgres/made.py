@@ -6,12 +6,15 @@ server keeps log until its disk is full.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import asyncio
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psycopg
 
-from connectors.databases.postgres.stream import publication, slot
+from connectors.databases.postgres.connection import connect
+from connectors.databases.postgres.stream import ownership, publication, slot
 from trigger.model import Finding, Severity
 
 _SLOTS = """
@@ -78,6 +81,18 @@ async def drop(connection: psycopg.AsyncConnection[Any], prefix: str, used: Used
     return [f"slot {one.name}" for one in found if await slot.drop(connection, one.name)]
 
 
+async def clear(
+    connection: psycopg.AsyncConnection[Any], dsns: Mapping[str, str], watched: Sequence[str], prefix: str, used: Used
+) -> list[str]:
+    """Drop all of our prefix in a cluster that is of no use, its databases being reached by `dsns`; gives the names."""
+    gone = await drop(connection, prefix, used)
+    kept = [*watched, *await read(connection, prefix)]
+    for database, dsn in dsns.items():
+        async with await connect(dsn) as one:
+            gone += await unpublish(one, prefix, unused=database not in kept)
+    return gone
+
+
 async def unpublish(connection: psycopg.AsyncConnection[Any], prefix: str, *, unused: bool) -> list[str]:
     """Drop the publications in the database of a connection that nobody needs; gives their names.
 
@@ -122,3 +137,19 @@ def judge(found: Collection[Unused]) -> Iterator[Finding]:
             f" {one.kept_bytes or 0} bytes of log for it, and more with every commit",
             "trigpoint release --unused drops it; if it is another service's that is down, start that one",
         )
+
+
+async def of_another(dsns: Iterable[str], prefix: str, holder: str, deadline_seconds: float) -> Finding | None:
+    """Give what bears our prefix in one of the databases of a cluster and is of another catalog; None for nothing.
+
+    A database that does not let us in within `deadline_seconds` has no say.
+    """
+    for dsn in dsns if holder else ():
+        with contextlib.suppress(psycopg.Error, TimeoutError):
+            async with asyncio.timeout(deadline_seconds), await connect(dsn) as connection:
+                if other := await ownership.another(connection, prefix, holder):
+                    names = f"slots and publications called {prefix} are those of another trigpoint"
+                    return Finding(
+                        "slot_prefix", Severity.REFUSED, f"{names}, of the catalog {other}", ownership.REMEDY
+                    )
+    return None

@@ -16,6 +16,8 @@ _SECRET = re.compile(
 )
 _URI = re.compile(r"(?i)postgres(?:ql)?://")
 _URI_WITH_PASSWORD = re.compile(r"(?i)postgres(?:ql)?://[^/@]*:[^/@]*@")
+_NAME_IN_PREFIX = 16
+"""How much of a service's name stands in the prefix that is made of it."""
 
 
 def _decoded(uri: str) -> str:
@@ -54,6 +56,12 @@ class PostgresOptions(DatabaseOptions):
     def guarded_files(self) -> tuple[Path, ...]:
         """The password file."""
         return (self.password_file,) if self.password_file else ()
+
+    def apart(self, name: str, number: int) -> Self:
+        """Give the section with a prefix of the service's own, which begins like nobody else's."""
+        own = re.sub(r"[^a-z0-9_]", "_", f"{name[:_NAME_IN_PREFIX]}{number if number > 1 else ''}")
+        prefix = f"{'_' if own[0].isdigit() else ''}{own}_trigpoint"
+        return self.model_copy(update={"slot_prefix": prefix})
 
     @property
     def address(self) -> str:

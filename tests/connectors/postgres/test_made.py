@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -17,7 +18,7 @@ from connectors.databases.postgres.stream.slot import slot_name
 from tests.fixtures.postgres import Cluster, running_cluster
 from tests.fixtures.service import deployment
 from tests.fixtures.volumes import plain_folder
-from trigger.errors import DatabaseError
+from trigger.errors import DatabaseError, SourceError
 from trigger.model import Finding, Severity
 
 pytestmark = pytest.mark.server
@@ -254,3 +255,64 @@ def test_a_role_that_may_not_read_where_the_files_lie_is_told_what_to_be_granted
             await database.close()
 
     asyncio.run(run())
+
+
+class TestOfAnotherCatalog:
+    """Two services on one cluster with one prefix: what the first has made is not the second's to take or to drop."""
+
+    @staticmethod
+    def of(cluster: Cluster, databases: list[str], holder: Path, question: Any) -> Any:
+        async def run() -> Any:
+            database = Postgres(cluster.conninfo, databases)
+            database.claim(str(holder))
+            try:
+                return await question(database)
+            finally:
+                await database.close()
+
+        return asyncio.run(run())
+
+    @staticmethod
+    async def opened(database: Postgres) -> None:
+        for source in database.sources():
+            await source.open(None)
+            await source.close()
+
+    def test_its_slots_are_refused_until_its_catalog_is_gone(self, cluster: Cluster, tmp_path: Path) -> None:
+        ours, other = tmp_path / "ours ä", tmp_path / "other"
+        ours.touch()
+        self.of(cluster, ["shop"], ours, self.opened)
+        before = slots(cluster)
+        assert self.of(cluster, ["shop"], ours, lambda database: database.claimed_by_another(str(ours))) is None
+        found = self.of(cluster, ["postgres"], other, lambda database: database.claimed_by_another(str(other)))
+        assert found.severity is Severity.REFUSED
+        assert str(ours) in found.message
+        assert "slot_prefix" in found.remedy
+        with pytest.raises(DatabaseError, match="nothing was dropped"):
+            self.of(cluster, ["postgres"], other, lambda database: database.remove())
+        with pytest.raises(SourceError, match="are those of the catalog"):
+            self.of(cluster, ["shop"], other, self.opened)
+        assert slots(cluster) == before
+        ours.unlink()  # its state was lost: what it made is taken by the next
+        self.of(cluster, ["shop"], other, self.opened)
+        other.touch()
+        assert self.of(cluster, ["shop"], ours, lambda database: database.claimed_by_another(str(ours))) is not None
+        assert "slot trigpoint_shop" in self.of(cluster, ["shop"], other, lambda database: database.remove())
+
+    def test_a_note_without_a_slot_or_of_another_cluster_claims_nothing(self, cluster: Cluster, tmp_path: Path) -> None:
+        ours, other = tmp_path / "ours", tmp_path / "other"
+        ours.touch()
+        self.of(cluster, ["shop"], ours, self.opened)
+        cluster.sql("SELECT pg_drop_replication_slot('trigpoint_shop')")
+        assert self.of(cluster, ["shop"], other, lambda database: database.claimed_by_another(str(other))) is None
+        self.of(cluster, ["shop"], ours, self.opened)
+        said = cluster.sql("SELECT obj_description(oid) FROM pg_publication WHERE pubname = 'trigpoint'", "shop")[0][0]
+        cluster.sql(f"COMMENT ON PUBLICATION trigpoint IS '{said}0'", "shop")  # as of a copy of another cluster
+        assert self.of(cluster, ["shop"], other, lambda database: database.claimed_by_another(str(other))) is None
+
+    def test_the_word_of_an_operator_stays(self, cluster: Cluster, tmp_path: Path) -> None:
+        cluster.sql("CREATE PUBLICATION trigpoint FOR ALL TABLES", "shop")
+        cluster.sql("COMMENT ON PUBLICATION trigpoint IS 'mine'", "shop")
+        self.of(cluster, ["shop"], tmp_path / "ours", self.opened)
+        said = cluster.sql("SELECT obj_description(oid) FROM pg_publication WHERE pubname = 'trigpoint'", "shop")
+        assert said == [("mine",)]

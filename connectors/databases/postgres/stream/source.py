@@ -19,7 +19,7 @@ from psycopg import conninfo
 
 from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.lsn import Lsn, full_xid, history, transaction
-from connectors.databases.postgres.stream import publication, slot
+from connectors.databases.postgres.stream import ownership, publication, slot
 from connectors.databases.postgres.stream.copyboth import (
     CopyBoth,
     Present,
@@ -70,6 +70,7 @@ class PostgresSource:
         silence_seconds: how long the server may owe us an answer before the connection counts as dead.
         recognise: says which history the server is in, by what is known of it; the first of its timeline by default.
         saw: told the last commit of a batch before that is given: from then on it is known.
+        holder: the catalog that slot and publications are noted for, and of no other of which they may be; "" for none.
 
     Attributes:
         duplicates_suppressed: commits that the server sent again and that were not delivered again.
@@ -89,6 +90,7 @@ class PostgresSource:
         silence_seconds: float = 60.0,
         recognise: Recognise | None = None,
         saw: Callable[[Commit], None] = lambda _: None,
+        holder: str = "",
     ) -> None:
         self.name = database
         self.slot = slot.slot_name(name, database)
@@ -103,6 +105,7 @@ class PostgresSource:
         self._silence_seconds = silence_seconds
         self._recognise = recognise or _first_of_its_timeline
         self._saw = saw
+        self._holder = holder
         self._side: psycopg.AsyncConnection[Any] | None = None
         self._stream: CopyBoth | None = None
         self._decoder = Decoder()
@@ -190,7 +193,11 @@ class PostgresSource:
     async def _publish(self, side: psycopg.AsyncConnection[Any]) -> tuple[list[str], str]:
         """Make the publications before the slot (LAB 19); gives their names and why an existing slot is useless."""
         async with asyncio.timeout(self._deadline_seconds):
+            if other := await ownership.another(side, self.publication, self._holder):
+                what = f"slot {self.slot} and publication {self.publication} in {self.name}"
+                raise SourceError(f"{what} are those of the catalog {other}", hint=ownership.REMEDY, retryable=False)
             publications, made = await publication.ensure(side, self.publication)
+            await ownership.note(side, self.publication, self._holder)
             self._maintains = len(publications) > 1
         if self._maintains:
             await self._maintain(side)
