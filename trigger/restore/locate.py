@@ -12,11 +12,11 @@ from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError, PositionError, RestoreError
 from trigger.model import CommitRecord, Extent, Gap, Logged, Outcome, RecoveryPoint
 from trigger.ports import Journal
-from trigger.position import History, Lineage, Name, Position
+from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
 from trigger.restore.planner import plan
-from trigger.restore.target import at_commit, is_left, naming, up_to
+from trigger.restore.target import at_commit, at_time, is_left, naming, up_to
 
 
 class Where(StrEnum):
@@ -169,6 +169,12 @@ class _Known:
                 return gap
         return None
 
+    def gap_between(self, begin: int, end: int, lineage: Lineage) -> Gap | None:
+        """Give the first gap that takes in something between two places of a lineage."""
+        starts = sorted(start for gap in self.gaps if (start := lineage.shared(gap.after)) is not None)
+        places = [begin, *(start for start in starts if begin < start < end)]
+        return next((gap for at in places if (gap := self.gap_at(at, lineage, None))), None)
+
 
 async def _known(stream: str | None, catalog: Catalog, journal: Journal) -> _Known:
     latest = await catalog.latest()
@@ -296,11 +302,26 @@ async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lin
         )
         aside = f"; there are others, which restore takes: {', '.join(others)}" if others else ""
         return _unknown(f"no commit at or before {time.isoformat()} is known of {lineage.history}{aside}")
+    later = await catalog.commit_after(last.record.start, lineage)
+    words = f"the last qualifying commit by then is {last.record.name} of {last.record.stream}"
+    if gap := known.gap_between(last.record.end, later.record.start if later else LAST, lineage):
+        way = await _way_to_time(time, catalog, known, lineage)
+        reason = f"it lies in a gap, or behind it: {gap.reason}; {words} that is known; {way.words}"
+        return Location(Where.GAP, None, lineage.history, way.after, None, gap, reason, way.base)
     there = await _of_commit(last, catalog, known)
-    reason = f"the last qualifying commit by then is {last.record.name} of {last.record.stream}: {there.reason}"
-    if await catalog.commit_after(last.record.start, lineage) is None:
+    reason = f"{words}: {there.reason}"
+    if later is None:
         reason += f"; no later one is known, and {await log_search.end_of(lineage, known.journal)}"
+        if (way := await _way_to_time(time, catalog, known, lineage)).base is None:
+            reason += f"; of the state of that time: {way.words}"
     return replace(there, reason=reason)
+
+
+async def _way_to_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lineage) -> _Way:
+    """Give how the state of a time is brought back, as a restore to it would find."""
+    if not known.journal.replays:
+        return await known.way(Target(lineage.history, None, True, "", time), catalog)
+    return await known.way(await at_time(time, lineage, catalog, known.journal), catalog)
 
 
 async def _of_place(at: int, catalog: Catalog, known: _Known, lineage: Lineage, stream: str | None) -> Location:

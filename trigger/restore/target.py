@@ -103,7 +103,7 @@ async def _resolved(
     if named.place is not None:
         return await _at_place(lineage.history.parse_place(named.place), named.stream, lineage, catalog, extents)
     if named.time is not None:
-        return await _at_time(named.time, lineage, catalog, journal, committing)
+        return await at_time(named.time, lineage, catalog, journal, committing)
     if named.latest:
         return await _latest(lineage, catalog, database, meant=named.history is not None)
     if named.before is not None:
@@ -249,14 +249,19 @@ async def _at_place(
     return up_to(at, lineage, extents, f"the state before {written}{_last(last)}")
 
 
-async def _at_time(
-    time: datetime, lineage: Lineage, catalog: Catalog, journal: Journal, database: Database | None
+async def at_time(
+    time: datetime, lineage: Lineage, catalog: Catalog, journal: Journal, database: Database | None = None
 ) -> Target:
+    """Give the target that is the state of a lineage at a time.
+
+    Where no commit is known to be later, all log that is held has to be there without a hole: whatever is missing in it
+    may have been committed by then. `database` is made to commit something then, which is surely later.
+    """
     last, later = await log_search.as_of(time, lineage, catalog, journal)
     description = f"the state of {time.isoformat()}{_last(last)}"
     if later is None:
         description += f", no later commit is known: {await log_search.end_of(lineage, journal)}"
-    reach = later.record.end if later else await _passed(lineage, database)
+    reach = later.record.end if later else await _passed(lineage, database) or await _held_to(lineage, journal)
     known = last.record if last else None
     return Target(lineage.history, None, True, description, time, known, reach)
 
@@ -282,6 +287,11 @@ async def _latest(lineage: Lineage, catalog: Catalog, database: Database | None,
         )
     reach = known.end if known else None
     return Target(lineage.history, None, False, description, commit=known, reach=reach)
+
+
+async def _held_to(lineage: Lineage, journal: Journal) -> int | None:
+    """Give where the log of a history ends that is held; None where none of it is."""
+    return max((one.end for one in await journal.extents() if one.history == lineage.history), default=None)
 
 
 async def _passed(lineage: Lineage, database: Database | None) -> int | None:

@@ -17,7 +17,7 @@ from trigger.position import Name, Position
 from trigger.protect.window import record
 from trigger.restore.locate import Location, Where, locate
 from trigger.restore.restore import prepare
-from trigger.restore.target import Named
+from trigger.restore.target import Named, resolve
 
 
 async def only(it: Bank, **named: Any) -> Location:
@@ -242,5 +242,36 @@ def test_a_time_before_a_life_began_is_told_with_the_histories_of_the_lives_befo
         found = await only(it, time=first.time + timedelta(seconds=1))
         assert found.where is Where.UNKNOWN
         assert f"--history {first.history}" in found.reason
+
+    run(tmp_path, story)
+
+
+def test_a_time_behind_a_gap_and_a_hole_is_told_so_as_a_restore_would_refuse_it(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        first = it.commit()
+        await it.point()
+        last = it.commit()
+        await it.point()
+        lost = [it.world.cluster.commit("bank") for _ in range(3)]
+        it.pending.clear()
+        until = it.world.cluster.lineage().at(it.world.cluster.inserted)
+        (whole,) = await it.site.journal.extents()
+        held = [replace(whole, end=last.end), Extent(whole.history, lost[-1].end, lost[-1].end + 64)]
+        after = it.site.clock.now() + timedelta(seconds=5)
+        with patch.object(it.site.journal, "extents", return_value=held):
+            found = await only(it, time=after)
+            assert (found.where, found.point) == (Where.POINT, 2)
+            assert "of the state of that time: it cannot be restored: the log between" in found.reason
+            target = await resolve(Named(time=after), it.catalog, it.site.journal)
+            with pytest.raises(RestoreError, match=r"the log between .* is missing"):
+                await prepare(target, it.site)
+            gap = Gap("bank", last.position, until, "the slot was dropped", it.site.clock.now())
+            await it.catalog.record_gap(gap)
+            found = await only(it, time=after)
+            assert (found.where, found.gap, found.record, found.base) == (Where.GAP, gap, None, None)
+            assert "it lies in a gap" in found.reason
+            assert "the log between" in found.reason
+            between = await only(it, time=first.time)
+            assert (between.where, between.gap) == (Where.POINT, None)
 
     run(tmp_path, story)
