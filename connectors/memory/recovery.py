@@ -130,6 +130,15 @@ class MemoryRecovery:
         await asyncio.sleep(0)
         return []
 
+    async def outside(self, copy: Clone, volumes: Sequence[Volume]) -> list[Finding]:  # noqa: ARG002 - the port's
+        """Give what the world says to lie outside the snapshots of a point."""
+        await asyncio.sleep(0)
+        return [
+            Finding(what, Severity.REFUSED, f"{what} lies outside", "add a volume")
+            for point, what in self._world.outside
+            if point == copy.point
+        ]
+
     async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give the servers that the world says to work in a volume."""
         await asyncio.sleep(0)

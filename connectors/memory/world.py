@@ -94,6 +94,7 @@ class World:
         self.restored: dict[str, Restored] = {}
         self.stopped: dict[str, Restored] = {}
         self.at_work: set[str] = set()
+        self.outside: set[tuple[str, str]] = set()
         """Volumes in which a server works, by path."""
 
     def now(self) -> datetime:

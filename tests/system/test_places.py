@@ -214,6 +214,8 @@ def test_a_tablespace_that_is_made_on_no_volume_is_a_trouble_until_it_is_gone_an
         here.wait_for(lambda: f"in no point: {elsewhere}; move it" in str(here.status()["troubles"]), "the trouble")
         oid = here.cluster.sql("SELECT oid FROM pg_tablespace WHERE spcname = 'elsewhere'")[0][0]
         assert f"{elsewhere} lies on no volume" in here.trigpoint("check", check=False).stdout
+        here.ask("point")
+        here.cluster.sql("SELECT pg_logical_emit_message(true, 'trigpoint', 'aft')")
         after = here.ask("point")["number"]
         report = here.ask("restore", "--to-point", str(before), "--name", "before")
         assert all(held for _, held, _ in report["checks"])
@@ -222,6 +224,13 @@ def test_a_tablespace_that_is_made_on_no_volume_is_a_trouble_until_it_is_gone_an
         words = " ".join(refused.stderr.split())
         assert f"pg_tblspc/{oid} of the cluster leads to {elsewhere}, which the clone has no copy of" in words
         assert "restore a commit from before it was there" in words
+        for target in (("--to-point", str(after)), ("--to-marker", "aft")):
+            planned = here.trigpoint("restore", *target, "--dry-run", check=False)
+            assert planned.returncode == RestoreError.exit_code
+            assert "which the clone has no copy of" in " ".join(planned.stderr.split())
+        (found,) = here.ask("find", "--marker", "aft")
+        assert found["base"] is None
+        assert f"it cannot be restored: pg_tblspc/{oid} of the cluster leads to {elsewhere}" in found["reason"]
         assert [clone["name"] for clone in here.ask("clones")] == ["before"]
         here.trigpoint("clones", "drop", "--yes", "before")
         here.cluster.sql("DROP TABLESPACE elsewhere")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -274,11 +275,13 @@ def find(
 
 async def _locate(chosen: Options, database: str | None, wanted: dict[str, Any]) -> list[Location]:
     from trigger.restore.locate import locate
+    from trigger.restore.obstacles import left_out
     from trigger.service.service import opened
 
     async with opened(chosen, past=True) as parts:
         await require_known(database, parts)
-        return await locate(parts.catalog, parts.journal, stream=database, **wanted)
+        whole = partial(left_out, recovery=parts.recovery, volumes=parts.volumes)
+        return await locate(parts.catalog, parts.journal, stream=database, left_out=whole, **wanted)
 
 
 def _show_found(found: list[Location]) -> None:

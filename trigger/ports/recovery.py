@@ -72,6 +72,13 @@ class Recovery(Protocol):
         """Give what keeps a clone from going on as the cluster in `volumes`: another copy went on under its branch."""
         ...
 
+    async def outside(self, copy: Clone, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give what of the cluster in `volumes` lies outside a copy of them, for which `start` refuses it.
+
+        The snapshots of a point may be given as a copy; nothing is changed in them. Never raises.
+        """
+        ...
+
     async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give the servers that work in one of the volumes, also where their processes are not seen; never raises."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -10,13 +10,16 @@ from typing import NamedTuple
 
 from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError, PositionError, RestoreError
-from trigger.model import CommitRecord, Extent, Gap, Logged, Outcome, RecoveryPoint
+from trigger.model import CommitRecord, Extent, Finding, Gap, Logged, Outcome, RecoveryPoint
 from trigger.ports import Journal
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
 from trigger.restore.planner import plan
 from trigger.restore.target import at_commit, at_time, is_left, naming, up_to
+
+LeftOut = Callable[[RecoveryPoint], Awaitable[list[Finding]]]
+"""Gives what of the cluster the snapshots of a point do not hold."""
 
 
 class Where(StrEnum):
@@ -63,6 +66,7 @@ async def locate(
     time: datetime | None = None,
     marker: str | None = None,
     stream: str | None = None,
+    left_out: LeftOut | None = None,
 ) -> list[Location]:
     """Give what holds the commits that bear a name or marker, or that lie at a place or time.
 
@@ -75,6 +79,7 @@ async def locate(
         name, marker, stream: of a commit.
         place: in the form of the newest point's history; of several, of whichever it is one in.
         time: a moment.
+        left_out: gives what the snapshots of a base do not hold; without it they are taken to hold everything.
 
     Raises:
         RestoreError: not exactly one of the four was given.
@@ -85,7 +90,7 @@ async def locate(
         raise RestoreError("name exactly one of transaction, place, time or marker")
     if journal.replays:
         await journal.catch_up()
-    known = await _known(stream, catalog, journal)
+    known = replace(await _known(stream, catalog, journal), left_out=left_out)
     places = _places(place, known.logs) if place is not None else {}
     whole: list[Name] = []
     if place is not None:
@@ -126,6 +131,7 @@ class _Known:
     gaps: Sequence[Gap]
     journal: Journal
     extents: Sequence[Extent]
+    left_out: LeftOut | None = None
 
     async def way(self, target: Target, catalog: Catalog) -> _Way:
         """Give how a target is brought back, or why it is not."""
@@ -137,6 +143,8 @@ class _Known:
             found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=start, left=left)
         except (JournalError, RestoreError) as error:
             return _Way(f"{'not yet restorable' if error.retryable else 'it cannot be restored'}: {error.message}")
+        if self.left_out is not None and (missing := await self.left_out(found.base)):
+            return _Way(f"it cannot be restored: {missing[0].message}")
         number = found.base.number
         if found.as_cut:
             return _Way(f"the snapshot of point {number} ends with it", number, self._before(target, lineage))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trigger.errors import RestoreError
-from trigger.model import Finding, Severity, Volume
-from trigger.ports import Capability
+from trigger.model import Finding, RecoveryPoint, Severity, Volume
+from trigger.ports import Capability, Clone, Recovery
 from trigger.restore.clones import Site
 
 _SUBVOLUME_INODE = 256  # of the root of every btrfs subvolume (BTRFS_FIRST_FREE_OBJECTID)
@@ -19,6 +19,12 @@ _BESIDE = "restore beside and copy"
 async def obstacles(site: Site) -> list[Finding]:
     """Give what keeps the clones that the storage makes from taking the place of the volumes; nothing is changed."""
     return [*await site.recovery.at_work(site.volumes), *await asyncio.to_thread(_of_places, site)]
+
+
+async def left_out(point: RecoveryPoint, recovery: Recovery, volumes: Sequence[Volume]) -> list[Finding]:
+    """Give what of the cluster the snapshots of a point do not hold, for which no clone of them comes up."""
+    paths = tuple((snapshot.volume, Path(snapshot.location)) for snapshot in point.snapshots)
+    return await recovery.outside(Clone(f"point {point.number}", point.id, paths, point.opened_at), volumes)
 
 
 async def require_at_rest(site: Site) -> None:

@@ -24,6 +24,7 @@ from trigger.replay import Running, Target
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, clone_name, new_name
 from trigger.restore.clones import Site, remove, to_its_end
+from trigger.restore.obstacles import left_out, require_none
 from trigger.restore.planner import Plan, plan
 from trigger.restore.target import is_left
 
@@ -78,7 +79,8 @@ async def prepare(target: Target, site: Site, *, wait_seconds: float = JOURNAL_W
     A target that the journal has not come to yet is waited for, no longer than `wait_seconds`.
 
     Raises:
-        RestoreError: the target cannot be reached; the message says precisely why not.
+        RestoreError: the target cannot be reached, or what it starts from does not hold all of the cluster; the message
+            says precisely why not.
         JournalError, CatalogError: the journal or the catalog cannot be read.
     """
     loop = asyncio.get_running_loop()
@@ -88,10 +90,14 @@ async def prepare(target: Target, site: Site, *, wait_seconds: float = JOURNAL_W
         bases, extents = await site.catalog.bases(), await site.journal.extents()
         left = await is_left(target, site.catalog, site.journal)
         try:
-            return plan(target, bases, extents, lineage, site.replay_bytes_per_second, file_start=file_start, left=left)
+            rate = site.replay_bytes_per_second
+            found = plan(target, bases, extents, lineage, rate, file_start=file_start, left=left)
         except RestoreError as error:
             if not error.retryable or loop.time() >= deadline:
                 raise
+        else:
+            require_none(await left_out(found.base, site.recovery, site.volumes))
+            return found
         await asyncio.sleep(_POLL_SECONDS)
 
 

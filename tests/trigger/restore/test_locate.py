@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from trigger.model import Extent, Gap, Outcome
 from trigger.position import Name, Position
 from trigger.protect.window import record
 from trigger.restore.locate import Location, Where, locate
+from trigger.restore.obstacles import left_out
 from trigger.restore.restore import prepare
 from trigger.restore.target import Named, resolve
 
@@ -273,5 +275,24 @@ def test_a_time_behind_a_gap_and_a_hole_is_told_so_as_a_restore_would_refuse_it(
             assert "the log between" in found.reason
             between = await only(it, time=first.time)
             assert (between.where, between.gap) == (Where.POINT, None)
+
+    run(tmp_path, story)
+
+
+def test_what_the_snapshots_of_a_base_do_not_hold_is_no_promise(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        before = it.commit()
+        await it.point()
+        commit = it.commit()
+        point = await it.point()
+        it.world.outside.add((point.id, "pg_tblspc/16400"))
+        whole = partial(left_out, recovery=it.site.recovery, volumes=it.site.volumes)
+        target = await it.resolve(Named(point=point.id))
+        with pytest.raises(RestoreError, match="pg_tblspc/16400 lies outside"):
+            await prepare(target, it.site)
+        found = await only(it, name=commit.name, left_out=whole)
+        assert (found.where, found.base) == (Where.POINT, None)
+        assert "it cannot be restored: pg_tblspc/16400 lies outside" in found.reason
+        assert (await only(it, name=before.name, left_out=whole)).base is not None
 
     run(tmp_path, story)

@@ -23,7 +23,7 @@ from connectors.databases.postgres.log.files import entered, give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import PreflightError, RestoreError
-from trigger.model import Address, Bracket, Layout, Volume
+from trigger.model import Address, Bracket, Finding, Layout, Severity, Volume
 from trigger.ports import Clone
 from trigger.replay import Replay
 from trigger.trusted import NotOursError, open_file, read_text
@@ -41,6 +41,10 @@ _OUR_OWN = ("wal_level", "max_wal_senders")
 """Of the settings that the control file holds, those that a clone has otherwise: it is nobody's primary."""
 _HBA = "local all all trust\nlocal replication all reject\n"
 _HBA_OVER_TCP = "host replication all all reject\nhost all all all scram-sha-256\n"
+_LEADS_OUT = (
+    "its server would write into production's files; restore a commit from before it was there, or add that folder to"
+    " the volumes and take a point"
+)
 _LISTEN_FILE = "listen.conf"
 _STAGED = "staged"
 _ORIGINS = "2000"
@@ -234,22 +238,48 @@ def _take_out(isolated: Isolated) -> None:
 
 def _point_links_inside(isolated: Isolated, clone: Clone, placement: Placement, volumes: Sequence[Volume]) -> None:
     """Point every link of the data directory at the copy; one that would lead out of it refuses the restore (R11)."""
-    known = {f"pg_tblspc/{oid}": spot for oid, spot in placement.tablespaces}
-    known |= {"pg_wal": placement.wal} if placement.wal else {}
-    for link in links(isolated.data, isolated.data / "pg_tblspc", isolated.data / "base"):
-        name = str(link.relative_to(isolated.data))
-        inside = folder_of(part_of(link.readlink(), clone, volumes), clone)
-        if inside is None and name in known:
-            inside = folder_of(Part(known[name].volume, Path(known[name].path)), clone)
+    for link, inside in list(_links_inside(isolated.data, clone, placement, volumes)):
         if inside is None:
-            raise RestoreError(
-                f"{name} of the cluster leads to {link.readlink()}, which the clone has no copy of",
-                hint="its server would write into production's files; restore a commit from before it was there, or"
-                " add that folder to the volumes and take a point",
-            )
+            raise RestoreError(_leads_out(link, isolated.data), hint=_LEADS_OUT)
         link.unlink()
         link.symlink_to(inside)
         give(link, isolated.owner)
+
+
+def _links_inside(
+    data: Path, clone: Clone, placement: Placement, volumes: Sequence[Volume]
+) -> Iterator[tuple[Path, Path | None]]:
+    """Give every link of a data directory, and what it leads to in the copy; None where that has none of it."""
+    known = {f"pg_tblspc/{oid}": spot for oid, spot in placement.tablespaces}
+    known |= {"pg_wal": placement.wal} if placement.wal else {}
+    for link in links(data, data / "pg_tblspc", data / "base"):
+        name = str(link.relative_to(data))
+        inside = folder_of(part_of(link.readlink(), clone, volumes), clone)
+        if inside is None and name in known:
+            inside = folder_of(Part(known[name].volume, Path(known[name].path)), clone)
+        yield link, inside
+
+
+def _leads_out(link: Path, data: Path) -> str:
+    return f"{link.relative_to(data)} of the cluster leads to {link.readlink()}, which the clone has no copy of"
+
+
+def outside(copy: Clone, placement: Placement, volumes: Sequence[Volume]) -> list[Finding]:
+    """Give what `isolate` would refuse a copy for, by what its links lead to; blocks on reading them, changes nothing.
+
+    Of what cannot be read nothing is known.
+    """
+    if (top := dict(copy.paths).get(placement.data.volume)) is None:
+        return []
+    data = top / placement.data.path
+    try:
+        return [
+            Finding(str(link.relative_to(data)), Severity.REFUSED, _leads_out(link, data), _LEADS_OUT)
+            for link, inside in _links_inside(data, copy, placement, volumes)
+            if inside is None
+        ]
+    except OSError:
+        return []
 
 
 def links(data: Path, *below: Path) -> Iterator[Path]:

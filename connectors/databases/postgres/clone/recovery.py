@@ -274,6 +274,10 @@ class PostgresRecovery:
         isolated = Isolated(data, owner_of(data), programs.major, ())
         return isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
 
+    async def outside(self, copy: Clone, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give the links of a copy that lead out of it; see `isolation.outside`."""
+        return await asyncio.to_thread(isolation.outside, copy, self._placement, volumes)
+
     async def at_work(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give the servers that work in one of the volumes, also where their processes are not seen."""
         return await production.at_work(volumes, self._conninfo, self._programs_for)
