@@ -419,8 +419,7 @@ def _refusal(
         base, hole = holes[0]
         last = held[-1].end if held else None
         if last is None or hole.start >= last:
-            ends = "holds nothing yet" if last is None else f"ends at {written(last)}"
-            return _beyond(target, lineage, ends, written(hole.end), left=left)
+            return _beyond(target, lineage, None if last is None else written(last), written(hole.end), left=left)
         return RestoreError(
             f"the log between {_between(hole, lineage)} is missing"
             f" on the way from point {base.number} to {target.description}",
@@ -446,18 +445,24 @@ def _refusal(
     )
 
 
-def _beyond(target: Target, lineage: Lineage, ends: str, needed: Place, *, left: bool) -> RestoreError:
-    """Give the error for a target to which the journal has not come, or never will."""
+def _beyond(target: Target, lineage: Lineage, last: Place | None, needed: Place, *, left: bool) -> RestoreError:
+    """Give the error for a target to which the journal has not come, or never will; `last` is where it ends."""
+    ends = "holds nothing yet" if last is None else f"ends at {last}"
     if left:
         return RestoreError(
             f"{target.description} lies behind all that the journal has of {lineage.history}: it {ends}, and the"
             f" database has gone on in another history, so that it never reaches {needed}",
             hint="name an earlier target: what was not received before that history was left is lost",
         )
+    caught_up = "wait until the journal has caught up (trigpoint status)"
+    if last is None:  # it was lost, or has not begun
+        caught_up = (
+            f"start the database and the service, which brings what the database still keeps for it, and {caught_up}"
+        )
     or_else = "; --to-latest needs less of it" if target.time is not None else ""
     return RestoreError(
         f"{target.description} lies in the future of the journal, which {ends} and must reach {needed}",
-        hint=f"wait until the journal has caught up (trigpoint status), or name an earlier target{or_else}",
+        hint=f"{caught_up}, or name an earlier target{or_else}",
         retryable=True,
     )
 

@@ -220,6 +220,7 @@ def test_a_journal_that_holds_nothing_yet_has_lost_nothing() -> None:
     with pytest.raises(RestoreError, match=r"in the future of the journal, which holds nothing yet") as refused:
         make(commit(0x3000, 0x3030), base(1, 0x2000, 0x2100), extents=())
     assert refused.value.retryable
+    assert "start the database and the service" in refused.value.hint  # its journal may have been lost
 
 
 def test_the_journal_must_reach_the_end_of_the_commit_record() -> None:
