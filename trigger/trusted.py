@@ -47,7 +47,8 @@ def open_ours(path: Path, also: Collection[int] = ()) -> int:
     """
     step = _reach(path, also=also)
     try:
-        return os.open(".", _FOLDER, dir_fd=step)
+        with naming(path):
+            return os.open(".", _FOLDER, dir_fd=step)
     finally:
         os.close(step)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.room import room_for
+from tests.fixtures.volumes import plain_folder
 from trigger.config.options import load
 from trigger.lock import lock
 from trigger.model import Severity
@@ -179,3 +180,18 @@ def test_a_file_for_which_there_is_no_room_stays_as_it_was_and_leaves_nothing_be
         replace_file(kept, "new and longer")
     assert kept.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.root
+def test_a_folder_that_another_user_may_not_look_into_is_named() -> None:
+    with plain_folder() as above:
+        folder = above / "state"
+        folder.mkdir(mode=0o711)
+        os.seteuid(NOBODY)
+        try:
+            for act in (open_ours, lambda path: lock(path / "lock")):
+                with pytest.raises(PermissionError) as refused:
+                    act(folder)
+                assert refused.value.filename == str(folder)
+        finally:
+            os.seteuid(0)

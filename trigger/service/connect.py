@@ -18,7 +18,7 @@ from trigger import host
 from trigger.catalog.catalog import Catalog, Upgrade
 from trigger.config.drivers import driver, know_places
 from trigger.config.options import Options
-from trigger.errors import AgentError, CatalogError, ConfigError, DatabaseError
+from trigger.errors import AgentError, CatalogError, ConfigError, DatabaseError, remedy
 from trigger.model import Finding, Layout, Severity, Volume
 from trigger.ports import Agent, Capability, Database, Journal, Recovery, Source, Storage
 from trigger.position import History
@@ -206,9 +206,11 @@ def _recalled(database: Database, kept: Path) -> Layout:
     try:
         document = json.loads(kept.read_text())
     except (OSError, ValueError, RecursionError) as error:
+        words = error.strerror or error if isinstance(error, OSError) else error
+        hint = remedy(error) if isinstance(error, OSError) else ""
         raise ConfigError(
-            f"{kept}, which says where the cluster lies, cannot be read: {error}",
-            hint="start the cluster, which tells it anew",
+            f"{kept}, which says where the cluster lies, cannot be read: {words}",
+            hint=hint or "start the cluster, which tells it anew",
         ) from error
     return database.recall(document)
 

@@ -12,6 +12,7 @@ import pytest
 from connectors.databases.postgres import places
 from tests.fixtures.room import room_for
 from tests.fixtures.service import deployment
+from tests.fixtures.volumes import plain_folder
 from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Layout
 from trigger.service.connect import keep_layout, known_layout
@@ -65,6 +66,20 @@ def test_a_layout_that_was_kept_and_cannot_be_read_is_said_with_what_to_do_and_t
         known(None, tmp_path)
     assert refused.value.hint == "start the cluster, which tells it anew"
     assert known(SEEN, tmp_path) == known(None, tmp_path) == SEEN
+
+
+@pytest.mark.root
+def test_a_layout_that_only_another_user_may_read_is_no_matter_of_the_cluster() -> None:
+    with plain_folder() as folder:
+        (folder / "layout.json").write_text("{}")
+        (folder / "layout.json").chmod(0o600)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ConfigError, match=r"layout\.json, which says .*: Permission denied;") as refused:
+                known(None, folder)
+        finally:
+            os.seteuid(0)
+    assert refused.value.hint == "run it as the user that may, or as root"
 
 
 def test_the_layout_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
