@@ -86,6 +86,7 @@ def test_init_writes_a_configuration_that_every_check_accepts(tmp_path: Path) ->
         missing = typed(*command, "--force", "--database", "nowhere")
         assert missing.returncode == 2
         assert "there are: postgres, shop" in missing.stderr
+        assert 'databases = ["shop"]' in json.loads(typed(*command[:-1], "-", "--json").stdout)["text"]
 
 
 @pytest.mark.volume

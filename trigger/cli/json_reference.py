@@ -126,7 +126,7 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("clear", {"cleared": str}),
     ("release", {"dropped": list[str]}),
     ("catalog rebuild", Rebuilt),
-    ("init", {"file": Path, "proposal": Proposal}),
+    ("init", {"file": Path, "proposal": Proposal, "text": str}),
     ("config reference", list[Section]),
 )
 """What each command prints; a mapping is an object with these keys. Others are in `OBJECTS`."""

@@ -37,7 +37,12 @@ def init(
     ] = None,
     databases: Annotated[
         list[str] | None,
-        typer.Option("--database", "-d", help="Watch this one; may be given several times. Else all there are."),
+        typer.Option(
+            "--database",
+            "-d",
+            help="Watch this one; may be given several times. Else all there are, and of several not the one that"
+            " every cluster has.",
+        ),
     ] = None,
     state_folder: Annotated[
         Path | None, typer.Option("--state-folder", help="For catalog and journal.", show_default=False)
@@ -67,13 +72,14 @@ def init(
     found = asyncio.run(look(driver, conninfo, databases or [], state_folder or default_state_folder(name), name))
     written = text(found)
     parse(written, str(target))
+    if str(target) != "-":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        put(target, written)
+    if as_json:
+        show.print_json({"file": target, "proposal": found, "text": written})
+        return
     if str(target) == "-":
         show.raw(written)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    put(target, written)
-    if as_json:
-        show.print_json({"file": target, "proposal": found})
         return
     show.say(f"wrote {target}")
     show.facts(
@@ -85,7 +91,10 @@ def init(
     )
     for why in (*found.why, *found.points_why):
         show.say(why)
-    option = "" if target in (SYSTEM_CONFIG, LOCAL_CONFIG) else f" -c {target}"
+    _show_next("" if target in (SYSTEM_CONFIG, LOCAL_CONFIG) else f" -c {target}")
+
+
+def _show_next(option: str) -> None:
     show.say()
     show.say(f"next:  trigpoint check{option}               what stands in the way, with remedies")
     show.say(f"       trigpoint explain{option}             what is protected, and what cannot be seen")
