@@ -247,7 +247,8 @@ async def preflight(parts: Parts, *, force: bool) -> None:
     if refused and not force:
         raise PreflightError(
             "; ".join(f"{finding.subject}: {finding.message}" for finding in refused),
-            hint=" ".join(finding.remedy for finding in refused if finding.remedy) or "see `trigpoint check`",
+            hint="; ".join(dict.fromkeys(finding.remedy for finding in refused if finding.remedy))
+            or "see `trigpoint check`",
         )
 
 

@@ -265,8 +265,8 @@ async def _try_publications(connection: psycopg.AsyncConnection[Any], source: Po
     """Judge whether the server lets us make and change publications, as a trigger that forbids DDL does not."""
     try:
         await publication.attempt(connection, source.publication)
-    except psycopg.errors.InsufficientPrivilege:
-        return iter(())  # which is said of the role
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction):
+        return iter(())  # which is said of the role, and of a standby
     except psycopg.Error as error:
         message = f"publications cannot be made or kept up to date: {' '.join(str(error).split())}"
         remedy = f"have what forbids it (an event trigger, say) let role {connection.info.user} pass"

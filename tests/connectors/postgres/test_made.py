@@ -15,7 +15,7 @@ from connectors.databases.postgres.database import Postgres
 from connectors.databases.postgres.made import is_ours
 from connectors.databases.postgres.programs import minimal_environment
 from connectors.databases.postgres.stream.slot import slot_name
-from tests.fixtures.postgres import Cluster, running_cluster
+from tests.fixtures.postgres import Cluster, running_cluster, running_standby
 from tests.fixtures.service import deployment
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import DatabaseError, SourceError
@@ -316,3 +316,11 @@ class TestOfAnotherCatalog:
         self.of(cluster, ["shop"], tmp_path / "ours", self.opened)
         said = cluster.sql("SELECT obj_description(oid) FROM pg_publication WHERE pubname = 'trigpoint'", "shop")
         assert said == [("mine",)]
+
+
+def test_of_a_standby_nothing_is_said_to_forbid_publications(cluster: Cluster) -> None:
+    with running_standby(cluster, streams=False) as standby:
+        found = asked(standby, lambda database: database.check([]))
+    refused = [one for one in found if one.severity is Severity.REFUSED]
+    assert [one.message for one in refused if one.subject == "primary"] == ["this server is a standby"]
+    assert not [one for one in refused if one.subject.startswith("publication")]

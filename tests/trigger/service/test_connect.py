@@ -13,8 +13,9 @@ from connectors.databases.postgres import places
 from tests.fixtures.room import room_for
 from tests.fixtures.service import deployment
 from tests.fixtures.volumes import plain_folder
-from trigger.errors import ConfigError, DatabaseError
-from trigger.model import Layout
+from trigger.errors import ConfigError, DatabaseError, PreflightError
+from trigger.model import Finding, Layout, Severity
+from trigger.service import service
 from trigger.service.connect import keep_layout, known_layout
 
 DATA = Path("/srv/data")
@@ -130,3 +131,16 @@ def test_a_layout_that_is_known_already_asks_for_no_room(tmp_path: Path) -> None
     keep_layout(SEEN, [tmp_path / "layout.json"])
     with room_for(2):
         keep_layout(SEEN, [tmp_path / "layout.json"])
+
+
+def test_what_to_do_about_each_refusal_is_told_once_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refusing(_: object) -> list[Finding]:
+        return [
+            Finding(what, Severity.REFUSED, "it is so", remedy)
+            for what, remedy in (("one", "mend it"), ("two", "turn it on (and reload)"), ("three", "mend it"))
+        ]
+
+    monkeypatch.setattr(service, "check", refusing)
+    with pytest.raises(PreflightError) as refused:
+        asyncio.run(service.preflight(cast("Any", None), force=False))
+    assert refused.value.hint == "mend it; turn it on (and reload)"
