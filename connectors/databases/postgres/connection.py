@@ -11,6 +11,7 @@ connection asks for another encoding than the server's own.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Mapping
@@ -19,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg import conninfo
+from psycopg import conninfo, pq
 from psycopg.types.string import TextLoader
 
-from connectors.databases.postgres.encoding import decoding, readable
+from connectors.databases.postgres.encoding import decoding, readable, shared_bytes, shared_text
 from trigger.errors import ConfigError
 
 _RAW = "SQL_ASCII"
@@ -45,6 +46,8 @@ SESSION = {
 _WITHOUT_LIMIT_SINCE_17 = b"SET transaction_timeout = 0"
 _ESCAPED = re.compile(r"([\\ ])")
 _BACKSLASHED = r"\\\1"
+_QUOTED = re.compile(rb"([\\'])")
+_SHARED = ("dbname", "user")
 _TEXT_TYPES = (0, "text", "name", "varchar", "bpchar", '"char"')
 
 
@@ -75,11 +78,7 @@ async def connect(dsn: str) -> psycopg.AsyncConnection[Any]:
     """
     theirs = str(conninfo.conninfo_to_dict(dsn).get("options") or os.environ.get("PGOPTIONS") or "")
     options = f"{startup_options(SESSION)} {theirs}".strip()
-    raw = conninfo.make_conninfo(dsn, client_encoding=_RAW, options=options)
-    try:
-        connection = await psycopg.AsyncConnection.connect(raw, autocommit=True)
-    except psycopg.OperationalError as error:
-        raise _legible(error) from None
+    connection = await opened(conninfo.make_conninfo(dsn, client_encoding=_RAW, options=options))
     try:
         encoding = encoding_of(connection)
         if encoding != _RAW and readable(encoding):  # psycopg has its words for errors, and our parameters, in it
@@ -95,11 +94,84 @@ async def connect(dsn: str) -> psycopg.AsyncConnection[Any]:
     return connection
 
 
-def _legible(error: psycopg.OperationalError) -> psycopg.OperationalError:
-    """Give a refusal with the server's words in UTF-8, if they are that: nobody has told it of an encoding yet."""
-    said = error.pgconn.error_message if error.pgconn is not None else b""
-    legible = said and "\N{REPLACEMENT CHARACTER}" in str(error)
-    return psycopg.OperationalError(said.decode(errors="backslashreplace").strip()) if legible else error
+async def opened(dsn: str) -> psycopg.AsyncConnection[Any]:
+    """Open a connection (autocommit) as `dsn` has it, trying each host that it names in turn.
+
+    Raises:
+        psycopg.OperationalError: none lets us in within its `connect_timeout`; what the last one said. A cancellation
+            leaves nothing open.
+    """
+    parameters = conninfo.conninfo_to_dict(dsn)
+    seconds = conninfo.timeout_from_conninfo(parameters)
+    refusals: list[psycopg.OperationalError] = []
+    for attempt in await conninfo.conninfo_attempts_async(parameters):
+        try:
+            async with asyncio.timeout(seconds):
+                connection = psycopg.AsyncConnection(await _reached(as_conninfo(attempt)))
+        except TimeoutError:
+            refusals.append(psycopg.errors.ConnectionTimeout("connection timeout expired"))
+        except psycopg.OperationalError as error:
+            refusals.append(error)
+        else:
+            await connection.set_autocommit(True)
+            return connection
+    if len(refusals) == 1:
+        raise refusals[0]
+    raise psycopg.OperationalError("; ".join(dict.fromkeys(map(str, refusals))))
+
+
+async def _reached(dsn: bytes) -> pq.abc.PGconn:
+    """Give the connection to one host; raises `psycopg.OperationalError`, with the server's words."""
+    pgconn = pq.PGconn.connect_start(dsn)
+    try:
+        is_open = await _shake_hands(pgconn)
+    except BaseException:
+        pgconn.finish()
+        raise
+    if is_open:
+        pgconn.nonblocking = 1
+        return pgconn
+    words = pgconn.error_message.decode(errors="backslashreplace").strip()  # nobody has told of an encoding yet
+    pgconn.finish()
+    raise psycopg.OperationalError(f"connection failed: {words}")
+
+
+async def _shake_hands(pgconn: pq.abc.PGconn) -> bool:
+    """Bring a connection to its end, as PQconnectPoll asks; False where it is refused."""
+    while pgconn.status != pq.ConnStatus.BAD:
+        status = pgconn.connect_poll()
+        if status not in (pq.PollingStatus.READING, pq.PollingStatus.WRITING):
+            return status == pq.PollingStatus.OK
+        await _ready(pgconn.socket, to_write=status == pq.PollingStatus.WRITING)
+    return False
+
+
+async def _ready(descriptor: int, *, to_write: bool) -> None:
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    (loop.add_writer if to_write else loop.add_reader)(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        (loop.remove_writer if to_write else loop.remove_reader)(descriptor)
+
+
+def as_conninfo(parameters: Mapping[str, Any]) -> bytes:
+    """Give parameters of a connection as libpq takes them, in the server's bytes."""
+    said = ((name, str(value)) for name, value in parameters.items() if value is not None)
+    found = (
+        (name, shared_bytes(text) if name in _SHARED else text.encode(errors="surrogateescape")) for name, text in said
+    )
+    return b" ".join(b"%s='%s'" % (name.encode(), _QUOTED.sub(rb"\\\1", value)) for name, value in found)
+
+
+def database_of(connection: psycopg.AsyncConnection[Any]) -> str:
+    """Give the database that a connection is to."""
+    return shared_text(connection.pgconn.db)
+
+
+def role_of(connection: psycopg.AsyncConnection[Any]) -> str:
+    """Give the role that a connection is of."""
+    return shared_text(connection.pgconn.user)
 
 
 @lru_cache(64)

@@ -13,7 +13,8 @@ import psycopg
 from psycopg import conninfo as dsn
 
 from connectors.databases.postgres import backup, made, places, preflight
-from connectors.databases.postgres.connection import connect, with_password_file
+from connectors.databases.postgres.connection import connect, role_of, with_password_file
+from connectors.databases.postgres.encoding import shared_text
 from connectors.databases.postgres.lives import Lives
 from connectors.databases.postgres.locality import CONTROL, Locality
 from connectors.databases.postgres.log.proof import Compared
@@ -66,7 +67,7 @@ _GRANTS = (
     " pg_backup_stop(boolean) TO {role}"
 )
 _PRESENT: LiteralString = (
-    "WITH there AS (SELECT datname::text AS name, oid::bigint AS number FROM pg_database"
+    "WITH there AS (SELECT namesend(datname) AS name, oid::bigint AS number FROM pg_database"
     " WHERE datallowconn AND NOT datistemplate AND datconnlimit <> -2)"
     " SELECT array(SELECT name FROM there ORDER BY name), array(SELECT number FROM there ORDER BY name)"
 )
@@ -332,7 +333,8 @@ class Postgres:
 
     async def existing(self) -> dict[str, int]:
         """Give the oids of the databases that may be connected to, templates aside, by name; raises `DatabaseError`."""
-        return dict(zip(*await self._ask(_PRESENT), strict=True))
+        names, numbers = await self._ask(_PRESENT)
+        return dict(zip(map(shared_text, names), numbers, strict=True))
 
     async def check(
         self, volumes: Sequence[Volume], *, bracketed: bool = False, seen: Collection[str] = ()
@@ -408,7 +410,7 @@ class Postgres:
             except psycopg.Error as error:
                 refusal = refusal or error
                 continue
-            self._home, self._role = name, connection.info.user
+            self._home, self._role = name, role_of(connection)
             return connection
         assert refusal is not None
         raise refusal
@@ -482,8 +484,7 @@ class Postgres:
 def _failed(what: str, error: psycopg.Error) -> DatabaseError:
     words = " ".join(str(error).split())
     for_good = (error.sqlstate or "").startswith(_FOR_GOOD)
-    hint = way_in(words, for_good=for_good)
-    return DatabaseError(f"{what}: {words}", hint=hint, retryable=not for_good)
+    return DatabaseError(f"{what}: {words}", hint=way_in(words, for_good=for_good), retryable=not for_good)
 
 
 async def _hang_up(connection: psycopg.AsyncConnection[Any]) -> None:

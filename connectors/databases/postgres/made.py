@@ -13,19 +13,22 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from connectors.databases.postgres.connection import connect
+from connectors.databases.postgres.connection import connect, database_of
+from connectors.databases.postgres.encoding import shared_text
 from connectors.databases.postgres.stream import ownership, publication, slot
 from trigger.model import Finding, Severity
 
 _SLOTS = """
-SELECT slot_name, database, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint
+SELECT slot_name, namesend(database), pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint
   FROM pg_replication_slots
  WHERE starts_with(slot_name, %s) AND NOT active AND NOT temporary AND coalesce(plugin, 'pgoutput') = 'pgoutput'
  ORDER BY slot_name
 """
 
 
-_READ = "SELECT DISTINCT database FROM pg_replication_slots WHERE starts_with(slot_name, %s) AND database IS NOT NULL"
+_READ = """
+SELECT DISTINCT namesend(database) FROM pg_replication_slots WHERE starts_with(slot_name, %s) AND database IS NOT NULL
+"""
 
 
 _TAKEN_OUT = "it bears our name, and its database is none of those that are configured"
@@ -51,7 +54,8 @@ class Unused(NamedTuple):
 async def unused(connection: psycopg.AsyncConnection[Any], prefix: str, used: Used) -> list[Unused]:
     """Give the slots of our prefix that are not among `used`; errors of psycopg pass through."""
     cursor = await connection.execute(_SLOTS.encode(), [f"{prefix}_"])
-    found = [Unused(*row) for row in await cursor.fetchall()]
+    rows = await cursor.fetchall()
+    found = [Unused(name, None if of is None else shared_text(of), kept) for name, of, kept in rows]
     others = [one for one in found if (one.name, one.database) not in used.items()]
     return [one for one in others if is_ours(one.name, one.database, prefix)]
 
@@ -72,7 +76,8 @@ def is_ours(name: str, database: str | None, prefix: str) -> bool:
 
 async def read(connection: psycopg.AsyncConnection[Any], prefix: str) -> list[str]:
     """Give the databases that a slot of our prefix is for; errors of psycopg pass through."""
-    return [row[0] for row in await (await connection.execute(_READ.encode(), [f"{prefix}_"])).fetchall()]
+    rows = await (await connection.execute(_READ.encode(), [f"{prefix}_"])).fetchall()
+    return [shared_text(row[0]) for row in rows]
 
 
 async def drop(connection: psycopg.AsyncConnection[Any], prefix: str, used: Used) -> list[str]:
@@ -99,7 +104,7 @@ async def unpublish(connection: psycopg.AsyncConnection[Any], prefix: str, *, un
     Those are ours, if the database is `unused`, and those of a rehearsal or a trial that was killed, which goes on if
     there is a slot of it.
     """
-    database, gone = connection.info.dbname, []
+    database, gone = database_of(connection), []
     for name in [*([prefix] if unused else []), *(prefix + suffix for suffix in PASSING)]:
         if name == prefix or database not in await read(connection, name):
             gone += [f"publication {one} in {database}" for one in await publication.drop(connection, name)]
@@ -110,7 +115,7 @@ async def left_behind(
     connection: psycopg.AsyncConnection[Any], prefix: str, *, unused: bool = False
 ) -> Iterator[Finding]:
     """Say which publications in the database of a connection nobody needs: those that `unpublish` drops."""
-    database, found = connection.info.dbname, list[tuple[str, str]]()
+    database, found = database_of(connection), list[tuple[str, str]]()
     for name in [*([prefix] if unused else []), *(prefix + suffix for suffix in PASSING)]:
         if database not in await read(connection, name):
             why = _TAKEN_OUT if name == prefix else _KILLED

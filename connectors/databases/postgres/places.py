@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, LiteralString
 
+from connectors.databases.postgres.encoding import shared_text
 from trigger.errors import ConfigError, DatabaseError
 from trigger.model import Layout
 from trigger.trusted import read_text
@@ -16,14 +17,14 @@ _USUAL_SUPERUSER = "postgres"
 _OF_LOCALES = ("LOCPATH", "ICU_DATA")
 LAYOUT: LiteralString = """
 SELECT current_setting('server_version_num')::int,
-       current_setting('data_directory'),
+       textsend(current_setting('data_directory')),
        (SELECT setting::int FROM pg_settings WHERE name = 'wal_segment_size'),
-       array(SELECT ARRAY[oid::text, pg_tablespace_location(oid)] FROM pg_tablespace
+       array(SELECT ARRAY[textsend(oid::text), textsend(pg_tablespace_location(oid))] FROM pg_tablespace
               WHERE pg_tablespace_location(oid) <> ''),
-       array(SELECT DISTINCT file FROM (
+       array(SELECT DISTINCT textsend(file) FROM (
                  SELECT current_setting(name) FROM unnest(ARRAY['config_file', 'hba_file', 'ident_file']) AS name
                  UNION SELECT sourcefile FROM pg_file_settings WHERE sourcefile IS NOT NULL) AS files(file)),
-       (SELECT rolname::text FROM pg_roles WHERE oid = 10)
+       (SELECT namesend(rolname) FROM pg_roles WHERE oid = 10)
 """
 """What `look_at_files` is told. Role 10 is the one that initdb made (BOOTSTRAP_SUPERUSERID)."""
 
@@ -119,20 +120,20 @@ def _environment(data: Path) -> dict[str, str]:
 
 
 def look_at_files(
-    version: int, data: str, segment_bytes: int, spaces: list[list[str]], files: list[str], superuser: str
+    version: int, data: bytes, segment_bytes: int, spaces: list[list[bytes]], files: list[bytes], superuser: bytes
 ) -> Layout:
     """Resolve what the server says of its files against this host's filesystem; touches nothing."""
     try:
-        directory = Path(data).resolve(strict=True)
+        directory = Path(os.fsdecode(data)).resolve(strict=True)
         stat = directory.stat()
         wal = (directory / "pg_wal").resolve(strict=True)
-        resolved = [(int(oid), Path(path).resolve(strict=True)) for oid, path in spaces]
+        resolved = [(int(oid), Path(os.fsdecode(path)).resolve(strict=True)) for oid, path in spaces]
     except OSError as error:
         raise DatabaseError(
             f"the cluster's files are not reachable here: {error}",
             hint="the service must run on the database's host, as a user that may read its data directory",
         ) from error
-    outside = (Path(os.path.realpath(directory / file)) for file in files)
+    outside = (Path(os.path.realpath(directory / os.fsdecode(file))) for file in files)
     return layout(
         version,
         directory,
@@ -141,6 +142,6 @@ def look_at_files(
         tuple(sorted({file for file in outside if not file.is_relative_to(directory)})),
         (stat.st_uid, stat.st_gid),
         segment_bytes,
-        superuser,
+        shared_text(superuser),
         _environment(directory),
     )

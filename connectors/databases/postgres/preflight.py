@@ -16,8 +16,8 @@ import psycopg
 
 from connectors.databases.postgres import made, places
 from connectors.databases.postgres.clone.isolation import volume_of
-from connectors.databases.postgres.connection import connect, encoding_of
-from connectors.databases.postgres.encoding import readable
+from connectors.databases.postgres.connection import connect, database_of, encoding_of, role_of
+from connectors.databases.postgres.encoding import readable, shared_text
 from connectors.databases.postgres.programs import listed
 from connectors.databases.postgres.stream import publication, slot
 from connectors.databases.postgres.stream.copyboth import CopyBoth, way_in
@@ -32,7 +32,7 @@ SELECT name, setting FROM pg_settings WHERE name IN ('server_version_num', 'wal_
     'synchronous_standby_names', 'idle_replication_slot_timeout', 'synchronous_commit')
 """
 _ROLE = """
-SELECT rolname, rolsuper OR rolreplication, pg_has_role('pg_checkpoint', 'USAGE'),
+SELECT namesend(rolname), rolsuper OR rolreplication, pg_has_role('pg_checkpoint', 'USAGE'),
        has_function_privilege('pg_backup_start(text, boolean)', 'EXECUTE')
        AND has_function_privilege('pg_backup_stop(boolean)', 'EXECUTE')
   FROM pg_roles WHERE rolname = current_user
@@ -41,10 +41,11 @@ _USE = """
 SELECT pg_is_in_recovery(),
        (SELECT count(*) FROM pg_replication_slots WHERE slot_name <> ALL (%s)),
        (SELECT count(*) FROM pg_stat_replication WHERE application_name <> ALL (%s)),
-       array(SELECT datname::text FROM pg_database WHERE datallowconn AND NOT datistemplate AND datconnlimit <> -2),
+       array(SELECT namesend(datname) FROM pg_database WHERE datallowconn AND NOT datistemplate AND datconnlimit <> -2),
        array(SELECT application_name FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid
               WHERE s.slot_type = 'physical' AND s.slot_name <> %s),
-       array(SELECT format('%%L in %%s', gid, database) FROM pg_prepared_xacts ORDER BY prepared LIMIT 5),
+       array(SELECT textsend(quote_literal(gid) || ' in ' || database) FROM pg_prepared_xacts
+              ORDER BY prepared LIMIT 5),
        (SELECT count(*) FROM pg_replication_slots WHERE slot_name = ANY (%s))
 """
 _OK, _NOTE, _WARNING, _REFUSED = Severity.OK, Severity.NOTE, Severity.WARNING, Severity.REFUSED
@@ -75,10 +76,10 @@ async def check_cluster(
         )
     findings += check_room("max_replication_slots", int(settings["max_replication_slots"]) - slots_used, len(ours) + 1)
     findings += check_room("max_wal_senders", int(settings["max_wal_senders"]) - senders_used, len(ours) + 2)
-    findings += check_databases(databases, present, seen)
-    findings += check_role(*role, bracketed=bracketed)
+    findings += check_databases(databases, list(map(shared_text, present)), seen)
+    findings += check_role(shared_text(role[0]), *role[1:], bracketed=bracketed)
     if prepared and slots_made < len(ours):
-        message = f"no slot can be made while transactions are in doubt: {', '.join(prepared)}"
+        message = f"no slot can be made while transactions are in doubt: {', '.join(map(shared_text, prepared))}"
         findings.append(
             Finding("prepared transactions", _REFUSED, message, "COMMIT PREPARED or ROLLBACK PREPARED them")
         )
@@ -233,7 +234,7 @@ async def check_other(dsn: str, name: str, deadline_seconds: float) -> list[Find
     with contextlib.suppress(psycopg.Error, TimeoutError):
         async with asyncio.timeout(deadline_seconds):
             async with await connect(dsn) as connection:
-                there = connection.info.dbname in await made.read(connection, name)
+                there = database_of(connection) in await made.read(connection, name)
                 return list(await made.left_behind(connection, name, unused=not there))
     return []
 
@@ -269,7 +270,7 @@ async def _try_publications(connection: psycopg.AsyncConnection[Any], source: Po
         return iter(())  # which is said of the role, and of a standby
     except psycopg.Error as error:
         message = f"publications cannot be made or kept up to date: {' '.join(str(error).split())}"
-        remedy = f"have what forbids it (an event trigger, say) let role {connection.info.user} pass"
+        remedy = f"have what forbids it (an event trigger, say) let role {role_of(connection)} pass"
         return iter([Finding(f"publication {source.publication} in {source.name}", _REFUSED, message, remedy)])
     return iter(())
 

@@ -30,7 +30,7 @@ class PostgresOptions(DatabaseOptions):
     conninfo: str = Field(repr=False, examples=["host=/var/run/postgresql user=postgres"])
     """How to reach it, as libpq says it, without secrets: `host=/var/run/postgresql user=trigpoint`."""
     databases: list[Annotated[str, Field(min_length=1, max_length=63)]] = Field(min_length=1, examples=[["bank"]])
-    """The databases whose commits are watched, one stream each."""
+    """The databases whose commits are watched, one stream each; a byte that is no UTF-8 is written `\\xe4`."""
     password_file: WholePath | None = Field(default=None, examples=["/etc/trigpoint/pgpass"])
     """A file in libpq's password-file format, readable by us alone."""
     bin_directory: WholePath | None = Field(default=None, examples=["/usr/lib/postgresql/15/bin"])

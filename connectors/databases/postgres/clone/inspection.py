@@ -7,6 +7,7 @@ which must not, is read from the log that was staged for the replay, by a progra
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from connectors.databases.postgres.clone.access import Access
 from connectors.databases.postgres.clone.files import Relation, look
 from connectors.databases.postgres.clone.isolation import is_segment
 from connectors.databases.postgres.clone.sandbox import Opened, open_all
+from connectors.databases.postgres.connection import as_conninfo
+from connectors.databases.postgres.encoding import shared_bytes
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.log.waldump import EndOfLogError, LoggedCommit, Stretch, WalDump, goes_on
@@ -152,15 +155,25 @@ async def opened(subject: Subject) -> tuple[Opened, list[Result]]:
 async def structures(subject: Subject, opened: Opened, programs: Programs, owner: tuple[int, int]) -> Result:
     """Tables and indexes are sound by `pg_amcheck`; where amcheck is not installed, all tables can be read."""
     found = conninfo_to_dict(subject.access.conninfo)
-    connection = ["-h", str(found["host"]), "-p", str(found["port"]), "-U", str(found["user"])]
-    home = subject.access.home
+    connection = ["-h", str(found["host"]), "-p", str(found["port"]), "-U", _raw(str(found["user"]))]
     if opened.has_amcheck:
         what = "tables and indexes (pg_amcheck)"
-        command = [programs.path("pg_amcheck"), *connection, "--all", f"--maintenance-db={home}"]
+        command = [
+            programs.path("pg_amcheck"),
+            *connection,
+            "--all",
+            "--maintenance-db=" + os.fsdecode(as_conninfo({"dbname": subject.access.home})),
+        ]
         command += ["--heapallindexed", "-j", "2"]
     else:
         what = "tables can be read in full (pg_dumpall); indexes not checked, since amcheck is not installed"
-        command = [programs.path("pg_dumpall"), *connection, f"--database={home}", "--no-sync", "--file=/dev/null"]
+        command = [
+            programs.path("pg_dumpall"),
+            *connection,
+            f"--database={_raw(subject.access.home)}",
+            "--no-sync",
+            "--file=/dev/null",
+        ]
     try:
         environment = await subject.access.environment()
         output = await run(command, owner=owner, deadline_seconds=_DEEP_SECONDS, environment=environment)
@@ -169,6 +182,11 @@ async def structures(subject: Subject, opened: Opened, programs: Programs, owner
     except psycopg.Error as error:
         return what, False, f"the clone did not answer: {error}"
     return what, True, last_lines(output) or "no fault"
+
+
+def _raw(name: str) -> str:
+    """Give the name of a database or role as a program takes it."""
+    return os.fsdecode(shared_bytes(name))
 
 
 async def whole(data: Path, known: Sequence[Relation], unknown: Sequence[str], control: Mapping[str, str]) -> Result:

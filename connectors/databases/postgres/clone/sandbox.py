@@ -16,10 +16,13 @@ from psycopg import sql
 
 from connectors.databases.postgres.clone.access import Access
 from connectors.databases.postgres.clone.files import Relation
+from connectors.databases.postgres.encoding import shared_text
 
-_DATABASES = "SELECT datname, datallowconn, datconnlimit = -2 FROM pg_catalog.pg_database ORDER BY 1"
+_DATABASES = "SELECT pg_catalog.namesend(datname), datconnlimit = -2 FROM pg_catalog.pg_database ORDER BY datname"
+_OPEN = "UPDATE pg_catalog.pg_database SET datallowconn = true WHERE NOT datallowconn AND datconnlimit <> -2"
+"""By no name: one that is none in the encoding of our database cannot be said in a statement."""
 _LOCKS = """
-SELECT DISTINCT p.database, p.gid
+SELECT DISTINCT pg_catalog.namesend(p.database), p.gid
   FROM pg_catalog.pg_prepared_xacts p
        JOIN pg_catalog.pg_locks l ON l.virtualtransaction = '-1/' || p.transaction::pg_catalog.text
  WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' ORDER BY 1, 2
@@ -41,8 +44,8 @@ SELECT n.nspname FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n O
  WHERE e.extname = 'amcheck'
 """
 _RELATIONS = """
-SELECT pg_catalog.current_database(), pg_catalog.format('%s.%s', n.nspname, c.relname), c.relkind::pg_catalog.text,
-       coalesce(a.amname::pg_catalog.text, ''), c.relpersistence = 'u', c.relpages,
+SELECT pg_catalog.namesend(pg_catalog.current_database()), pg_catalog.format('%s.%s', n.nspname, c.relname),
+       c.relkind::pg_catalog.text, coalesce(a.amname::pg_catalog.text, ''), c.relpersistence = 'u', c.relpages,
        pg_catalog.pg_relation_filepath(c.oid),
        coalesce(CASE WHEN i.indisvalid AND i.indisready THEN pg_catalog.pg_relation_filepath(i.indrelid) END, '')
   FROM pg_catalog.pg_class c
@@ -75,19 +78,16 @@ async def open_all(access: Access) -> Opened:
     """Let every database be entered and every table be read; raises `psycopg.Error`."""
     reader = f"trigpoint_{secrets.token_hex(8)}"
     async with await access.connect() as first:
+        await first.execute(_OPEN.encode())
         rows = await (await first.execute(_DATABASES.encode())).fetchall()
-        for database, is_open, is_broken in rows:
-            if not is_open and not is_broken:
-                statement = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(sql.Identifier(database))
-                await first.execute(statement)
         await first.execute(
             b"DELETE FROM pg_catalog.pg_db_role_setting"
         )  # in force for the reader, who cannot override
         await first.execute(sql.SQL(_READER).format(sql.Identifier(reader)))
         has_amcheck = bool(await (await first.execute(_AMCHECK_THERE.encode())).fetchall())
         in_doubt = await (await first.execute(_LOCKS.encode())).fetchall()
-    broken = [await _roll_back(access, database, gid) for database, gid in in_doubt]
-    there = tuple(database for database, _, is_broken in rows if not is_broken)
+    broken = [await _roll_back(access, shared_text(database), gid) for database, gid in in_doubt]
+    there = tuple(shared_text(database) for database, is_broken in rows if not is_broken)
     faults = []
     for database in there:
         try:
@@ -97,7 +97,7 @@ async def open_all(access: Access) -> Opened:
                     await _install_amcheck(connection)
         except psycopg.Error as error:
             faults.append(f"database {database}: {error}")
-    left_out = tuple(database for database, _, is_broken in rows if is_broken)
+    left_out = tuple(shared_text(database) for database, is_broken in rows if is_broken)
     return Opened(there, has_amcheck, left_out, tuple(broken), tuple(faults), reader)
 
 
@@ -113,7 +113,7 @@ async def relations(access: Access, opened: Opened, shrunk: Mapping[str, int]) -
         try:
             async with await access.connect(database) as connection:
                 for row in await (await connection.execute(_RELATIONS.encode())).fetchall():
-                    one = Relation(*row)
+                    one = Relation(shared_text(row[0]), *row[1:])
                     one = one._replace(known_pages=min(one.known_pages, shrunk.get(one.path, one.known_pages)))
                     found.setdefault(one.path, one)  # what all databases share is in the catalog of each
         except psycopg.Error as error:

@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 
 from connectors.databases.postgres.clone.access import Access
+from connectors.databases.postgres.encoding import shared_text
 from connectors.databases.postgres.programs import listed
 
 _REACHING_OUT = ("dblink", "postgres_fdw", "file_fdw", "mysql_fdw", "pg_cron", "pg_net", "http", "pg_partman")
@@ -16,7 +17,7 @@ SELECT s.system_identifier::text, c.timeline_id, c.next_xid
   FROM pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c
 """
 _DATABASES = """
-SELECT datname, datallowconn, datconnlimit = -2 FROM pg_catalog.pg_database ORDER BY 1
+SELECT pg_catalog.namesend(datname), datallowconn, datconnlimit = -2 FROM pg_catalog.pg_database ORDER BY 1
 """
 _IN_DOUBT = "SELECT gid FROM pg_catalog.pg_prepared_xacts ORDER BY prepared"
 _UNLOGGED = """
@@ -28,8 +29,8 @@ _DISABLE_SUBSCRIPTIONS = """
   WITH before AS (SELECT b.oid, b.subslotname FROM pg_catalog.pg_subscription b)
 UPDATE pg_catalog.pg_subscription s SET subenabled = false, subslotname = NULL
   FROM pg_catalog.pg_database d, before WHERE d.oid = s.subdbid AND before.oid = s.oid
-RETURNING pg_catalog.format('%s in database %s', s.subname, d.datname)
-       || COALESCE(' (slot ' || before.subslotname::pg_catalog.text || ' on its publisher)', '')
+RETURNING s.subname, pg_catalog.namesend(d.datname),
+          COALESCE(' (slot ' || before.subslotname::pg_catalog.text || ' on its publisher)', '')
 """
 _AHEAD = (
     "in production's place each has to be made anew: such a slot is ahead of this state, so it never sends again what"
@@ -59,18 +60,17 @@ async def scrub(access: Access) -> Facts:
     """
     async with await access.connect() as first:
         system, timeline, next_xid = (await _rows(first, _FACTS))[0]
-        databases = await _rows(first, _DATABASES)
+        databases = [(shared_text(name), *state) for name, *state in await _rows(first, _DATABASES)]
         in_doubt = await _column(first, _IN_DOUBT)
-        subscriptions = await _column(first, _DISABLE_SUBSCRIPTIONS)  # of all databases, the closed ones too
+        disabled = await _rows(first, _DISABLE_SUBSCRIPTIONS)  # of all databases, the closed ones too
     notes = ["sequences may be up to 32 values ahead: their log is written in advance"]
     if in_doubt:
         notes.append(
             f"in-doubt transactions, which hold their locks until COMMIT or ROLLBACK PREPARED: {listed(in_doubt)}"
         )
-    if subscriptions:
-        notes.append(
-            f"subscriptions were disabled and let go of their slots: {listed(sorted(subscriptions))}; {_AHEAD}"
-        )
+    if disabled:
+        subscriptions = sorted(f"{name} in database {shared_text(of)}{at}" for name, of, at in disabled)
+        notes.append(f"subscriptions were disabled and let go of their slots: {listed(subscriptions)}; {_AHEAD}")
     for database, is_open, is_broken in databases:
         if is_broken:
             notes.append(f"database {database} is what an interrupted DROP DATABASE left, and can only be dropped")

@@ -23,6 +23,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from connectors.databases.postgres import lsn
+from connectors.databases.postgres.connection import as_conninfo, opened, role_of
 from connectors.databases.postgres.log.files import give
 from connectors.databases.postgres.log.folders import is_of
 from connectors.databases.postgres.log.segments import SegmentFolder
@@ -130,7 +131,7 @@ class Receiver:
             async with self._connect() as connection:
                 row = await (await connection.execute(b"SHOW lc_messages")).fetchone()
                 if not _may_ask_for_english(connection) and row and not _ENGLISH.match(str(row[0])):
-                    role = connection.info.user
+                    role = role_of(connection)
                     message = f"lc_messages is {row[0]}: by its words alone a program tells why no log comes any more"
                     remedy = f"have a superuser run: ALTER ROLE \"{role}\" SET lc_messages = 'C'"
                     found.append(Finding("pg_receivewal", Severity.WARNING, message, remedy))
@@ -279,7 +280,7 @@ class Receiver:
             application_name=self._slot,
         )
         async with asyncio.timeout(_COMMAND_SECONDS):
-            async with await psycopg.AsyncConnection.connect(own, autocommit=True) as connection:
+            async with await opened(own) as connection:
                 yield connection
 
     def _inherited(self) -> dict[str, str]:
@@ -310,7 +311,7 @@ class Receiver:
                     f"{', '.join(secrets)} belongs into the file of the service that is named"
                 )
             found["service"] = _SERVICE
-        option = [f"--dbname={make_conninfo('', **found)}", "--no-password"]
+        option = [f"--dbname={os.fsdecode(as_conninfo(found))}", "--no-password"]
         environment: dict[str, str] = {}
         if not secrets:
             yield option, environment

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 
+from connectors.databases.postgres.encoding import shared_text
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import SourceError
 from trigger.position import Lineage, Position
@@ -18,8 +19,8 @@ _PLUGIN = "pgoutput"
 FAILOVER_VERSION = 170000
 """From here on a slot can be kept on standbys too."""
 _LOOK = """
-SELECT plugin, database, confirmed_flush_lsn::text, wal_status, active_pid, to_jsonb(s) ->> 'invalidation_reason',
-       to_jsonb(s) ->> 'failover'
+SELECT plugin, namesend(database), confirmed_flush_lsn::text, wal_status, active_pid,
+       to_jsonb(s) ->> 'invalidation_reason', to_jsonb(s) ->> 'failover'
   FROM pg_replication_slots s WHERE slot_name = %s
 """
 _CREATE = "SELECT lsn::text FROM pg_create_logical_replication_slot(%s, 'pgoutput', false, false{failover})"
@@ -36,7 +37,7 @@ SELECT application_name, current_setting('synchronous_standby_names')
  WHERE starts_with(application_name, %s) AND sync_state IN ('sync', 'quorum') ORDER BY application_name
 """
 _OLDEST = """
-SELECT what FROM (
+SELECT textsend(what) FROM (
     SELECT format('process %s (%s)', pid, coalesce(usename, backend_type)), xact_start
       FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()
     UNION ALL SELECT format('prepared transaction %L in database %s', gid, database), prepared FROM pg_prepared_xacts
@@ -78,7 +79,8 @@ async def look(connection: psycopg.AsyncConnection[Any], name: str, database: st
     row = await (await connection.execute(_LOOK, [name])).fetchone()
     if row is None:
         return None
-    plugin, in_database, confirmed, wal_status, active_pid, invalidation, failover = row
+    plugin, of, confirmed, wal_status, active_pid, invalidation, failover = row
+    in_database = None if of is None else shared_text(of)
     if (plugin, in_database) != (_PLUGIN, database):
         raise SourceError(
             f"replication slot {name} is there, but for "
@@ -106,7 +108,7 @@ async def create(connection: psycopg.AsyncConnection[Any], name: str, *, failove
         row = await (await connection.execute(_CREATE.format(failover=carried).encode(), [name])).fetchone()
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:
         oldest = await (await connection.execute(_OLDEST)).fetchone()
-        who = oldest[0] if oldest else "it has just ended"
+        who = shared_text(oldest[0]) if oldest else "it has just ended"
         raise SourceError(
             f"replication slot {name} was not made in time, since a running transaction must end first: {who}",
             hint="wait for that transaction to end, or end it",
