@@ -122,6 +122,26 @@ def test_a_kept_demo_can_be_played_with_and_ended(folder: Path) -> None:
     assert left_behind(folder) == []
 
 
+@pytest.mark.parametrize("name", ["de mo", "d'é & 50%"])
+def test_a_demo_runs_in_a_folder_of_any_name(name: str, folder: Path) -> None:
+    folder = folder.parent / name
+    told = json.loads(demo("--json", "--keep", "--seconds", "3", "--storage", "directory", "--folder", folder).stdout)
+    try:
+        assert told["proven"]
+        assert trigpoint(told, "status", "--json")["last_point"] >= 1
+    finally:
+        demo("--stop", "--folder", folder)
+    assert left_behind(folder) == []
+
+
+@pytest.mark.parametrize("sign", [",", "$", '"', "`", "\\"])
+def test_a_folder_in_which_postgresql_cannot_be_started_is_refused(sign: str, folder: Path) -> None:
+    folder = folder.parent / f"de{sign}mo"
+    done = demo("--folder", folder, check=False)
+    assert (done.returncode, folder.exists()) == (2, False)
+    assert f"PostgreSQL cannot be started in {folder}" in done.stderr.replace("\\\\", "\\")
+
+
 def trigpoint(told: dict[str, Any], *arguments: str) -> Any:
     """Give the answer of one command on the configuration that a kept demo left."""
     done = subprocess.run(

@@ -22,6 +22,8 @@ _PROGRAM_SECONDS = 60.0
 _STOP_SECONDS = 40.0
 _MARK = ".trigpoint-demo"
 """A file that says that the folder is ours to remove."""
+_REFUSED = frozenset(',"$`\\')
+"""What parts the folders of sockets (`host`), and what pg_ctl gives to a shell, between double quotes, as it is."""
 _SERVERS = frozenset({"postgres", "pg_receivewal"})
 
 
@@ -121,6 +123,11 @@ def _folder(asked: Path | None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="trigpoint-demo-", dir="/var/tmp"))
     else:
         folder = asked.absolute()
+        if refused := sorted(_REFUSED & set(str(folder))):
+            raise ConfigError(
+                f"PostgreSQL cannot be started in {folder}: {' '.join(refused)} in a path means something to it",
+                hint="name another folder",
+            )
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty", hint="name a new folder; a demo removes its folder at the end")
         folder.mkdir(parents=True, exist_ok=True)

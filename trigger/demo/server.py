@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from psycopg.conninfo import make_conninfo
+
 from connectors.databases.postgres.programs import Programs, copy_programs, find_programs, run
 from trigger.demo.place import Place
 from trigger.errors import ConfigError, DatabaseError
@@ -26,7 +28,7 @@ _SETTINGS = {
 
 def conninfo(place: Place) -> str:
     """Give how to reach the server as its superuser."""
-    return f"host={place.sockets} port={_PORT} user=postgres"
+    return make_conninfo(host=str(place.sockets), port=_PORT, user="postgres")
 
 
 async def programs_for(place: Place) -> Programs:
@@ -60,7 +62,8 @@ async def start(place: Place, programs: Programs) -> None:
     )
     settings = _SETTINGS | {"unix_socket_directories": str(place.sockets)}
     with (place.data / "postgresql.conf").open("a") as file:
-        file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+        quoted = {name: value.replace("'", "''") for name, value in settings.items()}
+        file.writelines(f"{name} = '{value}'\n" for name, value in quoted.items())
     await run(
         [programs.path("pg_ctl"), f"--pgdata={place.data}", f"--log={place.sockets / 'log'}", "--wait", "start"],
         owner=place.owner,

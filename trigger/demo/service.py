@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from connectors.databases.postgres.programs import Programs
+from trigger.config.reference import toml
 from trigger.demo.bank import DATABASE
 from trigger.demo.place import Place
 from trigger.demo.server import conninfo
@@ -31,20 +32,20 @@ _INTERVALS = {"btrfs": 0.25, "directory": 1.0}
 _CONFIG = """\
 # Written by `trigpoint demo`; `trigpoint config reference` tells what else can stand here.
 name = "bank"
-state_folder = "{state}"
+state_folder = {state}
 
 [database]
-conninfo = "{conninfo}"
-databases = ["{database}"]
-bin_directory = "{programs}"
+conninfo = {conninfo}
+databases = [{database}]
+bin_directory = {programs}
 
 [[volumes]]
 name = "data"
-path = "{data}"
+path = {data}
 
 [storage]
-driver = "{storage}"
-folder = "{snapshots}"
+driver = {storage}
+folder = {snapshots}
 keep_free = "64MiB"
 budget = 2000
 
@@ -63,17 +64,18 @@ name = "any"         # and everything else
 
 def write_config(place: Place, programs: Programs) -> None:
     """Write the configuration of the service; it is an ordinary one, to look at and to play with."""
-    words = _CONFIG.format(
-        state=place.state,
-        conninfo=conninfo(place),
-        database=DATABASE,
-        programs=programs.folder,
-        data=place.data,
-        storage=place.storage,
-        snapshots=place.snapshots,
-        interval=_INTERVALS[place.storage],
-    )
-    place.config.write_text(words)
+    told = {
+        "state": place.state,
+        "conninfo": conninfo(place),
+        "database": DATABASE,
+        "programs": programs.folder,
+        "data": place.data,
+        "storage": place.storage,
+        "snapshots": place.snapshots,
+        "interval": _INTERVALS[place.storage],
+    }
+    words = _CONFIG.format_map({name: toml(value) for name, value in told.items()})
+    place.config.write_text(words, encoding="utf-8")
 
 
 def command(place: Place, *arguments: str) -> list[str]:
