@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from trigger.trusted import NotOursError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; expected errors are printed, errors of the program keep their trace."""
     _open_what_was_closed()
+    _escape_what_cannot_be_said()
     from trigger.cli.cli import Abort, UsageError, app
 
     try:
@@ -43,6 +46,23 @@ def _open_what_was_closed() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number: the lowest free one is given
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - it stays open to the end
+
+
+def _escape_what_cannot_be_said() -> None:
+    """Let a character that the encoding of our output has not be written as an escape, and end no command.
+
+    As `\\u00f6`, which is the character in TOML too; `\\xf6` would be a byte of a name.
+    """
+    codecs.register_error("trigpoint", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="trigpoint")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    numbers = map(ord, error.object[error.start : error.end])
+    return "".join(f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}" for number in numbers), error.end
 
 
 def _explain(error: TrigpointError | OSError | ExceptionGroup[Exception]) -> int:

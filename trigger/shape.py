@@ -29,14 +29,24 @@ def plain(text: str) -> str:
     return "".join(each if _is_seen(each) else _FOR_PEOPLE.get(each) or _escaped(each) for each in text)
 
 
-def json_text(value: Any, *, indent: int | None = None) -> str:
-    """Give `value` as JSON that commands no terminal either, and means the same."""
+def json_text(value: Any, *, indent: int | None = None, encoding: str = "utf-8") -> str:
+    """Give `value` as JSON that commands no terminal either, can be written in an encoding, and means the same."""
     written = json.dumps(data(value), indent=indent, ensure_ascii=False)
-    return "".join(each if each == "\n" or _is_seen(each) else _as_json_escapes(each) for each in written)
+    return "".join(
+        each if each == "\n" or (_is_seen(each) and _fits(each, encoding)) else _as_json_escapes(each)
+        for each in written
+    )
 
 
 def _is_seen(character: str) -> bool:
     return character.isprintable() or category(character) == "Zs"
+
+
+def _fits(character: str, encoding: str) -> bool:
+    try:
+        return character.isascii() or bool(character.encode(encoding))
+    except UnicodeEncodeError:
+        return False
 
 
 def _as_json_escapes(character: str) -> str:

@@ -44,6 +44,11 @@ SYSTEM_CONFIG = Path("/etc/trigpoint/trigpoint.toml")
 LOCAL_CONFIG = Path("trigpoint.toml")
 
 
+def given_text(words: str | None) -> str | None:
+    """Give text of the command line in UTF-8, whatever the locale; a byte that is none as names and markers have it."""
+    return words if words is None else os.fsencode(words).decode(errors="backslashreplace")
+
+
 def config_path(given: Path | None) -> Path:
     """Give the configuration file to read; the last place is given where there is none, for the message's sake."""
     named = given or before_command.get() or os.environ.get("TRIGPOINT_CONFIG")

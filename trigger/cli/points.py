@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, options, place, time, transaction
+from trigger.cli.arguments import Config, Json, given_text, options, place, time, transaction
 from trigger.cli.connected import require_known
 from trigger.errors import CatalogError, ConfigError, NotFoundError
 from trigger.model import CommitRecord, Gap, Mark, RecoveryPoint, State
@@ -242,8 +242,12 @@ def find(
     when: Annotated[
         str | None, typer.Option("--time", help="ISO-8601 with a zone, or now.", show_default=False)
     ] = None,
-    marker: Annotated[str | None, typer.Option("--marker", help="The text of a marker.", show_default=False)] = None,
-    database: Annotated[str | None, typer.Option("--database", help="Only in this one.", show_default=False)] = None,
+    marker: Annotated[
+        str | None, typer.Option("--marker", help="The text of a marker.", show_default=False, callback=given_text)
+    ] = None,
+    database: Annotated[
+        str | None, typer.Option("--database", help="Only in this one.", show_default=False, callback=given_text)
+    ] = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:

@@ -16,6 +16,7 @@ from trigger.cli.arguments import (
     Yes,
     address,
     confirm,
+    given_text,
     options,
     place,
     point_reference,
@@ -40,8 +41,9 @@ T = TypeVar("T")
 Names = Annotated[list[str], typer.Argument(help="What they are called.")]
 
 
-def _target(flag: str, words: str) -> Any:
-    return typer.Option(flag, help=words, show_default=False, rich_help_panel="Which state (exactly one)")
+def _target(flag: str, words: str, callback: Callable[[str | None], str | None] | None = None) -> Any:
+    panel = "Which state (exactly one)"
+    return typer.Option(flag, help=words, show_default=False, rich_help_panel=panel, callback=callback)
 
 
 def _place(flag: str, words: str) -> Any:
@@ -53,9 +55,11 @@ ToXid = Annotated[str | None, _target("--to-xid", "Up to this transaction.")]
 ToTime = Annotated[str | None, _target("--to-time", "All commits up to then, ISO-8601 with a zone, or now.")]
 ToLatest = Annotated[bool, _target("--to-latest", "The latest state that there is.")]
 ToPoint = Annotated[str | None, _target("--to-point", "What this point was taken for: a commit, or a moment.")]
-ToMarker = Annotated[str | None, _target("--to-marker", "Up to the transaction with this marker.")]
+ToMarker = Annotated[str | None, _target("--to-marker", "Up to the transaction with this marker.", given_text)]
 BeforeXid = Annotated[str | None, _target("--before-xid", "All before this transaction, not it.")]
-Database = Annotated[str | None, typer.Option("--database", help="Only commits of this one.", show_default=False)]
+Database = Annotated[
+    str | None, typer.Option("--database", help="Only commits of this one.", show_default=False, callback=given_text)
+]
 Timeline = Annotated[
     int | None, typer.Option("--timeline", min=1, help="Another than the present.", show_default=False)
 ]

@@ -100,7 +100,7 @@ def seen(chosen: Options, length: timedelta | None) -> list[Commit]:
 def from_file(file: Path, chosen: Options) -> list[Commit]:
     """Give the commits in `file`; raises `ConfigError` naming the line that is not one."""
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8: {error.reason} at byte {error.start}") from None
     return list(read(lines, str(file), chosen.database.databases[0], chosen.database.driver))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, Yes, confirm, options, point_reference
+from trigger.cli.arguments import Config, Json, Yes, confirm, given_text, options, point_reference
 from trigger.errors import ConfigError, TrigpointError
 from trigger.service.control import NotRunningError, ask
 from trigger.shape import data, json_text, plain
@@ -48,7 +48,9 @@ def run(
 
 
 def point(
-    note: Annotated[str, typer.Option("--note", "-n", help="Free text that is kept with the point.")] = "",
+    note: Annotated[
+        str, typer.Option("--note", "-n", help="Free text that is kept with the point.", callback=given_text)
+    ] = "",
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -305,7 +307,7 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json_text(line)
+        return json_text(line, encoding=sys.stderr.encoding or "utf-8")
 
 
 class _ForJournald(_ForPeople):

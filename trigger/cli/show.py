@@ -37,7 +37,7 @@ _COLOURS = {
 
 def print_json(value: Any) -> None:
     """Print `value` as one JSON document."""
-    print(json_text(value, indent=2 if sys.stdout.isatty() else None))
+    print(json_text(value, indent=2 if sys.stdout.isatty() else None, encoding=sys.stdout.encoding or "utf-8"))
 
 
 def say(text: str = "") -> None:

@@ -19,7 +19,7 @@ from trigger.config.toml_lines import Place, line_of
 def place_in(path: Path, message: str) -> str:
     """Give `file:line: ` of the option that `message` begins with (`rules.0.expression …`); the line if it is known."""
     place = _named_place(message)
-    line = line_of(path.read_text(), place) if place else None
+    line = line_of(path.read_text(encoding="utf-8"), place) if place else None
     return f"{path}:{line}: " if line else f"{path}: "
 
 

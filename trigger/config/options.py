@@ -242,7 +242,7 @@ def load(path: Path) -> Options:
             nearest known one.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
