@@ -269,7 +269,7 @@ async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> N
         for agent in cluster.agents:  # the server is another one by now, maybe on volumes that took the place of others
             await agent.prepare(cluster.volumes)
         broken = window.breaks[0]
-        lineage = await cluster.logs.lineage(broken.stream)
+        lineage = window.come_to(broken.stream)
         lost = window.lost(broken, lineage)
         reason = f"not in the past of {lineage.history}: {broken.seen.reason}"
         for history, left in itertools.groupby(lost, key=lambda pending: pending.commit.history):

@@ -248,6 +248,10 @@ class Window:
         if not self.is_full:
             self._room.set()
 
+    def come_to(self, stream: str) -> Lineage:
+        """Give the lineage that a broken stream goes on in by now; the server may have gone on to yet another one."""
+        return next(one.seen.lineage for one in reversed(self._breaks) if one.stream == stream)
+
     def lost(self, broken: Broken, lineage: Lineage) -> list[Pending]:
         """Give the pending commits of a broken stream that `lineage` does not hold."""
         return [p for p in self._streams[broken.stream].pending if not lineage.includes(p.commit.position)]
