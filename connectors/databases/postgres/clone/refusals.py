@@ -16,6 +16,8 @@ _HINTS = {
     "could not create any TCP/IP sockets": "the address is not one of this host's, or its port is taken",
     "Permission denied": "the owner of the data must be able to reach the clone, the staged log and the programs",
 }
+_DAMAGED = {"WARNING", "pg_controldata"}
+"""What `pg_controldata` begins with, up to the first colon, where the checksum is wrong: versions 15 to 17, and 18."""
 
 
 def require_fit(control: dict[str, str], replay: Replay) -> None:
@@ -41,8 +43,11 @@ def _require_server(control: dict[str, str], replay: Replay) -> None:
 
     Between these two the server wrote the control file that was cut: it begins at or behind the first, and its newest
     checkpoint lies before the second. `cover` holds them against each other by now; points of before bear what an
-    address said that led to another server, and its backup label.
+    address said that led to another server, and its backup label. What is damaged is left to the server, which says so
+    when it starts.
     """
+    if _DAMAGED & control.keys():
+        return
     redo, checkpoint = (Lsn.parse(control[f"Latest checkpoint{name}"]) for name in ("'s REDO location", " location"))
     timeline = int(control["Latest checkpoint's TimeLineID"])
     wrong = ""
