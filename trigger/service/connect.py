@@ -186,12 +186,17 @@ async def known_layout(database: Database, kept: Sequence[Path]) -> tuple[Layout
 
 
 def keep_layout(layout: Layout, kept: Sequence[Path]) -> None:
-    """Write a layout into the first of some files, and, if their folders are there and take it, into the others."""
+    """Write a layout into the first of some files, and, if their folders are in use and take it, into the others."""
     text = json.dumps(data(layout), indent=2)
     for number, file in enumerate(kept):
         with contextlib.suppress(*([OSError] if number else [])):
-            if not _is_kept(file, text) and (not number or file.parent.is_dir()):
+            if not _is_kept(file, text) and (not number or _is_used(file.parent)):
                 replace_file(file, text)
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether a folder is there, with something in it: an empty one may be what a filesystem is mounted on."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _is_kept(file: Path, text: str) -> bool:

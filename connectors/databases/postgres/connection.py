@@ -40,6 +40,7 @@ SESSION = {
     "idle_session_timeout": "0",
     "client_min_messages": "notice",  # of a publication that is gone version 18 does no more than warn
     "datestyle": "ISO, MDY",
+    "bytea_output": "hex",  # psycopg reads the other form up to a zero byte, beyond the end of an array's element
     "standard_conforming_strings": "on",
 }
 """What every session of ours begins with; each may be set by any role."""
