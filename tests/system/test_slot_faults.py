@@ -134,10 +134,10 @@ def test_a_fault_of_the_slot_is_one_gap_with_exact_bounds_and_all_is_well_behind
     assert deployed.stop() == 0
 
 
-def _assert_closed(deployed: Deployment, gap: dict[str, Any], cause: Cause = Cause.GAP) -> None:
+def _assert_closed(deployed: Deployment, gap: dict[str, Any]) -> None:
     """A point was taken because of the gap, and holds everything up to its end."""
     point = deployed.ask("show", str(gap["closed_by"]))["point"]
-    assert (point["state"], point["cause"]) == (State.SEALED, cause)
+    assert (point["state"], point["cause"]) == (State.SEALED, Cause.GAP)
     floor, until = judge.position(point["floor"]), judge.position(gap["until"])
     assert floor.history.branch >= until.history.branch
     assert floor.at >= until.at
@@ -233,9 +233,13 @@ def test_another_timeline_is_one_gap_and_commits_of_both_come_back(deployed: Dep
     deployed.settle()
     (gap,) = deployed.ask("list", "--gaps")[known:]
     assert "the timeline changed from 1 to 2" in gap["reason"]
-    assert judge.position(gap["after"]) == settled
-    assert judge.position(gap["until"]).at <= still_seen[0].before
-    _assert_closed(deployed, gap, Cause.COMMIT)  # a point of its own for what the timeline that was left has pending
+    after, until = judge.position(gap["after"]), judge.position(gap["until"])
+    assert (after.history, until.history.branch) == (settled.history, 2)
+    assert still_seen[-1].after <= after.at == until.at <= later[0].before, (
+        "where the old one ended: the slot has the rest"
+    )
+    point = deployed.ask("show", str(gap["closed_by"]))["point"]  # of either timeline: nothing lies in this gap
+    assert (point["state"], deployed.status()["totals"]["open_gaps"]) == (State.SEALED, 0)
     assert_outcomes(deployed, seen + still_seen + later, [])
     everything = {made.xid for made in seen + still_seen + later}
     _assert_comes_back(deployed, later[-2], everything - {later[-1].xid}, {later[-1].xid})

@@ -166,18 +166,39 @@ def test_a_second_service_on_the_same_slot_is_told_so_and_takes_nothing_from_the
         folder.mkdir()
     second.configure(QUICK)
     deployed.start()
-    second.start(wait=False)
-    try:
-        made = commit(deployed.cluster)
-        second.wait_for(second.status, "a second service that answers")
-        second.wait_for(lambda: "held by another process" in " ".join(second.status()["troubles"]), "the trouble", 90)
+    made = commit(deployed.cluster)
+    for _ in range(2):
+        refused = second.trigpoint("run", check=False)
+        assert refused.returncode == 3, refused.stderr
+        assert "are those of another trigpoint" in " ".join(refused.stderr.split())
         made += commit(deployed.cluster)
         deployed.settle()
-        assert_outcomes(deployed, made, [])
-        assert not second.status()["ready"]
-        assert not any(second.status()["commits_by_rule"].values())
+    assert_outcomes(deployed, made, [])
+    assert deployed.stop() == 0
+
+
+def test_a_slot_that_another_program_holds_is_a_trouble_until_it_lets_go(deployed: Deployment) -> None:
+    dsn = f"{deployed.cluster.conninfo} dbname=postgres"
+    holder = subprocess.Popen(
+        [
+            deployed.cluster.programs.path("pg_recvlogical"),
+            *("--start", f"--slot={SLOT}", f"--dbname={dsn}", "--file=-", "--no-loop"),
+            *("--option=proto_version=1", "--option=publication_names=trigpoint"),
+        ],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        active = f"SELECT active FROM pg_replication_slots WHERE slot_name = '{SLOT}'"
+        deployed.wait_for(lambda: deployed.cluster.sql(active) == [(True,)], "the other program at work")
+        deployed.start(wait=False)
+        deployed.wait_for(deployed.status, "a service that answers")
+        deployed.wait_for(lambda: "held by another process" in " ".join(deployed.status()["troubles"]), "a word", 90)
     finally:
-        assert second.stop() == 0
+        holder.terminate()
+        holder.wait(30)
+    made = commit(deployed.cluster)
+    deployed.settle()
+    assert_outcomes(deployed, made, [])
     assert deployed.stop() == 0
 
 
