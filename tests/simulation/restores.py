@@ -257,7 +257,8 @@ def check_thinning(
     for cluster in simulation.world.clusters:
         newest = simulation.truth.present(cluster)
         if newest is not None:
-            held = max((extent.end for extent in extents if extent.history == newest), default=cluster.book.first)
+            first = simulation.journal.file_start(Position(newest, cluster.book.first))
+            held = max((extent.end for extent in extents if extent.history == newest), default=first)
             extents = [*extents, Extent(newest, held, max(held, cluster.flushed))]
     for gone in (point for point in before if point.id not in kept):
         for target in _around(simulation, gone):
