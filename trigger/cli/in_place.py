@@ -168,11 +168,11 @@ async def _ended(undo: str | None, resume: str | None, parts: Parts) -> Swap:
     known = await swap.swaps(parts.site)
     name = undo or resume or ""
     if name == "last":
-        meant = known if undo is not None else [one for one in known if not one.finished]
-        if not meant:
+        candidates = known if undo is not None else [one for one in known if not one.finished]
+        if not candidates:
             why = "is there to be taken back" if undo is not None else "was cut off"
             raise RestoreError(f"no restore in place {why}", hint="trigpoint aside lists what lies beside the volumes")
-        name = meant[-1].name
+        name = candidates[-1].name
     if name not in {one.name for one in known}:
         there = ", ".join(f"{one.name} ({one.target})" for one in known) or "none"
         raise RestoreError(f"there is no restore in place called {name}", hint=f"there are: {there}")

@@ -210,10 +210,13 @@ def _places(place: str, logs: Sequence[Lineage]) -> dict[str, int]:
 
 async def _known_by(name: Name, stream: str | None, catalog: Catalog, known: _Known) -> tuple[list[Name], list[Found]]:
     """Give which whole name is meant in each log, and the commits that the catalog knows by one of them."""
-    whole, found = [name], await catalog.find(name=name, stream=stream)
-    for number, lineage in enumerate(known.logs):
+    if not known.logs:
+        return [name], await catalog.find(name=name, stream=stream)
+    whole: list[Name] = []
+    found: list[Found] = []
+    for lineage in known.logs:
         meant, there = await log_search.known(name, lineage, stream, catalog)
-        whole[number:] = [meant]
+        whole.append(meant)
         found += [one for one in there if one not in found]
     return whole, found
 
