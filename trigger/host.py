@@ -78,12 +78,3 @@ def make_passage(folder: Path) -> None:
         with contextlib.suppress(FileExistsError):
             one.mkdir()
             one.chmod(0o711)  # whatever our umask is
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was named, renamed or removed in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

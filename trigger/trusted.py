@@ -117,6 +117,15 @@ def read_text(path: Path, *, folder: int | None = None) -> str:
         return file.read(_TEXT_BYTES).decode(errors="replace")
 
 
+def sync_folder(folder: Path) -> None:
+    """Make what was named, renamed or removed in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Let an error of the system inside the block say what it is about: calls by descriptor do not know."""

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trigger.trusted import open_file
+from trigger.trusted import open_file, sync_folder
 
 
 def replace(path: Path, content: dict[str, Any]) -> None:
@@ -17,7 +17,7 @@ def replace(path: Path, content: dict[str, Any]) -> None:
     fresh.unlink(missing_ok=True)
     write_new(fresh, content)
     fresh.replace(path)
-    flush_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_new(path: Path, content: dict[str, Any]) -> None:
@@ -37,15 +37,6 @@ def read(path: Path) -> dict[str, Any] | None:
         return content if document["sha256"] == _digest(content) else None
     except (OSError, KeyError, TypeError, ValueError, RecursionError):  # of what cannot be read nothing else is known
         return None
-
-
-def flush_folder(folder: Path) -> None:
-    """Put the names in a folder on stable storage."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(content: object) -> str:

@@ -33,7 +33,7 @@ from trigger.errors import StorageError
 from trigger.lock import lock
 from trigger.model import Finding, Severity, Snapshot, Space, Volume, is_point_id, tag_name
 from trigger.ports import Clone, Tagged
-from trigger.trusted import NotOursError, require_no_link, why_not_ours
+from trigger.trusted import NotOursError, require_no_link, sync_folder, why_not_ours
 
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -243,7 +243,7 @@ class Shelf:
         folder = self.point_folder(point)
         self.require_ours(folder)
         (folder / "point.json").unlink(missing_ok=True)
-        sealed.flush_folder(folder)
+        sync_folder(folder)
 
     def made_before(
         self, volumes: Sequence[Volume], point: str, look: Callable[[Snapshot], Snapshot | None]

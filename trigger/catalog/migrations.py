@@ -16,7 +16,7 @@ from sqlalchemy import Connection, text
 
 from trigger.catalog.schema import VERSION, gaps, histories, metadata, reached, schema_version, version
 from trigger.errors import CatalogError
-from trigger.host import sync_folder
+from trigger.trusted import sync_folder
 
 KIND_OF_VERSION_1 = "postgres"
 """The only kind of database that version 1 knew."""

@@ -50,7 +50,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from trigger.errors import CatalogError, TrigpointError
-from trigger.host import sync_folder
+from trigger.trusted import sync_folder
 
 VERSION = 2
 """The version of the tables below; how older ones are brought to it is told by `migrations`."""

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from trigger.errors import RestoreError
 from trigger.failpoint import reached
-from trigger.host import sync_folder
 from trigger.model import Finding, Severity, Volume
 from trigger.restore.clones import Site, to_its_end
 from trigger.restore.obstacles import require_none
 from trigger.restore.swap import TIME, Swap, forget, noted, places_held, swaps
+from trigger.trusted import sync_folder
 
 _MEASURING_SECONDS = 20.0
 _ESCAPED = re.compile(r"\\([0-7]{3})")

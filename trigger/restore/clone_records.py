@@ -22,7 +22,8 @@ from datetime import datetime
 from pathlib import Path
 
 from trigger.errors import RestoreError
-from trigger.host import make_passage, sync_folder
+from trigger.host import make_passage
+from trigger.trusted import sync_folder
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 

@@ -23,12 +23,13 @@ from typing import Self
 
 from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
-from trigger.host import make_passage, sync_folder
+from trigger.host import make_passage
 from trigger.lock import lock
 from trigger.model import Volume
 from trigger.restore import clone_records
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.obstacles import require_at_rest
+from trigger.trusted import sync_folder
 
 UNRECORDED = "a state of which no record is left"
 """What a swap put in place that is known only by what lies beside the volumes."""

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from trigger.trusted import NotOursError, naming, open_file, read_text
+from trigger.trusted import NotOursError, naming, open_file, read_text, sync_folder
 
 _FICLONE = 0x40049409
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -76,16 +76,7 @@ def take_place(new: Path, place: Path) -> None:
     """Put a file, which is on stable storage, in the place of another or of none, durably, as one changed just now."""
     os.utime(new, follow_symlinks=False)
     new.replace(place)
-    flush_folder(place.parent)
-
-
-def flush_folder(path: Path) -> None:
-    """Put the names in a folder on stable storage."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(place.parent)
 
 
 def write_flushed(path: Path, text: str) -> None:

@@ -12,12 +12,13 @@ import re
 import threading
 from pathlib import Path
 
-from connectors.databases.postgres.log.files import flush_folder, give, reading, write_flushed
+from connectors.databases.postgres.log.files import give, reading, write_flushed
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import page_header
 from connectors.databases.postgres.lsn import KIND
 from connectors.threads import Threads
 from trigger.position import History
+from trigger.trusted import sync_folder
 
 _NAME_LENGTH = 24
 _NAME = re.compile(r"([0-9]{1,20})\+([0-9]{1,9})")
@@ -83,8 +84,8 @@ class LogFolders:
             file = folder.path / f"{history.branch:08X}.history"
             write_flushed(file, past)
             give(file, writer)
-            flush_folder(folder.path)
-        flush_folder(folder.path.parent)
+            sync_folder(folder.path)
+        sync_folder(folder.path.parent)
         return folder
 
     def _look(self) -> None:
