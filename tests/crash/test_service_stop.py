@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -37,4 +40,31 @@ def test_a_round_that_outlasts_the_grace_of_a_stop_is_given_up_and_the_next_star
         deployed.start()
         deployed.settle()
         assert_outcomes(deployed, made, [])
+        assert deployed.stop() == 0
+
+
+def test_a_service_that_is_told_to_stop_again_and_again_ends_in_order() -> None:
+    with deployment(15, "directory", extra=QUICK) as deployed:
+        deployed.start()
+        deployed.settle()
+        process = deployed.process
+        assert process is not None
+        while process.poll() is None:  # the connections, the journal and the last removals take their time
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.001)
+        assert deployed.stop() == 0
+        judge.assert_nothing_is_left_over(deployed, judge.read(deployed))
+
+
+def test_a_service_that_is_stopped_before_it_protects_says_so_and_leaves_nothing_running() -> None:
+    with deployment(15, "directory", extra=QUICK) as deployed:
+        deployed.start(wait=False)
+        deployed.wait_for((deployed.state / "lock").exists, "the first of its acts")
+        assert deployed.stop() == 128 + signal.SIGTERM
+        assert "ended by SIGTERM" in deployed.log.read_text()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                assert str(deployed.state) not in (process / "cmdline").read_text()
+        deployed.start()
+        deployed.settle()
         assert deployed.stop() == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import typer
 
 from trigger.cli import show
 from trigger.cli.arguments import Config, Json, options
+from trigger.cli.connected import in_order
 from trigger.service.control import only_one
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def rebuild(config: Config = None, as_json: Json = False) -> None:
     can still be read (open gaps, how far streams are settled), or listed. Where it cannot, the next start records a gap
     behind the newest commit that a tag knows: nobody can say any more what lies there.
     """
-    done = asyncio.run(_rebuild(options(config)))
+    done = in_order(lambda _ending: _rebuild(options(config)))
     if as_json:
         show.print_json(done)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from trigger.cli import show
@@ -17,38 +17,49 @@ if TYPE_CHECKING:  # what reaches the database takes a while to load, and help a
     from trigger.replay import Target
     from trigger.restore.target import Named
     from trigger.service.connect import Parts
+    from trigger.service.ending import Ending
 
 T = TypeVar("T")
-
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def at(chosen: Options, act: Callable[[Parts], Awaitable[T]], *, by_itself: bool = False) -> T:
     """Give what `act` gives with the parts of a configuration.
 
-    Ctrl-C, SIGTERM and a lost terminal cancel it and wait for its tidying up, however often they come; the exit code
-    says which it was. What must be done `by_itself` is refused while a service runs.
+    It is ended by signals in order, as `in_order` says. What must be done `by_itself` is refused while a service runs.
     """
-
     from trigger.service.service import alone, opened
 
-    ended_by: list[signal.Signals] = []
-
     async def connected() -> T:
-        with _ended_by_signals(ended_by):
-            async with (alone if by_itself else opened)(chosen, past=True) as parts:
-                return await act(parts)
+        async with (alone if by_itself else opened)(chosen, past=True) as parts:
+            return await act(parts)
+
+    return in_order(lambda _ending: connected())
+
+
+def in_order(act: Callable[[Ending], Awaitable[T]]) -> T:
+    """Give what `act` gives, in an event loop of its own, which signals end in order.
+
+    Ctrl-C, SIGTERM and a lost terminal cancel it, or do what it put into its `Ending`, and its tidying up is waited
+    for, however often they come. Where it was cancelled the exit code says by which.
+    """
+    from trigger.service.ending import ended_by_signals
+
+    signals: list[signal.Signals] = []
+
+    async def heard() -> T:
+        with ended_by_signals(signals) as ending:
+            return await act(ending)
 
     try:
-        return asyncio.run(connected())
+        return asyncio.run(heard())
     except (asyncio.CancelledError, OSError):  # the latter of a terminal that is gone
-        if not ended_by:
+        if not signals:
             raise
-    if ended_by[0] is signal.SIGINT:
+    if signals[0] is signal.SIGINT:
         raise KeyboardInterrupt
     with contextlib.suppress(OSError):  # the terminal may be gone
-        show.error(f"ended by {ended_by[0].name}; what was begun is tidied up", "")
-    raise SystemExit(128 + ended_by[0])
+        show.error(f"ended by {signals[0].name}; what was begun is tidied up", "")
+    raise SystemExit(128 + signals[0])
 
 
 async def require_known(database: str | None, parts: Parts) -> None:
@@ -70,25 +81,3 @@ async def meant(named: Named, parts: Parts, database: Database | None, *, only_l
 
     await require_known(named.stream, parts)
     return await resolve(named, parts.catalog, parts.journal, database, only_look=only_look)
-
-
-@contextlib.contextmanager
-def _ended_by_signals(ended_by: list[signal.Signals]) -> Iterator[None]:
-    """Let signals that end a program cancel the task at hand until the block ends; which ones, is added to a list."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-
-    def end(number: signal.Signals) -> None:
-        ended_by.append(number)
-        task.cancel()
-
-    heard = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has SIGHUP
-    for number in heard:
-        loop.add_signal_handler(number, end, number)
-    try:
-        yield
-    finally:
-        for number in heard:
-            loop.remove_signal_handler(number)
-            if ended_by:  # what comes now would only keep the exit code from being said
-                signal.signal(number, signal.SIG_IGN)

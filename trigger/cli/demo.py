@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
-import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +10,11 @@ from typing import Annotated
 import typer
 
 from trigger.cli import show
+from trigger.cli.connected import in_order
 from trigger.demo.place import kept
 from trigger.demo.screen import Screen
 from trigger.demo.story import Told, Wishes, end, play
 from trigger.errors import VerifyError
-
-_TERMINATED = 128 + signal.SIGTERM
 
 
 class StorageChoice(StrEnum):
@@ -50,10 +47,10 @@ def demo(
     Exit code 10 where the proof fails.
     """
     if stop:
-        asyncio.run(end(kept(folder)))
+        in_order(lambda _ending: end(kept(folder)))
         return
     wishes = Wishes(folder, seconds, storage.value, keep)
-    told = asyncio.run(_until_terminated(wishes, Screen(plain=plain, to_errors=as_json)))
+    told = in_order(lambda _ending: play(wishes, Screen(plain=plain, to_errors=as_json)))
     if as_json:
         show.print_json(document(told, keep=keep))
     else:
@@ -62,20 +59,6 @@ def demo(
     if not told.proven:
         wrong = [f"{check.claim}: {check.seen}" for check in told.checks if not check.held]
         raise VerifyError("\n".join(wrong), hint="this must not happen; please report it with the output above")
-
-
-async def _until_terminated(wishes: Wishes, screen: Screen) -> Told:
-    """Play; SIGTERM and SIGHUP end it in order, as Ctrl-C does."""
-    playing = asyncio.ensure_future(play(wishes, screen))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, playing.cancel)
-    try:
-        return await playing
-    except asyncio.CancelledError:
-        if (task := asyncio.current_task()) and task.cancelling():
-            raise  # Ctrl-C
-        raise typer.Exit(_TERMINATED) from None
 
 
 def document(told: Told, *, keep: bool) -> dict[str, object]:

@@ -12,6 +12,7 @@ import typer
 
 from trigger.cli import show
 from trigger.cli.arguments import LOCAL_CONFIG, SYSTEM_CONFIG, Config, Json, options
+from trigger.cli.connected import in_order
 from trigger.errors import ConfigError, PreflightError, StorageError, VerifyError
 from trigger.model import Finding, Layout, Severity
 from trigger.trusted import why_not_ours
@@ -230,7 +231,7 @@ def check(
             show.say(f"{refused} of {len(findings)} refused: the service would not start")
         raise typer.Exit(PreflightError.exit_code)
     if rehearse:
-        _show_rehearsal(asyncio.run(_rehearse(chosen)), findings, as_json=as_json)
+        _show_rehearsal(in_order(lambda _ending: _rehearse(chosen)), findings, as_json=as_json)
 
 
 async def _rehearse(chosen: Options) -> Rehearsal:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,6 +29,7 @@ from trigger.protect.window import Collected, Window
 from trigger.service.connect import Parts, SystemClock, check, connect, keep_layout, layout_files
 from trigger.service.control import if_free, only_one, serve
 from trigger.service.detached import Detached
+from trigger.service.ending import Ending
 from trigger.service.upkeep import Upkeep
 from trigger.shape import data
 
@@ -184,11 +184,14 @@ def _nearly_lost(one: Retained) -> str:
     )
 
 
-async def run(options: Options, *, force: bool = False, ready: Callable[[Service], None] | None = None) -> None:
-    """Protect the cluster until told to stop by SIGTERM or SIGINT.
+async def run(
+    options: Options, ending: Ending, *, force: bool = False, ready: Callable[[Service], None] | None = None
+) -> None:
+    """Protect the cluster until told to stop; what ends it before anything is protected cancels it.
 
     Args:
         options: the configuration.
+        ending: what a signal does; the round at hand is finished first, once there is one.
         force: go on where the pre-flight check refuses; what it said is logged.
         ready: called once with the service when commits are protected: streams open, a base sealed.
 
@@ -199,8 +202,8 @@ async def run(options: Options, *, force: bool = False, ready: Callable[[Service
     async with alone(options) as parts:
         await preflight(parts, force=force)
         service = await begin(parts)
-        with _signals(service):
-            await work(service, ready)
+        ending.act = service.stop
+        await work(service, ready)
         await leave_nothing_undone(parts)
 
 
@@ -310,19 +313,6 @@ async def _give_up_after_grace(service: Service, main: asyncio.Task[None]) -> No
     await asyncio.sleep(GRACE_SECONDS)
     log.warning("the round at hand did not end within %.0f s: it is given up; the next start undoes it", GRACE_SECONDS)
     main.cancel()
-
-
-@contextlib.contextmanager
-def _signals(service: Service) -> Any:
-    """Stop the service on SIGTERM and SIGINT while the block runs."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, service.stop)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
 
 
 async def _keep_journal(service: Service) -> None:
