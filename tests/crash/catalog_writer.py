@@ -41,7 +41,7 @@ async def everything_else(catalog: Catalog, turn: int, point: RecoveryPoint) -> 
     promise("failed", failed.number)
     await catalog.miss([record(turn * STRIDE + 7_000)], "left", HISTORY)
     promise("missed", turn * STRIDE + 7_000)
-    await catalog.record_gap(Gap("bank", at(turn * STRIDE), at(turn * STRIDE + 1), "slot dropped", NOW))
+    await catalog.record_gaps(Gap("bank", at(turn * STRIDE), at(turn * STRIDE + 1), "slot dropped", NOW))
     promise("gap", turn * STRIDE)
     stranger = dataclasses.replace(point, id=point_id(NOW, turn * 10 + 2), number=0)
     await catalog.adopt(stranger, [record(turn * STRIDE + 8_000, stream="shop")])

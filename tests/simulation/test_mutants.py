@@ -165,7 +165,7 @@ MUTANTS = (
         "records no gap",
         pipeline,
         "record_breaks",
-        "await cluster.catalog.record_gap(",
+        "await cluster.catalog.record_gaps(",
         "repr(",
         "P1",
         sort="memory",

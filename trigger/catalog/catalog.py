@@ -441,9 +441,12 @@ class Catalog:
 
     # ---- gaps
 
-    async def record_gap(self, gap: Gap) -> Gap:
-        """Record a gap and give it; one between the same positions that is open already is given instead."""
-        return await self._write(partial(point_index.record_gap, gap=gap))
+    async def record_gaps(self, *found: Gap, settled: Mapping[str, Position] | None = None) -> list[Gap]:
+        """Record gaps, and how far they settle their streams; all or nothing.
+
+        Gives them as they are recorded: for one between the same positions that is open already, that one.
+        """
+        return await self._write(partial(point_index.record_gaps, found=found, settled=settled or {}))
 
     async def take_over(self, found: Collection[Gap], settled: Mapping[str, Position]) -> None:
         """Take over what another catalog knew: gaps that are not here, and how far streams were settled.

@@ -6,7 +6,7 @@ a flipped bit in the catalog is noticed as it is in a tag, and what can be rebui
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -284,7 +284,15 @@ def _gap_of(row: Row[*tuple[Any, ...]]) -> Gap:
     )
 
 
-def record_gap(connection: Connection, gap: Gap) -> Gap:
+def record_gaps(connection: Connection, found: Iterable[Gap], settled: Mapping[str, Position]) -> list[Gap]:
+    """Insert gaps that are not open already, and settle their streams; give the gaps as they are stored."""
+    recorded = [_record_gap(connection, gap) for gap in found]
+    for stream, through in settled.items():
+        commit_index.settle(connection, stream, through)
+    return recorded
+
+
+def _record_gap(connection: Connection, gap: Gap) -> Gap:
     """Insert `gap`, unless the same one is open already; give it as it is stored."""
     where = _gap_row(connection, gap)
     same = _GAPS.where(*(gaps.c[name] == value for name, value in where.items()), gaps.c.closed_by == 0).limit(1)

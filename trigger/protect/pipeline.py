@@ -274,9 +274,11 @@ async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> N
         reason = f"not in the past of {lineage.history}: {broken.seen.reason}"
         for history, left in itertools.groupby(lost, key=lambda pending: pending.commit.history):
             await cluster.catalog.miss([record(pending.commit, Outcome.MISSED) for pending in left], reason, history)
-        for after, until in broken.holes:
-            await cluster.catalog.record_gap(Gap(broken.stream, after, until, broken.seen.reason, cluster.clock.now()))
-            log.error("stream %s: gap from %s to %s: %s", broken.stream, after, until, broken.seen.reason)
+        now = cluster.clock.now()
+        found = [Gap(broken.stream, after, until, broken.seen.reason, now) for after, until in broken.holes]
+        await cluster.catalog.record_gaps(*found, settled=window.settled_by(broken, lost))
+        for gap in found:
+            log.error("stream %s: gap from %s to %s: %s", gap.stream, gap.after, gap.until, gap.reason)
         window.forget(broken, lost)
         agenda.open_gap = True
 

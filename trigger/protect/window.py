@@ -256,6 +256,16 @@ class Window:
         """Give the pending commits of a broken stream that `lineage` does not hold."""
         return [p for p in self._streams[broken.stream].pending if not lineage.includes(p.commit.position)]
 
+    def settled_by(self, broken: Broken, lost: Iterable[Pending]) -> Mapping[str, Position]:
+        """Give what a gap settles together with what was `lost`: all up to its end, if nothing still waits there.
+
+        Who opens the stream next begins there, and so tells of what was behind it where that is lost with its log.
+        """
+        until, gone = broken.seen.until, set(map(id, lost))
+        first = next((p.commit for p in self._streams[broken.stream].pending if id(p) not in gone), None)
+        waits = first is not None and (first.history != until.history or first.end <= until.at)
+        return {} if waits else {broken.stream: until}
+
     def forget(self, broken: Broken, lost: Iterable[Pending]) -> None:
         """Let go of a break, and of what was lost with it: the catalog has both."""
         self._streams[broken.stream].forget(lost)

@@ -363,9 +363,9 @@ def gap(until: int, history: History = HISTORY) -> Gap:
 
 def test_a_sealed_point_closes_the_gaps_that_were_known_when_it_was_opened() -> None:
     async def work(catalog: Catalog) -> None:
-        await catalog.record_gap(gap(200))
+        await catalog.record_gaps(gap(200))
         point = await opened(catalog, 1)
-        late = await catalog.record_gap(gap(300, History("postgres", "7391", 2)))
+        (late,) = await catalog.record_gaps(gap(300, History("postgres", "7391", 2)))
         with pytest.raises(CatalogError, match="closes no gap: it is open"):
             await catalog.close_gaps(1)
         await catalog.seal(proven(point), [], {})
@@ -379,10 +379,10 @@ def test_a_sealed_point_closes_the_gaps_that_were_known_when_it_was_opened() -> 
 
 def test_a_gap_that_is_open_already_is_not_recorded_again() -> None:
     async def work(catalog: Catalog) -> None:
-        first = await catalog.record_gap(gap(200))
+        first = await catalog.record_gaps(gap(200))
         later = dataclasses.replace(gap(200), reason="again")
-        assert await catalog.record_gap(later) == first
-        assert await catalog.gaps() == [first]
+        assert await catalog.record_gaps(later) == first
+        assert await catalog.gaps() == first
 
     with_catalog(work)
 

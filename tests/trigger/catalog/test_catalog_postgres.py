@@ -41,7 +41,7 @@ def test_points_commits_and_gaps_are_kept_on_a_server(url: str) -> None:
         catalog = await Catalog.open(url)
         records = [record(100, markers=("März",)), record(110, outcome=Outcome.COALESCED)]
         point = await sealed(catalog, 1, records)
-        await catalog.record_gap(Gap("bank", at(1), at(2), "slot dropped", proven(point).opened_at))
+        await catalog.record_gaps(Gap("bank", at(1), at(2), "slot dropped", proven(point).opened_at))
         assert (await sealed(catalog, 2, records)).commits == 0
         await catalog.close_gaps(2)
         await catalog.close()

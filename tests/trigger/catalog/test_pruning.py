@@ -68,7 +68,7 @@ def test_of_a_pruned_point_its_number_and_the_outcomes_of_its_commits_stay() -> 
     async def work(catalog: Catalog) -> None:
         made = await expired(catalog, 5)
         found, commits = await catalog.find(), await catalog.commits_of(1)
-        await catalog.record_gap(Gap("bank", at(1), at(2), "slot dropped", NOW))
+        await catalog.record_gaps(Gap("bank", at(1), at(2), "slot dropped", NOW))
         later = await point_of(catalog, 7, NOW + 7 * DAY, State.SEALED)
         await catalog.close_gaps(later.number)
         before, gaps = await catalog.totals(), await catalog.gaps()

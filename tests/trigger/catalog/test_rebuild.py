@@ -52,7 +52,7 @@ async def written(path: Path) -> RecoveryPoint:
     sealed = await catalog.seal(proven, [one], {"bank": at(100)})
     failed = await catalog.open_point(id=point_id(NOW, 2), cause=Cause.DEMAND, marks=[Mark(at(200))], opened_at=NOW)
     await catalog.fail(failed, "disk full")
-    await catalog.record_gap(Gap("bank", at(300), at(400), "the slot was lost", NOW))
+    await catalog.record_gaps(Gap("bank", at(300), at(400), "the slot was lost", NOW))
     await catalog.miss([one._replace(name=Name("", 8), start=Lsn(310), end=Lsn(320))], "lost with the slot", HISTORY)
     await catalog.close()
     return sealed

@@ -76,9 +76,9 @@ def test_each_history_has_its_own_place_those_that_only_a_gap_names_too() -> Non
         await missed(catalog, HISTORY, 900)
         await missed(catalog, NEXT, 400, stream="shop")
         await catalog.settle("bank", at(600, NEXT))
-        await catalog.record_gap(gap(at(950), at(300, AGAIN)))
-        await catalog.record_gap(gap(at(200), at(700, AGAIN)))
-        await catalog.record_gap(gap(at(50, History("postgres", "8", 1)), at(1_000)))
+        await catalog.record_gaps(gap(at(950), at(300, AGAIN)))
+        await catalog.record_gaps(gap(at(200), at(700, AGAIN)))
+        await catalog.record_gaps(gap(at(50, History("postgres", "8", 1)), at(1_000)))
         found = await places(catalog)
         assert found == {HISTORY: 1_000, NEXT: 600, AGAIN: 700, History("postgres", "8", 1): 0}
 

@@ -17,7 +17,7 @@ def test_an_adopted_point_brings_the_gaps_that_it_closed_and_leaves_out_what_two
     tags: list[str] = []
 
     async def first(catalog: Catalog) -> list[Gap]:
-        await catalog.record_gap(gap(200))
+        await catalog.record_gaps(gap(200))
         for number, history in ((1, HISTORY), (2, again)):
             draft = await opened(catalog, number)
             marks = (Mark(Position(history, draft.floor.at), Position(history, draft.floor.at)),)

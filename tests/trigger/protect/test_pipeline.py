@@ -329,6 +329,26 @@ def test_a_commit_that_a_failover_left_behind_is_missed_and_its_gap_is_recorded_
     Stage().play(act)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_gap_settles_its_stream_up_to_its_end_unless_a_commit_still_waits_before(waits: bool) -> None:
+    async def act(stage: Stage) -> None:
+        kept = stage.cluster.commit("bank")
+        if waits:
+            stage.when("before flush", AgentError("busy"))
+        else:
+            await asyncio.sleep(1)
+        stage.cluster.commit("bank", synchronous=False)
+        await asyncio.sleep(0.5)
+        stage.when("before open_point", asyncio.Event().wait)  # whoever is killed here has recorded the gap alone
+        stage.cluster.promote(kept.end, keep_slots=True)
+        await asyncio.sleep(30)
+        (gap,) = await stage.catalog.gaps()
+        assert gap.until.history != kept.history
+        assert (await stage.catalog.settled("bank") == gap.until) is not waits
+
+    Stage().play(act)
+
+
 def test_what_a_failover_left_behind_does_not_take_the_outcome_of_what_it_kept() -> None:
     async def act(stage: Stage) -> None:
         stage.when("before flush", AgentError("busy"))
@@ -363,7 +383,7 @@ def test_a_base_that_a_failover_left_behind_is_replaced_though_the_stream_lacks_
 
 def test_breaks_of_all_streams_are_recorded_before_anything_is_taken() -> None:
     async def act(stage: Stage) -> None:
-        stage.when("before record_gap", lambda: asyncio.sleep(2))
+        stage.when("before record_gaps", lambda: asyncio.sleep(2))
         for stream in stage.streams:
             stage.cluster.commit(stream)
         await asyncio.sleep(1)
@@ -374,8 +394,8 @@ def test_breaks_of_all_streams_are_recorded_before_anything_is_taken() -> None:
             stage.cluster.recreate_slot(stream)
             await asyncio.sleep(0.5)
         await asyncio.sleep(10)
-        calls = [call for call in stage.calls if call in ("record_gap", "open_point")]
-        assert calls[:3] == ["record_gap", "record_gap", "open_point"]
+        calls = [call for call in stage.calls if call in ("record_gaps", "open_point")]
+        assert calls[:3] == ["record_gaps", "record_gaps", "open_point"]
         assert {gap.closed_by > 0 for gap in await stage.catalog.gaps()} == {True}
 
     Stage("bank", "shop").play(act)

@@ -60,7 +60,7 @@ def test_a_missed_commit_is_in_a_gap_with_its_reason(tmp_path: Path) -> None:
         lost = it.commit()
         it.pending.clear()
         gap = Gap("bank", first.position, lost.position, "the slot was dropped", it.site.clock.now())
-        await it.catalog.record_gap(gap)
+        await it.catalog.record_gaps(gap)
         await it.catalog.miss([record(lost, Outcome.MISSED)], "slot lost", lost.history)
         later = it.commit()
         await it.point()
@@ -84,7 +84,7 @@ def test_a_gap_that_began_on_a_timeline_that_was_left_is_found_on_the_one_that_w
         unseen = it.world.cluster.commit("bank")
         until = it.world.cluster.lineage().at(it.world.cluster.inserted)
         gap = Gap("bank", left_behind.position, until, "the timeline changed", it.site.clock.now())
-        await it.catalog.record_gap(gap)
+        await it.catalog.record_gaps(gap)
         it.pending.clear()
         it.commit()
         await it.point()
@@ -105,7 +105,7 @@ def test_a_place_before_the_end_of_a_gap_that_comes_from_another_life_lies_in_it
         until = await it.database.record_end()
         assert until.history.incarnation == 1
         gap = Gap("bank", first.position, until, "another log", it.site.clock.now())
-        await it.catalog.record_gap(gap)
+        await it.catalog.record_gaps(gap)
         await it.point()
         found = await only(it, place=str(unseen.start))
         assert (found.where, found.gap) == (Where.GAP, gap)
@@ -184,7 +184,7 @@ def test_a_commit_of_the_life_before_is_named_by_its_history_before_the_first_po
         await it.point()
         assert (await only(it, name=commit.name)).aside == ""
         again = Position(replace(commit.history, incarnation=1), commit.start)
-        await it.catalog.record_gap(Gap("bank", commit.position, again, "an older copy", it.site.clock.now()))
+        await it.catalog.record_gaps(Gap("bank", commit.position, again, "an older copy", it.site.clock.now()))
         assert (await only(it, name=commit.name)).aside == f"--history {commit.history}"
 
     run(tmp_path, story)
@@ -203,7 +203,7 @@ def test_a_commit_that_the_journal_never_got_of_a_life_that_was_left_is_not_call
         with patch.object(it.site.journal, "extents", nothing):
             assert "not yet restorable" in (await only(it, name=commit.name)).reason
             again = Position(replace(commit.history, incarnation=1), commit.start)
-            await it.catalog.record_gap(Gap("bank", commit.position, again, "an older copy", it.site.clock.now()))
+            await it.catalog.record_gaps(Gap("bank", commit.position, again, "an older copy", it.site.clock.now()))
             assert "it cannot be restored: " in (await only(it, name=commit.name)).reason
             with pytest.raises(RestoreError, match="has gone on in another history") as refused:
                 await prepare(target, it.site)
@@ -268,7 +268,7 @@ def test_a_time_behind_a_gap_and_a_hole_is_told_so_as_a_restore_would_refuse_it(
             with pytest.raises(RestoreError, match=r"the log between .* is missing"):
                 await prepare(target, it.site)
             gap = Gap("bank", last.position, until, "the slot was dropped", it.site.clock.now())
-            await it.catalog.record_gap(gap)
+            await it.catalog.record_gaps(gap)
             found = await only(it, time=after)
             assert (found.where, found.gap, found.record, found.base) == (Where.GAP, gap, None, None)
             assert "it lies in a gap" in found.reason
