@@ -16,6 +16,7 @@ ARGS ?=
 PREFIX ?= /opt/trigpoint
 UNITS ?= /etc/systemd/system
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE  # each program that is started would compile all of its modules again
 PYTEST := $(BIN)/pytest $(if $(filter all,$(REQUIRE)),,--leave-out-missing)
 
 BENCHMARKS := $(filter-out record __init__,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))

@@ -323,7 +323,12 @@ class Shelf:
         folder = self.clones_folder
         if not folder.exists():
             return []
-        return [self._clone(found) for found in sorted(folder.iterdir()) if _CLONE_NAME.fullmatch(found.name)]
+        clones = []
+        for found in sorted(folder.iterdir()):
+            if _CLONE_NAME.fullmatch(found.name):
+                with contextlib.suppress(FileNotFoundError):  # it is being removed at this moment
+                    clones.append(self._clone(found))
+        return clones
 
     def _clone(self, folder: Path) -> Clone:
         content = sealed.read(folder / "clone.json") or {}
@@ -459,6 +464,7 @@ def _words(error: OSError) -> str:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with all it holds; nothing to remove is no error."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+    """Remove a folder with all it holds; what is not there, or is removed by another meanwhile, is no error."""
+    while os.path.lexists(folder):
+        with contextlib.suppress(FileNotFoundError):  # each time it comes as far as another has
+            shutil.rmtree(folder)

@@ -341,6 +341,7 @@ def test_a_journal_without_a_segment_begins_after_a_restart_where_it_would_have_
             _switch(deployed)
             deployed.cluster.sql("CHECKPOINT")
         deployed.start()
+        deployed.wait_for((_journal(deployed) / first).exists, "the segment that it knew, whole")
         assert min(file.name for file in _journal(deployed).glob("0*")) == first
         assert deployed.stop() == 0
 

@@ -192,9 +192,9 @@ def test_a_database_that_is_gone_leaves_the_others_protected_and_is_named() -> N
         here.start(wait=False)
         here.wait_for(lambda: here.status().get("last_sealed_at"), "a point", 90)
         here.wait_for(lambda: any(one.startswith("stream shop") for one in here.status()["troubles"]), "a trouble")
-        status = here.status()
-        assert status["streams"] == {"bank": True, "shop": False, odd: False}
-        assert not status["ready"]
+        streams = {"bank": True, "shop": False, odd: False}
+        here.wait_for(lambda: here.status()["streams"] == streams, "the stream of the one that is there")
+        assert not here.status()["ready"]
         here.cluster.sql("INSERT INTO t VALUES (1)", "bank")
         assert here.ask("point")["state"] == "sealed"
         (row,) = here.cluster.sql("SELECT xmin::text FROM t", "bank")

@@ -52,13 +52,12 @@ def in_order(act: Callable[[Ending], Awaitable[T]]) -> T:
 
     try:
         return asyncio.run(heard())
-    except (asyncio.CancelledError, OSError):  # the latter of a terminal that is gone
+    except (asyncio.CancelledError, OSError) as error:  # the latter of a terminal that is gone
         if not signals:
             raise
-    if signals[0] is signal.SIGINT:
-        raise KeyboardInterrupt
+        left = "; ".join(getattr(error, "__notes__", ()))
     with contextlib.suppress(OSError):  # the terminal may be gone
-        show.error(f"ended by {signals[0].name}; what was begun is tidied up", "")
+        show.error(f"ended by {signals[0].name}; {left or 'what was begun is tidied up'}", "")
     raise SystemExit(128 + signals[0])
 
 

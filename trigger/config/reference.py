@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -14,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from trigger.config import drivers
 from trigger.config.expressions import FACTS, FUNCTIONS
 from trigger.config.options import Options
+from trigger.config.sections import Section as SectionOfFile
 
 _NONE = "none"
 _MISSING: Any = object()
@@ -66,16 +69,19 @@ def sections() -> list[Section]:
 def _walk(model: Any, path: str, *, repeated: bool, required: bool, doc: str) -> Iterator[Section]:
     below: list[tuple[Any, str, bool, bool, str]] = []
     options = []
+    docs = _docs(model)
     for name in drivers.keys(model):
         field = model.model_fields[name]
         dotted = f"{path}.{name}".lstrip(".")
         annotation = _without_none(field.annotation)
         inner = get_args(annotation)[0] if get_origin(annotation) is list else annotation
         if hasattr(inner, "model_fields"):
-            words = " ".join(part for part in (_doc(inner), field.description) if part)
+            words = " ".join(part for part in (_doc(inner), docs.get(name)) if part)
             below.append((inner, dotted, inner is not annotation, field.is_required(), words))
         else:
-            options.append(_option(f"{path}{'[]' if repeated else ''}.{name}".lstrip("."), name, field))
+            options.append(
+                _option(f"{path}{'[]' if repeated else ''}.{name}".lstrip("."), name, field, docs.get(name, ""))
+            )
     yield Section(path, repeated, required, doc, tuple(options))
     for inner, dotted, many, needed, words in below:
         if dotted in drivers.TABLES:
@@ -126,7 +132,23 @@ def _doc(model: Any) -> str:
     return " ".join(inspect.cleandoc(model.__doc__ or "").split())
 
 
-def _option(key: str, name: str, field: Any) -> Option:
+def _docs(model: Any) -> dict[str, str]:
+    """Give the words below each option in the source; read there, so that only who wants them pays for it."""
+    docs: dict[str, str] = {}
+    for section in reversed([one for one in model.__mro__ if issubclass(one, SectionOfFile)]):
+        (parsed,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+        assert isinstance(parsed, ast.ClassDef)
+        for option, below in pairwise(parsed.body):
+            if (
+                isinstance(option, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                docs[ast.unparse(option.target)] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def _option(key: str, name: str, field: Any, doc: str) -> Option:
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     annotation = _without_none(field.annotation)
     return Option(
@@ -137,7 +159,7 @@ def _option(key: str, name: str, field: Any) -> Option:
         default=int(default) if _is_bytes(annotation) and default is not None else default,
         limits=_limits([*field.metadata, *_metadata(annotation)]),
         example=field.examples[0] if field.examples else default,
-        doc=" ".join((field.description or "").split()),
+        doc=doc,
     )
 
 

@@ -44,7 +44,7 @@ class Section(BaseModel):
     """One table of the file; a key that it does not have is an error."""
 
     # Built when it is first read by: most sections are there to be derived from, and every command pays for the others.
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class DriverSection(Section):
@@ -147,5 +147,5 @@ def choosing(section: type[DriverSection], names: tuple[str, ...], name: str) ->
     if asked is None:
         return section
     choice: Any = Literal.__getitem__(names)
-    driver: Any = (choice, Field(default=name, description=asked.description))
+    driver: Any = (choice, name)
     return create_model(section.__name__, __base__=section, __module__=section.__module__, driver=driver)
