@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.trigger.protect.test_pipeline import Stage
+from tests.trigger.protect.stage import Stage
 from trigger.errors import CatalogError, SourceError
 from trigger.model import Outcome, State
 from trigger.protect.window import LAST_BACKOFF_SECONDS

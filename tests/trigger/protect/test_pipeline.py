@@ -4,140 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar, cast
 
 import pytest
 
-from connectors.memory import MemoryAgent, MemoryClock, MemoryDatabase, MemorySource, MemoryStorage, World
-from tests.simulation.virtual import VirtualLoop
-from trigger.catalog.catalog import Catalog
+from connectors.memory import MemoryDatabase
+from tests.trigger.protect.stage import Stage
 from trigger.catalog.reconcile import reconcile
-from trigger.config.options import PointOptions
 from trigger.errors import AgentError, CatalogError, DatabaseError, StorageError
-from trigger.model import Cause, Mark, Outcome, RecoveryPoint, State, Volume
+from trigger.model import Cause, Mark, Outcome, State
 from trigger.ports import Capability
-from trigger.position import Name
-from trigger.protect.agenda import Agenda
 from trigger.protect.logs import Logs
-from trigger.protect.pipeline import Protected, protect
-from trigger.protect.window import BOUND, Window
-
-T = TypeVar("T")
-
-
-async def inline(work: Callable[[], T]) -> T:
-    return work()
-
-
-class Told:
-    """Passes every call on, notes its name, and raises what was put down for it, before or after its effect."""
-
-    def __init__(self, port: object, stage: Stage) -> None:
-        self._port = port
-        self._stage = stage
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._port, name)
-        if not asyncio.iscoroutinefunction(value):
-            return value
-
-        async def call(*arguments: Any, **named: Any) -> Any:
-            self._stage.calls.append(name)
-            await self._stage.at(f"before {name}")
-            answer = await value(*arguments, **named)
-            await self._stage.at(f"after {name}")
-            return answer
-
-        return call
-
-
-class Stage:
-    """A world with the whole main path over it; calls can be made to fail, and things to happen between them."""
-
-    def __init__(
-        self,
-        *streams: str,
-        capabilities: frozenset[Capability] = frozenset(Capability),
-        bound: int = BOUND,
-        **options: Any,
-    ) -> None:
-        self.bound = bound
-        self.loop = VirtualLoop()
-        self.world = World(seconds=self.loop.time)
-        self.cluster = self.world.cluster
-        self.calls: list[str] = []
-        self.turns: dict[str, list[Exception | Callable[[], object]]] = {}
-        self.streams = streams or ("bank",)
-        for stream in self.streams:
-            self.cluster.recreate_slot(stream)
-        self.capabilities = capabilities
-        self.options = PointOptions(**{"min_interval_seconds": 0, "catch_all_seconds": None, **options})
-
-    def when(self, moment: str, *turns: Exception | Callable[[], object]) -> None:
-        """Let these happen, one each time `before x` or `after x` comes."""
-        self.turns.setdefault(moment, []).extend(turns)
-
-    async def at(self, moment: str) -> None:
-        waiting = self.turns.get(moment)
-        if not waiting:
-            return
-        turn = waiting.pop(0)
-        if isinstance(turn, Exception):
-            raise turn
-        answer = turn()
-        if asyncio.iscoroutine(answer):
-            await answer
-
-    def told(self, port: T) -> T:
-        return cast("T", Told(port, self))
-
-    def play(self, act: Callable[[Stage], Coroutine[Any, Any, None]]) -> None:
-        async def main() -> None:
-            self.catalog = await Catalog.open(":memory:", run=inline)
-            self.storage = MemoryStorage(self.world, capabilities=self.capabilities)
-            agent = MemoryAgent(self.world)
-            await agent.prepare((Volume("data", "/data"),))
-            sources = [self.told(MemorySource(self.world, stream)) for stream in self.streams]
-            self.window = Window(sources, {}, lambda _: "all", self.bound)
-            self.agenda = Agenda(self.options, None)
-            database = self.told(MemoryDatabase(self.world))
-            self.protected = Protected(
-                Logs(dict.fromkeys(self.streams, database)),
-                (Volume("data", "/data"),),
-                (self.told(agent),),
-                self.told(self.storage),
-                self.told(self.catalog),
-                MemoryClock(self.world),
-                self.options,
-                30,
-                random.Random(0),
-            )
-            self.readers = [asyncio.ensure_future(self.window.follow(stream)) for stream in self.streams]
-            self.main = asyncio.ensure_future(protect(self.protected, self.window, self.agenda))
-            try:
-                await asyncio.sleep(1)
-                await act(self)
-            finally:
-                for task in (*self.readers, self.main):
-                    task.cancel()
-                await asyncio.wait([*self.readers, self.main])
-
-        self.loop.run(main())
-
-    async def points(self) -> list[RecoveryPoint]:
-        return await self.catalog.points(newest_first=False)
-
-    async def outcomes(self) -> dict[Name, Outcome]:
-        return {found.record.name: found.record.outcome for found in await self.catalog.find()}
-
-    async def stop(self, within_seconds: float) -> None:
-        """Stop as SIGTERM does."""
-        self.agenda.stopping = True
-        self.window.wake()
-        async with asyncio.timeout(within_seconds):
-            await self.main
 
 
 def test_the_first_point_is_taken_at_start_and_the_next_for_a_commit() -> None:
@@ -311,94 +187,6 @@ def test_a_server_that_was_in_another_history_while_it_was_cut_and_is_back_fails
         assert await stage.outcomes() == {commit.name: Outcome.PROTECTED}
 
     Stage().play(act)
-
-
-def test_a_commit_that_a_failover_left_behind_is_missed_and_its_gap_is_recorded_and_closed() -> None:
-    async def act(stage: Stage) -> None:
-        kept = stage.cluster.commit("bank")
-        await asyncio.sleep(1)
-        stage.when("before flush", lambda: stage.cluster.promote(kept.end, keep_slots=True))
-        left = stage.cluster.commit("bank")
-        await asyncio.sleep(30)
-        assert await stage.outcomes() == {kept.name: Outcome.PROTECTED, left.name: Outcome.MISSED}
-        (gap,) = await stage.catalog.gaps()
-        assert gap.after == left.position
-        assert gap.closed_by > 0
-        assert (await stage.catalog.point(gap.closed_by)).cause is Cause.GAP
-
-    Stage().play(act)
-
-
-@pytest.mark.parametrize("waits", [False, True])
-def test_a_gap_settles_its_stream_up_to_its_end_unless_a_commit_still_waits_before(waits: bool) -> None:
-    async def act(stage: Stage) -> None:
-        kept = stage.cluster.commit("bank")
-        if waits:
-            stage.when("before flush", AgentError("busy"))
-        else:
-            await asyncio.sleep(1)
-        stage.cluster.commit("bank", synchronous=False)
-        await asyncio.sleep(0.5)
-        stage.when("before open_point", asyncio.Event().wait)  # whoever is killed here has recorded the gap alone
-        stage.cluster.promote(kept.end, keep_slots=True)
-        await asyncio.sleep(30)
-        (gap,) = await stage.catalog.gaps()
-        assert gap.until.history != kept.history
-        assert (await stage.catalog.settled("bank") == gap.until) is not waits
-
-    Stage().play(act)
-
-
-def test_what_a_failover_left_behind_does_not_take_the_outcome_of_what_it_kept() -> None:
-    async def act(stage: Stage) -> None:
-        stage.when("before flush", AgentError("busy"))
-        kept, left = stage.cluster.commit("bank"), stage.cluster.commit("bank")
-        await asyncio.sleep(0.5)
-        stage.cluster.promote(kept.end, keep_slots=True)
-        await asyncio.sleep(30)
-        assert await stage.outcomes() == {kept.name: Outcome.PROTECTED, left.name: Outcome.MISSED}
-
-    Stage().play(act)
-
-
-def test_a_base_that_a_failover_left_behind_is_replaced_though_the_stream_lacks_nothing_that_was_delivered() -> None:
-    async def act(stage: Stage) -> None:
-        seen = stage.cluster.commit("bank")
-        stage.when("before snapshot", lambda: stage.cluster.commit("bank", synchronous=False))
-        await asyncio.sleep(1)
-        base = (await stage.points())[-1]
-        assert base.ceiling is not None
-        assert base.ceiling > seen.position
-        stage.cluster.promote(seen.end, keep_slots=True)
-        await asyncio.sleep(5)
-        (gap,) = await stage.catalog.gaps()
-        assert (gap.after, gap.until.at) == (seen.position, seen.end)
-        newest = (await stage.points())[-1]
-        assert newest.cause is Cause.GAP
-        assert newest.ceiling is not None
-        assert stage.cluster.lineage().includes(newest.ceiling)
-
-    Stage().play(act)
-
-
-def test_breaks_of_all_streams_are_recorded_before_anything_is_taken() -> None:
-    async def act(stage: Stage) -> None:
-        stage.when("before record_gaps", lambda: asyncio.sleep(2))
-        for stream in stage.streams:
-            stage.cluster.commit(stream)
-        await asyncio.sleep(1)
-        stage.calls.clear()
-        for stream in stage.streams:
-            stage.cluster.write_ahead(100)
-            stage.cluster.flush()
-            stage.cluster.recreate_slot(stream)
-            await asyncio.sleep(0.5)
-        await asyncio.sleep(10)
-        calls = [call for call in stage.calls if call in ("record_gaps", "open_point")]
-        assert calls[:3] == ["record_gaps", "record_gaps", "open_point"]
-        assert {gap.closed_by > 0 for gap in await stage.catalog.gaps()} == {True}
-
-    Stage("bank", "shop").play(act)
 
 
 def test_an_idle_stream_is_settled_in_the_catalog_and_then_acknowledged() -> None:

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any, cast
 
-from tests.trigger.protect.test_pipeline import Stage
+from tests.trigger.protect.stage import Stage
 from trigger.model import Space, State
 from trigger.ports import Capability
 from trigger.protect.pipeline import ATTEMPT_SECONDS
