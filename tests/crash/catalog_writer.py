@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 
 from tests.trigger.catalog.test_catalog import HISTORY, at, opened, proven, record
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.point_index import Missed
 from trigger.model import Gap, Outcome, RecoveryPoint, State, Verification, point_id
 
 COMMITS = 25
@@ -39,7 +40,7 @@ async def everything_else(catalog: Catalog, turn: int, point: RecoveryPoint) -> 
     """Verify and expire the point, fail another one, adopt a third, miss a commit, record a gap and close it."""
     failed = await catalog.fail(await opened(catalog, turn * 10 + 1), "no room")
     promise("failed", failed.number)
-    await catalog.miss([record(turn * STRIDE + 7_000)], "left", HISTORY)
+    await catalog.record_gaps(missed=[Missed([record(turn * STRIDE + 7_000)], "left", HISTORY)])
     promise("missed", turn * STRIDE + 7_000)
     await catalog.record_gaps(Gap("bank", at(turn * STRIDE), at(turn * STRIDE + 1), "slot dropped", NOW))
     promise("gap", turn * STRIDE)

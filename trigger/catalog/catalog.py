@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from trigger.catalog import commit_index, commit_search, migrations, point_index, pruning, schema
 from trigger.catalog.commit_search import Found, Query
-from trigger.catalog.point_index import Totals
+from trigger.catalog.point_index import Missed, Totals
 from trigger.errors import CatalogError
 from trigger.failpoint import reached
 from trigger.model import (
@@ -203,14 +203,6 @@ class Catalog:
         What a copy that was put back shares with the time before has its outcome there.
         """
         return await self._read(partial(commit_index.new_in_this_life, records=records, history=history))
-
-    async def miss(self, records: Sequence[CommitRecord], reason: str, history: History) -> None:
-        """Record that no point will hold `records`, commits of `history` in log order, and why.
-
-        Nothing is settled by it: the streams have left that history.
-        """
-        missed = [record._replace(outcome=Outcome.MISSED) for record in records]
-        await self._write(partial(point_index.miss, records=missed, reason=reason, history=history))
 
     # ---- the life of a point
 
@@ -441,12 +433,15 @@ class Catalog:
 
     # ---- gaps
 
-    async def record_gaps(self, *found: Gap, settled: Mapping[str, Position] | None = None) -> list[Gap]:
-        """Record gaps, and how far they settle their streams; all or nothing.
+    async def record_gaps(
+        self, *found: Gap, missed: Sequence[Missed] = (), settled: Mapping[str, Position] | None = None
+    ) -> list[Gap]:
+        """Record gaps, the commits that were seen and are lost with them, and how far all that settles their streams.
 
-        Gives them as they are recorded: for one between the same positions that is open already, that one.
+        All or nothing: a commit that was missed with no gap to say why could be there again, with its log put back.
+        Gives the gaps as they are recorded: for one between the same positions that is open already, that one.
         """
-        return await self._write(partial(point_index.record_gaps, found=found, settled=settled or {}))
+        return await self._write(partial(point_index.record_gaps, found=found, missed=missed, settled=settled or {}))
 
     async def take_over(self, found: Collection[Gap], settled: Mapping[str, Position]) -> None:
         """Take over what another catalog knew: gaps that are not here, and how far streams were settled.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select, update
 
@@ -60,12 +60,6 @@ def _settle_all(
         through[stream] = Position(mine.history, max(mine.at, end))
     for stream, position in through.items():
         commit_index.settle(connection, stream, position)
-
-
-def miss(connection: Connection, records: Sequence[CommitRecord], reason: str, history: History) -> None:
-    """Write that no point will hold `records`, commits of `history` in log order."""
-    commit_index.record_all(connection, records, {}, history, point=None, reason=reason)
-    reached("catalog-missed-written")
 
 
 def open_point(connection: Connection, draft: RecoveryPoint) -> RecoveryPoint:
@@ -284,8 +278,22 @@ def _gap_of(row: Row[*tuple[Any, ...]]) -> Gap:
     )
 
 
-def record_gaps(connection: Connection, found: Iterable[Gap], settled: Mapping[str, Position]) -> list[Gap]:
-    """Insert gaps that are not open already, and settle their streams; give the gaps as they are stored."""
+class Missed(NamedTuple):
+    """Commits of one history, in log order, that no point will hold, and why."""
+
+    records: Sequence[CommitRecord]
+    reason: str
+    history: History
+
+
+def record_gaps(
+    connection: Connection, found: Iterable[Gap], missed: Iterable[Missed], settled: Mapping[str, Position]
+) -> list[Gap]:
+    """Insert gaps that are not open already, with what was missed, and settle; give the gaps as they are stored."""
+    for one in missed:
+        records = [record._replace(outcome=Outcome.MISSED) for record in one.records]
+        commit_index.record_all(connection, records, {}, one.history, point=None, reason=one.reason)
+    reached("catalog-missed-written")
     recorded = [_record_gap(connection, gap) for gap in found]
     for stream, through in settled.items():
         commit_index.settle(connection, stream, through)

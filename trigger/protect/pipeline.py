@@ -18,6 +18,7 @@ from functools import partial
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.point_index import Missed
 from trigger.catalog.reconcile import reconcile
 from trigger.config.options import PointOptions
 from trigger.errors import StorageError, TrigpointError
@@ -272,11 +273,13 @@ async def record_breaks(cluster: Protected, window: Window, agenda: Agenda) -> N
         lineage = window.come_to(broken.stream)
         lost = window.lost(broken, lineage)
         reason = f"not in the past of {lineage.history}: {broken.seen.reason}"
-        for history, left in itertools.groupby(lost, key=lambda pending: pending.commit.history):
-            await cluster.catalog.miss([record(pending.commit, Outcome.MISSED) for pending in left], reason, history)
+        missed = [
+            Missed([record(pending.commit, Outcome.MISSED) for pending in left], reason, history)
+            for history, left in itertools.groupby(lost, key=lambda pending: pending.commit.history)
+        ]
         now = cluster.clock.now()
         found = [Gap(broken.stream, after, until, broken.seen.reason, now) for after, until in broken.holes]
-        await cluster.catalog.record_gaps(*found, settled=window.settled_by(broken, lost))
+        await cluster.catalog.record_gaps(*found, missed=missed, settled=window.settled_by(broken, lost))
         for gap in found:
             log.error("stream %s: gap from %s to %s: %s", gap.stream, gap.after, gap.until, gap.reason)
         window.forget(broken, lost)

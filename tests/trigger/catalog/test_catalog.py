@@ -18,6 +18,7 @@ from connectors.databases.postgres.lsn import Lsn
 from trigger import failpoint
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.point_index import Missed
 from trigger.errors import CatalogError, NotFoundError
 from trigger.model import (
     TRANSITIONS,
@@ -148,7 +149,7 @@ def test_a_commit_that_has_an_outcome_is_dropped_and_counted_not_recorded_twice(
         assert again.commits == 1
         assert await catalog.commits_of(2) == [record(120)]
         await catalog.settle("bank", at(500))
-        await catalog.miss([record(450), record(510)], "budget", HISTORY)
+        await catalog.record_gaps(missed=[Missed([record(450), record(510)], "budget", HISTORY)])
         totals = await catalog.totals()
         assert totals.repeated == 3
         assert totals.commits == {Outcome.PROTECTED: 3, Outcome.COALESCED: 0, Outcome.MISSED: 1}
@@ -184,7 +185,7 @@ def test_a_commit_that_overlaps_a_recorded_one_is_refused_and_nothing_is_kept() 
         point = await opened(catalog, 2)
         with pytest.raises(CatalogError, match="overlaps"):
             await catalog.seal(proven(point), [record(110, length=20)], {"bank": at(200)})
-        await catalog.miss([record(300)], "left behind", HISTORY)
+        await catalog.record_gaps(missed=[Missed([record(300)], "left behind", HISTORY)])
         with pytest.raises(CatalogError, match="overlaps"):
             await catalog.seal(proven(point), [record(290, length=20)], {"bank": at(400)})
         assert (await catalog.point(2)).state is State.OPEN
@@ -196,7 +197,7 @@ def test_a_commit_that_overlaps_a_recorded_one_is_refused_and_nothing_is_kept() 
 def test_commits_kept_by_a_failover_are_protected_after_those_behind_them_were_missed() -> None:
     async def work(catalog: Catalog) -> None:
         await sealed(catalog, 1, [record(100)])
-        await catalog.miss([record(300), record(310)], "left behind by the failover", HISTORY)
+        await catalog.record_gaps(missed=[Missed([record(300), record(310)], "left behind by the failover", HISTORY)])
         kept = await sealed(catalog, 2, [record(110), record(120)])
         assert kept.commits == 2
         assert [(await catalog.find(name=Name("", xid)))[0].point for xid in (110, 120, 300, 310)] == [2, 2, None, None]
@@ -225,7 +226,7 @@ def test_settled_never_goes_back_in_one_history() -> None:
 
 def test_a_missed_commit_is_found_with_its_reason() -> None:
     async def work(catalog: Catalog) -> None:
-        await catalog.miss([record(100)], "not in the history of timeline 2", HISTORY)
+        await catalog.record_gaps(missed=[Missed([record(100)], "not in the history of timeline 2", HISTORY)])
         (found,) = await catalog.find(name=Name("", 100))
         assert (found.point, found.reason) == (None, "not in the history of timeline 2")
         assert found.record.outcome is Outcome.MISSED
@@ -426,7 +427,7 @@ def test_an_adopted_point_whose_number_is_taken_gets_the_next_one() -> None:
 
 def test_an_adopted_point_fills_in_around_what_is_recorded() -> None:
     async def work(catalog: Catalog) -> None:
-        await catalog.miss([record(200), record(210)], "left", HISTORY)
+        await catalog.record_gaps(missed=[Missed([record(200), record(210)], "left", HISTORY)])
         around = [record(start) for start in (100, 190, 200, 210, 220, 300)]
         point = proven(dataclasses.replace(await opened(catalog, 1), id=point_id(NOW, 5), number=5))
         assert await catalog.adopt(dataclasses.replace(point, state=State.SEALED), around)

@@ -17,6 +17,7 @@ from tests.trigger.catalog.test_catalog_search import LINEAGE, MAIN, a_history, 
 from trigger.catalog import packing, pruning
 from trigger.catalog.catalog import Catalog, make_engine
 from trigger.catalog.commit_search import log_order
+from trigger.catalog.point_index import Missed
 from trigger.errors import CatalogError
 from trigger.model import Gap, Outcome, State, from_microseconds
 
@@ -139,7 +140,7 @@ def test_a_server_without_the_database_is_an_error_that_names_it(url: str) -> No
 def test_transactions_on_a_server_are_serializable(url: str) -> None:
     async def work() -> None:
         catalog = await Catalog.open(url)
-        await catalog.miss([record(100)], "left", HISTORY)
+        await catalog.record_gaps(missed=[Missed([record(100)], "left", HISTORY)])
         await catalog.close()
 
     asyncio.run(work())

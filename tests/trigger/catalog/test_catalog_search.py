@@ -19,6 +19,7 @@ from tests.trigger.catalog.test_catalog import BASE_US, at, inline, opened, prov
 from trigger.catalog import packing
 from trigger.catalog.catalog import Catalog, Found, make_engine
 from trigger.catalog.commit_search import log_order
+from trigger.catalog.point_index import Missed
 from trigger.model import CommitRecord, Outcome, from_microseconds
 from trigger.position import History, Lineage, Name, Position
 
@@ -64,7 +65,7 @@ async def fill(catalog: Catalog, history: History, records: list[CommitRecord], 
         size = chance.randint(1, 20)
         run, records = records[:size], records[size:]
         if chance.random() < 0.2:
-            await catalog.miss(run, "left", history)
+            await catalog.record_gaps(missed=[Missed(run, "left", history)])
             known += [Found(each._replace(outcome=Outcome.MISSED), None, "left", history) for each in run]
         else:
             point = await opened(catalog, chance.getrandbits(60), int(run[-1].end), history)
@@ -245,8 +246,8 @@ def test_as_of_ends_before_the_first_commit_that_is_later(seed: int, jitter: int
 def test_as_of_without_a_line_follows_the_history_recorded_last() -> None:
     async def work(catalog: Catalog) -> None:
         assert await catalog.as_of(from_microseconds(BASE_US * 2)) is None
-        await catalog.miss([record(100)], "left", BRANCH)
-        await catalog.miss([record(200)], "left", MAIN)
+        await catalog.record_gaps(missed=[Missed([record(100)], "left", BRANCH)])
+        await catalog.record_gaps(missed=[Missed([record(200)], "left", MAIN)])
         found = await catalog.as_of(from_microseconds(BASE_US * 2))
         assert found is not None
         assert found.history == MAIN

@@ -13,6 +13,7 @@ import pytest
 
 from connectors.databases.postgres.lsn import Lsn
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.point_index import Missed
 from trigger.catalog.rebuild import Known, Rebuilt, known, rebuild
 from trigger.catalog.reconcile import Reconciliation
 from trigger.errors import CatalogError, StorageError
@@ -53,7 +54,9 @@ async def written(path: Path) -> RecoveryPoint:
     failed = await catalog.open_point(id=point_id(NOW, 2), cause=Cause.DEMAND, marks=[Mark(at(200))], opened_at=NOW)
     await catalog.fail(failed, "disk full")
     await catalog.record_gaps(Gap("bank", at(300), at(400), "the slot was lost", NOW))
-    await catalog.miss([one._replace(name=Name("", 8), start=Lsn(310), end=Lsn(320))], "lost with the slot", HISTORY)
+    await catalog.record_gaps(
+        missed=[Missed([one._replace(name=Name("", 8), start=Lsn(310), end=Lsn(320))], "lost with the slot", HISTORY)]
+    )
     await catalog.close()
     return sealed
 

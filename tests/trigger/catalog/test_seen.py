@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 
 from tests.trigger.catalog.test_catalog import HISTORY, NOW, at, inline, record, sealed, with_catalog
 from trigger.catalog.catalog import Catalog, make_engine
+from trigger.catalog.point_index import Missed
 from trigger.model import CommitRecord, Gap
 from trigger.position import History, Position
 
@@ -22,7 +23,7 @@ async def places(catalog: Catalog) -> dict[History, int]:
 
 
 async def missed(catalog: Catalog, history: History, *starts: int, stream: str = "bank") -> None:
-    await catalog.miss([record(start, stream=stream) for start in starts], "lost", history)
+    await catalog.record_gaps(missed=[Missed([record(start, stream=stream) for start in starts], "lost", history)])
 
 
 def test_a_new_catalog_has_seen_no_history() -> None:

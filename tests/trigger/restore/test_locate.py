@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.fixtures.bank import Bank, run
+from trigger.catalog.point_index import Missed
 from trigger.errors import PositionError, RestoreError
 from trigger.model import Extent, Gap, Outcome
 from trigger.position import Name, Position
@@ -61,7 +62,7 @@ def test_a_missed_commit_is_in_a_gap_with_its_reason(tmp_path: Path) -> None:
         it.pending.clear()
         gap = Gap("bank", first.position, lost.position, "the slot was dropped", it.site.clock.now())
         await it.catalog.record_gaps(gap)
-        await it.catalog.miss([record(lost, Outcome.MISSED)], "slot lost", lost.history)
+        await it.catalog.record_gaps(missed=[Missed([record(lost, Outcome.MISSED)], "slot lost", lost.history)])
         later = it.commit()
         await it.point()
         found = await only(it, name=lost.name)
