@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,14 +44,38 @@ def part_of(path: Path, clone: Clone, volumes: Sequence[Volume]) -> Part | None:
 
 def folder_of(part: Part | None, clone: Clone) -> Path | None:
     """Give the clone's folder for a part of a volume; None where there is none, or a link is on the way to it."""
-    if part is None or part.volume not in dict(clone.paths):
-        return None
-    copy = dict(clone.paths)[part.volume]
     try:
-        with entered(copy, part.path):
-            return copy / part.path
+        with held(part, clone) as folder:
+            return folder.place
     except OSError:
         return None
+
+
+class Held(NamedTuple):
+    """A folder of a clone that is held open, so that no link which is put on the way to it leads anywhere else."""
+
+    opened: int
+    place: Path
+    """Where it is for everybody else."""
+
+    @property
+    def path(self) -> Path:
+        """A path to it that holds in this process, for as long as it is held."""
+        return Path(f"/proc/self/fd/{self.opened}")
+
+
+@contextlib.contextmanager
+def held(part: Part | None, clone: Clone) -> Iterator[Held]:
+    """Hold the clone's folder for a part of a volume.
+
+    Raises:
+        OSError: there is none, or a link is on the way to it.
+    """
+    copy = dict(clone.paths).get(part.volume) if part else None
+    if part is None or copy is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    with entered(copy, part.path) as opened:
+        yield Held(opened, copy / part.path)
 
 
 def empty(folder: int, which: Callable[[str], bool] = lambda _: True) -> None:

@@ -13,12 +13,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from connectors.databases.postgres import places
-from connectors.databases.postgres.clone.inside import Part, empty, folder_of, part_of
+from connectors.databases.postgres.clone.inside import Held, Part, empty, folder_of, held, part_of
 from connectors.databases.postgres.log.files import entered, give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.lsn import Lsn
@@ -162,26 +162,37 @@ def isolate(clone: Clone, placement: Placement, volumes: Sequence[Volume], brack
             f"there is no PostgreSQL cluster at {data}",
             hint="the data directory moved since the snapshot, or a nested subvolume was not cut with it",
         )
-    require_no_link_to(data, clone)
     if bracket is not None and "START WAL LOCATION" not in bracket.document.get("label", ""):
         raise RestoreError(
             f"the backup label of point {clone.point} is missing",
             hint="its snapshot is not one instant and would start with damaged data; use another point",
         )
-    owner = _owner(data)
-    isolated = Isolated(data, owner, major_of(data), _names(data / "pg_replslot"))
-    _own_folder(isolated)
-    _take_out(isolated)
-    _point_links_inside(isolated, clone, placement, volumes)
-    if bracket is not None:
-        _start_from_label(isolated, clone, volumes, bracket)
-    return isolated
+    with held_data(data, clone) as here:
+        owner = _owner(data, here.path.stat())
+        isolated = Isolated(here.path, owner, major_of(here.path), _names(here.path / "pg_replslot"))
+        _own_folder(isolated)
+        _take_out(isolated)
+        _point_links_inside(isolated, clone, placement, volumes)
+        if bracket is not None:
+            with _log_in(here.path, clone, volumes) as log:
+                _start_from_label(here.opened, log, bracket, owner)
+    return replace(isolated, data=data)
 
 
-def require_no_link_to(data: Path, clone: Clone) -> None:
-    """Refuse a data directory to which a link inside the clone leads: it is another's, production's say."""
-    if folder_of(part_of(data, clone, ()), clone) is None:
-        raise RestoreError(f"a link inside the clone leads to {data}", hint="see who put it there; use another point")
+@contextlib.contextmanager
+def held_data(data: Path, clone: Clone) -> Iterator[Held]:
+    """Hold the data directory of a clone, so that no link leads elsewhere, also none that is put on the way to it now.
+
+    Raises:
+        RestoreError: a link inside the clone leads to it: it is another's, production's say.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            here = stack.enter_context(held(part_of(data, clone, ()), clone))
+        except OSError as error:
+            message = f"a link inside the clone leads to {data}"
+            raise RestoreError(message, hint="see who put it there; use another point") from error
+        yield here
 
 
 def major_of(data: Path) -> int:
@@ -197,8 +208,7 @@ def major_of(data: Path) -> int:
         raise RestoreError(error.message, hint=error.remedy) from None
 
 
-def _owner(data: Path) -> tuple[int, int]:
-    status = data.stat()
+def _owner(data: Path, status: os.stat_result) -> tuple[int, int]:
     if status.st_uid == 0:
         raise RestoreError(
             f"the cluster at {data} belongs to root, and PostgreSQL does not run as root",
@@ -216,16 +226,17 @@ def _own_folder(isolated: Isolated) -> None:
     """Make our folder; what was set aside by an earlier try stays."""
     isolated.folder.mkdir(mode=0o700, exist_ok=True)
     if not stat.S_ISDIR(isolated.folder.lstat().st_mode):
-        raise RestoreError(f"{isolated.folder} is not a folder")
+        raise RestoreError(f"what is called {OWN_FOLDER} in the data directory of the clone is not a folder")
     give(isolated.folder, isolated.owner)
 
 
 def _take_out(isolated: Isolated) -> None:
     for name in _OWN_LIFE:
         (isolated.data / name).unlink(missing_ok=True)
-    for name in _SET_ASIDE:
-        if (isolated.data / name).exists():
-            (isolated.data / name).rename(isolated.folder / f"production.{name}")
+    with entered(isolated.folder) as aside:
+        for name in _SET_ASIDE:
+            if (isolated.data / name).exists():
+                os.rename(isolated.data / name, f"production.{name}", dst_dir_fd=aside)
     for name in _EMPTIED:
         folder = isolated.data / name
         if folder.is_symlink():  # often a file system in memory, shared with production
@@ -291,11 +302,10 @@ def links(data: Path, *below: Path) -> Iterator[Path]:
                 yield entry
 
 
-def _start_from_label(isolated: Isolated, clone: Clone, volumes: Sequence[Volume], bracket: Bracket) -> None:
+def _start_from_label(data: int, log: int, bracket: Bracket, owner: tuple[int, int]) -> None:
     """Make the server start from the label; the copied log is no witness, since it was copied while it was written."""
-    with log_of(isolated.data, clone, volumes) as log:
-        empty(log, lambda name: is_segment(name) or history_timeline(name) is not None or name == _STATUS)
-    write(isolated.data / "backup_label", bracket.document["label"], isolated.owner)
+    empty(log, lambda name: is_segment(name) or history_timeline(name) is not None or name == _STATUS)
+    _write_in(data, "backup_label", bracket.document["label"], owner)
 
 
 @contextlib.contextmanager
@@ -305,12 +315,22 @@ def log_of(data: Path, clone: Clone, volumes: Sequence[Volume]) -> Iterator[int]
     Raises:
         RestoreError: the clone has none.
     """
-    log = data / "pg_wal"
-    folder = folder_of(part_of(log.readlink() if log.is_symlink() else log, clone, volumes), clone)
-    if folder is None:
-        raise RestoreError(f"{log} does not lead to a folder of the clone", hint="see who put a link there")
-    with entered(folder) as opened:
-        yield opened
+    with held_data(data, clone) as here, _log_in(here.path, clone, volumes) as log:
+        yield log
+
+
+@contextlib.contextmanager
+def _log_in(here: Path, clone: Clone, volumes: Sequence[Volume]) -> Iterator[int]:
+    with contextlib.ExitStack() as stack:
+        try:
+            if (here / "pg_wal").is_symlink():
+                log = stack.enter_context(held(part_of((here / "pg_wal").readlink(), clone, volumes), clone)).opened
+            else:
+                log = stack.enter_context(entered(here / "pg_wal"))
+        except OSError as error:
+            message = f"pg_wal of clone {clone.name} does not lead to a folder of it"
+            raise RestoreError(message, hint="see who put a link there") from error
+        yield log
 
 
 def is_segment(name: str) -> bool:
@@ -462,14 +482,18 @@ def listen(isolated: Isolated, address: Address | None) -> None:
 def write(path: Path, text: str, owner: tuple[int, int]) -> Path:
     """Write a small file of the owner's, readable by nobody else; never through a link that lies there."""
     with entered(path.parent) as folder:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path.name, dir_fd=folder)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        with os.fdopen(open_file(Path(path.name), flags, folder=folder), "w") as file:
-            file.write(text)
-            if os.geteuid() == 0:
-                os.fchown(file.fileno(), *owner)
+        _write_in(folder, path.name, text, owner)
     return path
+
+
+def _write_in(folder: int, name: str, text: str, owner: tuple[int, int]) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with os.fdopen(open_file(Path(name), flags, folder=folder), "w") as file:
+        file.write(text)
+        if os.geteuid() == 0:
+            os.fchown(file.fileno(), *owner)
 
 
 def _names(folder: Path) -> tuple[str, ...]:

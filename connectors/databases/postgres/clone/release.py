@@ -16,7 +16,7 @@ from pathlib import Path
 from connectors.databases.postgres.clone import archiving
 from connectors.databases.postgres.clone.beside import production_log
 from connectors.databases.postgres.clone.inside import folder_of, part_of
-from connectors.databases.postgres.clone.isolation import OWN_FOLDER, Placement, links, log_of, require_no_link_to
+from connectors.databases.postgres.clone.isolation import OWN_FOLDER, Placement, held_data, links, log_of
 from connectors.databases.postgres.log.files import entered, give
 from trigger.errors import RestoreError
 from trigger.model import Volume
@@ -40,26 +40,27 @@ def release(data: Path, clone: Clone, placement: Placement, volumes: Sequence[Vo
     """
     if (data / "postmaster.pid").exists():
         raise RestoreError(f"the clone at {data} still has a lock file", hint="stop its server first")
-    require_no_link_to(data, clone)
-    if (data / OWN_FOLDER).is_symlink():
-        raise _leads_out(data / OWN_FOLDER, clone)
-    try:
-        owner = data.stat().st_uid, data.stat().st_gid
-        for link, lead_back in _leading_back(data, clone, volumes):
-            link.unlink()
-            link.symlink_to(lead_back)
-            give(link, owner)
-        aside = data / OWN_FOLDER / f"production.{_SETTINGS}"
-        if aside.exists():
-            aside.replace(data / _SETTINGS)
-        for name in _LEFT_OVER:
-            (data / name).unlink(missing_ok=True)
-        with log_of(data, clone, volumes) as log, _log_in(*production_log(placement, volumes)) as theirs:
-            archiving.tell(log, theirs, written, owner)
-        if (data / OWN_FOLDER).exists():
-            shutil.rmtree(data / OWN_FOLDER)
-    except OSError as error:
-        raise RestoreError(f"the clone at {data} cannot be released: {error}") from error
+    with held_data(data, clone) as opened:
+        here = opened.path
+        if (here / OWN_FOLDER).is_symlink():
+            raise _leads_out(here / OWN_FOLDER, clone)
+        try:
+            owner = here.stat().st_uid, here.stat().st_gid
+            for link, lead_back in _leading_back(here, clone, volumes):
+                link.unlink()
+                link.symlink_to(lead_back)
+                give(link, owner)
+            aside = here / OWN_FOLDER / f"production.{_SETTINGS}"
+            if aside.exists():
+                aside.replace(here / _SETTINGS)
+            for name in _LEFT_OVER:
+                (here / name).unlink(missing_ok=True)
+            with log_of(data, clone, volumes) as log, _log_in(*production_log(placement, volumes)) as theirs:
+                archiving.tell(log, theirs, written, owner)
+            if (here / OWN_FOLDER).exists():
+                shutil.rmtree(here / OWN_FOLDER)
+        except OSError as error:
+            raise RestoreError(f"the clone at {data} cannot be released: {error}") from error
     os.sync()  # the clone's server may have run without fsync; from here on this is production
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,6 +23,8 @@ from trigger.ports import Clone
 from trigger.position import Position
 
 pytestmark = [pytest.mark.root]
+
+release_module = importlib.import_module("connectors.databases.postgres.clone.release")
 
 NOBODY = 65534
 SEGMENT = f"{1:08X}{0:08X}{5:08X}"
@@ -152,3 +157,30 @@ def test_what_leads_into_the_clone_or_its_volume_leads_back_into_production(site
         assert (site.data / "pg_wal").readlink() == site.volume / "log"
         assert (site.data / "pg_tblspc" / "16384").readlink() == site.volume / "space"
     assert (site.copy / "log" / "archive_status" / f"{SEGMENT}.done").exists()
+
+
+@pytest.mark.parametrize("module", [isolation, release_module])
+def test_a_link_put_on_the_way_to_the_data_while_root_works_there_leads_it_nowhere(
+    site: Site, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    (site.roots / "pg_replslot" / "theirs").mkdir(parents=True)
+    (site.roots / "postmaster.opts").touch()
+    before = {path: path.lstat() for path in (site.roots, *site.roots.rglob("*"))}
+    if module is release_module:
+        site.isolate()
+    step = "_own_folder" if module is isolation else "_leading_back"
+    right = getattr(module, step)
+
+    def swapped(*arguments: object) -> object:
+        done = right(*arguments)
+        site.data.rename(site.copy / "moved")  # as its owner may at any moment
+        site.data.symlink_to(site.roots)
+        return done
+
+    monkeypatch.setattr(module, step, swapped)
+    with contextlib.suppress(RestoreError):
+        site.isolate() if module is isolation else site.release()
+    after = {path: path.lstat() for path in (site.roots, *site.roots.rglob("*"))}
+    assert {path: (one.st_uid, one.st_mode) for path, one in after.items()} == {
+        path: (one.st_uid, one.st_mode) for path, one in before.items()
+    }
