@@ -133,6 +133,15 @@ def restored(here: Deployment) -> list[Path]:
     return sorted(here.root.glob(f"{here.cluster.data.name}.restored-*"))
 
 
+def require_refused(here: Deployment) -> None:
+    """Nothing is protected while some volumes may be restored and others not."""
+    for command in ("check", "run"):
+        done = here.trigpoint(command, check=False)
+        assert done.returncode == 3
+        assert "was cut off" in done.stdout + done.stderr
+        assert "--undo" in done.stdout + done.stderr
+
+
 def require_nothing_left(here: Deployment, records: Sequence[str]) -> None:
     """See that there is no clone, no staged log, and no record but these."""
     assert not list((here.root / "snapshots" / "clones").glob("*"))
@@ -225,6 +234,7 @@ def test_the_service_goes_on_after_a_killed_restore_was_finished_and_after_it_wa
 ) -> None:
     here = bank.here
     kill(here, place, *bank.restore)
+    require_refused(here)
     resume(here)
     then = go_on(here, bank.before)
     kill_undo(here, renames_of_undo)

@@ -126,7 +126,7 @@ def transaction(text: str) -> Name:
 
 def point_reference(text: str) -> int | str:
     """Give what names a point: its number, or its id or name."""
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def address(text: str) -> Address:

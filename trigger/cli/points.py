@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, given_text, options, place, time, transaction
+from trigger.cli.arguments import Config, Json, given_text, options, place, point_reference, time, transaction
 from trigger.cli.connected import require_known
 from trigger.errors import CatalogError, ConfigError, NotFoundError
 from trigger.model import CommitRecord, Gap, Mark, RecoveryPoint, State
@@ -138,7 +138,7 @@ def show_point(
     """Show one recovery point with its proofs, its snapshots and the commits it protects."""
 
     async def look(opened: Catalog) -> tuple[RecoveryPoint, list[CommitRecord]]:
-        point = await opened.point(int(ref) if ref.isdigit() else ref)
+        point = await opened.point(point_reference(ref))
         return point, await opened.commits_of(point.number)
 
     point, commits = ask(options(config), look)

@@ -24,7 +24,7 @@ from trigger.restore.losses import Losses, behind_clone, behind_target
 from trigger.restore.obstacles import immovable, obstacles, require_at_rest, require_none
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
-from trigger.restore.swap import TIME, Place, Swap, resume, swaps, write
+from trigger.restore.swap import TIME, Place, Swap, cut_off, resume, write
 from trigger.restore.target import known_histories
 
 
@@ -131,17 +131,7 @@ async def _put(swap: Swap, site: Site, progress: Progress) -> Swap:
 
 
 async def _in_the_way(site: Site) -> list[Finding]:
-    found = [
-        Finding(
-            swap.name,
-            Severity.REFUSED,
-            f"the restore in place {swap.name} ({swap.target}) was cut off",
-            f"end it first: trigpoint restore --resume {swap.name}, or --undo {swap.name}",
-        )
-        for swap in await swaps(site)
-        if not swap.finished
-    ]
-    return [*found, *await obstacles(site)]
+    return [*(swap.refusal for swap in await cut_off(site)), *await obstacles(site)]
 
 
 async def _proven(name: str, site: Site) -> tuple[CloneRecord, Clone]:

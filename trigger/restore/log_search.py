@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from heapq import heappop, heappush
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,6 +19,8 @@ from trigger.errors import JournalError
 from trigger.model import Extent, Logged, RecoveryPoint, to_microseconds
 from trigger.ports import Journal
 from trigger.position import LAST, Lineage, Name, Position
+
+_FIRST_DAY, _LAST_DAY = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
 class Read(NamedTuple):
@@ -119,7 +121,7 @@ async def around(
         JournalError: the log cannot be read.
         CatalogError: the catalog cannot be read.
     """
-    since, until = time - aside, time + aside
+    since, until = time - min(aside, time - _FIRST_DAY), time + min(aside, _LAST_DAY - time)
     bases = [base for base in await catalog.bases() if base.mark_in(lineage.history)]
     begin = max(_marks([base for base in bases if base.opened_at < since], lineage)[:-1])
     end = min([LAST, *_ends([base for base in bases if base.opened_at > until], lineage)])

@@ -25,7 +25,7 @@ from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
 from trigger.host import make_passage
 from trigger.lock import lock
-from trigger.model import Volume
+from trigger.model import Finding, Severity, Volume
 from trigger.restore import clone_records
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.obstacles import require_at_rest
@@ -81,6 +81,16 @@ class Swap:
         """Where the old state lies, a path a volume."""
         return tuple(place.kept for place in self.places)
 
+    @property
+    def refusal(self) -> Finding:
+        """What is said of one that was cut off, by what cannot be done before it is ended."""
+        return Finding(
+            self.name,
+            Severity.REFUSED,
+            f"the restore in place {self.name} ({self.target}) was cut off: volumes may lie in different states",
+            f"end it: trigpoint restore --resume {self.name}, or --undo {self.name}",
+        )
+
     def is_of(self, identity: str, created_at: datetime) -> bool:
         """Whether what bears the name of the clone is the clone itself, and not one that was made later.
 
@@ -97,6 +107,17 @@ async def swaps(site: Site) -> list[Swap]:
     Also of which no record is left, as after the loss of the state folder; see `unrecorded`.
     """
     return await asyncio.to_thread(_all, site.records_folder, site.volumes)
+
+
+async def cut_off(site: Site) -> list[Swap]:
+    """Give the swaps that were not finished, or whose undoing was not."""
+    return [swap for swap in await swaps(site) if not swap.finished]
+
+
+async def mixed(site: Site) -> list[Finding]:
+    """Give the swaps that were cut off while volumes were exchanged: some may lie in another state than others."""
+    found = await cut_off(site)
+    return [swap.refusal for swap in found if any(os.path.lexists(path) for path in swap.kept)]
 
 
 async def resume(name: str, site: Site) -> Swap:

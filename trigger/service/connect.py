@@ -24,6 +24,7 @@ from trigger.ports import Agent, Capability, Database, Journal, Recovery, Source
 from trigger.position import History
 from trigger.protect.logs import Logs
 from trigger.restore.clones import Site
+from trigger.restore.swap import mixed
 from trigger.service import costs, surroundings
 from trigger.shape import data
 from trigger.trusted import replace_file, why_not_ours
@@ -230,6 +231,7 @@ async def check(parts: Parts) -> list[Finding]:
         taken = await claimed.claimed_by_another(str(parts.options.catalog_path))
         findings += [taken] if taken else []
     findings += await parts.journal.check()
+    findings += await mixed(parts.site)
     findings.append(await asyncio.to_thread(_cost, parts))
     findings += await asyncio.to_thread(surroundings.check, parts.options, parts.volumes)
     for agent in parts.agents:

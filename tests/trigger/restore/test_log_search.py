@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from tests.fixtures.bank import Bank, run
@@ -62,5 +62,15 @@ def test_of_a_time_behind_the_last_commit_it_is_said_how_far_the_log_goes(tmp_pa
             (found,) = await locate(it.catalog, it.site.journal, time=time)
             assert (said in found.reason) == told
             assert (said in (await it.resolve(Named(time=time))).description) == told
+
+    run(tmp_path, story)
+
+
+def test_the_first_and_the_last_time_that_there_is_can_be_asked_for(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        for time in (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)):
+            assert not (await looked(it, time, HOUR)).commits
 
     run(tmp_path, story)

@@ -218,14 +218,16 @@ class PostgresJournal:
 
     async def named(self, commits: Sequence[Logged]) -> list[Logged]:
         """Give commits with the names of their databases; of one that is dropped, or renamed unseen, with its oid."""
-        found = await self._folders.threads.run(
-            lambda: [search.database_of(self._folders.of(one.history), one) for one in commits]
-        )
+        found = await self._folders.threads.run(partial(self._databases_of, commits))
         names = await self._names() if any(found) else {}
         return [
             one._replace(database=names.get(oid, f"oid {oid}") if oid else "")
             for one, oid in zip(commits, found, strict=True)
         ]
+
+    def _databases_of(self, commits: Sequence[Logged]) -> list[int]:
+        folders = {history: self._folders.of(history) for history in {one.history for one in commits}}
+        return [search.database_of(folders[one.history], one) for one in commits]
 
     def file_start(self, position: Position) -> int:
         """Give where the segment that holds a position begins; each life has segments of a size of its own."""

@@ -34,6 +34,8 @@ MARKER_BYTES_LIMIT = 1_024
 """Bytes kept of one marker."""
 HELD_BYTES_LIMIT = 64 << 20
 """What is kept of all transactions that are being streamed; with more they are read again, one after the other."""
+RELATIONS_LIMIT = 100_000
+"""How many tables may be described on one connection: they take 18 MB, and what makes and drops tables never ends."""
 
 _NAMED_TABLES_LIMIT = 20_000
 """Tables in all the changes that are kept named, because the next commit often changes the same."""
@@ -268,6 +270,15 @@ class Decoder:
             named = self._named[alike] = self._sum(counts)
             self._named_tables += len(alike)
         return named
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many tables were described that the stream should be opened anew, which forgets them.
+
+        The server describes a table once on a connection: none can be forgotten on its own. Not while a transaction is
+        being streamed, all of which would come again.
+        """
+        return len(self._relations) > RELATIONS_LIMIT and not self._streams
 
     def _forget_named(self) -> None:
         self._named.clear()

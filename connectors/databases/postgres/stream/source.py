@@ -305,6 +305,8 @@ class PostgresSource:
     async def read(self) -> Batch:
         """Wait until something has arrived and give it, at most what 2,000 messages hold; see port `Source`."""
         stream = self._connected()
+        if self._decoder.is_full:
+            raise SourceError(f"the stream of database {self.name} described very many tables, and is opened anew")
         if self._says_where_it_begins:  # an idle server would let the first word wait for half its timeout
             self._says_where_it_begins = False
             return Batch((), self._lineage.at(Lsn(self._through)))

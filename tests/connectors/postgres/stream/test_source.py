@@ -10,13 +10,14 @@ from itertools import pairwise
 import pytest
 
 from connectors.databases.postgres.lsn import Lsn
+from connectors.databases.postgres.stream import pgoutput
 from connectors.databases.postgres.stream.source import PostgresSource
 from tests.connectors.postgres.reading import commit_records, everything, fresh_database, opened, settled
 from tests.fixtures.postgres import MAJORS, Cluster, running_cluster
 from tests.fixtures.volumes import plain_folder
 from trigger.errors import SourceError
 from trigger.model import Changes, Commit, to_microseconds
-from trigger.position import Name
+from trigger.position import Name, Position
 
 pytestmark = pytest.mark.server
 
@@ -417,5 +418,33 @@ def test_a_marker_in_a_savepoint_that_was_rolled_back_is_never_given(cluster: Cl
             await source.open(None)
             (commit,) = await everything(cluster, source)
             assert (commit.markers, commit.rows) == (("kept",), 4000)
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_described_very_many_tables_is_opened_anew_and_loses_and_repeats_nothing(
+    cluster: Cluster, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pgoutput, "RELATIONS_LIMIT", 3)
+
+    async def run() -> None:
+        async with opened(cluster, database) as source:
+            commits: list[Commit] = []
+            through: Position | None = None
+            again = 0
+            for n in range(10):
+                cluster.sql(f"CREATE TABLE t{n} (v int)", database)
+                cluster.sql(f"INSERT INTO t{n} VALUES (1)", database)
+                until = cluster.flushed()
+                while through is None or through.at < until:
+                    try:
+                        batch = await source.read()
+                        commits, through = [*commits, *batch.commits], batch.through
+                    except SourceError:
+                        await source.close()
+                        assert await source.open(through) is None
+                        again += 1
+            assert [list(one.tables) for one in commits if one.tables] == [[f"public.t{n}"] for n in range(10)]
+            assert again >= 1
 
     asyncio.run(run())
