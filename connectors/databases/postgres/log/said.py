@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Self
 
+from connectors.databases.postgres.log import printed
 from connectors.databases.postgres.lsn import Lsn
 from trigger.model import to_microseconds
 
 CHILDREN = 10_000
 """So many subtransactions of one commit are kept."""
-_COMMIT = re.compile(
-    r"rmgr: Transaction len \(rec/tot\): +\d+/ *(\d+), tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?"
-    r"desc: (?:COMMIT|COMMIT_PREPARED(?: (\d+):)?) (\d{4,}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?) UTC"
-)
+_COMMITS = ("COMMIT", "COMMIT_PREPARED")
+_TIME = re.compile(r"(?:(\d+): )?(\d{4,}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?) UTC")
 
 
 @dataclass(slots=True)
@@ -44,13 +43,14 @@ class Said:
     @classmethod
     def of(cls, line: str, *, wanted: int = 0) -> Self | None:
         """Give the commit that a line, or the first part of one, prints, with times in UTC; None for anything else."""
-        match = _COMMIT.match(line)
-        if match is None:
+        record = printed.parse(line)
+        match = _TIME.match(record.rest) if record is not None and record.kind in _COMMITS else None
+        if record is None or match is None:
             return None
-        time = to_microseconds(datetime.fromisoformat(match[5]).replace(tzinfo=UTC))
-        made = cls(int(match[4] or match[2]), Lsn.parse(match[3]), int(match[1]), time, wanted)
+        time = to_microseconds(datetime.fromisoformat(match[2]).replace(tzinfo=UTC))
+        made = cls(int(match[1] or record.xid), record.start, record.length, time, wanted)
         made._is_named = True
-        made.add(line[match.end() :])
+        made.add(record.rest[match.end() :])
         return made
 
     def add(self, part: str) -> None:

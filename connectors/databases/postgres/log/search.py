@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,16 +42,16 @@ async def commits(
             async with aclosing(_commits_in(shown, dump, segments, history, like)) as found:
                 async for one in found:
                     yield one
-            at = shown.stretch.end
+            at = shown.end
 
 
 async def _commits_in(
-    shown: _Shown, dump: WalDump, segments: SegmentFolder, history: History, like: Name
+    shown: Stretch, dump: WalDump, segments: SegmentFolder, history: History, like: Name
 ) -> AsyncGenerator[Logged, None]:
-    begin, end = shown.stretch.start, shown.stretch.end
+    begin, end = shown.start, shown.end
     said: Said | None = None
     try:
-        async with aclosing(dump.transactions(shown.stretch, whole=True, further=True)) as lines:
+        async with aclosing(dump.transactions(shown, whole=True, further=True)) as lines:
             async for line in lines:
                 if line.startswith(" "):
                     if said is not None:
@@ -63,33 +62,24 @@ async def _commits_in(
                 said = Said.of(line, wanted=(like.number or 0) & _LOW)
                 said = said if said is not None and begin <= said.start < end else None
     except EndOfLogError as error:  # it says so too where no record begins in a stretch
-        if await segments.threads.run(partial(shown.goes_on_behind, error)):
+        if await segments.threads.run(partial(_goes_on_behind, shown, error)):
             raise
     if said is not None:
         yield _logged(said, history, segments.segment_bytes, like)
 
 
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """A stretch of log as far as its segments are open, and shown to a program."""
-
-    stretch: Stretch
-    files: Sequence[io.FileIO]
-    """Its segments in order."""
-
-    def goes_on_behind(self, end: EndOfLogError) -> bool:
-        """Whether there is a record behind the last one that was read: it is damage at which the program stopped."""
-        size = self.stretch.segment_bytes
-        begin = self.stretch.start if end.last is None else max(self.stretch.start, end.last + 1)
-        return any(
-            holds_record(FileBytes(file.fileno()), number * size, begin, self.stretch.end)
-            for number, file in enumerate(self.files, self.stretch.start // size)
-            if number >= begin // size
-        )
+def _goes_on_behind(shown: Stretch, end: EndOfLogError) -> bool:
+    """Whether there is a record behind the last one that was read: it is damage at which the program stopped."""
+    size, begin = shown.segment_bytes, shown.start if end.last is None else max(shown.start, end.last + 1)
+    return any(
+        holds_record(FileBytes(file.fileno()), number * size, begin, shown.end)
+        for number, file in enumerate(shown.opened, shown.start // size)
+        if number >= begin // size
+    )
 
 
 @asynccontextmanager
-async def _shown(segments: SegmentFolder, timeline: int, begin: int, end: int) -> AsyncIterator[_Shown]:
+async def _shown(segments: SegmentFolder, timeline: int, begin: int, end: int) -> AsyncIterator[Stretch]:
     """Show a stretch, or so much of it as may be open at once, up to a place where a record begins.
 
     By descriptors: a file that is open can be read on, whatever becomes of its name.
@@ -106,7 +96,7 @@ async def _shown(segments: SegmentFolder, timeline: int, begin: int, end: int) -
             text = SegmentName(timeline, number).text(size)
             (view / text).symlink_to(f"/proc/{os.getpid()}/fd/{file.fileno()}")
             files.append(file)
-        yield _Shown(Stretch(view, timeline, size, Lsn(begin), Lsn(end)), files)
+        yield Stretch(view, timeline, size, Lsn(begin), Lsn(end), files)
 
 
 def _next_record(files: Sequence[io.FileIO], first: int, segment_bytes: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -32,6 +33,11 @@ _RECORD_LIMIT = 1020 << 20  # XLogRecordMaxSize
 _RMGR_XLOG, _XLOG_SWITCH = 0, 0x40
 _RMGR_XACT, _XACT_OPCODES, _XACT_COMMIT, _XACT_COMMIT_PREPARED = 1, 0x70, 0x00, 0x30  # access/xact.h
 _XACT_HAS_INFO, _XINFO_HAS_DBINFO, _XINFO_HAS_ORIGIN = 0x80, 1 << 0, 1 << 5
+_TEXTS = {(_RMGR_XLOG, 0x70): 8, (_RMGR_XACT, 0x10): 72, (5, 0x00): 4}
+"""Where a text begins in the main data of `xl_restore_point`, `xl_xact_prepare` and `xl_tblspc_create_rec`, by resource
+manager and opcode; the same in versions 15 to 18."""
+TEXT_BYTES = 2048
+"""So much of the beginning of such a record has the whole text, which has at most MAXPGPATH (1024)."""
 _SHORT_DATA = 255
 _MORE_HEADERS = {253: 2, 252: 4}
 """Headers that may stand before that of the main data, with their lengths: the origin, the top-level transaction."""
@@ -269,7 +275,8 @@ def _collect(segment: Slices, position: int, count: int, limit: int) -> tuple[by
         if position >= limit:
             return None
         if position % PAGE_BYTES == 0:
-            position += _SHORT.size if position else _SHORT.size + _LONG.size
+            flags = int.from_bytes(segment[position + 2 : position + 4], sys.byteorder)
+            position += _SHORT.size + (_LONG.size if flags & _LONG_HEADER else 0)
         length = min(count, PAGE_BYTES - position % PAGE_BYTES)
         parts.append(bytes(segment[position : position + length]))
         position += length
@@ -338,7 +345,7 @@ def commit_stamp(pages: bytes, at: int) -> CommitStamp | None:
     """Give what the commit record at an offset says; None where none begins there, or it is not whole.
 
     Args:
-        pages: log from the start of a page on, which is not the first of a segment.
+        pages: log from the start of a page on.
         at: where the record begins.
     """
     head = _collect(pages, at, _RECORD.size, len(pages))
@@ -357,13 +364,33 @@ def commit_stamp(pages: bytes, at: int) -> CommitStamp | None:
     return CommitStamp(xid, stamp + _POSTGRES_EPOCH_US, bool(flags & _XINFO_HAS_ORIGIN), database)
 
 
+def text_of(pages: bytes, at: int, length: int) -> bytes | None:
+    """Give the text from outside that the record at an offset has; None where none of that length with one is there.
+
+    That is the id of a prepared transaction, the name of a restore point, or the folder of a new tablespace.
+
+    Args:
+        pages: log from the start of a page on, with `TEXT_BYTES` of the record, or all of it.
+        at: where the record begins.
+        length: of the whole record.
+    """
+    head = _collect(pages, at, min(length, TEXT_BYTES), len(pages)) if length >= _RECORD.size else None
+    if head is None:
+        return None
+    total, _, _, info, manager, _ = _RECORD.unpack_from(head[0])
+    offset = _TEXTS.get((manager, info & (_XACT_OPCODES if manager == _RMGR_XACT else 0xF0)))
+    if total != length or offset is None:
+        return None
+    text, end, _ = head[0][_main_data(head[0]) + offset :].partition(b"\0")
+    return text if end else None
+
+
 def _main_data(record: bytes) -> int:
-    """Give where the main data of a commit record begins: behind the headers, which are short ones (xlogrecord.h)."""
+    """Give where the main data of a record without blocks begins: behind its headers, see access/xlogrecord.h."""
     at = _RECORD.size
     while record[at] in _MORE_HEADERS:
         at += 1 + _MORE_HEADERS[record[at]]
-    length = record[at + 1] if record[at] == _SHORT_DATA else struct.unpack_from("=I", record, at + 1)[0]
-    return len(record) - int(length)
+    return at + (2 if record[at] == _SHORT_DATA else 5)
 
 
 def _aligned(count: int) -> int:

@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import re
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from connectors.databases.postgres.log import printed
+from connectors.databases.postgres.log.files import reading
+from connectors.databases.postgres.log.printed import Cutter
 from connectors.databases.postgres.log.segments import SegmentFolder
-from connectors.databases.postgres.log.wal import SegmentName
+from connectors.databases.postgres.log.wal import PAGE_BYTES, TEXT_BYTES, SegmentName, behind, text_of
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, as_owner, minimal_environment
-from trigger.errors import JournalError
+from connectors.threads import Threads
+from trigger.errors import JournalError, remedy
 
-_HEAD_BYTES = 64 << 10
-"""So much of a line is held at once: a commit of many subtransactions is one line, of any length, its id in front."""
-_WORD_BYTES = 1 << 10
 _CHUNK_BYTES = 1 << 20
-_RECORD = re.compile(r"rmgr: \w+ .*?tx: +(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: (\w+)(.*)", re.DOTALL)
 _PARAMETER = re.compile(r"(\w+)=(\w+)")
-_TRUNCATED = re.compile(r"^rmgr: Storage .*desc: TRUNCATE (\S+) to (\d+) blocks")
+_TRUNCATED = re.compile(r"(\S+) to (\d+) blocks")
 _SAID = "pg_waldump: error: "
 _END = re.compile(
     r"error in WAL record at ([0-9A-F]+/[0-9A-F]+): "
@@ -39,14 +41,10 @@ _END = re.compile(
 """What versions 15 to 18 say where a log ends, with the start of the last record that was read; the last two where not
 even the first page is one of a log. A replay by the server would stop there too."""
 _DIED = "run it again; if it fails again, see by the kernel's log what ended it (memory?), or run it by hand"
-_REMOVAL = re.compile(r"^rmgr: (?:Database|Tablespace) .*?, lsn: ([0-9A-F]+/[0-9A-F]+), .*?desc: DROP ", re.DOTALL)
-_ENDED = re.compile(
-    r"^rmgr: Transaction .*?, lsn: ([0-9A-F]+/[0-9A-F]+), .*?"
-    r"desc: (?:(COMMIT|COMMIT_PREPARED \d+:|ABORT|ABORT_PREPARED \d+:) (\d{4,}-\d\d-\d\d [\d:.]+) UTC|(PREPARE) )",
-    re.DOTALL,
-)
-_PREPARED = re.compile(r" (\d+): ")
-_TABLESPACE = re.compile(r' (\d+) "(.*)"', re.DOTALL)
+_ENDS = ("COMMIT", "COMMIT_PREPARED", "ABORT", "ABORT_PREPARED")
+_TIME = re.compile(r"(?:\d+: )?(\d{4,}-\d\d-\d\d [\d:.]+) UTC")
+_PREPARED = re.compile(r"(\d+): ")
+_TABLESPACE = re.compile(r'(\d+) "(.*)"', re.DOTALL)
 
 
 class LoggedCommit(NamedTuple):
@@ -104,6 +102,8 @@ class Stretch:
     segment_bytes: int
     start: Lsn
     end: Lsn
+    opened: Sequence[io.FileIO] = ()
+    """Its segments in order, where they are open; else they are found by name."""
 
     @property
     def files(self) -> tuple[str, str]:
@@ -111,6 +111,44 @@ class Stretch:
         first = SegmentName(self.timeline, self.start // self.segment_bytes)
         last = SegmentName(self.timeline, (self.end - 1) // self.segment_bytes)
         return first.text(self.segment_bytes), last.text(self.segment_bytes)
+
+    def text_at(self, at: Lsn, length: int) -> bytes:
+        """Give the text from outside that a record has, see `wal.text_of`; blocks on the files of the stretch.
+
+        Args:
+            at: where the record begins.
+            length: of the whole record.
+
+        Raises:
+            JournalError: there is no such record, or it cannot be read.
+        """
+        begin, until = at - at % PAGE_BYTES, behind(at, min(length, TEXT_BYTES), self.segment_bytes)
+        pages = b""
+        try:
+            while begin + len(pages) < until:
+                number, offset = divmod(begin + len(pages), self.segment_bytes)
+                count = min(until - begin - len(pages), self.segment_bytes - offset)
+                with self._segment(number) as file:
+                    read = os.pread(file.fileno(), count, offset)
+                if not read:
+                    break
+                pages += read
+        except OSError as error:
+            message = f"the log in {self.folder} at {at} cannot be read: {error}"
+            raise JournalError(message, hint=remedy(error), retryable=True) from error
+        text = text_of(pages, at - begin, length)
+        if text is None:
+            raise JournalError(
+                f"the log in {self.folder} has at {at} another record than pg_waldump read there",
+                hint="it was changed meanwhile; ask again",
+                retryable=True,
+            )
+        return text
+
+    def _segment(self, number: int) -> contextlib.AbstractContextManager[io.FileIO]:
+        if self.opened:
+            return contextlib.nullcontext(self.opened[number - self.start // self.segment_bytes])
+        return reading(self.folder / SegmentName(self.timeline, number).text(self.segment_bytes))
 
 
 class EndOfLogError(JournalError):
@@ -134,37 +172,41 @@ class EndOfLogError(JournalError):
 
 def parse_commit(line: str) -> LoggedCommit | None:
     """Give the commit that a line of pg_waldump prints; of a prepared transaction the id it was prepared under."""
-    match = _RECORD.match(line)
-    if match is None or match[3] not in ("COMMIT", "COMMIT_PREPARED"):
+    record = printed.parse(line)
+    if record is None or record.kind not in ("COMMIT", "COMMIT_PREPARED"):
         return None
-    prepared = _PREPARED.match(match[4]) if match[3] == "COMMIT_PREPARED" else None
-    return LoggedCommit(int(prepared[1] if prepared else match[1]), Lsn.parse(match[2]))
+    prepared = _PREPARED.match(record.rest) if record.kind == "COMMIT_PREPARED" else None
+    return LoggedCommit(int(prepared[1]) if prepared else record.xid, record.start)
 
 
 def parse_ended(line: str) -> Ended | None:
     """Give the end of a transaction that a line of pg_waldump, with times in UTC, prints."""
-    match = _ENDED.match(line)
+    record = printed.parse(line)
+    if record is None or record.manager != "Transaction":
+        return None
+    if record.kind == "PREPARE":
+        return Ended(record.start, None, True)
+    match = _TIME.match(record.rest) if record.kind in _ENDS else None
     if match is None:
         return None
-    time = datetime.fromisoformat(match[3]).replace(tzinfo=UTC) if match[3] else None
-    return Ended(Lsn.parse(match[1]), time, match[4] is not None or match[2].startswith("COMMIT"))
+    return Ended(record.start, datetime.fromisoformat(match[1]).replace(tzinfo=UTC), record.kind.startswith("COMMIT"))
 
 
 def parse_tablespace(line: str) -> CreatedTablespace | None:
     """Give the tablespace that a line of pg_waldump makes, except one inside the data directory."""
-    match = _RECORD.match(line)
-    if match is None or match[3] != "CREATE":
+    record = printed.parse(line)
+    if record is None or (record.manager, record.kind) != ("Tablespace", "CREATE"):
         return None
-    made = _TABLESPACE.match(match[4])
-    return CreatedTablespace(int(made[1]), made[2], Lsn.parse(match[2])) if made and made[2] else None
+    made = _TABLESPACE.match(record.rest)
+    return CreatedTablespace(int(made[1]), made[2], record.start) if made and made[2] else None
 
 
 def parse_parameters(line: str) -> Parameters | None:
     """Give the settings that a line of pg_waldump says the server was started with."""
-    match = _RECORD.match(line)
-    if match is None or match[3] != "PARAMETER_CHANGE":
+    record = printed.parse(line)
+    if record is None or record.kind != "PARAMETER_CHANGE":
         return None
-    return Parameters(Lsn.parse(match[2]), dict(_PARAMETER.findall(match[4])))
+    return Parameters(record.start, dict(_PARAMETER.findall(record.rest)))
 
 
 def goes_on(stretch: Stretch, end: EndOfLogError) -> bool:
@@ -185,6 +227,7 @@ class WalDump:
         self._program = programs.path("pg_waldump")
         self._owner = owner
         self._deadline_seconds = deadline_seconds
+        self._threads = Threads("pg_waldump")
 
     async def fault(self, stretch: Stretch) -> str:
         """Give what is wrong with the records of a stretch, in pg_waldump's words; "" where nothing is.
@@ -226,8 +269,8 @@ class WalDump:
         with contextlib.suppress(EndOfLogError):
             async with aclosing(self._lines(stretch, "--limit=1")) as lines:
                 async for line in lines:
-                    match = _RECORD.match(line)
-                    return Lsn.parse(match[2]) if match else None
+                    record = printed.parse(line)
+                    return record.start if record else None
         return None
 
     async def transactions(
@@ -265,10 +308,12 @@ class WalDump:
                         found.tablespaces.append(made)
                     elif changed := parse_parameters(line):
                         found.parameters.append(changed)
-                    elif match := _TRUNCATED.search(line):
-                        found.shrunk[match[1]] = int(match[2])
-                    elif match := _REMOVAL.match(line):
-                        found.removals.append(Lsn.parse(match[1]))
+                    elif record := printed.parse(line):
+                        match = _TRUNCATED.match(record.rest) if record.kind == "TRUNCATE" else None
+                        if match and record.manager == "Storage":
+                            found.shrunk[match[1]] = int(match[2])
+                        elif record.manager in ("Database", "Tablespace") and record.kind == "DROP":
+                            found.removals.append(record.start)
         return found
 
     async def _lines(self, stretch: Stretch, *options: str, further: bool = False) -> AsyncGenerator[str, None]:
@@ -302,7 +347,7 @@ class WalDump:
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 words = ""
-                async for line in _parts(process.stdout):
+                async for line in self._parts(stretch, process.stdout):
                     if line.startswith("rmgr:"):
                         yield line
                     elif line.startswith(" "):
@@ -314,39 +359,23 @@ class WalDump:
                     raise _ended(stretch, code, words)
         except TimeoutError:
             raise JournalError(f"pg_waldump did not end within {self._deadline_seconds:g} s") from None
+        except BlockingIOError as error:
+            raise JournalError(f"the log in {stretch.folder} cannot be read: {error}", retryable=True) from error
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 await asyncio.shield(process.wait())
 
-
-async def _parts(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Give the lines of a stream; long ones in parts, cut in front of a blank, where they have one."""
-    held = b""
-    while chunk := await stream.read(_CHUNK_BYTES):
-        *lines, held = (held + chunk).split(b"\n")
-        for line in lines:
-            *parts, last = _cut(line)
-            for part in (*parts, last):
-                yield part.decode(errors="replace")
-        *parts, held = _cut(held)
-        for part in parts:
-            yield part.decode(errors="replace")
-    if held:
-        yield held.decode(errors="replace")
-
-
-def _cut(line: bytes) -> Iterator[bytes]:
-    """Give a line in parts of about `_HEAD_BYTES`, the last of which may go on."""
-    begin = 0
-    while len(line) - begin > _HEAD_BYTES:
-        end = line.find(b" ", begin + _HEAD_BYTES - _WORD_BYTES)
-        if end < 0:
-            break
-        yield line[begin:end]
-        begin = end
-    yield line[begin:]
+    async def _parts(self, stretch: Stretch, stream: asyncio.StreamReader) -> AsyncIterator[str]:
+        """Give the lines of a stream, one a record, each whole; long ones in parts, cut in front of a blank."""
+        cutter = Cutter(stretch.text_at)
+        while chunk := await stream.read(_CHUNK_BYTES):
+            take = partial(cutter.take, chunk)
+            for part in await self._threads.run(take) if cutter.asks(chunk) else take():
+                yield part
+        for part in cutter.rest():
+            yield part
 
 
 def _ended(stretch: Stretch, code: int, words: str) -> JournalError:
