@@ -193,6 +193,7 @@ def test_a_copy_put_back_while_the_service_runs_is_noticed_when_it_connects_agai
         put_back(cluster, copy)
         cluster.start()
         after = tell(cluster, "zwei", "drei", "vier")
+        deployed.wait_for(lambda: len(histories(deployed)) == 2, "the first point of the new life")
         deployed.settle()
         old, new = histories(deployed)
         assert new == f"{old}+1"

@@ -87,6 +87,11 @@ class Service:
                 )
         return answer.result()
 
+    @property
+    def protects(self) -> bool:
+        """Whether what is committed from now on can be restored: a base stands, and no stream has left its log."""
+        return self.agenda.base is not None and not self.agenda.open_gap and not self.window.breaks
+
     async def status(self) -> dict[str, Any]:
         """Give what an operator wants to know first, as JSON values; what cannot be read is null, and said why."""
         with contextlib.suppress(TimeoutError):
@@ -102,7 +107,7 @@ class Service:
         now = asyncio.get_running_loop().time()
         return {
             "name": self.parts.options.name,
-            "ready": base is not None and all(self.window.connected().values()) and not self.upkeep.behind.still,
+            "ready": self.protects and all(self.window.connected().values()) and not self.upkeep.behind.still,
             "started_at": data(self.started_at),
             "now": data(self.cluster.clock.now()),
             "streams": dict(self.window.connected()),
@@ -368,10 +373,10 @@ async def _streams_open(service: Service) -> None:
 
 async def _announce(service: Service, ready: Callable[[Service], None] | None) -> None:
     """Say once that commits are protected from now on: the streams are open and a base stands."""
-    while service.agenda.base is None:
+    while (base := service.agenda.base) is None or not service.protects:
         await service.window.more(asyncio.get_running_loop().time() + 1)
     await _keep_layout(service.parts)
-    log.info("protecting %s: the newest base is point %d", service.parts.options.name, service.agenda.base.number)
+    log.info("protecting %s: the newest base is point %d", service.parts.options.name, base.number)
     if ready is not None:
         ready(service)
 
