@@ -8,15 +8,15 @@ behind the last commit, and a replay that stops there has the files.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
 
-from connectors.databases.postgres.clone import tablespaces
+from connectors.databases.postgres.clone import replayed
 from connectors.databases.postgres.clone.isolation import Isolated, Stop
 from connectors.databases.postgres.log.segments import SegmentFolder
-from connectors.databases.postgres.log.waldump import Ended, Stretch, WalDump, parse_ended
+from connectors.databases.postgres.log.waldump import Stretch, WalDump, parse_ended
 from connectors.databases.postgres.lsn import Lsn
 from trigger.replay import Replay, Target
 
@@ -35,9 +35,10 @@ async def before_removals(
     if not ahead or replay.as_cut or target.is_latest or (target.at is not None and target.inclusive):
         return None
     last, beyond = Lsn(0), None
-    async with aclosing(_ends(dump, isolated, staged, redo, replay)) as ends:
+    read = await replayed.stretches(isolated.data / "pg_wal", staged, redo, replay)
+    async with aclosing(replayed.ends(dump, read)) as ends:
         async for one in ends:
-            if _is_beyond(one, target):
+            if replayed.is_beyond(one, target):
                 beyond = one.start
                 break
             if one.stays:
@@ -69,28 +70,6 @@ async def time_of(dump: WalDump, staged: Path, target: Target, stop: Stop | None
 
 def _from(staged: Path, timeline: int, at: Lsn) -> Stretch | None:
     """Give the staged log from a place on, as far as it goes; None where it is not there."""
-    segment_bytes = tablespaces.segment_size(staged)
+    segment_bytes = replayed.segment_size(staged)
     end = SegmentFolder(staged, segment_bytes).end_of_run(timeline, at) if segment_bytes else None
     return Stretch(staged, timeline, segment_bytes, at, end) if segment_bytes and end is not None else None
-
-
-def _is_beyond(one: Ended, target: Target) -> bool:
-    """Whether a replay stops before a record, as PostgreSQL judges it (`recoveryStopsBefore` in xlogrecovery.c)."""
-    if target.at is not None:
-        return one.start >= target.at
-    assert target.time is not None
-    return one.time is not None and (one.time > target.time if target.inclusive else one.time >= target.time)
-
-
-async def _ends(
-    dump: WalDump, isolated: Isolated, staged: Path, redo: int, replay: Replay
-) -> AsyncGenerator[Ended, None]:
-    """Give the ends of transactions that a replay reads, in order: first those in the snapshot, then those staged."""
-    own = isolated.data / "pg_wal"
-    segment_bytes = await asyncio.to_thread(tablespaces.segment_size, own, staged)
-    for folder in (own, staged) if segment_bytes else ():
-        for stretch in await asyncio.to_thread(tablespaces.stretches, folder, segment_bytes or 0, redo, replay):
-            async with aclosing(dump.transactions(stretch)) as lines:
-                async for line in lines:
-                    if (ended := parse_ended(line)) is not None:
-                        yield ended
