@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +73,21 @@ class Replay:
     redo: Position | None = None
     """From here on the snapshots have to be replayed, or from behind: those that begin before are of something else.
     None where that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """What is known to follow on a place in a history: what a clone that ends there must not have."""
+
+    begin: At
+    commit: CommitRecord | None
+    """The first commit whose record begins there, or behind; None where the log that is held has none."""
+    end: At
+    """Up to here it was looked for, in log without a hole; with a commit, the end of that."""
+
+
+Follows = Callable[[At], Awaitable[Following | None]]
+"""Gives what follows on a place of a target's history; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from trigger.errors import RestoreError
 from trigger.model import Address, Commit, Finding, Severity, Volume, to_microseconds
 from trigger.ports import Clone, Progress
 from trigger.position import Position
-from trigger.replay import Replay, Running, Target
+from trigger.replay import Follows, Replay, Running, Target
 
 
 class MemoryRecovery:
@@ -79,6 +79,7 @@ class MemoryRecovery:
         log_folder: Path,  # noqa: ARG002 - the port's
         *,
         deep: bool,
+        follows: Follows | None = None,  # noqa: ARG002 - the port's
     ) -> AsyncIterator[tuple[str, bool, str]]:
         """Look whether the target's commit is there, and the one behind it is not."""
         await asyncio.sleep(0)

@@ -61,9 +61,10 @@ class Journal(Protocol):
         ...
 
     async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
-        """Put into `folder` every file that a replay asks for, and what proves where it ended; gives the bytes.
+        """Put into `folder` every file that a replay asks for, and no more; gives the bytes.
 
-        Raises `JournalError` where part of the stretch is not held; the message names the first missing segment.
+        Raises `JournalError` where part of the stretch is not held, and the message names the first missing segment;
+        or where it finds no room.
         """
         ...
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from trigger.model import Address, Finding, Volume
 from trigger.ports.progress import Progress
 from trigger.ports.storage import Clone
-from trigger.replay import Replay, Running, Target
+from trigger.replay import Follows, Replay, Running, Target
 
 
 class Recovery(Protocol):
@@ -35,13 +35,14 @@ class Recovery(Protocol):
         ...
 
     def inspect(
-        self, running: Running, target: Target, log_folder: Path, *, deep: bool
+        self, running: Running, target: Target, log_folder: Path, *, deep: bool, follows: Follows | None = None
     ) -> AsyncIterator[tuple[str, bool, str]]:
         """Give (what was checked, whether it held, what was seen), one a check.
 
-        The target's commit is there; the next commit record in the log behind it (read from `log_folder` by a
-        program that is not ours) is not; with `deep` also structures and pages are clean. A check that had nothing to
-        look at is not given. `deep` is for sandboxes, which it changes: nobody may use one afterwards but `query`.
+        The target's commit is there; the next commit record in the log behind it is not: it is read, by a program that
+        is not ours, from `log_folder`, and where that has none, asked of `follows`; with `deep` also structures and
+        pages are clean. A check that had nothing to look at is not given. `deep` is for sandboxes, which it changes:
+        nobody may use one afterwards but `query`.
         """
         ...
 

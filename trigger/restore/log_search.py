@@ -6,6 +6,7 @@ all of it takes long, so it is read between neighbouring points, and the newest 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -18,7 +19,11 @@ from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError
 from trigger.model import Extent, Logged, RecoveryPoint, to_microseconds
 from trigger.ports import Journal
-from trigger.position import LAST, Lineage, Name, Position
+from trigger.position import LAST, At, History, Lineage, Name, Position
+from trigger.replay import Following
+
+FOLLOWING_SECONDS = 60.0
+"""How long the log is read for the commit that follows on a state; it proves more, and is no part of that."""
 
 _FIRST_DAY, _LAST_DAY = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
@@ -141,6 +146,49 @@ async def around(
     reaches_back = bool(read) and whole and (earlier or 0 < begin >= read[0].begin.at)
     reaches_on = bool(read) and whole and (later or end <= read[-1].end.at)
     return Around(await journal.named(near.commits), near.left_out, read, reaches_back, reaches_on)
+
+
+async def following(begin: At, history: History, catalog: Catalog, journal: Journal) -> Following | None:
+    """Give the first commit of a history from a place on, by all log that is held behind it, read where it is kept.
+
+    Where no commit is found there (since it has a hole, is damaged, or takes too long to read), the next one that the
+    catalog has. None where neither is known to have one, and the log was not read to its end.
+
+    Raises:
+        CatalogError: the catalog cannot be read.
+    """
+    try:
+        lineage = await journal.lineage(history)
+        end, last = _run(await journal.extents(), lineage, begin)
+    except JournalError:
+        lineage, end, last = Lineage(history), begin, begin
+    known = await catalog.commit_after(begin - 1, lineage)
+    like = known or await catalog.commit_before(begin, lineage)
+    until = min(end, known.record.start + 1) if known else end
+    try:
+        async with (
+            asyncio.timeout(FOLLOWING_SECONDS),
+            aclosing(journal.commits(lineage, begin, until, like.record.name if like else Name("", 0))) as commits,
+        ):
+            async for one in commits:
+                return Following(begin, one.record, one.end)
+    except (JournalError, TimeoutError):
+        last = LAST
+    if known is not None:
+        return Following(begin, known.record, known.record.end)
+    return Following(begin, None, end) if begin < end == last else None
+
+
+def _run(extents: Sequence[Extent], lineage: Lineage, begin: int) -> tuple[int, int]:
+    """Give up to where the log of a lineage is held without a hole from a place on, and up to where it is at all."""
+    end = last = begin
+    for history, low, left_at in lineage.stretches():
+        for one in sorted(extents, key=lambda extent: extent.start):
+            if one.history == history and low <= one.end > last:
+                last = max(last, min(one.end, left_at))
+                if max(low, one.start) <= end:
+                    end = last
+    return end, last
 
 
 @dataclass(slots=True)

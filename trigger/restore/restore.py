@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from trigger.errors import RestoreError, StorageError, TrigpointError
@@ -21,7 +22,7 @@ from trigger.model import State
 from trigger.ports import Clone, Progress
 from trigger.position import At, History, Position
 from trigger.replay import Running, Target
-from trigger.restore import clone_records
+from trigger.restore import clone_records, log_search
 from trigger.restore.clone_records import CloneRecord, clone_name, new_name
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.obstacles import left_out, require_none
@@ -181,7 +182,7 @@ async def prove(up: Raised, site: Site) -> tuple[tuple[str, bool, str], ...]:
         RestoreError: one did not hold, or there was none.
     """
     watch = _Watch()
-    checks = tuple([c async for c in site.recovery.inspect(up.running, up.plan.target, up.log_folder, deep=False)])
+    checks = tuple([check async for check in inspected(up, site, deep=False)])
     up.seconds |= {"prove": watch.lap("prove")}
     wrong = [f"{what}: {seen}" for what, held, seen in checks if not held]
     if wrong or not checks:
@@ -190,6 +191,13 @@ async def prove(up: Raised, site: Site) -> tuple[tuple[str, bool, str], ...]:
             hint="this must not happen; keep the journal and the points as they are, and report it",
         )
     return checks
+
+
+def inspected(up: Raised, site: Site, *, deep: bool) -> AsyncIterator[tuple[str, bool, str]]:
+    """Give (what was checked, whether it held, what was seen), one a check; what follows is read where it is kept."""
+    target = up.plan.target
+    follows = partial(log_search.following, history=target.history, catalog=site.catalog, journal=site.journal)
+    return site.recovery.inspect(up.running, target, up.log_folder, deep=deep, follows=follows)
 
 
 async def require_room(found: Plan, site: Site) -> None:

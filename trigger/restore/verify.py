@@ -20,7 +20,7 @@ from trigger.replay import Target
 from trigger.restore.clone_records import new_name
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.planner import Plan, own
-from trigger.restore.restore import Raised, prepare, raised, require_room
+from trigger.restore.restore import Raised, inspected, prepare, raised, require_room
 from trigger.restore.target import Named, resolve
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ async def _looked_at(
         yield "restore", True, how
         progress("check structures and pages", 0, 0)
         seen = 0
-        async for check in site.recovery.inspect(up.running, found.target, up.log_folder, deep=True):
+        async for check in inspected(up, site, deep=True):
             seen += 1
             yield check
         if not seen:
@@ -115,7 +115,7 @@ async def _looked_at_by_itself(point: RecoveryPoint, site: Site, progress: Progr
         seen = f"consistent up to {floor.history.place(up.running.replayed)}, at or behind its floor {floor.place}"
         progress("check structures and pages of its own snapshot", 0, 0)
         yield "its own snapshot comes up", up.running.replayed >= floor.at, seen
-        async for what, held, found_there in site.recovery.inspect(up.running, found.target, up.log_folder, deep=True):
+        async for what, held, found_there in inspected(up, site, deep=True):
             yield f"its own snapshot: {what}", held, found_there
         await to_its_end(_throw_away(name, site))
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
+
 from tests.fixtures.bank import Bank, run
+from trigger.replay import Following
+from trigger.restore import log_search
 from trigger.restore.locate import locate
-from trigger.restore.log_search import Around, around
+from trigger.restore.log_search import Around, around, following
 from trigger.restore.target import Named
 
 HOUR = timedelta(hours=1)
@@ -72,5 +76,43 @@ def test_the_first_and_the_last_time_that_there_is_can_be_asked_for(tmp_path: Pa
         await it.point()
         for time in (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)):
             assert not (await looked(it, time, HOUR)).commits
+
+    run(tmp_path, story)
+
+
+def test_what_follows_is_what_the_log_has_next_and_nothing_where_nobody_looked(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        await it.point()
+        first, unseen, last = it.commit(), it.world.cluster.commit(""), it.commit()
+        await it.point()
+        history, journal = first.history, it.site.journal
+
+        async def behind(at: int) -> Following | None:
+            return await following(at, history, it.catalog, journal)
+
+        found = await behind(first.start + 1)
+        assert found is not None
+        assert found.commit is not None
+        assert (found.commit.name, found.commit.stream) == (unseen.name, "")
+        end = max(extent.end for extent in await journal.extents())
+        assert await behind(last.start + 1) == Following(last.start + 1, None, end)
+        assert await behind(end + 1) is None
+
+    run(tmp_path, story)
+
+
+def test_where_the_log_cannot_be_read_the_catalog_says_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(it: Bank) -> None:
+        await it.point()
+        first, last = it.commit(), it.commit()
+        await it.point()
+        monkeypatch.setattr(log_search, "FOLLOWING_SECONDS", 0.0)
+        found = await following(first.start + 1, first.history, it.catalog, it.site.journal)
+        assert found is not None
+        assert found.commit is not None
+        assert (found.commit.name, found.commit.stream) == (last.name, "bank")
+        assert await following(last.start + 1, last.history, it.catalog, it.site.journal) is None
 
     run(tmp_path, story)

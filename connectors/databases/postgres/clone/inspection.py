@@ -30,10 +30,11 @@ from connectors.databases.postgres.log.waldump import EndOfLogError, LoggedCommi
 from connectors.databases.postgres.lsn import Lsn, transaction
 from connectors.databases.postgres.programs import Programs, last_lines, listed, run
 from trigger.errors import DatabaseError, RestoreError
-from trigger.replay import Running, Target
+from trigger.replay import Follows, Running, Target
 
 Result = tuple[str, bool, str]
 
+_NOTHING_FOLLOWS = "no commit follows in the log that is kept"
 _LOOK_BACK = 5
 _DEEP_SECONDS = 4 * 3600.0
 _TOLD_LINES = 10_000
@@ -52,6 +53,8 @@ class Subject:
     next_xid: int
     """The first transaction id, in 64 bits, that the clone itself may have given out."""
     access: Access
+    follows: Follows | None = None
+    """Says what follows on a place behind which the log that led there has no commit; None for nobody."""
 
     @property
     def boundary(self) -> Lsn:
@@ -95,28 +98,47 @@ async def holds_target(subject: Subject, dump: WalDump) -> Result | None:
 
 
 async def lacks_next(subject: Subject, dump: WalDump) -> Result | None:
-    """The next commit record that the log has behind the target is not there; or the log has none.
+    """The next commit record that the log has behind the target is not there; or all log that is held has none.
 
-    None where no log behind the target was staged, or it is damaged, so that there is nothing to look at.
+    None where nothing behind the target can be looked at, as where the log is damaged, or nobody knows what follows.
 
     Raises:
         JournalError: it could not be looked at.
     """
     stretch = await asyncio.to_thread(_behind, subject)
-    if stretch is None:
-        return None
+    behind, is_damaged = await _first_commit(stretch, dump) if stretch is not None else (None, False)
+    if subject.target.is_latest:  # of which all that was held is staged; production may have committed since
+        if stretch is None or is_damaged:
+            return None
+        if behind is not None:
+            return "no commit of the log is left out", False, f"transaction {behind.xid} at {behind.start}"
+        return _NOTHING_FOLLOWS, True, f"it was read from {stretch.start} to {stretch.end}"
+    if behind is not None:
+        status = await _logged_status(subject, behind.xid)
+        return "the next commit is not there", status != "committed", _said(behind, status)
+    return await _lacks_following(subject)
+
+
+async def _first_commit(stretch: Stretch, dump: WalDump) -> tuple[LoggedCommit | None, bool]:
+    """Give the first commit of a stretch, and whether damage hides what else it has."""
     try:
         behind = await dump.commits(stretch, limit=1)
     except EndOfLogError as end:
-        if await asyncio.to_thread(goes_on, stretch, end):
-            return None
-        behind = []
-    if not behind:
-        return "no commit follows in the log that is kept", True, f"it was read from {stretch.start} to {stretch.end}"
-    if subject.target.is_latest:
-        return "no commit of the log is left out", False, f"transaction {behind[0].xid} at {behind[0].start}"
-    status = await _logged_status(subject, behind[0].xid)
-    return "the next commit is not there", status != "committed", _said(behind[0], status)
+        return None, await asyncio.to_thread(goes_on, stretch, end)
+    return (behind[0] if behind else None), False
+
+
+async def _lacks_following(subject: Subject) -> Result | None:
+    """What follows on the target further than the staged log goes is not there; None where that is not known."""
+    found = await subject.follows(subject.boundary) if subject.follows is not None else None
+    if found is None:
+        return None
+    if found.commit is None:
+        return _NOTHING_FOLLOWS, True, f"it was read from {Lsn(found.begin)} to {Lsn(found.end)}"
+    commit = LoggedCommit(found.commit.name.number or 0, Lsn(found.commit.start))
+    status = await _logged_status(subject, commit.xid)
+    which = " that the catalog has" if found.commit.stream else ""
+    return f"the next commit{which} is not there", status != "committed", _said(commit, status)
 
 
 async def holds_those_before(subject: Subject, dump: WalDump) -> Result | None:

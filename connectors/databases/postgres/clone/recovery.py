@@ -51,7 +51,7 @@ from trigger.errors import DatabaseError, RestoreError
 from trigger.model import Address, Finding, Severity, Volume
 from trigger.ports import Clone, Progress
 from trigger.position import Position
-from trigger.replay import Replay, Running, Target
+from trigger.replay import Follows, Replay, Running, Target
 from trigger.trusted import NotOursError, read_text
 
 PORT = 5432
@@ -156,13 +156,13 @@ class PostgresRecovery:
             raise
 
     async def inspect(
-        self, running: Running, target: Target, log_folder: Path, *, deep: bool
+        self, running: Running, target: Target, log_folder: Path, *, deep: bool, follows: Follows | None = None
     ) -> AsyncIterator[tuple[str, bool, str]]:
         """Give (what was checked, whether it held, what was seen), one a check; see `inspection`."""
         state = State.read(running.data_directory)
         programs = self._programs_for(isolation.major_of(running.data_directory))
         dump = WalDump(programs, owner_of(running.data_directory))
-        subject = inspection.Subject(running, target, log_folder, state.next_xid, self._access(running, state))
+        subject = inspection.Subject(running, target, log_folder, state.next_xid, self._access(running, state), follows)
         for check in inspection.QUICK:
             if (seen := await check(subject, dump)) is not None:
                 yield seen

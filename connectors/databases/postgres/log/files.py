@@ -7,7 +7,7 @@ import fcntl
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trigger.trusted import NotOursError, naming, open_file, read_text, sync_folder
@@ -99,8 +99,16 @@ def give_open(descriptor: int, owner: tuple[int, int] | None) -> None:
         os.fchown(descriptor, *owner)
 
 
-def put_new(name: str, folder: int, file: io.FileIO, owner: tuple[int, int] | None) -> None:
+def put_new(
+    name: str,
+    folder: int,
+    file: io.FileIO,
+    owner: tuple[int, int] | None,
+    require_room: Callable[[], None] = lambda: None,
+) -> None:
     """Make a file of that name in an open folder, with what `file` holds (shared with it where that goes); give it.
+
+    Before anything is copied, `require_room` is asked, which may raise.
 
     Raises:
         FileExistsError: there is one.
@@ -110,5 +118,6 @@ def put_new(name: str, folder: int, file: io.FileIO, owner: tuple[int, int] | No
         try:
             fcntl.ioctl(writing.fileno(), _FICLONE, file.fileno())
         except OSError:
+            require_room()
             shutil.copyfileobj(file, writing, 1 << 20)
         give_open(writing.fileno(), owner)

@@ -23,16 +23,13 @@ from connectors.databases.postgres.log.folders import LogFolders
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.staging import Staging
 from connectors.databases.postgres.log.wal import PAGE_BYTES, history_timeline, holds_commit
-from connectors.databases.postgres.log.waldump import EndOfLogError, Stretch, WalDump
+from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError, PositionError
 from trigger.model import CommitRecord, Extent, Finding, Logged, Severity
 from trigger.ports import Copies, Progress
 from trigger.position import History, Lineage, Name, Position
-from trigger.replay import Replay, Target
-
-_PROOF_SEGMENTS = 32
-"""Behind so many segments without a commit the next one is not looked for further."""
+from trigger.replay import Replay
 
 
 class Feed(Protocol):
@@ -253,24 +250,21 @@ class PostgresJournal:
     async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:
         """Put into `folder` every file that a replay asks for; gives the bytes put there.
 
-        For a place these are the segments through the one that holds it and the one behind, for a time or the end all
-        that is held on the target's timeline; and every history file of all lives, so that a clone's own timeline gets
-        a number that production never used.
+        For a place, or a time behind which a commit is known, these are the segments through the one that holds it and
+        the one behind, else all that is held on the target's timeline; and every history file of all lives, so that a
+        clone's own timeline gets a number that production never used.
 
         Raises:
-            JournalError: part of the stretch is missing or damaged; the message names the first such segment.
+            JournalError: part of the stretch is missing or damaged, and the message names the first such segment; or
+                what has to be copied finds no room in `folder`.
         """
         try:
             loop = asyncio.get_running_loop()
-            size = await self._folders.threads.run(partial(self._stage, replay, folder, progress, loop))
+            return await self._folders.threads.run(partial(self._stage, replay, folder, progress, loop))
         except OSError as error:
             raise JournalError(
                 f"the log could not be staged in {folder}: {error}", hint="see that the folder can be written"
             ) from error
-        if replay.target.at is not None:
-            with contextlib.suppress(JournalError):  # the restore can do without a further proof
-                await self._stage_next_commit(replay.target, folder)
-        return size
 
     def _stage(self, replay: Replay, folder: Path, progress: Progress, loop: asyncio.AbstractEventLoop) -> int:
         segments = self._folders.of(replay.target.history)
@@ -280,23 +274,6 @@ class PostgresJournal:
         size = Staging(segments, self._fetch_into(segments, loop)).stage(replay, folder, progress, others)
         _require_commits(SegmentFolder(folder, segments.segment_bytes), replay)
         return size
-
-    async def _stage_next_commit(self, target: Target, folder: Path) -> None:
-        """Stage on until the next commit behind the target is there: that the clone lacks it is the proof."""
-        run, history = self._folders.threads.run, target.history
-        segments = await run(partial(self._folders.of, history))
-        dump = await run(partial(self._dump_for, segments))
-        fetch = await run(partial(self._fetch_into, segments, asyncio.get_running_loop()))
-        behind = Lsn((target.at or 0) + (1 if target.inclusive else 0))
-        staged, staging, more = SegmentFolder(folder, segments.segment_bytes), Staging(segments, fetch), 1
-        while dump and (end := await run(partial(staged.end_of_run, history.branch, behind))) is not None:
-            stretch = Stretch(folder, history.branch, segments.segment_bytes, behind, end)
-            with contextlib.suppress(EndOfLogError):  # of what is there by now
-                if more > _PROOF_SEGMENTS or await dump.commits(stretch, limit=1):
-                    return
-            if not await run(partial(staging.behind, target, folder, more)):
-                return
-            more *= 2
 
     def _fetch_into(self, segments: SegmentFolder, loop: asyncio.AbstractEventLoop) -> Callable[[str], bool]:
         """Give what fetches a file: what an archive gives for a name is the log of the present life, if of any.

@@ -20,9 +20,11 @@ from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
 from trigger.ports import Progress
 from trigger.position import History, Lineage
-from trigger.replay import Replay, Target
+from trigger.replay import Replay
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_RESERVE_BYTES = 64 << 20
+"""What is left where log is copied to: the catalog lies there too."""
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES, errno.ENOTSUP)
 
 
@@ -48,6 +50,7 @@ class Staging:
         self._segments = segments
         self._segment_bytes = segments.segment_bytes
         self._fetch = fetch
+        self._ahead_bytes = 0
 
     def stage(
         self,
@@ -59,14 +62,16 @@ class Staging:
         """Put the files that a replay asks for into `folder`; gives the bytes.
 
         Args:
-            replay: to a place it wants the segments through the one behind that; to a time or the end all that is held.
+            replay: to what has a place, or a time behind which a commit is known, it wants the segments through the one
+                behind that; else all that is held.
             folder: made where it is missing; complete segments are linked or cloned where possible, a partial one
                 is copied under its full name.
             progress: told in bytes.
             others: the folders of other lives of the same cluster.
 
         Raises:
-            JournalError: a segment is missing or damaged; the message names the first.
+            JournalError: a segment is missing or damaged, and the message names the first; or what has to be copied,
+                since it can be neither linked nor cloned, finds no room.
         """
         start, history = replay.log_from, replay.target.history
         lineage = self._lineage_with(history)
@@ -80,6 +85,7 @@ class Staging:
             self._stage_histories(stage, others)
             needed = self._needed(lineage, replay)
             for count, segment in enumerate(needed):
+                self._ahead_bytes = (len(needed) - count) * self._segment_bytes
                 if not self._stage_one(segment, stage) and segment.until:
                     raise self._missing(segment)
                 progress("stage the log", (count + 1) * self._segment_bytes, len(needed) * self._segment_bytes)
@@ -101,30 +107,6 @@ class Staging:
                     self._put(held, stage, held.name)
                     put.add(timeline)
 
-    def behind(self, target: Target, folder: Path, count: int) -> int:
-        """Put up to `count` more segments behind those that were staged for `target` into `folder`; gives how many.
-
-        They are for the proof alone, so none that is missing, damaged or finds no room is an error.
-        """
-        timeline, at = target.history.branch, target.at or 0
-        there = [
-            name.number for name in SegmentFolder(folder, self._segment_bytes).names() if name.timeline == timeline
-        ]
-        first = max(there, default=at // self._segment_bytes) + 1
-        stage = os.open(folder, _FOLDER)
-        try:
-            for number in range(first, first + count):
-                try:
-                    if not self._stage_one(Needed(number, (timeline,), None), stage):
-                        return number - first
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.unlink(SegmentName(timeline, number).text(self._segment_bytes), dir_fd=stage)
-                    return number - first
-        finally:
-            os.close(stage)
-        return count
-
     def _lineage_with(self, history: History) -> Lineage:
         if history.branch > 1:
             wanted = f"{history.branch:08X}.history"
@@ -140,8 +122,8 @@ class Staging:
         start, until = replay.log_from.at, replay.until
         first = start // self._segment_bytes
         required = range(first, (until - 1) // self._segment_bytes + 1 if until > start else first)
-        last = max(first, required.stop)
-        if replay.target.at is None:
+        last = max(first, required.stop, ((replay.target.reach or 0) - 1) // self._segment_bytes + 1)
+        if replay.target.is_latest or (replay.target.time is not None and replay.target.reach is None):
             timeline = lineage.history.branch
             last = max([last, *(name.number for name in self._segments.names() if name.timeline == timeline)])
             while self._fetch(
@@ -242,7 +224,18 @@ class Staging:
                 except OSError as error:
                     if error.errno not in _NO_LINK:
                         raise
-            put_new(name, stage, file, self._segments.owner)
+            put_new(name, stage, file, self._segments.owner, lambda: self._require_room(stage))
+
+    def _require_room(self, stage: int) -> None:
+        """Refuse to copy where all that is still to come, were it copied, would leave too little room."""
+        found = os.fstatvfs(stage)
+        free, asked = found.f_bavail * found.f_frsize, self._ahead_bytes + _RESERVE_BYTES
+        if free < asked:
+            raise JournalError(
+                f"{Path(f'/proc/self/fd/{stage}').readlink()} has {free} bytes free, and {asked} are asked for: for"
+                f" {self._ahead_bytes} of log that has to be copied there, and as a reserve",
+                hint="make room there; where journal and state folder share a filesystem nothing has to be copied",
+            )
 
     def _let_owner_read(self, source: int) -> None:
         """Let the owner of the data read, by group, a segment that somebody else wrote; never write it."""

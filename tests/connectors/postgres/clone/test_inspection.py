@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
+from connectors.databases.postgres.log.journal import PostgresJournal
+from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn
 from tests.fixtures.restores import Cut, Ground, at_commit, ground
 from tests.fixtures.volumes import loop_volume
+from trigger.catalog.catalog import Catalog
 from trigger.errors import RestoreError
 from trigger.replay import Target
+from trigger.restore.log_search import following
 
 pytestmark = [pytest.mark.server, pytest.mark.volume]
 
@@ -26,8 +31,12 @@ def here(request: pytest.FixtureRequest) -> Iterator[Ground]:
 
 async def seen_in(here: Ground, cut: Cut, target: Target, *, deep: bool = False) -> dict[str, tuple[bool, str]]:
     clone, running, staged = await here.restore(cut, target)
-    looks = here.recovery.inspect(running, target, staged, deep=deep)
+    catalog = await Catalog.open(":memory:")
+    journal = PostgresJournal(here.folders, here.receiver, here.present, lambda _: WalDump(here.programs))  # as we are
+    follows = partial(following, history=target.history, catalog=catalog, journal=journal)
+    looks = here.recovery.inspect(running, target, staged, deep=deep, follows=follows)
     found = {what: (held, seen) async for what, held, seen in looks}
+    await catalog.close()
     await here.drop(clone)
     assert all(held for held, _ in found.values()), found
     return found
