@@ -160,22 +160,37 @@ class _Known:
         return max((one for one in ceilings if target.at is None or one[0] <= target.at), default=(0, None))[1]
 
     def gap_at(self, at: int, lineage: Lineage, stream: str | None) -> Gap | None:
-        """Give the gap around a place; one that begins on a branch that was left begins here where that was left.
+        """Give the gap around a place: of one stream, or of any if None."""
+        gaps = [gap for gap in self.gaps if stream in (None, gap.stream)]
+        return next((gap for gap in gaps if self._takes_in(gap, at, lineage)), None)
 
-        One that ends in a later history, or back in an earlier one, reaches to the end of its own; one that comes from
-        another life of the log, or back from a later history, is all of this one before its end.
+    def _takes_in(self, gap: Gap, at: int, lineage: Lineage) -> bool:
+        """Whether a place of a lineage lies in a gap.
+
+        One that begins on a branch that was left begins here where that was left, or where an earlier one of its stream
+        began since; one that comes from no past of this, out of another life of the log or back from a later history,
+        is all before its end if there is no earlier one. One that ends in no past of this, or goes back to an earlier
+        history, ends here where a later one of its stream comes back into this past.
         """
-        here = lineage.at(at).history
-        for gap in self.gaps:
-            after, until = gap.after.history, gap.until.history
-            comes = not after.is_of_life(until) or until.age < after.age
-            goes_back = comes and here == after
-            begin, ends_here = lineage.shared(gap.after), lineage.includes(gap.until) and not goes_back
-            if stream not in (None, gap.stream) or (begin is None and not (ends_here and comes)):
-                continue
-            if (begin or 0) <= at and (at < gap.until.at or not ends_here):
-                return gap
-        return None
+        after, until = gap.after.history, gap.until.history
+        comes = not after.is_of_life(until) or until.age < after.age
+        begin, ends_here = lineage.shared(gap.after), lineage.includes(gap.until)
+        ends_here = ends_here and not (comes and lineage.at(at).history == after)
+        if at >= gap.until.at if ends_here else begin is None:
+            return False
+        if not lineage.includes(gap.after):
+            begins = (lineage.shared(one.after) for one in self._beside(gap, later=False))
+            begin = max((one for one in (begin, *begins) if one is not None), default=0 if comes else None)
+        if begin is None or at < begin:
+            return False
+        backs = (one.until for one in self._beside(gap, later=True) if lineage.includes(one.until))
+        return ends_here or all(at < one.at for one in backs if (one.at, one.history == after) > (begin, False))
+
+    def _beside(self, gap: Gap, *, later: bool) -> Sequence[Gap]:
+        """Give the gaps of the same stream that were found before one, or later."""
+        number = self.gaps.index(gap)
+        found = self.gaps[number + 1 :] if later else self.gaps[:number]
+        return [one for one in found if one.stream == gap.stream]
 
     def gap_between(self, begin: int, end: int, lineage: Lineage) -> Gap | None:
         """Give the first gap that takes in something between two places of a lineage."""

@@ -114,6 +114,47 @@ def test_a_place_before_the_end_of_a_gap_that_comes_from_another_life_lies_in_it
     run(tmp_path, story)
 
 
+def test_a_gap_that_left_a_history_ends_there_where_a_later_one_comes_back_into_it(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        cluster = it.world.cluster
+        before = cluster.commit("")
+        first = it.commit()
+        await it.point()
+        copy = cluster.copy()
+        cluster.promote()
+        left = Gap("bank", first.position, await it.database.record_end(), "restored", it.site.clock.now())
+        await it.catalog.record_gaps(left)
+        shown = cluster.commit("")
+        newer = it.commit()
+        await it.point()
+        behind = cluster.commit("")
+        it.commit()
+        await it.point()
+        cluster.put_back(copy)
+        cluster.next_xid += 100
+        between = cluster.commit("")
+        again = await it.database.record_end()
+        assert again.history == first.history
+        back = Gap("bank", newer.position, again, "undone", it.site.clock.now())
+        await it.catalog.record_gaps(back)
+        it.pending.clear()
+        since = it.commit()
+        await it.point()
+        later = cluster.commit("")
+        last = it.commit()
+        await it.point()
+        told = {one.name: await only(it, name=one.name) for one in (before, shown, behind, between, later)}
+        held = {name: (found.where, found.gap) for name, found in told.items()}
+        assert held[later.name] == held[before.name] == held[shown.name] == (Where.LOG, None)
+        assert held[between.name] == (Where.GAP, left)
+        assert held[behind.name] == (Where.GAP, back)
+        for time, commit in ((since.time, since), (last.time + timedelta(hours=1), last)):
+            found = await only(it, time=time)
+            assert (found.where, found.record and found.record.name) == (Where.POINT, commit.name)
+
+    run(tmp_path, story)
+
+
 def test_a_place_without_a_commit_is_told_by_the_points_around_it(tmp_path: Path) -> None:
     async def story(it: Bank) -> None:
         first = it.commit()
