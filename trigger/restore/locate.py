@@ -237,7 +237,7 @@ async def _known_by(name: Name, stream: str | None, catalog: Catalog, known: _Kn
 
 
 async def _logged(names: Sequence[Name], found: Sequence[Found], catalog: Catalog, known: _Known) -> list[Logged]:
-    """Give the commits that the log alone has, of the name that is meant in each.
+    """Give the commits that have the name that is meant in each in the log alone; the catalog may know their own.
 
     They are looked for as a restore does: in each log whose lineage has none of those that the catalog knows. Where
     nothing bears the name there, what is held of the histories that were left is read too.
@@ -306,7 +306,10 @@ async def _way_to(found: Found, catalog: Catalog, known: _Known) -> tuple[_Way, 
 
 
 async def _of_logged(one: Logged, catalog: Catalog, known: _Known) -> Location:
-    way, aside = await _way_to(Found(one.record, None, "", one.history), catalog, known)
+    found = await log_search.as_known(one, catalog)
+    if found.record.stream:  # by another name of it
+        return await _of_commit(found, catalog, known)
+    way, aside = await _way_to(found, catalog, known)
     did = f", which {one.did}" if one.did else ""
     if gap := known.gap_at(one.start, await _lineage(one.history, known.journal), None):
         reason = f"it lies in a gap: {gap.reason}; the log has it{did}; {way.words}"

@@ -272,22 +272,27 @@ async def _as_of_log(time: datetime, lineage: Lineage, catalog: Catalog, journal
     begin = max(_marks(before, lineage)[:-1])
     if not begin:
         raise JournalError(f"no point was there by {time.isoformat()} to read the log from")
-    last = await catalog.commit_before(begin, lineage)
-    like = last or await catalog.commit_after(begin - 1, lineage)
-    beyond = to_microseconds(time)
+    older = await catalog.commit_before(begin, lineage)
+    like = older or await catalog.commit_after(begin - 1, lineage)
+    last, later, beyond = None, None, to_microseconds(time)
     async with aclosing(journal.commits(lineage, begin, LAST, like.record.name if like else Name("", 0))) as commits:
         async for one in commits:
-            found = Found(one.record, None, "", one.history)
             if one.time_us > beyond:
-                return AsOf(await _as_known(last, lineage, catalog), found)
-            last = found
-    return AsOf(await _as_known(last, lineage, catalog), None)
+                later = Found(one.record, None, "", one.history)
+                break
+            last = one
+    return AsOf(await as_known(last, catalog) if last else older, later)
 
 
-async def _as_known(logged: Found | None, lineage: Lineage, catalog: Catalog) -> Found | None:
-    """Give a commit as the catalog knows it, if it does: of which stream it is."""
-    known = await catalog.commit_before(logged.record.start + 1, lineage) if logged else None
-    return known if known and logged and known.record.start == logged.record.start else logged
+async def as_known(logged: Logged, catalog: Catalog) -> Found:
+    """Give a commit of the log as the catalog knows it, whatever it was named by; else one of no stream and no point.
+
+    Raises `CatalogError`.
+    """
+    known = await catalog.commit_before(logged.start + 1, logged.history)
+    if known is not None and known.record.start == logged.start:
+        return known
+    return Found(logged.record, None, "", logged.history)
 
 
 def _marks(bases: Sequence[RecoveryPoint], lineage: Lineage) -> list[int]:

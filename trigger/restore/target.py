@@ -354,7 +354,7 @@ async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog
         if not found and not logged:
             with suppress(JournalError):  # it is only for the words of the refusal
                 logged = await log_search.left(whole, [lineage], catalog, journal)
-        found += [Found(one.record, None, "", one.history) for one in logged]
+        found += [await log_search.as_known(one, catalog) for one in logged]
     in_one = (
         f"of {stream} is not in the catalog",
         "without --database the log is read too, which has no word of databases",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -14,7 +15,7 @@ import pytest
 from tests.fixtures.bank import Bank, run
 from trigger.catalog.point_index import Missed
 from trigger.errors import PositionError, RestoreError
-from trigger.model import Extent, Gap, Outcome
+from trigger.model import Extent, Gap, Logged, Outcome
 from trigger.position import Name, Position
 from trigger.protect.window import record
 from trigger.restore.locate import Location, Where, locate
@@ -212,6 +213,33 @@ def test_a_commit_that_no_stream_showed_is_found_in_the_log_with_the_way_back(tm
         nowhere = await only(it, name=Name("", 999_999))
         assert nowhere.where is Where.UNKNOWN
         assert "neither the catalog nor the log" in nowhere.reason
+
+    run(tmp_path, story)
+
+
+def test_a_name_that_the_log_alone_knows_of_a_commit_gives_what_the_catalog_knows_of_it(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        await it.point()
+        saved, whole = it.commit("payday"), it.site.journal.commits
+        await it.point()
+        savepoint = Name("", 50_000)
+
+        async def with_savepoint(*stretch: Any) -> AsyncGenerator[Logged, None]:
+            async for one in whole(*stretch):
+                yield one._replace(children=(savepoint,)) if one.name == saved.name else one
+
+        by_itself = await only(it, name=saved.name)
+        with patch.object(it.site.journal, "commits", with_savepoint):
+            assert await only(it, name=savepoint) == by_itself
+            assert (by_itself.where, by_itself.point) == (Where.POINT, 2)
+            for named in (Named(name=savepoint), Named(before=savepoint)):
+                assert f"commit {saved.name} of bank" in (await it.resolve(named)).description
+            it.world.cluster.promote(saved.start)
+            it.commit()
+            await it.point()
+            left = await only(it, name=savepoint)
+            assert (left.where, left.point, left.aside) == (Where.POINT, 2, "--timeline 1")
 
     run(tmp_path, story)
 
