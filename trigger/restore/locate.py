@@ -110,7 +110,7 @@ async def locate(
             told.append(await _of_time(time, catalog, known, lineage))
         elif (at := places.get(lineage.history.kind)) is not None:
             told.append(await _of_place(at, catalog, known, lineage, stream))
-    return told or [_unknown(_nowhere(known, by_log=name is not None and stream is None))]
+    return told or [_unknown(await _nowhere(known, by_log=name is not None and stream is None))]
 
 
 class _Way(NamedTuple):
@@ -255,15 +255,14 @@ async def _logged(names: Sequence[Name], found: Sequence[Found], catalog: Catalo
     return logged
 
 
-def _nowhere(known: _Known, *, by_log: bool) -> str:
+async def _nowhere(known: _Known, *, by_log: bool) -> str:
     """Give what is to be said where nothing was found."""
     if not known.logs:
         return "there is no sealed recovery point yet"
     words = f" or lies in one of {len(known.gaps)} gaps" if known.gaps else ""
     if by_log:
-        return (
-            f"neither the catalog nor the log that is kept has it: it was not committed, or is older than that{words}"
-        )
+        why = await log_search.nowhere(known.logs, known.journal)
+        return f"neither the catalog nor the log that is kept has it: {why}{words}"
     return f"it is not in the catalog: it did not qualify, was not seen by any source{words}"
 
 

@@ -238,10 +238,29 @@ def _with(read: Read, one: Logged) -> Read:
     return read._replace(first_us=one.time_us if read.first_us is None else read.first_us, last_us=one.time_us)
 
 
+async def end_held(lineage: Lineage, journal: Journal) -> Position | None:
+    """Give where the log of a lineage ends that is kept by now, in its last history of which any is; else None."""
+    extents = await journal.extents()
+    for history, _, high in reversed(lineage.stretches()):
+        if ends := [min(high, extent.end) for extent in extents if extent.history == history]:
+            return Position(history, max(ends))
+    return None
+
+
 async def end_of(lineage: Lineage, journal: Journal) -> str:
     """Give where the log of a history ends that is kept by now, in words."""
-    ends = [extent.end for extent in await journal.extents() if extent.history == lineage.history]
-    return f"the log that is kept ends at {lineage.history.place(max(ends))}" if ends else "no log of it is kept"
+    end = await end_held(lineage, journal)
+    if end is None or end.history != lineage.history:
+        return "no log of it is kept"
+    return f"the log that is kept ends at {end.place}"
+
+
+async def nowhere(lineages: Sequence[Lineage], journal: Journal) -> str:
+    """Give, in words, why the log of these lineages may have no word of a commit."""
+    ends = [end for lineage in lineages if (end := await end_held(lineage, journal)) is not None]
+    places = " or ".join(str(end.place) if len(ends) == 1 else str(end) for end in ends)
+    behind = f", or lies behind {places}, where the log that is kept ends" if ends else ""
+    return f"it was not committed, or is older than the log{behind}"
 
 
 class AsOf(NamedTuple):

@@ -25,11 +25,8 @@ from trigger.restore import log_search
 from trigger.restore.branch import followed
 
 _SHOWN = 5
-_NOWHERE = (
-    "is in neither the catalog nor the log that is kept",
-    "it was not committed, or is older than the log; trigpoint commits --around lists those of a time, and any place in"
-    " the log can be restored with --to-lsn",
-)
+_NOWHERE = "is in neither the catalog nor the log that is kept"
+_OTHERWISE = "trigpoint commits --around lists those of a time, and any place in the log can be restored with --to-lsn"
 _NO_MARKER = (
     "no log is read for markers; trigpoint commits --around lists the commits of a time, and each can be restored with"
     " --to-xid"
@@ -355,11 +352,12 @@ async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog
             with suppress(JournalError):  # it is only for the words of the refusal
                 logged = await log_search.left(whole, [lineage], catalog, journal)
         found += [await log_search.as_known(one, catalog) for one in logged]
-    in_one = (
-        f"of {stream} is not in the catalog",
-        "without --database the log is read too, which has no word of databases",
-    )
-    return _only(found, f"transaction {name}", lineage, *(_NOWHERE if stream is None else in_one))
+    if stream is None:
+        unknown, remedy = _NOWHERE, f"{await log_search.nowhere([lineage], journal)}; {_OTHERWISE}"
+    else:
+        unknown = f"of {stream} is not in the catalog"
+        remedy = "without --database the log is read too, which has no word of databases"
+    return _only(found, f"transaction {name}", lineage, unknown, remedy)
 
 
 async def _marked(marker: str, stream: str | None, lineage: Lineage, catalog: Catalog) -> Found:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from tests.fixtures.bank import Bank, run
+from trigger.errors import RestoreError
+from trigger.position import Lineage, Position
 from trigger.replay import Following
 from trigger.restore import log_search
 from trigger.restore.locate import locate
-from trigger.restore.log_search import Around, around, following
+from trigger.restore.log_search import Around, around, end_held, following
 from trigger.restore.target import Named
 
 HOUR = timedelta(hours=1)
@@ -114,5 +118,25 @@ def test_where_the_log_cannot_be_read_the_catalog_says_what_follows(
         assert found.commit is not None
         assert (found.commit.name, found.commit.stream) == (last.name, "bank")
         assert await following(last.start + 1, last.history, it.catalog, it.site.journal) is None
+
+    run(tmp_path, story)
+
+
+def test_of_a_name_that_is_nowhere_it_is_said_that_it_may_lie_behind_the_end_of_the_log(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        await it.point()
+        last = it.commit()
+        await it.point()
+        (whole,) = await it.site.journal.extents()
+        newer = last.name._replace(number=50_000)
+        said = f"or lies behind {last.history.place(last.start)}, where the log that is kept ends"
+        with patch.object(it.site.journal, "extents", return_value=[replace(whole, end=last.start)]):
+            (found,) = await locate(it.catalog, it.site.journal, name=newer)
+            assert said in found.reason
+            with pytest.raises(RestoreError, match="in neither the catalog nor the log") as refused:
+                await it.resolve(Named(name=newer))
+            assert said in refused.value.hint
+        gone_on = Lineage(replace(last.history, branch=2), ((1, last.start),))  # of which no log is kept yet
+        assert await end_held(gone_on, it.site.journal) == Position(last.history, last.start)
 
     run(tmp_path, story)
