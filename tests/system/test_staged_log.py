@@ -123,7 +123,7 @@ def _lowest_room(folder: Path) -> Iterator[list[int]]:
 
 
 def test_what_lies_behind_a_state_is_not_copied_where_the_catalog_lies() -> None:
-    with deployment(15, "btrfs", extra=_RARE) as here, loop_volume("ext4", 300) as small:
+    with loop_volume("ext4", 300) as small, deployment(15, "btrfs", extra=_RARE) as here:
         small.chmod(0o755)
         here.state = small / "state"
         here.configure(f'{_RARE}[journal]\nfolder = "{here.root / "journal"}"\n')
