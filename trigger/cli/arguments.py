@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sys
 import time as clock
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from zoneinfo import ZoneInfo
 
 import typer
 
+from trigger.cli import show
 from trigger.errors import ConfigError
 from trigger.model import Address
 from trigger.position import History, Name
@@ -51,8 +53,11 @@ def given_text(words: str | None) -> str | None:
 
 def config_path(given: Path | None) -> Path:
     """Give the configuration file to read; the last place is given where there is none, for the message's sake."""
-    named = given or before_command.get() or os.environ.get("TRIGPOINT_CONFIG")
-    if named:
+    told = given or before_command.get()
+    show.configured_by.set(shlex.quote(str(told.absolute())) if told else "")
+    if told:
+        return told
+    if named := os.environ.get("TRIGPOINT_CONFIG"):
         return Path(named)
     return LOCAL_CONFIG if LOCAL_CONFIG.exists() else SYSTEM_CONFIG
 

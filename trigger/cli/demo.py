@@ -123,7 +123,7 @@ def _show_whereabouts(told: Told, *, keep: bool) -> None:
             ("  one point", f"{config} show {told.restore['base']}"),
             ("  where is a commit", f"{config} find --xid {told.accident.last_transfer_xid}"),
             ("  a point now", f"{config} point"),
-            ("  production", f"{psql} -h {place.sockets} -U postgres bank"),
+            ("  production", f"{psql} -h {shlex.quote(str(place.sockets))} -U postgres bank"),
             ("  the clone", f"{psql} {shlex.quote(str(told.restore['conninfo']) + ' dbname=bank')}"),
             ("  end it", f"trigpoint demo --stop --folder {shlex.quote(str(place.folder))}"),
         ]

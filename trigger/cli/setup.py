@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,7 +93,7 @@ def init(
     )
     for why in (*found.why, *found.points_why):
         show.say(why)
-    _show_next("" if target in (SYSTEM_CONFIG, LOCAL_CONFIG) else f" -c {target}")
+    _show_next("" if target in (SYSTEM_CONFIG, LOCAL_CONFIG) else f" -c {shlex.quote(str(target))}")
 
 
 def _show_next(option: str) -> None:

@@ -5,9 +5,11 @@ All that is printed goes through `plain`: what others wrote commands no terminal
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +21,13 @@ from rich.text import Text
 from trigger.model import Finding
 from trigger.shape import data, json_text, plain
 
+configured_by: ContextVar[str] = ContextVar("configured_by", default="")
+"""The configuration that the command at hand was told to read, as a shell reads it; "" where it found one itself."""
+
+_READS_IT = re.compile(
+    r"\btrigpoint (?=(?:check|explain|run|point|status|list|show|find|commits|restore|verify|expire|reconcile|clear|"
+    r"release|clones|aside|catalog|rules)\b)"
+)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _COLOURS = {
     "ok": "green",
@@ -35,6 +44,12 @@ _COLOURS = {
 }
 
 
+def _words(text: str) -> str:
+    """Give a text as it may be printed, the commands in it as they have to be typed for the same configuration."""
+    name = configured_by.get()
+    return plain(_READS_IT.sub(lambda _: f"trigpoint -c {name} ", text) if name else text)
+
+
 def print_json(value: Any) -> None:
     """Print `value` as one JSON document."""
     print(json_text(value, indent=2 if sys.stdout.isatty() else None, encoding=sys.stdout.encoding or "utf-8"))
@@ -42,7 +57,7 @@ def print_json(value: Any) -> None:
 
 def say(text: str = "") -> None:
     """Print one line for people."""
-    Console(highlight=False, soft_wrap=True).print(Text(plain(text)))
+    Console(highlight=False, soft_wrap=True).print(Text(_words(text)))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str = "") -> None:
@@ -70,7 +85,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: st
 
 
 def _cell(cell: object) -> str:
-    return "-" if cell is None or cell == "" else plain(str(data(cell)))
+    return "-" if cell is None or cell == "" else _words(str(data(cell)))
 
 
 def _print_lines(names: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
@@ -92,9 +107,9 @@ def finding(found: Finding) -> None:
     """Print one finding: how bad, about what, what was seen; the remedy below."""
     severity = (f"{found.severity:<8}", _COLOURS[found.severity])
     console = Console(highlight=False, soft_wrap=True)
-    console.print(Text.assemble(severity, plain(f" {found.subject}: {found.message}")))
+    console.print(Text.assemble(severity, _words(f" {found.subject}: {found.message}")))
     if found.remedy:
-        console.print(Text(plain(f"{'':8} -> {found.remedy}")))
+        console.print(Text(_words(f"{'':8} -> {found.remedy}")))
 
 
 def raw(text: str) -> None:
@@ -147,16 +162,16 @@ def more(count: int, what: str) -> None:
 
 def note(text: str) -> None:
     """Print one line about what goes on to standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(plain(text)))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(_words(text)))
 
 
 def error(message: str, hint: str = "") -> None:
     """Print an error to standard error: each line of `message` behind `error:`, then the hint."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for line in message.splitlines() or [""]:
-        console.print(Text.assemble(("error:", "bold red"), plain(f" {line}")))
+        console.print(Text.assemble(("error:", "bold red"), _words(f" {line}")))
     if hint:
-        console.print(Text.assemble(("hint:", "bold cyan"), plain(f" {hint}")))
+        console.print(Text.assemble(("hint:", "bold cyan"), _words(f" {hint}")))
 
 
 class Steps:
@@ -178,9 +193,9 @@ class Steps:
     def __call__(self, step: str, done: int, total: int) -> None:
         """Say that `done` of `total` bytes (0 where unknown) of `step` are done; may be called from any thread."""
         if step not in self._tasks:
-            self._tasks[step] = self._bars.add_task(plain(step), total=total or None, amount="")
+            self._tasks[step] = self._bars.add_task(_words(step), total=total or None, amount="")
             if self._bars.disable:
-                print(plain(step), file=sys.stderr, flush=True)
+                print(_words(step), file=sys.stderr, flush=True)
         amount = f"{size(done)} of {size(total)}" if total else (size(done) or "")
         self._bars.update(self._tasks[step], completed=done, total=total or None, amount=amount)
 

@@ -6,15 +6,17 @@ import json
 import logging
 import re
 import sys
+from contextvars import copy_context
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.main import get_command
 
 from connectors.databases.postgres.lsn import Lsn
-from trigger.cli import service, show
+from trigger.cli import arguments, cli, service, show
 from trigger.model import Bracket, Cause, Commit, CommitRecord, Finding, Mark, Outcome, RecoveryPoint, Severity, State
 from trigger.position import History, Name, Position
 from trigger.shape import data, json_text, plain
@@ -276,3 +278,33 @@ def test_a_line_of_the_log_is_not_forged_by_what_is_logged(
     assert "all is well" in line
     if how == "journald":
         assert line.startswith("<3>")
+
+
+def test_commands_are_printed_as_they_are_typed_for_the_configuration_that_was_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def shown(given: Path | None) -> str:
+        arguments.config_path(given)
+        show.facts([("restore", "trigpoint restore --to-xid 7")])
+        show.finding(Finding("x", Severity.WARNING, "see `trigpoint list`", "trigpoint clones drop trigpoint"))
+        show.error("no", "trigpoint restore --undo last, or trigpoint demo")
+        return "".join(capsys.readouterr())
+
+    as_found = copy_context().run(shown, None)
+    assert "-c" not in as_found
+    named = copy_context().run(shown, Path("/etc/a b.toml"))
+    assert named.replace("trigpoint -c '/etc/a b.toml' ", "trigpoint ") == as_found
+    assert named.count("-c '/etc/a b.toml'") == 4
+    assert "drop trigpoint\n" in named
+    assert "trigpoint demo" in named
+
+
+def test_every_command_that_reads_a_configuration_is_known_by_its_name_where_it_is_printed() -> None:
+    def reads(command: object) -> bool:
+        below = getattr(command, "commands", {})
+        options = {option for one in getattr(command, "params", ()) for option in one.opts}
+        return "--config" in options or any(reads(one) for one in below.values())
+
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    known = {name for name in commands if show._READS_IT.match(f"trigpoint {name} x")}
+    assert known == {name for name, one in commands.items() if reads(one)} - {"config"}
