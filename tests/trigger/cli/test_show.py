@@ -284,6 +284,7 @@ def test_commands_are_printed_as_they_are_typed_for_the_configuration_that_was_n
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def shown(given: Path | None) -> str:
+        arguments.before_command.set(None)
         arguments.config_path(given)
         show.facts([("restore", "trigpoint restore --to-xid 7")])
         show.finding(Finding("x", Severity.WARNING, "see `trigpoint list`", "trigpoint clones drop trigpoint"))
