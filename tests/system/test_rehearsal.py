@@ -26,6 +26,11 @@ def made(here: Deployment) -> list[list[str]]:
     return [made, *(sorted(one.name for one in place.glob("*")) for place in places)]
 
 
+def idle(here: Deployment) -> list[str]:
+    rows = here.cluster.sql("SELECT slot_name FROM pg_replication_slots WHERE NOT active ORDER BY slot_name")
+    return [row[0] for row in rows]
+
+
 @pytest.mark.parametrize(("major", "storage"), [(15, "directory"), (18, "btrfs")])
 def test_a_rehearsal_before_the_first_start_proves_what_it_did_and_leaves_nothing(major: int, storage: str) -> None:
     with deployment(major, storage) as here:
@@ -58,7 +63,8 @@ def test_a_rehearsal_beside_a_running_service_takes_nothing_from_it() -> None:
         assert here.stop() == 0
 
 
-def test_what_a_rehearsal_that_was_killed_left_goes_with_the_next_one() -> None:
+@pytest.mark.parametrize("released", [False, True])
+def test_what_a_rehearsal_that_was_killed_left_goes_with_the_next_one_or_by_release(released: bool) -> None:
     with deployment(18, "directory") as here:
         here.trigpoint("check")
         before = made(here)
@@ -70,6 +76,14 @@ def test_what_a_rehearsal_that_was_killed_left_goes_with_the_next_one() -> None:
             time.sleep(0.05)
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
+        slots = ["trigpoint_rehearsal_journal", "trigpoint_rehearsal_postgres"]
+        here.wait_for(lambda: idle(here) == slots, "the end of what read them")
+        warned = [one["subject"] for one in here.ask("check") if "was killed" in one["message"]]
+        assert warned == [f"slot {name}" for name in slots]
+        if released:
+            here.trigpoint("release", "--unused", "--yes")
+            assert made(here)[0] == before[0]
+            return
         assert "rehearsed: protected after" in here.trigpoint("check", "--rehearse").stdout
         assert made(here) == before
 

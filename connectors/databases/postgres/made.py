@@ -49,6 +49,8 @@ class Unused(NamedTuple):
     """Which it is for; None for the journal's, which is for the whole cluster."""
     kept_bytes: int | None
     """How much log the server keeps for it; None where it keeps none any more."""
+    killed: bool = False
+    """Whether it was made for a while, by what was killed."""
 
 
 async def unused(connection: psycopg.AsyncConnection[Any], prefix: str, used: Used) -> list[Unused]:
@@ -57,7 +59,14 @@ async def unused(connection: psycopg.AsyncConnection[Any], prefix: str, used: Us
     rows = await cursor.fetchall()
     found = [Unused(name, None if of is None else shared_text(of), kept) for name, of, kept in rows]
     others = [one for one in found if (one.name, one.database) not in used.items()]
-    return [one for one in others if is_ours(one.name, one.database, prefix)]
+    mine = [one for one in others if is_ours(one.name, one.database, prefix)]
+    passing = [one._replace(killed=True) for one in others if one not in mine and _is_passing(one, prefix)]
+    return [*mine, *passing]
+
+
+def _is_passing(one: Unused, prefix: str) -> bool:
+    """Whether a slot is one that a rehearsal or a trial made, and not that of a database that is called so."""
+    return any(is_ours(one.name, one.database, f"{prefix}{suffix}") for suffix in PASSING)
 
 
 def is_ours(name: str, database: str | None, prefix: str) -> bool:
@@ -135,11 +144,12 @@ def judge(found: Collection[Unused]) -> Iterator[Finding]:
     """Say of each slot that nobody needs what it costs."""
     for one in found:
         of = f"database {one.database}" if one.database is not None else "the journal"
+        why = _KILLED if one.killed else f"it bears our name, is of no stream that is configured ({of})"
         yield Finding(
             f"slot {one.name}",
             Severity.WARNING,
-            f"it bears our name, is of no stream that is configured ({of}), and nobody reads it: the server keeps"
-            f" {one.kept_bytes or 0} bytes of log for it, and more with every commit",
+            f"{why}, and nobody reads it: the server keeps {one.kept_bytes or 0} bytes of log for it, and more with"
+            " every commit",
             "trigpoint release --unused drops it; if it is another service's that is down, start that one",
         )
 
