@@ -265,11 +265,15 @@ def test_a_storage_that_is_not_mounted_is_refused_at_start_and_no_point_is_given
     folder, elsewhere = deployed.root / "snapshots", deployed.root / "elsewhere"
     folder.rename(elsewhere)
     folder.mkdir()  # a mount point with nothing mounted on it
-    for _ in range(2):
-        refused = deployed.trigpoint("run", check=False)
-        assert refused.returncode == 6, refused.stderr
-        assert "shows no snapshot at all" in refused.stderr
-        assert "mount the storage's filesystem" in " ".join(refused.stderr.split())
+    for command in ("check", "run", "run"):
+        refused = deployed.trigpoint(command, check=False)
+        words = " ".join((refused.stdout + refused.stderr).split())
+        assert refused.returncode == 3, words
+        assert "shows no snapshot at all" in words
+        assert "mount the storage's filesystem" in words
+    refused = deployed.trigpoint("run", "--force", check=False)
+    assert refused.returncode == 6, refused.stderr
+    assert "shows no snapshot at all" in refused.stderr
     assert _sealed(deployed) == before
     folder.rmdir()
     elsewhere.rename(folder)

@@ -8,14 +8,14 @@ anything is made, and a sealed tag stands in the storage before the catalog says
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sized
 from dataclasses import dataclass, field, fields
 from functools import partial
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
 from trigger.errors import StorageError, TrigpointError
-from trigger.model import CommitRecord, RecoveryPoint, State
+from trigger.model import CommitRecord, Finding, RecoveryPoint, Severity, State
 from trigger.ports import Storage, Tagged
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,10 @@ class Reconciliation:
         return "; ".join(f"{count} {'point' if count == 1 else 'points'} {what}" for count, what in counted if count)
 
 
+_NOTHING = "the storage shows no snapshot at all, the catalog has {} sealed points"
+_MOUNT = "mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss"
+
+
 async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = False) -> Reconciliation:
     """Make catalog and storage agree; gives what was done. May be repeated.
 
@@ -92,11 +96,8 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
     in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
     in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
     sealed = sum(point.state is State.SEALED for point in in_catalog.values())
-    if sealed > 1 and not in_storage and not accept_loss:
-        raise StorageError(
-            f"the storage shows no snapshot at all, the catalog has {sealed} sealed points",
-            hint="mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss",
-        )
+    if _shows_nothing(sealed, in_storage) and not accept_loss:
+        raise StorageError(_NOTHING.format(sealed), hint=_MOUNT)
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
     for pruned in sorted(await catalog.pruned_among(in_storage.keys() - in_catalog.keys())):
@@ -110,6 +111,24 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
     if done:
         log.warning("reconciled: %s", done.words())
     return done
+
+
+async def look(catalog: Catalog, storage: Storage) -> Finding | None:
+    """Give why `reconcile` would refuse to make catalog and storage agree, as each start does; None where it would not.
+
+    Of a storage that cannot be read it says nothing.
+    """
+    sealed = (await catalog.totals()).points.get(State.SEALED, 0)
+    try:
+        if _shows_nothing(sealed, await storage.tagged()):
+            return Finding("storage", Severity.REFUSED, _NOTHING.format(sealed), _MOUNT)
+    except StorageError:
+        pass
+    return None
+
+
+def _shows_nothing(sealed: int, in_storage: Sized) -> bool:
+    return sealed > 1 and not len(in_storage)
 
 
 async def _concerned(catalog: Catalog, in_storage: Collection[str]) -> list[RecoveryPoint]:

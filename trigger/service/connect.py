@@ -16,6 +16,7 @@ from stat import S_IFREG
 
 from trigger import host
 from trigger.catalog.catalog import Catalog, Upgrade
+from trigger.catalog.reconcile import look
 from trigger.config.drivers import driver, know_places
 from trigger.config.options import Options
 from trigger.errors import AgentError, CatalogError, ConfigError, DatabaseError, remedy
@@ -230,6 +231,8 @@ async def check(parts: Parts) -> list[Finding]:
     for claimed in (parts.database, parts.storage):
         taken = await claimed.claimed_by_another(str(parts.options.catalog_path))
         findings += [taken] if taken else []
+    if (unseen := await look(parts.catalog, parts.storage)) is not None:
+        findings.append(unseen)
     findings += await parts.journal.check()
     findings += await mixed(parts.site)
     findings.append(await asyncio.to_thread(_cost, parts))
