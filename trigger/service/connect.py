@@ -223,7 +223,12 @@ def _recalled(database: Database, kept: Path) -> Layout:
 
 
 async def check(parts: Parts) -> list[Finding]:
-    """Give what every part has to say before the cluster may be protected; changes nothing."""
+    """Give what every part has to say before the cluster may be protected; changes nothing.
+
+    While a restore in place is cut off that is all there is to say: the server may be down for it, or of two states.
+    """
+    if unfinished := await mixed(parts.site):
+        return unfinished
     bracketed = Capability.ATOMIC_GROUP not in parts.storage.capabilities
     seen = (await parts.catalog.all_settled()).keys()
     findings = await parts.database.check(parts.volumes, bracketed=bracketed, seen=seen)
@@ -234,7 +239,6 @@ async def check(parts: Parts) -> list[Finding]:
     if (unseen := await look(parts.catalog, parts.storage)) is not None:
         findings.append(unseen)
     findings += await parts.journal.check()
-    findings += await mixed(parts.site)
     findings.append(await asyncio.to_thread(_cost, parts))
     findings += await asyncio.to_thread(surroundings.check, parts.options, parts.volumes)
     for agent in parts.agents:
