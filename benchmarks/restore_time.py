@@ -59,7 +59,7 @@ def prepared(gigabytes: float, seconds: int) -> Iterator[tuple[Deployment, PgBac
     megabytes = int(gigabytes * 6000) + 8000
     folder = Path(f"/var/tmp/trg-pgbackrest-{os.getpid()}")
     with deployment(15, "btrfs", megabytes=megabytes, archive_mode="on", max_wal_size="1GB") as deployed:
-        cluster = deployed.cluster
+        cluster, deployed.forks = deployed.cluster, False
         backup = PgBackRest(cluster, folder)
         try:
             # Nobody needs the log of a load.
