@@ -18,7 +18,8 @@ import pytest
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import server_owner
 from tests.fixtures.postgres import running_cluster
-from tests.fixtures.service import CHECKOUT, Deployment, deployment
+from tests.fixtures.preloaded import CHECKOUT
+from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import loop_volume, plain_folder
 from trigger.cli.json_reference import STATUS
 from trigger.errors import PreflightError, StorageError

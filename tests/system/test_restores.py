@@ -22,7 +22,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.fixtures.postgres import free_port
-from tests.fixtures.service import CHECKOUT, Deployment, deployment
+from tests.fixtures.preloaded import CHECKOUT
+from tests.fixtures.service import Deployment, deployment
 from trigger.config.options import load
 from trigger.errors import RestoreError
 from trigger.model import from_microseconds

@@ -8,7 +8,7 @@ anything is made, and a sealed tag stands in the storage before the catalog says
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sized
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -96,7 +96,7 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
     in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
     in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
     sealed = sum(point.state is State.SEALED for point in in_catalog.values())
-    if _shows_nothing(sealed, in_storage) and not accept_loss:
+    if _shows_nothing(sealed, len(in_storage)) and not accept_loss:
         raise StorageError(_NOTHING.format(sealed), hint=_MOUNT)
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
@@ -120,15 +120,15 @@ async def look(catalog: Catalog, storage: Storage) -> Finding | None:
     """
     sealed = (await catalog.totals()).points.get(State.SEALED, 0)
     try:
-        if _shows_nothing(sealed, await storage.tagged()):
+        if _shows_nothing(sealed, (await storage.space()).snapshots):
             return Finding("storage", Severity.REFUSED, _NOTHING.format(sealed), _MOUNT)
     except StorageError:
         pass
     return None
 
 
-def _shows_nothing(sealed: int, in_storage: Sized) -> bool:
-    return sealed > 1 and not len(in_storage)
+def _shows_nothing(sealed: int, in_storage: int) -> bool:
+    return sealed > 1 and not in_storage
 
 
 async def _concerned(catalog: Catalog, in_storage: Collection[str]) -> list[RecoveryPoint]:

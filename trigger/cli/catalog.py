@@ -34,7 +34,7 @@ def rebuild(config: Config = None, as_json: Json = False) -> None:
     can still be read (open gaps, how far streams are settled), or listed. Where it cannot, the next start records a gap
     behind the newest commit that a tag knows: nobody can say any more what lies there.
     """
-    done = in_order(lambda _ending: _rebuild(options(config)))
+    done = in_order(_rebuild(options(config)))
     if as_json:
         show.print_json(done)
         return

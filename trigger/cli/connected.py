@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trigger.cli import show
 from trigger.errors import ConfigError
@@ -25,7 +25,7 @@ T = TypeVar("T")
 def at(chosen: Options, act: Callable[[Parts], Awaitable[T]], *, by_itself: bool = False) -> T:
     """Give what `act` gives with the parts of a configuration.
 
-    It is ended by signals in order, as `in_order` says. What must be done `by_itself` is refused while a service runs.
+    Signals end it in order, as `until_ended` says. What must be done `by_itself` is refused while a service runs.
     """
     from trigger.service.service import alone, opened
 
@@ -33,10 +33,15 @@ def at(chosen: Options, act: Callable[[Parts], Awaitable[T]], *, by_itself: bool
         async with (alone if by_itself else opened)(chosen, past=True) as parts:
             return await act(parts)
 
-    return in_order(lambda _ending: connected())
+    return in_order(connected())
 
 
-def in_order(act: Callable[[Ending], Awaitable[T]]) -> T:
+def in_order(work: Coroutine[Any, Any, T]) -> T:
+    """Give what `work` gives, as `asyncio.run` does; signals end it as `until_ended` says."""
+    return until_ended(lambda _ending: work)
+
+
+def until_ended(act: Callable[[Ending], Awaitable[T]]) -> T:
     """Give what `act` gives, in an event loop of its own, which signals end in order.
 
     Ctrl-C, SIGTERM and a lost terminal cancel it, or do what it put into its `Ending`, and its tidying up is waited

@@ -47,10 +47,10 @@ def demo(
     Exit code 10 where the proof fails.
     """
     if stop:
-        in_order(lambda _ending: end(kept(folder)))
+        in_order(end(kept(folder)))
         return
     wishes = Wishes(folder, seconds, storage.value, keep)
-    told = in_order(lambda _ending: play(wishes, Screen(plain=plain, to_errors=as_json)))
+    told = in_order(play(wishes, Screen(plain=plain, to_errors=as_json)))
     if as_json:
         show.print_json(document(told, keep=keep))
     else:

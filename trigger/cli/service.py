@@ -17,7 +17,7 @@ import typer
 
 from trigger.cli import show
 from trigger.cli.arguments import Config, Json, Yes, confirm, given_text, options, point_reference
-from trigger.cli.connected import in_order
+from trigger.cli.connected import in_order, until_ended
 from trigger.errors import ConfigError, TrigpointError
 from trigger.service.control import NotRunningError, ask
 from trigger.shape import data, json_text, plain
@@ -45,7 +45,7 @@ def run(
     configure_logging(verbose=verbose, as_json=as_json)
     from trigger.service import service
 
-    in_order(lambda ending: service.run(chosen, ending, force=force, ready=lambda _service: notify("READY=1")))
+    until_ended(lambda ending: service.run(chosen, ending, force=force, ready=lambda _service: notify("READY=1")))
 
 
 def point(
@@ -61,7 +61,7 @@ def point(
     when the point is sealed. Exit code 0 only then.
     """
     chosen = options(config)
-    taken = in_order(lambda _ending: _asked(chosen, {"do": "point", "note": note}))["point"]
+    taken = in_order(_asked(chosen, {"do": "point", "note": note}))["point"]
     if as_json:
         show.print_json(taken)
     if taken["state"] != "sealed":
@@ -97,7 +97,7 @@ def expire(
     if not dry_run:
         confirm(f"make every commit of {chosen.name} before point {before} impossible to restore", yes=yes)
     request = {"do": "expire", "before": point_reference(before), "dry_run": dry_run}
-    done = in_order(lambda _ending: _asked(chosen, request))["expired"]
+    done = in_order(_asked(chosen, request))["expired"]
     if as_json:
         show.print_json(done)
         return
@@ -193,7 +193,7 @@ def reconcile(
 
     The service must not run. Snapshots that bear our names but that nobody can read are reported and left alone.
     """
-    done = in_order(lambda _ending: _reconcile(options(config), accept_loss=accept_loss))
+    done = in_order(_reconcile(options(config), accept_loss=accept_loss))
     if as_json:
         show.print_json(done)
         return
@@ -227,7 +227,7 @@ def release(
     chosen = options(config)
     which = "that bears our name and no configured database has a use for" if unused else f"that {chosen.name} has made"
     confirm(f"drop every slot and publication {which} in the cluster", yes=yes)
-    dropped = in_order(lambda _ending: _release(chosen, unused=unused))
+    dropped = in_order(_release(chosen, unused=unused))
     if as_json:
         show.print_json({"dropped": dropped})
     else:
@@ -255,7 +255,7 @@ def clear(
     must not run.
     """
     chosen = options(config)
-    in_order(lambda _ending: _clear(chosen, volume))
+    in_order(_clear(chosen, volume))
     if as_json:
         show.print_json({"cleared": volume})
     else:

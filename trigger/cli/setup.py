@@ -232,7 +232,7 @@ def check(
             show.say(f"{refused} of {len(findings)} refused: the service would not start")
         raise typer.Exit(PreflightError.exit_code)
     if rehearse:
-        _show_rehearsal(in_order(lambda _ending: _rehearse(chosen)), findings, as_json=as_json)
+        _show_rehearsal(in_order(_rehearse(chosen)), findings, as_json=as_json)
 
 
 async def _rehearse(chosen: Options) -> Rehearsal:

@@ -247,12 +247,16 @@ async def end_held(lineage: Lineage, journal: Journal) -> Position | None:
     return None
 
 
+async def held_to(lineage: Lineage, journal: Journal) -> Position | None:
+    """Give where the log of the present history of a lineage ends that is kept by now; None where none of it is."""
+    end = await end_held(lineage, journal)
+    return end if end is not None and end.history == lineage.history else None
+
+
 async def end_of(lineage: Lineage, journal: Journal) -> str:
     """Give where the log of a history ends that is kept by now, in words."""
-    end = await end_held(lineage, journal)
-    if end is None or end.history != lineage.history:
-        return "no log of it is kept"
-    return f"the log that is kept ends at {end.place}"
+    end = await held_to(lineage, journal)
+    return f"the log that is kept ends at {end.place}" if end is not None else "no log of it is kept"
 
 
 async def nowhere(lineages: Sequence[Lineage], journal: Journal) -> str:

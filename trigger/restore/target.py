@@ -258,7 +258,9 @@ async def at_time(
     description = f"the state of {time.isoformat()}{_last(last)}"
     if later is None:
         description += f", no later commit is known: {await log_search.end_of(lineage, journal)}"
-    reach = later.record.end if later else await _passed(lineage, database) or await _held_to(lineage, journal)
+    reach = later.record.end if later else await _passed(lineage, database)
+    if reach is None and (end := await log_search.held_to(lineage, journal)) is not None:
+        reach = end.at
     known = last.record if last else None
     return Target(lineage.history, None, True, description, time, known, reach)
 
@@ -284,11 +286,6 @@ async def _latest(lineage: Lineage, catalog: Catalog, database: Database | None,
         )
     reach = known.end if known else None
     return Target(lineage.history, None, False, description, commit=known, reach=reach)
-
-
-async def _held_to(lineage: Lineage, journal: Journal) -> int | None:
-    """Give where the log of a history ends that is held; None where none of it is."""
-    return max((one.end for one in await journal.extents() if one.history == lineage.history), default=None)
 
 
 async def _passed(lineage: Lineage, database: Database | None) -> int | None:

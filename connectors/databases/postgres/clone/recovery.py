@@ -28,6 +28,7 @@ from connectors.databases.postgres.clone import (
     postmaster,
     production,
     refusals,
+    replayed,
     sockets,
     stops,
     tablespaces,
@@ -132,8 +133,9 @@ class PostgresRecovery:
         await asyncio.to_thread(beside.show, self._placement, volumes, system, log_folder, isolated.owner)
         redo = bracket.start.at if bracket else Lsn.parse(control["Latest checkpoint's REDO location"])
         dump = WalDump(programs, isolated.owner)
-        seen = await tablespaces.refuse_new_ones(dump, isolated, log_folder, redo, replay)
-        stop = await stops.before_removals(dump, isolated, log_folder, redo, replay, seen.removals)
+        read = await replayed.stretches(isolated.data / "pg_wal", log_folder, redo, replay)
+        seen = await tablespaces.refuse_new_ones(dump, read, replay)
+        stop = await stops.before_removals(dump, read, replay, seen.removals)
         carried = isolation.carried(control, [change.values for change in seen.parameters])
         staged = await asyncio.to_thread(_visible_log, isolated, log_folder, replay)
         socket_folder = sockets.make(self._sockets, isolated)

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from connectors.databases.postgres.clone import replayed
-from connectors.databases.postgres.clone.isolation import Isolated, Stop
+from connectors.databases.postgres.clone.isolation import Stop
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import Stretch, WalDump, parse_ended
 from connectors.databases.postgres.lsn import Lsn
@@ -22,12 +22,12 @@ from trigger.replay import Replay, Target
 
 
 async def before_removals(
-    dump: WalDump, isolated: Isolated, staged: Path, redo: int, replay: Replay, removals: Sequence[Lsn]
+    dump: WalDump, read: Sequence[Stretch], replay: Replay, removals: Sequence[Lsn]
 ) -> Stop | None:
     """Give where to stop so that no folder goes whose DROP is not part of the state; None where none would.
 
     Args:
-        dump, isolated, staged, redo, replay: as `tablespaces.refuse_new_ones` has them.
+        dump, read, replay: as `tablespaces.refuse_new_ones` has them.
         removals: where the records begin by which folders go.
     """
     target, held = replay.target, Lsn(replay.held_until)
@@ -35,7 +35,6 @@ async def before_removals(
     if not ahead or replay.as_cut or target.is_latest or (target.at is not None and target.inclusive):
         return None
     last, beyond = Lsn(0), None
-    read = await replayed.stretches(isolated.data / "pg_wal", staged, redo, replay)
     async with aclosing(replayed.ends(dump, read)) as ends:
         async for one in ends:
             if replayed.is_beyond(one, target):

@@ -5,23 +5,21 @@ Looked for in the log of the snapshot itself, and in what is staged from the jou
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 from connectors.databases.postgres.clone import replayed
-from connectors.databases.postgres.clone.isolation import Isolated
-from connectors.databases.postgres.log.waldump import CreatedTablespace, Preview, WalDump
+from connectors.databases.postgres.log.waldump import CreatedTablespace, Preview, Stretch, WalDump
 from trigger.errors import RestoreError
 from trigger.replay import Replay
 
 
-async def refuse_new_ones(dump: WalDump, isolated: Isolated, staged: Path, redo: int, replay: Replay) -> Preview:
-    """Raise `RestoreError` where a replay from `redo` on would make a tablespace.
+async def refuse_new_ones(dump: WalDump, read: Sequence[Stretch], replay: Replay) -> Preview:
+    """Raise `RestoreError` where a replay, which reads these stretches of log, would make a tablespace.
 
     Gives what the same log says of other things, in order, so that it is read but once; where a tablespace is made in
     it, it is read again for where a replay to a time stops.
     """
     seen, target = Preview([], [], {}, []), replay.target
-    read = await replayed.stretches(isolated.data / "pg_wal", staged, redo, replay)
     for stretch in read:
         here = await dump.preview(stretch)
         seen.tablespaces.extend(here.tablespaces)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.clone import inspection, tablespaces
+from connectors.databases.postgres.clone import inspection, replayed, tablespaces
 from connectors.databases.postgres.clone.isolation import Isolated
 from connectors.databases.postgres.log import search
 from connectors.databases.postgres.log.segments import SegmentFolder
@@ -120,7 +120,8 @@ def dying(request: pytest.FixtureRequest, tmp_path: Path, ground: Ground) -> tup
 async def refuse(dump: WalDump, ground: Ground) -> object:
     isolated = Isolated(ground.cluster.data, ground.cluster.owner, ground.cluster.major, ())
     replay = Replay(Target(ground.history, ground.end, False, "the end"), Position(ground.history, ground.redo), 0)
-    return await tablespaces.refuse_new_ones(dump, isolated, ground.staged, ground.redo, replay)
+    read = await replayed.stretches(isolated.data / "pg_wal", ground.staged, ground.redo, replay)
+    return await tablespaces.refuse_new_ones(dump, read, replay)
 
 
 async def every(dump: WalDump, ground: Ground) -> object:
