@@ -24,6 +24,8 @@ from tests.simulation.virtual import DeadlockError, RealWaitError, VirtualLoop
 
 BASE = int(os.environ.get("TRIGPOINT_SEED") or SystemRandom().randrange(10**9))
 SHARES, SEEDS_A_SHARE, SEEDS_A_SORT = 10, 100, 60
+QUICK_SHARES = 4
+"""How many of the shares `make quick` runs."""
 CAMPAIGN_SEEDS = 100_000
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +40,10 @@ def verdict(results: list[Result]) -> str:
     )
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+_ALL_SHARES = [pytest.param(share, marks=[pytest.mark.slow] * (share >= QUICK_SHARES)) for share in range(SHARES)]
+
+
+@pytest.mark.parametrize("share", _ALL_SHARES)
 def test_the_promises_hold_in_every_run_of_a_fresh_range_of_seeds(share: int) -> None:
     first = BASE + share * SEEDS_A_SHARE
     print(f"TRIGPOINT_SEED={BASE}: seeds {first} to {first + SEEDS_A_SHARE - 1}")

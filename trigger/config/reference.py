@@ -8,6 +8,7 @@ import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -132,6 +133,7 @@ def _doc(model: Any) -> str:
     return " ".join(inspect.cleandoc(model.__doc__ or "").split())
 
 
+@cache
 def _docs(model: Any) -> dict[str, str]:
     """Give the words below each option in the source; read there, so that only who wants them pays for it."""
     docs: dict[str, str] = {}
