@@ -179,12 +179,23 @@ class Agenda:
         """Note that a round ended well."""
         self.base, self.sealed_number = point, point.number
         self._failures = 0
+        self._know_redos(point)
         if self._began is not None:  # a schedule is met by a point, not by an attempt
             self._last, self._cron_after = self._began
         self.open_gap = False
         self.trouble = ""
         if point.cause is not Cause.COMMIT:  # that one holds its commit, and not surely what was there when one asked
             self._answer(point)
+
+    def _know_redos(self, point: RecoveryPoint) -> None:
+        """Take over where replays begin as a point has just seen it.
+
+        What was seen before it may be of a log that is no more, and lie further on: that asked for one point after
+        the other.
+        """
+        fresh = [mark.redo for mark in point.marks if mark.redo is not None]
+        others = [redo for redo in self.redos if not any(redo.history.is_of_system(own.history) for own in fresh)]
+        self.redos = [*fresh, *others]
 
     def failed(self, now: float, point: RecoveryPoint | None) -> float:
         """Note that a round failed, with the failed point if there is one; gives the seconds until the next."""

@@ -162,6 +162,16 @@ def test_a_point_is_due_before_a_replay_takes_longer_than_promised() -> None:
     assert due.cause is Cause.REPLAY
 
 
+def test_a_checkpoint_of_a_log_that_was_put_back_asks_for_no_point_after_each_point() -> None:
+    book = agenda(point(redo=0), restore_objective_seconds=10, replay_bytes_per_second=100)
+    book.redos = [at(600)]
+    assert book.next(0.0, NOON, [at(751)]) is not None
+    book.sealed(point(2, redo=0))  # an older copy was put back meanwhile
+    assert book.next(0.0, NOON, [at(1100)]) is None
+    book.redos = [at(900)]
+    assert book.next(0.0, NOON, [at(1100)]) is not None
+
+
 def test_pauses_after_failures_double_up_to_ten_minutes_and_end_with_a_success() -> None:
     book = agenda(point(), retry_seconds=5)
     pauses = [book.failed(0.0, None) for _ in range(12)]
