@@ -61,6 +61,30 @@ def test_a_full_disk_refuses_a_seal_whole_and_the_next_one_succeeds_when_there_i
         asyncio.run(work(volume))
 
 
+def test_points_are_given_up_on_a_full_disk_and_what_that_needed_is_laid_by_again_when_there_is_room() -> None:
+    async def work(volume: Path) -> None:
+        ballast, reserve = volume / "ballast", volume / "catalog.db.reserve"
+        ballast.write_bytes(os.urandom(4 << 20))
+        catalog = await Catalog.open(volume / "catalog.db")
+        whole = reserve.stat().st_size
+        done, _ = await seal_until_refused(catalog)
+        with contextlib.suppress(OSError), (volume / "to the last byte").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+        for point in done[:-1]:
+            await catalog.change(point, State.EXPIRING)
+            await catalog.change(point, State.EXPIRED)
+        assert [point.number for point in await catalog.points(states={State.SEALED})] == [done[-1].number]
+        assert reserve.stat().st_size < whole
+        await catalog.close()
+        ballast.unlink()
+        await (await Catalog.open(volume / "catalog.db")).close()
+        assert reserve.stat().st_size == whole
+
+    with loop_volume("ext4", 24) as volume:
+        asyncio.run(work(volume))
+
+
 def test_a_new_catalog_on_a_full_disk_is_refused() -> None:
     async def nothing(_catalog: Catalog) -> None:
         pass

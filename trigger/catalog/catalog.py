@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from trigger.catalog import commit_index, commit_search, migrations, point_index, pruning, schema
 from trigger.catalog.commit_search import Found, Query
 from trigger.catalog.point_index import Missed, Totals
+from trigger.catalog.reserve import Reserve
 from trigger.errors import CatalogError
 from trigger.failpoint import reached
 from trigger.model import (
@@ -76,6 +77,7 @@ class Catalog:
         self._owns_engine = owns_engine
         self._thread = ThreadPoolExecutor(1, "catalog") if run is None else None
         self._run = run or self._on_thread
+        self._reserve = Reserve(self.file) if self.file is not None else None
         self._inode: tuple[int, int] | None = None
         self._copy_is_kept = False
 
@@ -118,13 +120,24 @@ class Catalog:
             if self.file is not None:
                 schema.create_file(self.file)
                 self._inode = schema.inode(self.file)
-            have = self._version()
+            have = self._in_spite_of_a_full_disk(self._version)
             if have is None or have >= schema.VERSION:
                 upgrade = contextlib.nullcontext(enter_result=True)
             if have != schema.VERSION:
                 with upgrade as may:
                     self._upgrade(self._version(), may=may)  # somebody else may have brought it up meanwhile
             self._copy_is_kept = self.file is not None and migrations.has_copies(self.file)
+            if self._reserve is not None:
+                self._reserve.fill()
+
+    def _in_spite_of_a_full_disk(self, work: Callable[[], T]) -> T:
+        """Give what `work` gives, for which pieces of the reserve are given up while the disk is full."""
+        while True:
+            try:
+                return work()
+            except DBAPIError as error:
+                if not schema.is_full(error) or self._reserve is None or not self._reserve.give_piece():
+                    raise
 
     def _version(self) -> int | None:
         with self._transaction(writes=False) as connection:
@@ -152,14 +165,17 @@ class Catalog:
     async def _read(self, work: Callable[[Connection], T]) -> T:
         return await self._run(partial(self._transact, work, writes=False))
 
-    async def _write(self, work: Callable[[Connection], T]) -> T:
-        return await self._run(partial(self._transact, work, writes=True))
+    async def _write(self, work: Callable[[Connection], T], *, makes_room: bool = False) -> T:
+        return await self._run(partial(self._transact, work, writes=True, makes_room=makes_room))
 
-    def _transact(self, work: Callable[[Connection], T], *, writes: bool) -> T:
-        with schema.translated(self.where):
-            self._require_same_file()
+    def _transact(self, work: Callable[[Connection], T], *, writes: bool, makes_room: bool = False) -> T:
+        def once() -> T:
             with self._transaction(writes=writes) as connection:
                 return work(connection)
+
+        with schema.translated(self.where):
+            self._require_same_file()
+            return self._in_spite_of_a_full_disk(once) if makes_room else once()
 
     def _require_same_file(self) -> None:
         # SQLite would go on writing, without any error, to a file that has no name any more.
@@ -272,7 +288,7 @@ class Catalog:
         """
         if state in (State.SEALED, State.FAILED):
             raise CatalogError(f"point {point.number} becomes {state} by its own call, not by a change of state")
-        return await self._write(partial(point_index.change, key=point.id, state=state))
+        return await self._write(partial(point_index.change, key=point.id, state=state), makes_room=True)
 
     async def prune(self, taken_before: datetime, most: int) -> int:
         """Let go of what is known of expired points taken before a time; gives of how many, `most` at most.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.reconcile import Reconciliation
+from trigger.catalog.reserve import Reserve
 from trigger.errors import CatalogError
 from trigger.model import Gap, Outcome, RecoveryPoint, State
 from trigger.position import Position
@@ -148,7 +149,9 @@ def _put_back(path: Path, aside: Path | None) -> None:
     try:
         for companion in _COMPANIONS:
             path.with_name(path.name + companion).unlink(missing_ok=True)
-        if aside is not None:
+        if aside is None:
+            Reserve(path).drop()
+        else:
             for companion in reversed(_COMPANIONS):  # the catalog itself last: it is there whole, or not there
                 _move(aside, path, companion)
     except OSError as error:

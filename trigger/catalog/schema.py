@@ -290,7 +290,11 @@ _RETRYABLE_STATES = ("40001", "40P01", "53100", "53300", "57P01", "57P02", "57P0
 """PostgreSQL's codes for: conflict, deadlock, disk full, too many connections, and three kinds of shutting down."""
 
 _SQLITE_WORDS = {
-    "SQLITE_FULL": ("no room left", "free some space on its filesystem", True),
+    "SQLITE_FULL": (
+        "no room left",
+        "free some space on its filesystem, or give up old points: `trigpoint expire` goes through",
+        True,
+    ),
     "SQLITE_READONLY": (
         "it cannot be written",
         "mount it read-write, and give the service's user the right to it and to its -wal and -shm files",
@@ -305,6 +309,11 @@ _SQLITE_WORDS = {
     "SQLITE_AUTH": ("permission denied", "give the service's user the right to its file and folder", False),
     "SQLITE_IOERR": ("its disk failed", "look at the kernel's log and at the filesystem's free space", True),
 }
+
+
+def is_full(error: DBAPIError) -> bool:
+    """Whether SQLite found no room on its disk; so it is too where the file that its readers share cannot be made."""
+    return getattr(error.orig, "sqlite_errorname", "") in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
 
 
 @contextlib.contextmanager
