@@ -172,7 +172,7 @@ class Simulation(Acts):
 
     def opened(self, stream: str, history: History, after: Position | None, broken: Break | None) -> None:
         """What is lost of a log is answered for by the streams that were open in it; a gap takes in nothing else."""
-        self.truth.is_open(stream, history, after, broken)
+        self.truth.is_open(stream, self.of(stream), history, after, broken)
         if after is not None and broken is not None:
             checks.check_break(self, stream, after, broken)
         elif after is not None:
@@ -184,7 +184,7 @@ class Simulation(Acts):
             cluster = self.of(stream)
             begin = self.began_at[stream] = cluster.slots[stream].confirmed
             there = [c for at, c in self.truth.of_present(cluster) if at is None or c.end <= begin]
-            there += [commit for _, commit in self.truth.flushed_and_lost()]
+            there += [commit for _, commit, _ in self.truth.flushed_and_lost()]
             self.not_ours[stream] = {id(commit) for commit in there if commit.stream == stream}
 
     def _calm(self) -> None:

@@ -30,6 +30,7 @@ class Key(NamedTuple):
 class Lost(NamedTuple):
     """A log, or a timeline of it, that the cluster has left for another, with how far that was flushed."""
 
+    cluster: Cluster
     book: Book
     timeline: int
     flushed: int
@@ -56,16 +57,26 @@ class Truth:
         """How many stays of a stream came before the first that began with a break behind a place."""
         self._given_from: dict[str, list[tuple[int, Position]]] = {}
         """By stream which of its stays began with a break, and from where on it was given again then."""
+        self._lost_by: dict[str, int] = {}
+        """How much had been lost when a stream was opened last."""
+        self._unseen: dict[tuple[str, Position], set[Lost]] = {}
+        """What came up and went while a stream was away, by it and where it had been."""
 
     def leaves(self, cluster: Cluster) -> None:
         """Note that a cluster is about to leave its log for another."""
-        self.lost.append(Lost(cluster.book, cluster.timeline, cluster.flushed))
+        self.lost.append(Lost(cluster, cluster.book, cluster.timeline, cluster.flushed))
 
-    def is_open(self, stream: str, history: History, after: Position | None, broken: Break | None) -> None:
-        """Note that a stream was opened in a history, with a break from `after` where there was one."""
+    def is_open(
+        self, stream: str, cluster: Cluster, history: History, after: Position | None, broken: Break | None
+    ) -> None:
+        """Note that a stream of a cluster was opened in a history, with a break from `after` where there was one."""
         self.opened.add((stream, history.system, history.incarnation))
         stays = self._stays.setdefault(stream, [])
+        lost = [one for one in self.lost if one.cluster is cluster]
+        lost_by, self._lost_by[stream] = self._lost_by.get(stream, 0), len(lost)
         if after is not None and broken is not None:
+            unseen = lost[lost_by + 1 :]  # the first of them it was at
+            self._unseen.setdefault((stream, after), set()).update(unseen)
             for begin in (after, *(end for end, _ in broken.lineage.ends_since(after))):
                 self._stays_before.setdefault((stream, begin), len(stays))
         stays.append({one for one, _, _ in self.lineage(history).stretches()})
@@ -142,9 +153,10 @@ class Truth:
                 found.append((Key(history, commit.start), commit))
         return found
 
-    def flushed_and_lost(self) -> Iterator[tuple[Key, Commit]]:
-        """Give the commits of logs and timelines that were left which were flushed."""
-        for book, timeline, flushed in self.lost:
+    def flushed_and_lost(self) -> Iterator[tuple[Key, Commit, Lost]]:
+        """Give the commits of logs and timelines that were left which were flushed, and with what they were lost."""
+        for lost in self.lost:
+            _, book, timeline, flushed = lost
             incarnation = self.incarnation_of(book)
             present = any(cluster.book is book and cluster.timeline == timeline for cluster in self._world.clusters)
             if incarnation is None or present:
@@ -153,7 +165,7 @@ class Truth:
                 commit = entry.commit
                 if commit is None or entry.end > flushed:
                     continue
-                yield Key(book.history(commit.history.branch, incarnation), entry.start), commit
+                yield Key(book.history(commit.history.branch, incarnation), entry.start), commit, lost
 
     def state(self, history: History, at: int) -> list[Commit]:
         """Give what the data hold at a place of a history."""
@@ -199,9 +211,13 @@ class Truth:
         left = history == after.history and not self.includes(until.history, Position(history, end))
         return passed_by or left
 
-    def came_up_since(self, gap: Gap, stream: str, history: History) -> bool:
-        """Whether a life of a log came up, and went, after a stream was lost that is seen again by a gap's end."""
-        return stream == gap.stream and self._number(gap.after.history) < self._number(history)
+    def came_up_since(self, gap: Gap, stream: str, history: History, lost: Lost) -> bool:
+        """Whether a log came up, and went, after a stream was lost that is seen again by a gap's end.
+
+        As a life of its own, or taken for one of before that a server had left.
+        """
+        later = self._number(gap.after.history) < self._number(history)
+        return stream == gap.stream and (later or lost in self._unseen.get((stream, gap.after), ()))
 
     def _number(self, history: History) -> int:
         held = self._world.held_of(history)
