@@ -25,6 +25,7 @@ from connectors.memory import (
     World,
 )
 from tests.simulation.story import Story
+from tests.simulation.virtual import inline
 from tests.simulation.wire import Ended, Wire
 from trigger.catalog import reconcile
 from trigger.catalog.catalog import Catalog
@@ -210,7 +211,7 @@ class Life:
     async def _body(self) -> None:
         """Begin as the service begins, then work until the main path ends."""
         cluster = self.cluster = await self._parts()
-        self.room = Room(cluster.catalog, cluster.storage, cast("Journal", self.noted))
+        self.room = Room(cluster.catalog, cluster.storage, cast("Journal", self.noted), inline)
         cluster.leftovers[:] = (await reconcile.reconcile(cluster.catalog, cluster.storage)).stuck
         for database in cluster.logs.databases:
             database.recognise(await cluster.catalog.seen())  # again: points may have been adopted

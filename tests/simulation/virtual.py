@@ -83,3 +83,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def call_soon_threadsafe(self, callback: Callable[..., object], *_: object, **__: object) -> NoReturn:
         """Refuse what comes from threads."""
         raise RealWaitError(f"{callback} was called from a thread")
+
+
+async def inline(work: Callable[[], T]) -> T:
+    """Give what `work` gives, which is done in a thread where time is real."""
+    return work()

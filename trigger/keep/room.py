@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -35,12 +35,17 @@ LONGEST_PAUSE_SECONDS = 3600.0
 """How long no more snapshots go for want of bytes after some went and gave nothing back; twice as long each time."""
 
 
+Apart = Callable[[Callable[[], list[RecoveryPoint]]], Awaitable[list[RecoveryPoint]]]
+"""Gives what a piece of work gives that may last, while the event loop turns on."""
+
+
 class KnownLog:
     """What is known of the log in the journal; while it cannot be looked at, what was seen last counts."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._extents: Sequence[Extent] = ()
+        self.extents: Sequence[Extent] = ()
+        """What the journal held when it was looked at last."""
         self._lineages: dict[History, Lineage] = {}
         self._look_at = 0.0
         self.unseen_from: int | None = None
@@ -59,8 +64,8 @@ class KnownLog:
         with suppress(JournalError, OSError):  # a deadline that has passed is one of the latter
             async with asyncio.timeout(LOOK_DEADLINE_SECONDS):
                 found = await self._journal.extents()
-                self._extents = found or self._extents  # a folder that is not mounted is empty
-                await self._learn({extent.history for extent in self._extents})
+                self.extents = found or self.extents  # a folder that is not mounted is empty
+                await self._learn({extent.history for extent in self.extents})
         if self._look_at == next_at:  # nobody asked for another look meanwhile
             self._look_at = clock() + max(LOOK_SECONDS, (clock() - began) / LOOK_SHARE)
 
@@ -76,8 +81,8 @@ class KnownLog:
         While none was ever seen, nobody knows where that is: it counts as coming from the newest point on that there
         was at first.
         """
-        from_number = 0 if self._extents else self.unseen_from or 0
-        logs = {history: self._log(history) for base in bases for history in _histories(base)}
+        from_number = 0 if self.extents else self.unseen_from or 0
+        logs = {history: self._log(history) for history in {one for base in bases for one in _histories(base)}}
         newest = _histories(bases[-1]) if bases else []
 
         def held(base: RecoveryPoint, point: RecoveryPoint) -> bool:
@@ -90,7 +95,7 @@ class KnownLog:
         return held, to_come
 
     def _log(self, history: History) -> HeldLog:
-        return HeldLog(self._extents, self._lineages.get(history, Lineage(history)), self._journal.file_start)
+        return HeldLog(self.extents, self._lineages.get(history, Lineage(history)), self._journal.file_start)
 
 
 def _histories(point: RecoveryPoint) -> list[History]:
@@ -104,10 +109,11 @@ def _is_crowded(space: Space) -> bool:
 class Room:
     """Keeps room in one storage; only one pass, or one giving up, at a time."""
 
-    def __init__(self, catalog: Catalog, storage: Storage, journal: Journal) -> None:
+    def __init__(self, catalog: Catalog, storage: Storage, journal: Journal, apart: Apart = asyncio.to_thread) -> None:
         self._catalog = catalog
         self._storage = storage
         self._journal = journal
+        self._apart = apart
         self.known_log = KnownLog(journal)
         self.lacking = False
         """Whether the storage had too few bytes for another snapshot when it was last looked at."""
@@ -118,6 +124,8 @@ class Room:
         self._free_before: int | None = None
         self._pause_seconds = 0.0
         self._again_at = -math.inf
+        self._judged: tuple[object, ...] | None = None
+        """Of what it was found last that nothing may go."""
         self._one_at_a_time = asyncio.Lock()
 
     async def make(self, replay_limit_bytes: int) -> list[RecoveryPoint]:
@@ -143,9 +151,13 @@ class Room:
         bases = await self._catalog.bases()
         wanted, most = self._wanted(space, len(bases))
         pinned = {clone.point for clone in await self._storage.clones()}
-        thinned = await self._expire(
-            thin(bases, wanted, most, replay_limit_bytes, *self.known_log.leads(bases), pinned)
-        )
+        judged = [base.id for base in bases], wanted, most, replay_limit_bytes, pinned, self.known_log.extents
+        if judged == self._judged:  # nothing may go, as a moment ago
+            return gone
+        held, to_come = self.known_log.leads(bases)
+        going = await self._apart(lambda: thin(bases, wanted, most, replay_limit_bytes, held, to_come, pinned))
+        self._judged = None if going else judged
+        thinned = await self._expire(going)
         if space.short and thinned:
             self._free_before = space.free_bytes
         return gone + thinned

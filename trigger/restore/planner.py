@@ -8,6 +8,7 @@ the journal holds the log from there to the target without a hole.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -210,15 +211,15 @@ class HeldLog:
             to_come: let log behind all that the journal holds count as held.
         """
         before, mark = base.mark_in(self._lineage.history), point.mark_in(self._lineage.history)
-        if before is None or mark is None or not _is_within(before, mark) or not _inside(before, self._lineage):
-            return False
-        if _latest_stamp(base) > _latest_stamp(point):
+        if before is None or mark is None or not _is_within(before, mark):
             return False
         begin, end = self._file_start(before.log_from), mark.holds_at_most
         if mark.is_exact and before.holds_at_most < end:
             end += 1  # it is the state before what comes next, at the sight of which alone a replay stops there
         until = min(end, _last_held(self._held)) if to_come else end
-        return _first_hole(self._held, Stretch(begin, until)) is None
+        if _first_hole(self._held, Stretch(begin, until)) is not None:  # what is told soonest comes first
+            return False
+        return _inside(before, self._lineage) and _latest_stamp(base) <= _latest_stamp(point)
 
 
 def _mark(base: RecoveryPoint, history: History) -> Mark:
@@ -392,16 +393,12 @@ def _owned_parts(extents: Sequence[Extent], owned: Mapping[History, Stretch]) ->
 
 def _first_hole(held: Sequence[Stretch], wanted: Stretch) -> Stretch | None:
     """Give the first stretch of `wanted` that is not in `held` (ordered, joined)."""
-    at = wanted.start
-    for stretch in held:
-        if at >= wanted.end:
-            return None
-        if stretch.end <= at:
-            continue
-        if stretch.start > at:
-            return Stretch(at, min(stretch.start, wanted.end))
-        at = stretch.end
-    return Stretch(at, wanted.end) if at < wanted.end else None
+    at, index = wanted.start, bisect_right(held, wanted.start, key=lambda stretch: stretch.end)
+    if index < len(held) and held[index].start <= at:
+        at, index = held[index].end, index + 1
+    if at >= wanted.end:
+        return None
+    return Stretch(at, min(held[index].start, wanted.end) if index < len(held) else wanted.end)
 
 
 def _refusal(

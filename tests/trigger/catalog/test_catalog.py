@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Engine
 
 from connectors.databases.postgres.lsn import Lsn
+from tests.simulation.virtual import inline
 from trigger import failpoint
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
@@ -39,10 +40,6 @@ T = TypeVar("T")
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HISTORY = History("postgres", "7391", 1)
 BASE_US = 1_760_000_000_000_000
-
-
-async def inline(work: Callable[[], T]) -> T:
-    return work()
 
 
 def at(lsn: int, history: History = HISTORY) -> Position:

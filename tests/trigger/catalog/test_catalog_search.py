@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from sqlalchemy import event
 
 from connectors.databases.postgres.lsn import Lsn
-from tests.trigger.catalog.test_catalog import BASE_US, at, inline, opened, proven, record, sealed, with_catalog
+from tests.simulation.virtual import inline
+from tests.trigger.catalog.test_catalog import BASE_US, at, opened, proven, record, sealed, with_catalog
 from trigger.catalog import packing
 from trigger.catalog.catalog import Catalog, Found, make_engine
 from trigger.catalog.commit_search import log_order

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import fields, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
 from connectors.memory import Kept, MemoryStorage, World
-from tests.simulation.virtual import VirtualLoop
+from tests.simulation.virtual import VirtualLoop, inline
 from trigger.catalog import reconcile, tag
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.reconcile import GONE, INTERRUPTED, Reconciliation
@@ -18,15 +18,9 @@ from trigger.errors import StorageError
 from trigger.model import Cause, CommitRecord, Mark, Outcome, RecoveryPoint, State, Volume, point_id
 from trigger.position import History, Name, Position
 
-T = TypeVar("T")
-
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 VOLUMES = (Volume("data", "/data"),)
 HISTORY = History("memory", "7001", 1)
-
-
-async def inline(work: Callable[[], T]) -> T:
-    return work()
 
 
 def at(lsn: int) -> Position:

@@ -8,7 +8,8 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from tests.trigger.catalog.test_catalog import HISTORY, NOW, at, inline, record, sealed, with_catalog
+from tests.simulation.virtual import inline
+from tests.trigger.catalog.test_catalog import HISTORY, NOW, at, record, sealed, with_catalog
 from trigger.catalog.catalog import Catalog, make_engine
 from trigger.catalog.point_index import Missed
 from trigger.model import CommitRecord, Gap

@@ -15,8 +15,8 @@ from unittest.mock import patch
 import pytest
 
 from connectors.memory import SEGMENT_BYTES, MemoryJournal, MemoryStorage, World
-from tests.simulation.virtual import VirtualLoop
-from tests.trigger.catalog.test_reconcile import HISTORY, NOON, Stage, inline, record
+from tests.simulation.virtual import VirtualLoop, inline
+from tests.trigger.catalog.test_reconcile import HISTORY, NOON, Stage, record
 from trigger import failpoint
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
@@ -39,7 +39,7 @@ class Shelves(Stage):
         super().__init__(catalog, world)
         self.storage = MemoryStorage(world, budget=POINTS)
         self.journal = MemoryJournal(world)
-        self.room = Room(catalog, self.storage, self.journal)
+        self.room = Room(catalog, self.storage, self.journal, inline)
         world.journal[HISTORY.branch] = [(0, 1 << 40)]
 
     async def sealed_at(self, number: int, lsn: int, history: History = HISTORY) -> RecoveryPoint:
@@ -153,7 +153,7 @@ class Journal(MemoryJournal):
 def test_a_journal_that_cannot_be_looked_at_counts_as_it_was_seen_last_and_points_go_on(how: str) -> None:
     async def act(shelves: Shelves) -> None:
         journal = Journal(shelves.world)
-        room = Room(shelves.catalog, shelves.storage, journal)
+        room = Room(shelves.catalog, shelves.storage, journal, inline)
         shelves.world.journal[1] = HOLE
         for number in range(1, 20):
             await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
@@ -180,7 +180,7 @@ def test_what_only_log_to_come_would_lead_to_goes_last() -> None:
     play(act)
 
 
-def test_damage_that_was_just_found_counts_at_once() -> None:
+def test_damage_that_was_just_found_counts_inline() -> None:
     async def act(shelves: Shelves) -> None:
         for number in range(1, 20):
             await shelves.sealed_at(number, number * SEGMENT_BYTES // 2)
@@ -256,7 +256,7 @@ def test_a_snapshot_that_cannot_be_deleted_keeps_no_other_from_going() -> None:
 
     async def act(shelves: Shelves) -> None:
         storage = Stuck(shelves.world, budget=POINTS)
-        room = Room(shelves.catalog, storage, shelves.journal)
+        room = Room(shelves.catalog, storage, shelves.journal, inline)
         points = await _filled(20)(shelves)
         storage.stuck = points[1].id
         assert len(await room.make(FAR)) == 5
@@ -279,6 +279,33 @@ def test_what_is_given_up_before_a_point_is_not_given_up_where_thinning_has_take
         assert 2 in [point.number for point in thinned.result()]
         assert "point 2 is expired" in given_up.result()
         assert 1 in await shelves.numbers()
+
+    play(act)
+
+
+def test_what_may_go_is_thought_about_apart_from_the_loop_and_not_again_while_nothing_has_changed() -> None:
+    """With a hole between each two of hundreds of points it takes a second, and was done every second."""
+
+    async def act(shelves: Shelves) -> None:
+        thought = 0
+
+        async def apart(work: Callable[[], list[RecoveryPoint]]) -> list[RecoveryPoint]:
+            nonlocal thought
+            thought += 1
+            return await inline(work)
+
+        room = Room(shelves.catalog, shelves.storage, shelves.journal, apart)
+        shelves.world.journal[HISTORY.branch] = [(number * 1000 + 500, number * 1000 + 600) for number in range(40)]
+        await _filled(19)(shelves)
+        assert await room.make(FAR) == await room.make(FAR) == []
+        assert thought == 1
+        await shelves.sealed_at(20, 20_000)
+        assert await room.make(FAR) == []
+        assert thought == 2
+        shelves.world.journal[HISTORY.branch] = [(0, 1 << 40)]
+        room.known_log.look_again()
+        assert await room.make(FAR)
+        assert thought == 3
 
     play(act)
 
@@ -310,7 +337,7 @@ def test_thinning_and_giving_up_wait_for_each_other() -> None:
 
     async def act(shelves: Shelves) -> None:
         shelves.storage = Slow(shelves.world, budget=POINTS)
-        shelves.room = Room(shelves.catalog, shelves.storage, shelves.journal)
+        shelves.room = Room(shelves.catalog, shelves.storage, shelves.journal, inline)
         points = await _filled(20)(shelves)
         async with asyncio.TaskGroup() as tasks:
             thinned = tasks.create_task(shelves.room.make(FAR))
@@ -446,29 +473,6 @@ def test_without_a_service_a_dry_run_changes_nothing_not_even_what_a_crash_left(
         assert half.id not in shelves.world.kept
 
     play(act)
-
-
-def test_a_note_is_cut_alike_with_and_without_a_service() -> None:
-    notes: list[str] = []
-
-    async def noted(_: object, note: str) -> str:
-        notes.append(note)
-        return note
-
-    async def act(_: Shelves) -> None:
-        @contextlib.asynccontextmanager
-        async def alone(_: object) -> AsyncIterator[object]:
-            yield None
-
-        options: Any = None
-        running: Any = SimpleNamespace(point=lambda note: noted(None, note))
-        request = {"do": "point", "note": "x" * 2000}
-        with patch.object(service, "alone", alone), patch.object(service, "_take_one", noted):
-            await service.answer_alone(options, request)
-        await service.Service.answer(running, request)
-
-    play(act)
-    assert notes == ["x" * service.NOTE_CHARACTERS] * 2
 
 
 def test_nothing_is_given_up_for_a_point_that_is_no_base() -> None:

@@ -12,12 +12,14 @@ import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from trigger.errors import ConfigError, StorageError, TrigpointError
+from trigger.service import service
 from trigger.service.control import NotRunningError, ask, holder, only_one, serve, socket_path
 
 
@@ -273,3 +275,26 @@ def test_a_lock_ends_with_its_process_however_it_ends(tmp_path: Path) -> None:
     os.waitpid(child, 0)
     with only_one(tmp_path):
         pass
+
+
+def test_a_note_is_cut_alike_with_and_without_a_service() -> None:
+    notes: list[str] = []
+
+    async def noted(_: object, note: str) -> str:
+        notes.append(note)
+        return note
+
+    async def act() -> None:
+        @contextlib.asynccontextmanager
+        async def alone(_: object) -> AsyncIterator[object]:
+            yield None
+
+        options: Any = None
+        running: Any = SimpleNamespace(point=lambda note: noted(None, note))
+        request = {"do": "point", "note": "x" * 2000}
+        with patch.object(service, "alone", alone), patch.object(service, "_take_one", noted):
+            await service.answer_alone(options, request)
+        await service.Service.answer(running, request)
+
+    asyncio.run(act())
+    assert notes == ["x" * service.NOTE_CHARACTERS] * 2
