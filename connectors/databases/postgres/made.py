@@ -15,6 +15,7 @@ import psycopg
 
 from connectors.databases.postgres.connection import connect, database_of
 from connectors.databases.postgres.encoding import shared_text
+from connectors.databases.postgres.sections import PASSING
 from connectors.databases.postgres.stream import ownership, publication, slot
 from trigger.model import Finding, Severity
 
@@ -33,8 +34,6 @@ SELECT DISTINCT namesend(database) FROM pg_replication_slots WHERE starts_with(s
 
 _TAKEN_OUT = "it bears our name, and its database is none of those that are configured"
 _KILLED = "it was left by a rehearsal or a trial that was killed"
-PASSING = ("_rehearsal", "_try")
-"""What stands behind the prefix of what a rehearsal, or a trial of rules, makes for a while."""
 
 
 Used = Mapping[str, str | None]

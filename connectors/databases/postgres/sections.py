@@ -16,6 +16,8 @@ _SECRET = re.compile(
 )
 _URI = re.compile(r"(?i)postgres(?:ql)?://")
 _URI_WITH_PASSWORD = re.compile(r"(?i)postgres(?:ql)?://[^/@]*:[^/@]*@")
+PASSING = ("_rehearsal", "_try")
+"""What stands behind the prefix of what a rehearsal, or a trial of rules, makes for a while."""
 _NAME_IN_PREFIX = 16
 """How much of a service's name stands in the prefix that is made of it."""
 
@@ -50,6 +52,13 @@ class PostgresOptions(DatabaseOptions):
         if named:
             where = "a file of libpq's connection services (service=…, PGSERVICEFILE) that only its user can read"
             raise ValueError(f"must not hold {named[1].lower()}, which is a secret; put it into {where}")
+        return value
+
+    @field_validator("slot_prefix")
+    @classmethod
+    def _prefix_is_no_rehearsals(cls, value: str) -> str:
+        if value.endswith(PASSING):
+            raise ValueError(f"must not end in {' or '.join(PASSING)}: what a rehearsal or a trial makes is called so")
         return value
 
     @property
