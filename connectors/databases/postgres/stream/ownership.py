@@ -29,7 +29,7 @@ SELECT p.pubname, coalesce(obj_description(p.oid, 'pg_publication'), ''), pg_has
 """
 REMEDY = (
     "give this service names of its own (database.slot_prefix), as `trigpoint init` proposes them; or, if that one is"
-    " given up, let its `trigpoint release` drop them, or move its catalog away"
+    " given up, let it drop them (`release`, by its own configuration), or move its catalog away"
 )
 
 
