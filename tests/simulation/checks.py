@@ -121,7 +121,9 @@ def _claims_anywhere(simulation: Simulation, gap: Gap, commit: Commit) -> bool:
     places = [key for key, one in simulation.truth.commits().items() if one is commit]
     if not places:  # made in a log that was gone before anybody looked
         return gap.stream == commit.stream
-    return any(simulation.truth.claims(gap, commit.stream, key.history, commit.end) for key in places)
+    return simulation.truth.came_and_went(gap, commit) or any(
+        simulation.truth.claims(gap, commit.stream, key.history, commit.end) for key in places
+    )
 
 
 def _check_lost(
@@ -136,14 +138,13 @@ def _check_lost(
         if true not in present and matters(commit):
             has = Key(commit.history, commit.start) in found_at or true in known
             require(has, f"P1: {describe(commit)} was left behind, without a word")
-    for key, commit, lost in simulation.truth.flushed_and_lost():
+    for key, commit in simulation.truth.flushed_and_lost():
         was_open = (commit.stream, key.history.system, key.history.incarnation) in simulation.truth.opened
         ours = was_open and id(commit) not in simulation.not_ours[commit.stream] and matters(commit)
         if ours and id(commit) not in present and id(commit) not in known:
             inside = any(simulation.truth.claims(gap, commit.stream, key.history, commit.end) for gap in gaps)
-            inside = inside or any(
-                simulation.truth.came_up_since(gap, commit.stream, key.history, lost) for gap in gaps
-            )
+            inside = inside or any(simulation.truth.came_up_since(gap, commit.stream, key.history) for gap in gaps)
+            inside = inside or any(simulation.truth.came_and_went(gap, commit) for gap in gaps)
             require(inside, f"P1: {describe(commit)} of {key.history} was lost with its log and lies in no gap")
 
 

@@ -184,7 +184,7 @@ class Simulation(Acts):
             cluster = self.of(stream)
             begin = self.began_at[stream] = cluster.slots[stream].confirmed
             there = [c for at, c in self.truth.of_present(cluster) if at is None or c.end <= begin]
-            there += [commit for _, commit, _ in self.truth.flushed_and_lost()]
+            there += [commit for _, commit in self.truth.flushed_and_lost()]
             self.not_ours[stream] = {id(commit) for commit in there if commit.stream == stream}
 
     def _calm(self) -> None:

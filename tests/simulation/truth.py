@@ -153,10 +153,9 @@ class Truth:
                 found.append((Key(history, commit.start), commit))
         return found
 
-    def flushed_and_lost(self) -> Iterator[tuple[Key, Commit, Lost]]:
-        """Give the commits of logs and timelines that were left which were flushed, and with what they were lost."""
-        for lost in self.lost:
-            _, book, timeline, flushed = lost
+    def flushed_and_lost(self) -> Iterator[tuple[Key, Commit]]:
+        """Give the commits of logs and timelines that were left which were flushed."""
+        for _, book, timeline, flushed in self.lost:
             incarnation = self.incarnation_of(book)
             present = any(cluster.book is book and cluster.timeline == timeline for cluster in self._world.clusters)
             if incarnation is None or present:
@@ -165,7 +164,7 @@ class Truth:
                 commit = entry.commit
                 if commit is None or entry.end > flushed:
                     continue
-                yield Key(book.history(commit.history.branch, incarnation), entry.start), commit, lost
+                yield Key(book.history(commit.history.branch, incarnation), entry.start), commit
 
     def state(self, history: History, at: int) -> list[Commit]:
         """Give what the data hold at a place of a history."""
@@ -211,13 +210,17 @@ class Truth:
         left = history == after.history and not self.includes(until.history, Position(history, end))
         return passed_by or left
 
-    def came_up_since(self, gap: Gap, stream: str, history: History, lost: Lost) -> bool:
-        """Whether a log came up, and went, after a stream was lost that is seen again by a gap's end.
+    def came_up_since(self, gap: Gap, stream: str, history: History) -> bool:
+        """Whether a life of a log came up, and went, after a stream was lost that is seen again by a gap's end."""
+        return stream == gap.stream and self._number(gap.after.history) < self._number(history)
 
-        As a life of its own, or taken for one of before that a server had left.
+    def came_and_went(self, gap: Gap, commit: Commit) -> bool:
+        """Whether a commit was made in a log that was there only while its stream was away, as a gap says.
+
+        Which may have been taken for one of before that its server had left.
         """
-        later = self._number(gap.after.history) < self._number(history)
-        return stream == gap.stream and (later or lost in self._unseen.get((stream, gap.after), ()))
+        logs = self._unseen.get((gap.stream, gap.after), ()) if commit.stream == gap.stream else ()
+        return any(entry.commit is commit for log in logs for entry in log.book.entries(log.book.lineage(log.timeline)))
 
     def _number(self, history: History) -> int:
         held = self._world.held_of(history)
