@@ -127,6 +127,8 @@ def remedy(error: OSError) -> str:
     """Give what the operator can do about an error of the system; "" for nothing that is known."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "make room on the filesystem that it lies on, or raise the quota"
+    if error.errno == errno.EIO:
+        return "its disk does not answer as it should: see the kernel's log, and mend that first"
     if error.errno == errno.EROFS:
         return "its filesystem is read-only; the kernel does that after errors: see its log, and mount it writable"
     return "run it as the user that may, or as root" if isinstance(error, PermissionError) else ""

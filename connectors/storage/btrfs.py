@@ -263,10 +263,10 @@ def _look(kept: Snapshot) -> Snapshot | None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a snapshot is there; it is cut in one step."""
+    """Whether a snapshot is there, which is cut in one step; raises `OSError` where that cannot be looked at."""
     try:
         return not path.is_symlink() and libbtrfsutil.is_subvolume(path) and libbtrfsutil.subvolume(path).read_only
-    except OSError:
+    except FileNotFoundError:
         return False
 
 

@@ -58,12 +58,16 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest | None:
-        """Read it from `path`; None where it is missing or damaged, and every file then counts as changed."""
+        """Read it from `path`; None where it is missing or damaged, and every file then counts as changed.
+
+        Raises:
+            OSError: it cannot be read, so that nobody knows what it says.
+        """
         try:
             first, *lines = path.read_text().splitlines()
             rows = map(json.loads, lines)
             return cls(datetime.fromisoformat(json.loads(first)), {name: Seen(*row) for name, *row in rows})
-        except (OSError, ValueError, TypeError, RecursionError):
+        except (FileNotFoundError, ValueError, TypeError, RecursionError):
             return None
 
     def holds_unchanged(self, name: str, seen: Seen) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -165,8 +166,9 @@ class DirectoryStorage:
     def _newest_whole(self) -> Path | None:
         """Give the folder of the newest whole point, whose copies may be shared."""
         for point in reversed(self._shelf.points()):
-            if self._shelf.tagged(point, _look).complete:
-                return self._shelf.point_folder(point)
+            with contextlib.suppress(OSError):  # what cannot be read is not shared
+                if self._shelf.tagged(point, _look).complete:
+                    return self._shelf.point_folder(point)
         return None
 
     def _copy(self, volume: Volume, folder: Path, earlier: Path | None, stop: threading.Event) -> Snapshot:
@@ -177,13 +179,13 @@ class DirectoryStorage:
         copier = Copier(
             exclude=self._exclude.get(volume.name, ()),
             earlier=earlier / volume.name if earlier else None,
-            known=Manifest.read(earlier / f"{volume.name}.manifest") if earlier else None,
+            known=_listed(earlier / volume.name) if earlier else None,
             compare=self._paranoid,
             require_room=self._shelf.require_free,
             stop=stop,
         )
         copier.copy(source, folder / volume.name)
-        Manifest(began_at, copier.seen).write(folder / f"{volume.name}.manifest")
+        Manifest(began_at, copier.seen).write(_manifest_of(folder / volume.name))
         location = str(folder / volume.name)
         return Snapshot(volume.name, self.name, location, began_at, datetime.now(UTC), copier.bytes_copied)
 
@@ -226,7 +228,7 @@ class DirectoryStorage:
         found = self._shelf.tagged(point, _look)
         if not found.complete:
             raise StorageError(f"no whole snapshot of {point}", hint=MENDING, retryable=False)
-        sizes = [Manifest.read(Path(f"{kept.location}.manifest")) for kept in found.snapshots]
+        sizes = [_listed(Path(kept.location)) for kept in found.snapshots]
         total = sum(sum(seen.size for seen in manifest.files.values()) for manifest in sizes if manifest)
         shares = Capability.INSTANT_CLONE in self.capabilities
         self._shelf.require_free(0 if shares else total)
@@ -265,15 +267,41 @@ class DirectoryStorage:
 
 def _look(kept: Snapshot) -> Snapshot | None:
     """Give a snapshot if it is there; the sidecar is written last, so what it names was whole."""
-    return kept if Path(kept.location).is_dir() else None
+    return kept if stat.S_ISDIR(_mode(Path(kept.location), follow=True)) else None
 
 
 def _is_whole(copy: Path) -> bool:
-    """Whether a copy has every file that the list beside it names; it is written when the copy is done."""
-    manifest = Manifest.read(copy.with_name(f"{copy.name}.manifest"))
-    if manifest is None or not copy.is_dir() or copy.is_symlink():
+    """Whether a copy has every file that the list beside it names, which is written when the copy is done.
+
+    Raises `OSError` where that cannot be looked at.
+    """
+    manifest = Manifest.read(_manifest_of(copy))
+    if manifest is None or not stat.S_ISDIR(_mode(copy)):
         return False
-    return all(os.path.lexists(copy / name) for name in manifest.files)
+    return all(_mode(copy / name) for name in manifest.files)
+
+
+def _mode(path: Path, *, follow: bool = False) -> int:
+    """Give the mode of what lies at a path; 0 where nothing does.
+
+    Raises `OSError` where that cannot be looked at, which the questions of `Path` take for no.
+    """
+    try:
+        return path.stat(follow_symlinks=follow).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def _manifest_of(copy: Path) -> Path:
+    return copy.with_name(f"{copy.name}.manifest")
+
+
+def _listed(copy: Path) -> Manifest | None:
+    """Give what every file of a copy looked like; None where that is not known, for whatever reason."""
+    try:
+        return Manifest.read(_manifest_of(copy))
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager

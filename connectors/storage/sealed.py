@@ -29,7 +29,10 @@ def write_new(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Give what a document says; None where it is not there, damaged, or cannot be read."""
+    """Give what a document says; None where it is not there, damaged, or cannot be read.
+
+    So it shows nothing of what lies beside it: that has to be looked at by itself.
+    """
     try:
         with os.fdopen(open_file(path), "rb") as file:
             document = json.loads(file.read())

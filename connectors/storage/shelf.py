@@ -8,7 +8,8 @@
 
 A sidecar is replaced by a rename of a flushed file, so it is the old one or the new one and never neither; one
 that is damaged, or cannot be read, counts as missing. The snapshots beside it are shown all the same, as far as they
-are whole by themselves, and with a new tag it is written anew.
+are whole by themselves, and with a new tag it is written anew. Where that cannot be looked at either, nothing of all
+is shown: what a disk does not give may be there.
 
 Nobody else may write the folder, or one above it: whoever may could put a link in the place of anything here, and
 have us write where it leads. Points are closed to others, since what they hold belongs to the owner of the data.
@@ -29,7 +30,7 @@ from pathlib import Path
 
 from connectors.storage import claims, sealed
 from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
-from trigger.errors import StorageError
+from trigger.errors import StorageError, remedy
 from trigger.lock import lock
 from trigger.model import Finding, Severity, Snapshot, Space, Volume, is_point_id, tag_name
 from trigger.ports import Clone, Tagged
@@ -63,7 +64,7 @@ class Shelf:
     ) -> None:
         self.folder = folder
         self._driver = driver
-        self._is_whole = is_whole  # whether a snapshot is, by itself, without what the sidecar says
+        self._is_whole = is_whole  # whether a snapshot is, by itself, without what the sidecar says; or raises
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
         self._needed_bytes = 0
@@ -455,7 +456,7 @@ def as_storage_error(doing: str, *, denied: str = "run as root, or as the owner 
     except PermissionError as error:
         raise StorageError(f"{doing}: {_words(error)}", hint=denied, retryable=False) from error
     except OSError as error:
-        raise StorageError(f"{doing}: {_words(error)}") from error
+        raise StorageError(f"{doing}: {_words(error)}", hint=remedy(error)) from error
 
 
 def _words(error: OSError) -> str:

@@ -2,4 +2,5 @@
 
 import pytest
 
-pytest.register_assert_rewrite(*(f"tests.conformance.{port}_claims" for port in ("storage", "agent", "source")))
+_CLAIMED = ("storage", "storage_errors", "agent", "source")
+pytest.register_assert_rewrite(*(f"tests.conformance.{what}_claims" for what in _CLAIMED))

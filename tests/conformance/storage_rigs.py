@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 from connectors.memory import Kept, MemoryStorage, World
+from connectors.storage import libbtrfsutil
 from connectors.storage.btrfs import BtrfsStorage
 from connectors.storage.directory import DirectoryStorage
 from trigger.model import Volume, tag_name
@@ -79,6 +84,26 @@ class FileRig:
     def damage_tag(self, point: str) -> None:
         sidecar = self.folder / tag_name(point) / "point.json"
         sidecar.write_bytes(sidecar.read_bytes().replace(b"before", b"behind"))
+
+    @contextlib.contextmanager
+    def unreadable(self, point: str) -> Iterator[None]:
+        """Let nothing be read for a while of what stands beside the snapshots of a point, nor what btrfs says of it."""
+        folder, asked = self.folder / tag_name(point), libbtrfsutil.is_subvolume
+
+        def on_a_bad_sector(path: Path) -> bool:
+            if path.parent == folder:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return asked(path)
+
+        listed = [file for file in folder.iterdir() if file.suffix in (".json", ".manifest")]
+        for file in listed:
+            file.rename(self.root / file.name)
+            file.mkdir()
+        with patch.object(libbtrfsutil, "is_subvolume", on_a_bad_sector):
+            yield
+        for file in listed:
+            file.rmdir()
+            (self.root / file.name).rename(file)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from connectors.hosts.local import LocalAgent
 from connectors.storage.copying import Copier, Manifest, Seen
 from connectors.storage.directory import DirectoryStorage
 from connectors.syncfs import flush
-from tests.conformance import agent_claims, storage_claims
+from tests.conformance import agent_claims, storage_claims, storage_errors_claims
 from tests.conformance.agent_rigs import LocalAgentRig
 from tests.conformance.storage_rigs import directory
 from tests.fixtures.volumes import failing_volume
@@ -47,6 +47,14 @@ class KeepsTheTagInItsHead(DirectoryStorage):
     async def tagged(self) -> list[Tagged]:
         tags: dict[str, str] = getattr(self, "_tags", {})
         return [replace(found, tag=tags.get(found.point)) for found in await super().tagged()]
+
+
+class TakesAReadErrorForNothing(DirectoryStorage):
+    async def tagged(self) -> list[Tagged]:
+        try:
+            return await super().tagged()
+        except StorageError:
+            return [Tagged(point, None, (), complete=False) for point in self._shelf.points()]
 
 
 class CutsAgainWhenRepeated(DirectoryStorage):
@@ -182,6 +190,7 @@ class HoldsUpTheLoop(DirectoryStorage):
 BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[None]]]] = [
     (ForgetsTheTag, storage_claims.a_tag_comes_back_as_it_was_given_from_the_storage_alone),
     (KeepsTheTagInItsHead, storage_claims.a_tag_comes_back_as_it_was_given_from_the_storage_alone),
+    (TakesAReadErrorForNothing, storage_errors_claims.what_cannot_be_read_is_not_taken_for_gone),
     (CutsAgainWhenRepeated, storage_claims.the_same_point_twice_is_the_same_snapshot),
     (CallsTheUnfinishedComplete, storage_claims.what_a_crash_left_is_shown_as_unfinished_and_deleted),
     (ClonesByHardLink, storage_claims.what_is_written_to_a_clone_reaches_neither_snapshot_nor_volume),

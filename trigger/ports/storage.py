@@ -111,7 +111,11 @@ class Storage(Protocol):
         ...
 
     async def tagged(self) -> list[Tagged]:
-        """Give everything that bears one of our names, whole or not, by point id."""
+        """Give everything that bears one of our names, whole or not, by point id.
+
+        Raises:
+            StorageError: part of it cannot be looked at; that is never taken for gone, or for half made.
+        """
         ...
 
     async def delete(self, point: str) -> None:

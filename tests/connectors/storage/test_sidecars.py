@@ -117,3 +117,30 @@ def test_without_its_sidecar_a_copy_that_lacks_anything_is_not_taken_for_whole(l
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
     damaged, _ = house.found()
     assert [kept.volume for kept in damaged.snapshots] == ["wal"]
+
+
+def test_where_neither_sidecar_nor_list_can_be_read_nothing_is_shown_and_the_error_says_where_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house, read_text = House(tmp_path), Path.read_text
+    house.sidecar.unlink()
+
+    def on_a_bad_sector(path: Path, *more: Any, **options: Any) -> str:
+        if path.parent == house.sidecar.parent:
+            raise OSError(5, "Input/output error", str(path))
+        return read_text(path, *more, **options)
+
+    monkeypatch.setattr(Path, "read_text", on_a_bad_sector)
+    with pytest.raises(StorageError, match=r"Input/output error \(.*data\.manifest\)") as raised:
+        house.found()
+    assert "kernel's log" in raised.value.hint
+
+
+def test_a_point_that_cannot_be_read_keeps_no_new_one_from_being_made(tmp_path: Path) -> None:
+    house, new = House(tmp_path), point_id(EPOCH, 3)
+    newest = house.folder / tag_name(B)
+    for name in ("data.manifest", "wal.manifest"):
+        a_folder(newest / name)
+    asyncio.run(house.storage.snapshot(house.volumes, new, "tag"))
+    a_folder(newest / "point.json")
+    asyncio.run(house.storage.snapshot(house.volumes, point_id(EPOCH, 4), "tag"))
