@@ -177,9 +177,11 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     State.SEALED: frozenset({State.EXPIRING, State.FAILED}),
     State.EXPIRING: frozenset({State.EXPIRED}),
     State.EXPIRED: frozenset(),
-    State.FAILED: frozenset(),
+    State.FAILED: frozenset({State.SEALED}),
 }
-"""Every legal change of state; anything else is an error of the program."""
+"""Every legal change of state; anything else is an error of the program.
+
+Only what was sealed before it failed, since its snapshot was gone, is sealed again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,11 +280,19 @@ class Catalog:
         """Record that `point` failed and why; failing a failed point again keeps the first reason."""
         return await self._write(partial(point_index.change, key=point.id, state=State.FAILED, failure=reason))
 
+    async def regain(self, point: RecoveryPoint) -> RecoveryPoint:
+        """Record that the snapshot of a `point` that failed since it was gone is there again; give it sealed.
+
+        Raises:
+            CatalogError: it never was sealed.
+        """
+        return await self._write(partial(point_index.change, key=point.id, state=State.SEALED))
+
     async def change(self, point: RecoveryPoint, state: State) -> RecoveryPoint:
         """Move `point` on to `state`; being there already is fine.
 
         Raises:
-            CatalogError: `TRANSITIONS` does not have the step, or it is the business of `seal` or `fail`.
+            CatalogError: `TRANSITIONS` does not have the step, or it is the business of `seal`, `regain` or `fail`.
         """
         if state in (State.SEALED, State.FAILED):
             raise CatalogError(f"point {point.number} becomes {state} by its own call, not by a change of state")

@@ -107,7 +107,7 @@ def change(connection: Connection, key: str, state: State, failure: str = "") ->
     if stored.state is state:
         return stored
     _require_step(stored, state)
-    changed = replace(stored, state=state, failure=failure or stored.failure)
+    changed = replace(stored, state=state, failure=failure)
     _store(connection, changed)
     reached(f"catalog-point-{state}")
     return changed
@@ -149,7 +149,8 @@ def adopt(connection: Connection, point: RecoveryPoint, records: Sequence[Commit
 
 
 def _require_step(point: RecoveryPoint, state: State) -> None:
-    if state not in TRANSITIONS[point.state]:
+    never_sealed = point.state is State.FAILED and point.sealed_at is None
+    if state not in TRANSITIONS[point.state] or never_sealed:
         why = f": {point.failure}" if point.failure else ""
         raise CatalogError(f"point {point.number} is {point.state} and cannot become {state}{why}")
 

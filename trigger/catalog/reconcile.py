@@ -35,6 +35,7 @@ _WORDS = {
     "mended": "with a damaged tag, which was written anew",
     "unreadable": "with a damaged tag, which could not be written anew",
     "phantoms": "failed, since gone from the storage",
+    "regained": "sealed again, since back in the storage",
     "expired": "removed as was begun",
     "strange": "of another cluster or with an unreadable tag, left alone (`trigpoint reconcile` names them)",
     "stuck": "that the storage does not let go of, tried again",
@@ -58,6 +59,8 @@ class Reconciliation:
     """Likewise, but the tag could not be written either: they stay, and it is tried again with the next pass."""
     phantoms: list[str] = field(default_factory=list)
     """Sealed in the catalog, gone from the storage: now failed, loudly."""
+    regained: list[str] = field(default_factory=list)
+    """Had failed as gone from the storage, and are whole there again: sealed again, with their commits."""
     expired: list[str] = field(default_factory=list)
     """Were being removed: now gone."""
     strange: list[str] = field(default_factory=list)
@@ -74,7 +77,7 @@ class Reconciliation:
         return "; ".join(f"{count} {'point' if count == 1 else 'points'} {what}" for count, what in counted if count)
 
 
-_NOTHING = "the storage shows no snapshot at all, the catalog has {} sealed points"
+_NOTHING = "the storage shows no snapshot at all, and in the catalog {} sealed"
 _MOUNT = "mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss"
 
 
@@ -84,7 +87,7 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
     Args:
         catalog: is brought to what the storage really has.
         storage: is claimed, and rid of what the catalog knows to be half made.
-        accept_loss: believe a storage that shows nothing at all, although several points are sealed.
+        accept_loss: believe a storage that shows nothing at all, although points are sealed.
 
     Raises:
         StorageError: another one holds the storage, or it was claimed for another catalog; or it cannot be read, or
@@ -97,7 +100,7 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
     in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
     sealed = sum(point.state is State.SEALED for point in in_catalog.values())
     if _shows_nothing(sealed, len(in_storage)) and not accept_loss:
-        raise StorageError(_NOTHING.format(sealed), hint=_MOUNT)
+        raise StorageError(_nothing_of(sealed), hint=_MOUNT)
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
     for pruned in sorted(await catalog.pruned_among(in_storage.keys() - in_catalog.keys())):
@@ -121,14 +124,18 @@ async def look(catalog: Catalog, storage: Storage) -> Finding | None:
     sealed = (await catalog.totals()).points.get(State.SEALED, 0)
     try:
         if _shows_nothing(sealed, (await storage.space()).snapshots):
-            return Finding("storage", Severity.REFUSED, _NOTHING.format(sealed), _MOUNT)
+            return Finding("storage", Severity.REFUSED, _nothing_of(sealed), _MOUNT)
     except StorageError:
         pass
     return None
 
 
 def _shows_nothing(sealed: int, in_storage: int) -> bool:
-    return sealed > 1 and not in_storage
+    return sealed > 0 and not in_storage
+
+
+def _nothing_of(sealed: int) -> str:
+    return _NOTHING.format("one point is" if sealed == 1 else f"{sealed} points are")
 
 
 async def _concerned(catalog: Catalog, in_storage: Collection[str]) -> list[RecoveryPoint]:
@@ -153,7 +160,7 @@ async def _settle_point(
                 await catalog.fail(point, INTERRUPTED)
                 done.failed.append(point.id)
         case State.SEALED if found is None or not found.complete:
-            if found is not None and found.tag is None and _shows_all(found, point):
+            if found is not None and _is_whole(found, point):
                 await _mend(catalog, storage, point, done)
             else:
                 await catalog.fail(point, GONE)
@@ -161,14 +168,19 @@ async def _settle_point(
         case State.EXPIRING if await _remove(storage, point.id, done):
             await catalog.change(point, State.EXPIRED)
             done.expired.append(point.id)
-        case State.FAILED | State.EXPIRED if found is not None and point.failure != GONE:
+        case State.FAILED if point.failure == GONE:
+            if found is not None and _is_whole(found, point):
+                done.regained.append(point.id)
+                await _settle_point(catalog, storage, await catalog.regain(point), found, done)
+        case State.FAILED | State.EXPIRED if found is not None:
             if await _remove(storage, point.id, done):
                 done.removed.append(point.id)
 
 
-def _shows_all(found: Tagged, point: RecoveryPoint) -> bool:
-    """Whether the storage shows every snapshot of a point, whole."""
-    return {kept.volume for kept in point.snapshots} <= {kept.volume for kept in found.snapshots}
+def _is_whole(found: Tagged, point: RecoveryPoint) -> bool:
+    """Whether the storage shows every snapshot of a point, whole; its tag may be damaged."""
+    shown = {kept.volume for kept in found.snapshots}
+    return found.complete or (found.tag is None and {kept.volume for kept in point.snapshots} <= shown)
 
 
 async def _mend(catalog: Catalog, storage: Storage, point: RecoveryPoint, done: Reconciliation) -> None:

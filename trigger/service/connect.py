@@ -16,7 +16,7 @@ from stat import S_IFREG
 
 from trigger import host
 from trigger.catalog.catalog import Catalog, Upgrade
-from trigger.catalog.reconcile import look
+from trigger.catalog.reconcile import GONE, look
 from trigger.config.drivers import driver, know_places
 from trigger.config.options import Options
 from trigger.errors import AgentError, CatalogError, ConfigError, DatabaseError, remedy
@@ -119,11 +119,11 @@ async def connect(
     database.lies_at(layout)
     storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
     if past and not options.catalog_path.exists():
-        await _refuse_empty(options.catalog_path, storage)
+        await refuse_empty(options.catalog_path, storage)
     catalog = await Catalog.open(options.catalog_path, upgrade=upgrade)
     try:
         if past and await catalog.latest() is None:
-            await _refuse_empty(options.catalog_path, storage)
+            await refuse_empty(options.catalog_path, storage, catalog)
         database.recognise(await catalog.seen())
         journal = driver("journal", options.journal.driver)(options.journal, database, layout, options.journal_folder)
         journal.look_into(partial(newest_copy, catalog, volumes, layout.log))
@@ -141,11 +141,18 @@ async def connect(
     return Parts(options, volumes, layout, database, sources, agents, storage, catalog, journal, recovery)
 
 
-async def _refuse_empty(path: Path, storage: Storage) -> None:
-    """Raise `CatalogError` where a catalog knows of no point, and the storage has some: it was lost."""
-    if there := len(await storage.tagged()):
+async def refuse_empty(path: Path, storage: Storage, catalog: Catalog | None = None) -> None:
+    """Raise `CatalogError` where a catalog has no sealed point, and the storage has some: mostly it was lost."""
+    there = {found.point for found in await storage.tagged()}
+    known = await catalog.having(there) if catalog is not None else ()
+    if back := [point for point in known if point.failure == GONE]:
         raise CatalogError(
-            f"the catalog {path} knows of no point, and the storage has {there}: it was lost",
+            f"in the catalog {path} no point is sealed, and the storage has {len(back)} that failed as gone from it",
+            hint="`trigpoint reconcile`, or a start of the service, takes back those that are whole",
+        )
+    if there:
+        raise CatalogError(
+            f"the catalog {path} knows of no point, and the storage has {len(there)}: it was lost",
             hint="`trigpoint catalog rebuild` makes it anew from them, also while the cluster is down",
         )
 

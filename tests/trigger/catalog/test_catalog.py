@@ -269,7 +269,8 @@ def test_a_point_changes_by_the_table_of_transitions_only(origin: State, target:
     async def work(catalog: Catalog) -> None:
         point = await bring_to(catalog, 1, origin)
         assert point.state is origin
-        if target in TRANSITIONS[origin] or target is origin:
+        never_sealed = origin is State.FAILED
+        if (target in TRANSITIONS[origin] and not never_sealed) or target is origin:
             point = await step(catalog, point)
             assert point.state is target
         else:
@@ -286,6 +287,16 @@ def test_a_change_of_state_does_not_seal_or_fail() -> None:
         for state in (State.SEALED, State.FAILED):
             with pytest.raises(CatalogError, match="by its own call"):
                 await catalog.change(point, state)
+
+    with_catalog(work)
+
+
+def test_only_a_point_that_was_sealed_is_sealed_again_after_it_failed() -> None:
+    async def work(catalog: Catalog) -> None:
+        sealed = await bring_to(catalog, 1, State.SEALED)
+        assert await catalog.regain(await catalog.fail(sealed, "gone")) == sealed
+        with pytest.raises(CatalogError, match="cannot become sealed: no room"):
+            await catalog.regain(await bring_to(catalog, 2, State.FAILED))
 
     with_catalog(work)
 

@@ -178,7 +178,7 @@ def test_a_sealed_tag_over_half_a_snapshot_is_not_adopted() -> None:
 @pytest.mark.parametrize("loss", ["whole", "part"])
 def test_a_sealed_point_whose_snapshot_is_gone_is_failed_and_reported(loss: str) -> None:
     async def act(stage: Stage) -> None:
-        point = await stage.sealed(1)
+        point, _ = await stage.sealed(1), await stage.sealed(2)
         if loss == "whole":
             del stage.world.kept[point.id]
         else:
@@ -189,14 +189,51 @@ def test_a_sealed_point_whose_snapshot_is_gone_is_failed_and_reported(loss: str)
     play(act)
 
 
-def test_a_snapshot_that_comes_back_after_it_was_gone_is_left_to_the_operator() -> None:
+@pytest.mark.parametrize("tag_is_damaged", [False, True])
+def test_a_snapshot_that_comes_back_after_it_was_gone_is_sealed_again(tag_is_damaged: bool) -> None:
     async def act(stage: Stage) -> None:
-        point = await stage.sealed(1)
+        point, _ = await stage.sealed(1), await stage.sealed(2)
+        kept = stage.world.kept.pop(point.id)
+        assert (await stage.reconcile()).phantoms == [point.id]
+        stage.world.kept[point.id] = kept if not tag_is_damaged else replace(kept, tag=None)
+        done = await stage.reconcile()
+        assert (done.regained, done.mended) == ([point.id], [point.id] if tag_is_damaged else [])
+        assert await stage.catalog.point(1) == point
+        assert await stage.catalog.commits_of(1) == [record(100)]
+        assert stage.world.kept[point.id].tag == kept.tag
+
+    play(act)
+
+
+def test_half_a_snapshot_that_comes_back_after_it_was_gone_is_left_to_the_operator() -> None:
+    async def act(stage: Stage) -> None:
+        point, _ = await stage.sealed(1), await stage.sealed(2)
         kept = stage.world.kept.pop(point.id)
         await stage.reconcile()
+        kept.cuts.clear()
         stage.world.kept[point.id] = kept
         assert not await stage.reconcile()
         assert point.id in stage.world.kept
+        assert await stage.state(point) is State.FAILED
+
+    play(act)
+
+
+@pytest.mark.parametrize("points", [1, 2])
+def test_a_storage_that_shows_nothing_is_believed_by_the_operators_word_alone(points: int) -> None:
+    async def act(stage: Stage) -> None:
+        made = [await stage.sealed(number + 1) for number in range(points)]
+        stage.world.kept.clear()
+        finding = await reconcile.look(stage.catalog, stage.storage)
+        assert finding is not None
+        assert "--accept-loss" in finding.remedy
+        with pytest.raises(StorageError, match="shows no snapshot at all") as refused:
+            await reconcile.reconcile(stage.catalog, stage.storage)
+        assert refused.value.message == finding.message
+        assert [await stage.state(point) for point in made] == [State.SEALED] * points
+        done = await reconcile.reconcile(stage.catalog, stage.storage, accept_loss=True)
+        assert done.phantoms == [point.id for point in made]
+        assert await reconcile.look(stage.catalog, stage.storage) is None
 
     play(act)
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from connectors.databases.postgres import places
+from connectors.memory import MemoryStorage, World
 from tests.fixtures.room import room_for
 from tests.fixtures.service import deployment
 from tests.fixtures.volumes import plain_folder
-from trigger.errors import ConfigError, DatabaseError, PreflightError
-from trigger.model import Finding, Layout, Severity
+from trigger.catalog.catalog import Catalog
+from trigger.catalog.reconcile import GONE
+from trigger.errors import CatalogError, ConfigError, DatabaseError, PreflightError
+from trigger.model import EPOCH, Cause, Finding, Layout, Mark, Severity, Volume, point_id
+from trigger.position import History, Position
 from trigger.service import service
-from trigger.service.connect import keep_layout, known_layout
+from trigger.service.connect import keep_layout, known_layout, refuse_empty
 
 DATA = Path("/srv/data")
 SEEN = places.layout(150018, DATA, DATA / "pg_wal", {16400: Path("/fast")}, (), (105, 110), 16 << 20)
@@ -35,6 +40,27 @@ class Cluster:
 
     def recall(self, document: dict[str, Any]) -> Layout:
         return places.recall(document)
+
+
+def test_what_is_back_in_the_storage_after_it_was_gone_is_no_lost_catalog(tmp_path: Path) -> None:
+    async def asked() -> CatalogError:
+        catalog, storage = await Catalog.open(tmp_path / "catalog.sqlite"), MemoryStorage(World())
+        here = Position(History("memory", "7001", 1), 148)
+        volumes = (Volume("data", "/data"),)
+        point = await catalog.open_point(
+            id=point_id(EPOCH, 1), cause=Cause.START, marks=[Mark(here, here)], opened_at=EPOCH
+        )
+        snapshots = await storage.snapshot(volumes, point.id, "tag")
+        point = await catalog.seal(replace(point, snapshots=snapshots, sealed_at=EPOCH), [], {})
+        await catalog.fail(point, GONE)
+        with pytest.raises(CatalogError) as refused:
+            await refuse_empty(tmp_path, storage, catalog)
+        await catalog.close()
+        return refused.value
+
+    refused = asyncio.run(asked())
+    assert "was lost" not in refused.message
+    assert "trigpoint reconcile" in refused.hint
 
 
 def known(layout: Layout | None, folder: Path) -> Layout:
