@@ -59,12 +59,14 @@ def require_nothing_left(here: Deployment) -> None:
 def test_a_restore_that_is_ended_by_a_signal_leaves_nothing_behind(
     here: Deployment, signals: tuple[signal.Signals, ...], code: int
 ) -> None:
-    process = subprocess.Popen(RESTORE, env=here._environment({}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(RESTORE, env=here._environment({}), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_for_server(here, process)
     for number in signals:
         process.send_signal(number)
         time.sleep(0.02)
-    assert process.wait(60) == code
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"ended by {signals[0].name}; what was begun of clone ended is removed" in said.decode()
     require_nothing_left(here)
 
 

@@ -83,8 +83,8 @@ async def rebuild(path: Path, now: datetime, fill: Fill) -> Rebuilt:
     aside = set_aside(path, now) if path.exists() else None
     try:
         done, new = await fill(old)
-    except BaseException:
-        _put_back(path, aside)
+    except BaseException as error:
+        error.add_note(_put_back(path, aside))
         raise
     return Rebuilt(
         set_aside=aside,
@@ -144,8 +144,9 @@ def _move(source: Path, target: Path, companion: str) -> None:
         part.rename(target.with_name(target.name + companion))
 
 
-def _put_back(path: Path, aside: Path | None) -> None:
+def _put_back(path: Path, aside: Path | None) -> str:
     """Remove what was made at `path`, and put what was set aside there; never raises, but says where the old one is."""
+    done = "the old catalog is back in its place" if aside else "the new catalog is removed"
     try:
         for companion in _COMPANIONS:
             path.with_name(path.name + companion).unlink(missing_ok=True)
@@ -159,6 +160,8 @@ def _put_back(path: Path, aside: Path | None) -> None:
             f"the old catalog lies at {aside}, and could not be put back" if aside else f"{path} could not be removed"
         )
         log.error("%s: %s", where, error)
+        done = f"{where}: {error}"
+    return done
 
 
 def _changes(old: Known, new: Known) -> list[tuple[int, tuple[str, ...]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trigger.cli import show
@@ -45,7 +45,8 @@ def until_ended(act: Callable[[Ending], Awaitable[T]]) -> T:
     """Give what `act` gives, in an event loop of its own, which signals end in order.
 
     Ctrl-C, SIGTERM and a lost terminal cancel it, or do what it put into its `Ending`, and its tidying up is waited
-    for, however often they come. Where it was cancelled the exit code says by which.
+    for, however often they come. Where it was cancelled the exit code says by which, and what is said of what was
+    begun is what those say who tidied it up, or could not: in the notes of the cancellation.
     """
     from trigger.service.ending import ended_by_signals
 
@@ -60,10 +61,18 @@ def until_ended(act: Callable[[Ending], Awaitable[T]]) -> T:
     except (asyncio.CancelledError, OSError) as error:  # the latter of a terminal that is gone
         if not signals:
             raise
-        left = "; ".join(getattr(error, "__notes__", ()))
+        own = [str(error)] if isinstance(error, OSError) else []
+        told = "; ".join((f"ended by {signals[0].name}", *_noted(error), *own))
     with contextlib.suppress(OSError):  # the terminal may be gone
-        show.error(f"ended by {signals[0].name}; {left or 'what was begun is tidied up'}", "")
+        show.error(told, "")
     raise SystemExit(128 + signals[0])
+
+
+def _noted(error: BaseException) -> Iterator[str]:
+    """Give the notes of an error and of those amid which it was raised, as one signal comes amid what another began."""
+    if error.__context__ is not None:
+        yield from _noted(error.__context__)
+    yield from getattr(error, "__notes__", ())
 
 
 async def require_known(database: str | None, parts: Parts) -> None:

@@ -241,7 +241,11 @@ async def _release(chosen: Options, *, unused: bool) -> list[str]:
     from trigger.service import service
 
     async with service.opened(chosen) if unused else service.alone(chosen) as parts:
-        return await parts.database.remove(unused=unused)
+        try:
+            return await parts.database.remove(unused=unused)
+        except asyncio.CancelledError as error:
+            error.add_note("some of what is ours may be dropped already: release again drops the rest")
+            raise
 
 
 def clear(

@@ -19,6 +19,7 @@ from trigger.demo.proof import Check, Evidence, checks
 from trigger.demo.screen import Screen
 from trigger.errors import TrigpointError
 from trigger.model import RecoveryPoint, State
+from trigger.restore.clones import to_its_end
 
 _POLL_SECONDS = 0.2
 _AFTERMATH_SECONDS = 1.0
@@ -64,14 +65,16 @@ async def play(wishes: Wishes, screen: Screen) -> Told:
         TrigpointError: it could not be played to its end.
     """
     place, why = await prepare(wishes.folder, wishes.storage)
-    kept = False
+    removed = f"{place.folder} is removed, with all that ran in it"
     try:
         told = await _play(place, why, wishes.seconds, screen)
-        kept = wishes.keep
-        return told
-    finally:
-        if not kept:
-            await end(place.folder)
+    except BaseException as error:
+        await to_its_end(end(place.folder), removed)
+        error.add_note(removed)
+        raise
+    if not wishes.keep:
+        await to_its_end(end(place.folder), removed)
+    return told
 
 
 async def end(folder: Path) -> None:

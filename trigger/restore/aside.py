@@ -98,7 +98,8 @@ async def discard(name: str, site: Site) -> list[Path]:
         if not paths:
             raise RestoreError(f"nothing called {name} lies aside", hint="trigpoint aside lists what does")
         require_none(await _needed(name, paths, swap, site))
-        await to_its_end(asyncio.to_thread(_remove, name, paths, site.records_folder))
+        removal = asyncio.to_thread(_remove, name, paths, site.records_folder)
+        await to_its_end(removal, f"what lay aside of {name} is removed")
     return paths
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trigger.catalog.catalog import Catalog
-from trigger.errors import RestoreError
+from trigger.errors import RestoreError, TrigpointError
 from trigger.model import Address, Volume
 from trigger.ports import Clock, Clone, Journal, Recovery, Storage
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, Written, clone_name
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CLEANUP_SECONDS = 120.0
 
@@ -152,7 +157,7 @@ async def drop(name: str, site: Site) -> None:
         RestoreError: there is no such clone, or a living process is making it.
     """
     await status_of(name, site)
-    await to_its_end(remove(name, site))
+    await to_its_end(remove(name, site), f"clone {name} is dropped")
 
 
 def is_of(clone: Clone, record: CloneRecord) -> bool:
@@ -192,8 +197,29 @@ async def remove(name: str, site: Site, *, of: CloneRecord | None = None) -> Non
         ) from None
 
 
-async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Wait for `work` to end however often we are cancelled; then let the cancellation, or its error, go on."""
+async def remove_after(error: BaseException, name: str, site: Site, *, of: CloneRecord | None = None) -> None:
+    """Remove a clone, as `remove` does, however often we are cancelled; `error` is told what became of it.
+
+    Raises nothing of its own: what could not be removed stays written down.
+    """
+    await to_its_end(_remove_after(error, name, site, of))
+
+
+async def _remove_after(error: BaseException, name: str, site: Site, of: CloneRecord | None) -> None:
+    try:
+        await remove(name, site, of=of)
+    except (TrigpointError, OSError) as left:
+        log.warning("clone %s was not removed after its failure: %s", name, left)
+        error.add_note(f"clone {name} was left behind ({left}); remove it with: trigpoint clones drop {name}")
+    else:
+        error.add_note(f"what was begun of clone {name} is removed")
+
+
+async def to_its_end(work: Coroutine[Any, Any, T], done: str = "") -> T:
+    """Give what `work` gives, and wait for it however often we are cancelled.
+
+    A cancellation goes on when it has ended, and is told how: `done` where all went well, else by its error.
+    """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -205,6 +231,10 @@ async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
             cancelled = error
         except Exception:  # noqa: BLE001 - it is raised below, by its own name
             break
-    if cancelled is not None:
-        raise cancelled
-    task.result()
+    if cancelled is None:
+        return task.result()
+    if (failed := task.exception()) is not None:
+        cancelled.add_note("; ".join((str(failed) or type(failed).__name__, *getattr(failed, "__notes__", ()))))
+    elif done:
+        cancelled.add_note(done)
+    raise cancelled

@@ -19,12 +19,12 @@ from trigger.ports import Clone, Progress
 from trigger.position import History
 from trigger.replay import Target
 from trigger.restore.clone_records import CloneRecord, new_name
-from trigger.restore.clones import CloneState, CloneStatus, Site, remove, status_of, to_its_end
+from trigger.restore.clones import CloneState, CloneStatus, Site, remove_after, status_of
 from trigger.restore.losses import Losses, behind_clone, behind_target
 from trigger.restore.obstacles import immovable, obstacles, require_at_rest, require_none
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
-from trigger.restore.swap import TIME, Place, Swap, cut_off, resume, write
+from trigger.restore.swap import TIME, Place, Swap, begin, cut_off
 from trigger.restore.target import known_histories
 
 
@@ -101,10 +101,11 @@ async def restore_in_place(target: Target, site: Site, *, progress: Progress) ->
     report = await restore(target, site, progress=progress, name=new_name("in-place"))
     try:
         swap = await _ready(report.name, report.target.description, site)
-    except BaseException:
-        await to_its_end(remove(report.name, site))
+    except BaseException as error:
+        await remove_after(error, report.name, site)
         raise
-    return report, await _put(swap, site, progress)
+    progress("put in place", 0, len(swap.places))
+    return report, await begin(swap, site)
 
 
 async def put_in_place(name: str, site: Site, *, progress: Progress) -> tuple[CloneStatus, Swap]:
@@ -120,14 +121,13 @@ async def put_in_place(name: str, site: Site, *, progress: Progress) -> tuple[Cl
     record, clone = await _proven(name, site)
     require_none([*await _in_the_way(site), *await _of_clone(record, clone, site)])
     status = await status_of(name, site)
-    return status, await _put(await _ready(name, record.target, site), site, progress)
-
-
-async def _put(swap: Swap, site: Site, progress: Progress) -> Swap:
+    try:
+        swap = await _ready(name, record.target, site)
+    except asyncio.CancelledError as error:
+        error.add_note(f"production is as it was, and clone {name} is there; its server may be stopped")
+        raise
     progress("put in place", 0, len(swap.places))
-    await asyncio.to_thread(write, site.records_folder, swap)
-    reached("after-swap-intent")
-    return await resume(swap.name, site)
+    return status, await begin(swap, site)
 
 
 async def _in_the_way(site: Site) -> list[Finding]:

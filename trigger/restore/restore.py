@@ -16,7 +16,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from trigger.errors import RestoreError, StorageError, TrigpointError
+from trigger.errors import RestoreError, StorageError
 from trigger.failpoint import reached
 from trigger.model import State
 from trigger.ports import Clone, Progress
@@ -24,7 +24,7 @@ from trigger.position import At, History, Position
 from trigger.replay import Running, Target
 from trigger.restore import clone_records, log_search
 from trigger.restore.clone_records import CloneRecord, clone_name, new_name
-from trigger.restore.clones import Site, remove, to_its_end
+from trigger.restore.clones import Site, remove_after
 from trigger.restore.obstacles import left_out, require_none
 from trigger.restore.planner import Plan, plan
 from trigger.restore.target import is_left
@@ -155,7 +155,7 @@ async def raised(
             reached("after-intent")
             yield await _bring_up(found, site, record, progress, throwaway=throwaway)
         except BaseException as error:
-            await to_its_end(_remove_after(error, record, site))
+            await remove_after(error, name, site, of=record)
             raise
 
 
@@ -216,15 +216,6 @@ async def require_room(found: Plan, site: Site) -> None:
             f" {found.log_bytes} of log, and as a reserve",
             hint="make room there, or put the state folder elsewhere",
         )
-
-
-async def _remove_after(error: BaseException, record: CloneRecord, site: Site) -> None:
-    name = record.name
-    try:
-        await remove(name, site, of=record)
-    except (TrigpointError, OSError) as left:
-        log.warning("clone %s was not removed after its failure: %s", name, left)
-        error.add_note(f"clone {name} was left behind ({left}); remove it with: trigpoint clones drop {name}")
 
 
 class _Watch:

@@ -15,11 +15,11 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
@@ -33,6 +33,7 @@ from trigger.trusted import sync_folder
 
 UNRECORDED = "a state of which no record is left"
 """What a swap put in place that is known only by what lies beside the volumes."""
+_DONE = "the restore in place {0} is done; trigpoint restore --undo {0} takes it back"
 TIME = "%Y%m%dT%H%M%SZ"
 """How the time is written by which a swap is called."""
 _KEPT = re.compile(r"\.before-(\d{8}T\d{6}Z)$")
@@ -120,22 +121,41 @@ async def mixed(site: Site) -> list[Finding]:
     return [swap.refusal for swap in found if any(os.path.lexists(path) for path in swap.kept)]
 
 
+async def begin(swap: Swap, site: Site) -> Swap:
+    """Write a swap down and finish it; a cancellation does not cut it off, and is told what became of it.
+
+    Raises:
+        TrigpointError, OSError: it could not be written down, and nothing has changed; or as for `resume`.
+    """
+
+    async def begun() -> Swap:
+        await asyncio.to_thread(_write, site.records_folder, swap)
+        reached("after-swap-intent")
+        return await _resumed(swap.name, site)
+
+    return await _to_its_end(begun(), swap.name, site, _DONE.format(swap.name))
+
+
 async def resume(name: str, site: Site) -> Swap:
-    """Finish a swap that was cut off, or whose undoing was; a finished one stays as it is.
+    """Finish a swap that was cut off, or whose undoing was; a finished one stays as it is. Cancelled as `begin` is.
 
     Raises:
         RestoreError: there is none, production runs, or the restored state is not there any more, and nothing has
             changed; or a rename failed, and it can be repeated or undone.
         StorageError: whose clone lies there cannot be told, and nothing has changed.
     """
+    return await _to_its_end(_resumed(name, site), name, site, _DONE.format(name))
+
+
+async def _resumed(name: str, site: Site) -> Swap:
     with places_held(site):
         swap = await _swap(name, site)
         await require_at_rest(site)
         places = await _with_its_clone(swap, site)
         _require_restored(swap, places)
-        await to_its_end(asyncio.to_thread(_each, places, _forward))
+        await asyncio.to_thread(_each, places, _forward)
         done = replace(swap, finished=True)
-        await asyncio.to_thread(write, site.records_folder, done)
+        await asyncio.to_thread(_write, site.records_folder, done)
         await _drop_shell(swap, site)
     return done
 
@@ -143,18 +163,39 @@ async def resume(name: str, site: Site) -> Swap:
 async def undo(name: str, site: Site) -> Swap:
     """Put the old state back where it was; what had taken its place is kept as `<path>.restored-<time>`.
 
+    Cancelled as `begin` is.
+
     Raises:
         RestoreError: there is no such swap, production runs, or the old state of a volume is not there any more, and
             nothing has changed; or a rename failed, and it can be repeated.
     """
+    return await _to_its_end(_undone(name, site), name, site, f"the restore in place {name} is taken back")
+
+
+async def _undone(name: str, site: Site) -> Swap:
     with places_held(site):
         swap = await _swap(name, site)
         await require_at_rest(site)
         _require_kept(swap)
-        await to_its_end(asyncio.to_thread(_each, swap.places[::-1], _backward))
+        await asyncio.to_thread(_each, swap.places[::-1], _backward)
         await asyncio.to_thread(_note_undone, swap, site.records_folder)
         await _drop_shell(swap, site)
     return swap
+
+
+async def _to_its_end(work: Coroutine[Any, Any, Swap], name: str, site: Site, done: str) -> Swap:
+    """Give what becomes of a swap by `work`, which no cancellation cuts off; its error says so where it is cut off."""
+
+    async def ended() -> Swap:
+        try:
+            return await work
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                for left in [swap for swap in await cut_off(site) if swap.name == name]:
+                    error.add_note(f"{left.refusal.message}; {left.refusal.remedy}")
+            raise
+
+    return await to_its_end(ended(), done)
 
 
 @contextlib.contextmanager
@@ -273,7 +314,7 @@ def _rename(source: str, destination: str) -> None:
     reached("after-rename")
 
 
-def write(folder: Path, swap: Swap) -> None:
+def _write(folder: Path, swap: Swap) -> None:
     """Write a swap down durably; blocks on a small file."""
     _put_down(folder, f"{swap.name}{_SWAP}", swap)
 

@@ -177,6 +177,9 @@ async def ask(state_folder: Path, request: dict[str, Any], deadline_seconds: flo
             try:
                 writer.write(json.dumps(request).encode() + b"\n")
                 line = await reader.readline()
+            except asyncio.CancelledError as error:
+                error.add_note("the service goes on with what it was asked for: see trigpoint list")
+                raise
             finally:
                 writer.close()
     except (FileNotFoundError, ConnectionRefusedError):

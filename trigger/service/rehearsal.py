@@ -16,6 +16,7 @@ from trigger.config.options import CatalogOptions, Options
 from trigger.errors import TrigpointError
 from trigger.model import RecoveryPoint, Severity, State, Verification
 from trigger.ports import Progress
+from trigger.restore.clones import to_its_end
 from trigger.restore.verify import verify
 from trigger.service.connect import Parts
 from trigger.service.service import Service, alone, begin, preflight, work
@@ -137,7 +138,7 @@ async def _gone_at_the_end(parts: Parts) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await asyncio.shield(_clear(parts))
+        await to_its_end(_clear(parts), "what the rehearsal made is removed")
 
 
 async def _clear(parts: Parts) -> None:

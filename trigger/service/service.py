@@ -418,6 +418,10 @@ async def _take_one(parts: Parts, note: str) -> RecoveryPoint:
     """Take one point of what is there now; gives it sealed or failed."""
     await preflight(parts, force=False)
     service = await begin(parts)
-    point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
+    try:
+        point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
+    except asyncio.CancelledError as error:
+        error.add_note("a point that was begun is not done: the next start settles it, and so does trigpoint reconcile")
+        raise
     await _keep_layout(parts)
     return point
