@@ -192,6 +192,18 @@ class Volume:
     path: str
 
 
+class System(NamedTuple):
+    """A cluster or server whose files lie somewhere."""
+
+    name: str
+    """Its own identity, as histories have it."""
+    version: str
+    """Of which product and version, in people's words: `PostgreSQL 16`; "" where nothing says it."""
+
+    def __str__(self) -> str:
+        return f"{self.version} ({self.name})" if self.version else self.name
+
+
 @dataclass(frozen=True, slots=True)
 class Flush:
     """The proof that everything written to a volume before `began_at` is on stable storage."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from connectors.memory.book import Content, Entry
 from connectors.memory.world import Restored, Staged, World
 from trigger.errors import RestoreError
-from trigger.model import Address, Commit, Finding, Severity, Volume, to_microseconds
+from trigger.model import Address, Commit, Finding, Severity, System, Volume, to_microseconds
 from trigger.ports import Clone, Progress
 from trigger.position import Position
 from trigger.replay import Follows, Replay, Running, Target
@@ -130,6 +130,18 @@ class MemoryRecovery:
         """Find nothing: no copy lies beside the volumes here."""
         await asyncio.sleep(0)
         return []
+
+    async def systems(self, copy: Clone) -> list[System]:
+        """Give the systems of the clusters in a clone or a point; of other volumes, those that are there now."""
+        await asyncio.sleep(0)
+        world, names = self._world, [volume for volume, _ in copy.paths]
+        if copy.name in world.clones:
+            books = [content.book for content in world.clones[copy.name][1].values()]
+        elif copy.point in world.kept:
+            books = [content.book for _, content in world.kept[copy.point].cuts.values()]
+        else:
+            books = [world.on(name).book for name in names]
+        return [System(name, "") for name in dict.fromkeys(book.system for book in books)]
 
     async def outside(self, copy: Clone, volumes: Sequence[Volume]) -> list[Finding]:  # noqa: ARG002 - the port's
         """Give what the world says to lie outside the snapshots of a point."""

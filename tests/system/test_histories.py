@@ -329,10 +329,29 @@ def test_after_pg_upgrade_the_old_cluster_s_commits_are_named_listed_and_restore
             found = deployed.ask("find", "--xid", str(before[0].xid))
             assert [one["aside"] for one in found] == [f"--history {old}"], found
             assert_found_and_delivered(deployed, before[0])
+            deployed.trigpoint("restore", "--to-xid", str(before[0].xid), "--history", old, "--name", "old")
             assert deployed.stop() == 0
+            upgraded.stop()
+            assert_put_in_place_only_where_it_is_said(deployed, before[0], old, new)
         finally:
             deployed.stop()
             upgraded.destroy()
+
+
+def assert_put_in_place_only_where_it_is_said(deployed: Deployment, told: Told, old: str, new: str) -> None:
+    """The clone of another cluster is put in place where that is said in so many words, and taken back."""
+    systems = [history.partition("/")[0] for history in (old, new)]
+    words = f"another cluster lies there: PostgreSQL 16 ({systems[1]}) goes, with all that it holds, and PostgreSQL 15"
+    for named in (("--from-clone", "old"), ("--to-xid", str(told.xid), "--history", old)):
+        for how in ("--yes", "--dry-run"):
+            refused = deployed.trigpoint("restore", "--in-place", how, *named, check=False)
+            assert refused.returncode == 9
+            assert f"{words} ({systems[0]}) takes its place" in refused.stderr + refused.stdout
+    put = deployed.trigpoint("restore", "--in-place", "--yes", "--replace-cluster", "--from-clone", "old")
+    assert words in put.stderr
+    assert (deployed.cluster.data / "PG_VERSION").read_text().strip() == "15"
+    undo = deployed.trigpoint("restore", "--undo", "last")
+    assert "is as it was before" in undo.stdout
 
 
 def _upgraded(deployed: Deployment) -> Cluster:

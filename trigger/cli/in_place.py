@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -26,31 +26,41 @@ if TYPE_CHECKING:  # what reaches the database takes a while to load, and help a
     from trigger.service.connect import Parts
 
 
-def put(named: Named, chosen: Options, *, yes: bool, as_json: bool) -> tuple[Report, Swap]:
+class Wishes(NamedTuple):
+    """How somebody wishes a state to be put in production's place."""
+
+    yes: bool
+    """Without being asked."""
+    replacing: bool
+    """Also where another cluster lies."""
+    as_json: bool
+
+
+def put(named: Named, chosen: Options, wishes: Wishes) -> tuple[Report, Swap]:
     """Say what will be lost, ask, and put a state in production's place; gives what was done."""
     what = _putting("the state of then", chosen)
-    require_answer(what, yes=yes)
-    planned = at(chosen, lambda parts: look(named, parts), by_itself=True)
+    require_answer(what, yes=wishes.yes)
+    planned = at(chosen, lambda parts: look(named, wishes, parts), by_itself=True)
     _require_allowed(planned)
-    _ask(what, planned.losses, (), yes=yes)
-    report, swap = at(chosen, lambda parts: _put(named, parts), by_itself=True)
-    if as_json:
+    _ask(what, planned.losses, (), yes=wishes.yes)
+    report, swap = at(chosen, lambda parts: _put(named, wishes, parts), by_itself=True)
+    if wishes.as_json:
         show.print_json({"report": report, "swap": swap})
     return report, swap
 
 
-def put_clone(name: str, chosen: Options, *, dry_run: bool, yes: bool, as_json: bool) -> None:
+def put_clone(name: str, chosen: Options, wishes: Wishes, *, dry_run: bool) -> None:
     """Say what will be lost, ask, and put a clone that is there in production's place; or only say it."""
     what = _putting(f"clone {name}", chosen)
-    require_answer(what, yes=yes or dry_run)
-    planned = at(chosen, lambda parts: _planned_clone(name, parts), by_itself=not dry_run)
+    require_answer(what, yes=wishes.yes or dry_run)
+    planned = at(chosen, lambda parts: _planned_clone(name, wishes, parts), by_itself=not dry_run)
     if dry_run:
-        show_clone_plan(_with_service(planned.refused, chosen), planned, as_json=as_json)
+        show_clone_plan(_with_service(planned.refused, chosen), planned, as_json=wishes.as_json)
         return
     _require_allowed(planned)
-    _ask(what, planned.losses, [f"clone {name}: {planned.record.target}", *_notes(planned)], yes=yes)
-    status, swap = at(chosen, lambda parts: _put_clone(name, parts), by_itself=True)
-    if as_json:
+    _ask(what, planned.losses, [f"clone {name}: {planned.record.target}", *_notes(planned)], yes=wishes.yes)
+    status, swap = at(chosen, lambda parts: _put_clone(name, wishes, parts), by_itself=True)
+    if wishes.as_json:
         show.print_json({"clone": status, "swap": swap})
     else:
         show_swap(swap, undone=False, as_json=False)
@@ -72,32 +82,33 @@ def _putting(what: str, chosen: Options) -> str:
     return f"put {what} where production of {chosen.name} lies; the old state is kept beside it"
 
 
-async def look(named: Named, parts: Parts) -> InPlacePlan:
+async def look(named: Named, wishes: Wishes, parts: Parts) -> InPlacePlan:
     """Give what putting a state in place would mean; production is not made to commit anything for it."""
     from trigger.restore.inplace import prepare_in_place
 
-    return await prepare_in_place(await meant(named, parts, None), parts.site)
+    target = await meant(named, parts, None)
+    return await prepare_in_place(target, parts.site, replacing=wishes.replacing)
 
 
-async def _planned_clone(name: str, parts: Parts) -> ClonePlan:
+async def _planned_clone(name: str, wishes: Wishes, parts: Parts) -> ClonePlan:
     from trigger.restore.inplace import prepare_clone
 
-    return await prepare_clone(name, parts.site)
+    return await prepare_clone(name, parts.site, replacing=wishes.replacing)
 
 
-async def _put(named: Named, parts: Parts) -> tuple[Report, Swap]:
+async def _put(named: Named, wishes: Wishes, parts: Parts) -> tuple[Report, Swap]:
     from trigger.restore.inplace import restore_in_place
 
     target = await meant(named, parts, parts.database)
     with show.steps() as progress:
-        return await restore_in_place(target, parts.site, progress=progress)
+        return await restore_in_place(target, parts.site, progress=progress, replacing=wishes.replacing)
 
 
-async def _put_clone(name: str, parts: Parts) -> tuple[CloneStatus, Swap]:
+async def _put_clone(name: str, wishes: Wishes, parts: Parts) -> tuple[CloneStatus, Swap]:
     from trigger.restore.inplace import put_in_place
 
     with show.steps() as progress:
-        return await put_in_place(name, parts.site, progress=progress)
+        return await put_in_place(name, parts.site, progress=progress, replacing=wishes.replacing)
 
 
 def show_plan(planned: InPlacePlan, chosen: Options, *, as_json: bool) -> None:

@@ -73,6 +73,14 @@ FromClone = Annotated[str | None, _place("--from-clone", "With --in-place: put t
 InPlace = Annotated[
     bool, typer.Option("--in-place", help="Put it where production lies, stopped.", rich_help_panel="In place")
 ]
+ReplaceCluster = Annotated[
+    bool,
+    typer.Option(
+        "--replace-cluster",
+        help="Also where another cluster lies than the state is of, as after an upgrade.",
+        rich_help_panel="In place",
+    ),
+]
 Undo = Annotated[str | None, _place("--undo", "Take back this restore in place, by its time, or `last`: the newest.")]
 Resume = Annotated[
     str | None, _place("--resume", "Finish this restore in place, by its time, or `last`: the one that was cut off.")
@@ -93,6 +101,7 @@ def restore_state(
     name: Name = "",
     in_place: InPlace = False,
     from_clone: FromClone = None,
+    replace_cluster: ReplaceCluster = False,
     undo: Undo = None,
     resume: Resume = None,
     yes: Yes = False,
@@ -111,6 +120,7 @@ def restore_state(
     `<volume>.before-<time>` (`trigpoint aside` lists these), and --undo puts it back. The server must be stopped for
     that, and the service too; then start both. With --from-clone it is a clone that was made before, while production
     ran, so that it is down for no longer than the renames take. How many commits will be lost is said before it asks.
+    A cluster that another one was upgraded to, or replaced by, takes its place again with --replace-cluster only.
     """
     if undo is not None or resume is not None:
         placing.end(undo, resume, options(config), as_json=as_json)
@@ -132,32 +142,32 @@ def restore_state(
         raise ConfigError("--timeline and --history both name a history", hint="give one of them")
     if from_clone is not None:
         _require_clone_alone(named, name, in_place=in_place)
-        placing.put_clone(from_clone, options(config), dry_run=dry_run, yes=yes, as_json=as_json)
+        wishes = placing.Wishes(yes, replace_cluster, as_json)
+        placing.put_clone(from_clone, options(config), wishes, dry_run=dry_run)
         return
     require_one_target(named)
     chosen = options(config)
     if to_lsn is not None:
         place(to_lsn, chosen)
-    _restore_as_asked(named, name, chosen, in_place=in_place, dry_run=dry_run, yes=yes, as_json=as_json)
-
-
-def _restore_as_asked(
-    named: Named, name: str, chosen: Options, *, in_place: bool, dry_run: bool, yes: bool, as_json: bool
-) -> None:
-    """Restore beside or in place, or say how it would be done."""
-    if in_place and name:
-        raise ConfigError("--name is for clones; a restore in place is called by its time", hint="leave it out")
-    if in_place and dry_run:
-        placing.show_plan(at(chosen, lambda parts: placing.look(named, parts)), chosen, as_json=as_json)
-    elif in_place:
-        report, swap = placing.put(named, chosen, yes=yes, as_json=as_json)
-        if not as_json:
-            show_report(report, as_json=False, clone=False)
-            placing.show_swap(swap, undone=False, as_json=False)
+    if in_place:
+        _restore_in_place(named, name, chosen, placing.Wishes(yes, replace_cluster, as_json), dry_run=dry_run)
     elif dry_run:
         show_plan(at(chosen, lambda parts: _plan(named, parts)), as_json=as_json)
     else:
         show_report(at(chosen, lambda parts: _restore(named, name, parts)), as_json=as_json)
+
+
+def _restore_in_place(named: Named, name: str, chosen: Options, wishes: placing.Wishes, *, dry_run: bool) -> None:
+    """Restore in place, or say how it would be done."""
+    if name:
+        raise ConfigError("--name is for clones; a restore in place is called by its time", hint="leave it out")
+    if dry_run:
+        placing.show_plan(at(chosen, lambda parts: placing.look(named, wishes, parts)), chosen, as_json=wishes.as_json)
+        return
+    report, swap = placing.put(named, chosen, wishes)
+    if not wishes.as_json:
+        show_report(report, as_json=False, clone=False)
+        placing.show_swap(swap, undone=False, as_json=False)
 
 
 def _require_clone_alone(named: Named, name: str, *, in_place: bool) -> None:

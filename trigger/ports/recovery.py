@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from trigger.model import Address, Finding, Volume
+from trigger.model import Address, Finding, System, Volume
 from trigger.ports.progress import Progress
 from trigger.ports.storage import Clone
 from trigger.replay import Follows, Replay, Running, Target
@@ -71,6 +71,13 @@ class Recovery(Protocol):
 
     async def unfit(self, clone: Clone, volumes: Sequence[Volume]) -> list[Finding]:
         """Give what keeps a clone from going on as the cluster in `volumes`: another copy went on under its branch."""
+        ...
+
+    async def systems(self, copy: Clone) -> list[System]:
+        """Give what lies in a copy of the volumes, as far as its files say it; never raises.
+
+        The volumes themselves, or the snapshots of a point, may be given as a copy; nothing is changed in them.
+        """
         ...
 
     async def outside(self, copy: Clone, volumes: Sequence[Volume]) -> list[Finding]:

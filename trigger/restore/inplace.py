@@ -20,8 +20,8 @@ from trigger.position import History
 from trigger.replay import Target
 from trigger.restore.clone_records import CloneRecord, new_name
 from trigger.restore.clones import CloneState, CloneStatus, Site, remove_after, status_of
-from trigger.restore.losses import Losses, behind_clone, behind_target
-from trigger.restore.obstacles import immovable, obstacles, require_at_rest, require_none
+from trigger.restore.losses import Losses, Replaced, behind_clone, behind_replaced, behind_target, replaced
+from trigger.restore.obstacles import copy_of, immovable, obstacles, require_at_rest, require_none
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
 from trigger.restore.swap import TIME, Place, Swap, begin, cut_off
@@ -53,8 +53,11 @@ class ClonePlan:
     """All for which it would be refused as things are now."""
 
 
-async def prepare_in_place(target: Target, site: Site) -> InPlacePlan:
+async def prepare_in_place(target: Target, site: Site, *, replacing: bool = False) -> InPlacePlan:
     """Give how `target` would be put in production's place, with all that stands in the way; nothing is changed.
+
+    Another cluster than the target's that lies there stands in the way too, unless the state is told to be `replacing`
+    one.
 
     Raises:
         RestoreError: the target cannot be reached at all; the message has all else that stands in the way too.
@@ -69,35 +72,55 @@ async def prepare_in_place(target: Target, site: Site) -> InPlacePlan:
         await require_room(plan, site)
     except RestoreError as error:
         refused.append(_refusal("room", error))
-    return InPlacePlan(plan, await behind_target(target, site), tuple(refused))
+    found = await replaced(target.history.system, site, copy_of(plan.base))
+    losses = await (behind_target(target, site) if found is None else behind_replaced(found, site))
+    return InPlacePlan(plan, losses, (*refused, *_unasked(found, replacing=replacing)))
+
+
+def _unasked(found: Replaced | None, *, replacing: bool) -> list[Finding]:
+    return [] if found is None or replacing else [found.refusal]
 
 
 def _refusal(subject: str, error: RestoreError) -> Finding:
     return Finding(subject, Severity.REFUSED, error.message, error.hint)
 
 
-async def prepare_clone(name: str, site: Site) -> ClonePlan:
+async def prepare_clone(name: str, site: Site, *, replacing: bool = False) -> ClonePlan:
     """Give what would be lost if the clone `name` took production's place, with all that stands in the way.
+
+    Another cluster that lies there is as for `prepare_in_place`.
 
     Raises:
         RestoreError: there is no such clone, or it was never proven.
     """
     record, clone = await _proven(name, site)
     refused = [*await _in_the_way(site), *await _of_clone(record, clone, site)]
-    return ClonePlan(record, await site.recovery.used(clone), await behind_clone(record, site), tuple(refused))
+    found = await _replaced_by(record, clone, site)
+    losses = await (behind_clone(record, site) if found is None else behind_replaced(found, site))
+    refused += _unasked(found, replacing=replacing)
+    return ClonePlan(record, await site.recovery.used(clone), losses, tuple(refused))
 
 
-async def restore_in_place(target: Target, site: Site, *, progress: Progress) -> tuple[Report, Swap]:
+async def _replaced_by(record: CloneRecord, clone: Clone, site: Site) -> Replaced | None:
+    """Give which other cluster a clone would take the place of; None where its own record does not say what it is."""
+    system = record.history.rpartition("/")[0]
+    return await replaced(system, site, clone) if system else None
+
+
+async def restore_in_place(
+    target: Target, site: Site, *, progress: Progress, replacing: bool = False
+) -> tuple[Report, Swap]:
     """Bring `target` back beside production, prove it, and put it where production lies; its server stays down.
 
     The clone's server is stopped cleanly and gets production's configuration back, as it was in the snapshot. The
-    cluster goes on, on a timeline of its own, when its owner starts it.
+    cluster goes on, on a timeline of its own, when its owner starts it. For `replacing` see `prepare_in_place`.
 
     Raises:
         TrigpointError: something stands in the way, or the restore failed; nothing has changed then. Where a rename
             failed or the process died between two, `swaps` shows it unfinished, and `resume` or `undo` ends it.
     """
-    require_none(await _in_the_way(site))
+    found = await replaced(target.history.system, site)
+    require_none([*await _in_the_way(site), *_unasked(found, replacing=replacing)])
     report = await restore(target, site, progress=progress, name=new_name("in-place"))
     try:
         swap = await _ready(report.name, report.target.description, site)
@@ -108,7 +131,9 @@ async def restore_in_place(target: Target, site: Site, *, progress: Progress) ->
     return report, await begin(swap, site)
 
 
-async def put_in_place(name: str, site: Site, *, progress: Progress) -> tuple[CloneStatus, Swap]:
+async def put_in_place(
+    name: str, site: Site, *, progress: Progress, replacing: bool = False
+) -> tuple[CloneStatus, Swap]:
     """Put the clone `name`, as it is now, where production lies; gives what it was. It is no clone any more then.
 
     Its server is stopped, and it gets production's configuration back, as above. What it was proven to hold was looked
@@ -119,7 +144,8 @@ async def put_in_place(name: str, site: Site, *, progress: Progress) -> tuple[Cl
             changed then, and the call can be repeated. Else as for `restore_in_place`.
     """
     record, clone = await _proven(name, site)
-    require_none([*await _in_the_way(site), *await _of_clone(record, clone, site)])
+    unasked = _unasked(await _replaced_by(record, clone, site), replacing=replacing)
+    require_none([*await _in_the_way(site), *await _of_clone(record, clone, site), *unasked])
     status = await status_of(name, site)
     try:
         swap = await _ready(name, record.target, site)

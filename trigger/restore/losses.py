@@ -1,17 +1,45 @@
-"""What production loses when an earlier state takes its place: counted by the catalog, and bounded by the log."""
+"""What production loses when an earlier state takes its place: counted by the catalog, and bounded by the log.
+
+Where another cluster lies in the volumes than the state is of, as after an upgrade, it goes with all that it holds.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from trigger.errors import JournalError
-from trigger.model import from_microseconds
+from trigger.model import Finding, Severity, System, from_microseconds
+from trigger.ports import Clone
 from trigger.position import LAST, History, Lineage, Position, distance
 from trigger.replay import Target
 from trigger.restore.clone_records import CloneRecord
 from trigger.restore.clones import Site
+from trigger.restore.target import known_histories
 from trigger.shape import data
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """Another cluster that lies in the volumes, and the one that would take its place."""
+
+    there: tuple[System, ...]
+    comes: System
+
+    def __str__(self) -> str:
+        goes = ", ".join(map(str, self.there))
+        return f"another cluster lies there: {goes} goes, with all that it holds, and {self.comes} takes its place"
+
+    @property
+    def refusal(self) -> Finding:
+        """What is said where nobody said that this is meant."""
+        return Finding(
+            "cluster",
+            Severity.REFUSED,
+            str(self),
+            "if that is meant, say so: --replace-cluster; --dry-run says what is lost",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +47,7 @@ class Losses:
     """What lies behind a state in production's present log."""
 
     behind: Position | None
-    """Up to here all stays; null where nobody knows where the state stands."""
+    """Up to here all stays; null where nobody knows where the state stands, or nothing stays."""
     commits: int
     """How many commits behind it the catalog knows."""
     first_at: datetime | None
@@ -29,11 +57,18 @@ class Losses:
     log_end: Position | None
     """So far the log goes that is kept; what no stream shows may be committed in it too, and anything behind it. Null
     where none is kept."""
+    replaced: Replaced | None = None
+    """Where another cluster lies there: all of that one is lost, and `commits` are its own."""
 
     def describe(self) -> list[str]:
         """Give it in sentences for people."""
+        if self.replaced is not None:
+            return [str(self.replaced), *self._described()]
         if self.behind is None:
             return ["nobody knows which commits will be lost: where this state stands was not noted"]
+        return self._described()
+
+    def _described(self) -> list[str]:
         if self.commits == 0:
             lines = ["no commit that the catalog knows will be lost"]
         elif self.commits == 1:
@@ -43,12 +78,51 @@ class Losses:
             lines = [f"{self.commits} commits that the catalog knows will be lost, {times}"]
         if self.log_end is None:
             return [*lines, "others may be lost that it does not know: no log is kept in which they could be seen"]
-        size = distance(self.log_end, self.behind) if self.log_end.history.is_of_life(self.behind.history) else 0
+        size = 0
+        if self.behind is not None and self.log_end.history.is_of_life(self.behind.history):
+            size = distance(self.log_end, self.behind)
+        how_far = f"{self.log_end}, {size} bytes behind this state" if self.behind is not None else f"{self.log_end}"
         return [
             *lines,
-            f"others may be lost that it does not know (DDL, for one): the log that is kept goes to {self.log_end},"
-            f" {size} bytes behind this state, and production may have written more",
+            f"others may be lost that it does not know (DDL, for one): the log that is kept goes to {how_far}, and"
+            " production may have written more",
         ]
+
+
+async def replaced(system: str, site: Site, copy: Clone | None = None) -> Replaced | None:
+    """Give which other cluster lies in the volumes than the one called `system`; None where that one does.
+
+    What cannot be read there any more is known by the newest point.
+
+    Args:
+        system: what the state is of that would take the place.
+        site: where the volumes are.
+        copy: of that system, which says its version.
+    """
+    volumes = tuple((volume.name, Path(volume.path)) for volume in site.volumes)
+    there = await site.recovery.systems(Clone("production", "", volumes, site.clock.now()))
+    if not there and (latest := await site.catalog.latest()) is not None:
+        there = [System(mark.floor.history.system, "") for mark in latest.marks]
+    if not there or system in (one.name for one in there):
+        return None
+    comes = await site.recovery.systems(copy) if copy is not None else []
+    return Replaced(tuple(there), next((one for one in comes if one.name == system), System(system, "")))
+
+
+async def behind_replaced(found: Replaced, site: Site) -> Losses:
+    """Give what is lost where another cluster takes production's place: all that is known of the one that is there."""
+    names = {one.name for one in found.there}
+    known = [one for one in await known_histories(site.catalog, site.journal) if one.system in names]
+    newest = {one.system: one for one in sorted(known, key=lambda one: one.age)}.values()
+    each = [await _behind(Position(history, 0), site) for history in newest]
+    return Losses(
+        None,
+        sum(one.commits for one in each),
+        min((one.first_at for one in each if one.first_at is not None), default=None),
+        max((one.last_at for one in each if one.last_at is not None), default=None),
+        next((one.log_end for one in each if one.log_end is not None), None),
+        found,
+    )
 
 
 async def behind_target(target: Target, site: Site) -> Losses:

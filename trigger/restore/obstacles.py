@@ -23,8 +23,13 @@ async def obstacles(site: Site) -> list[Finding]:
 
 async def left_out(point: RecoveryPoint, recovery: Recovery, volumes: Sequence[Volume]) -> list[Finding]:
     """Give what of the cluster the snapshots of a point do not hold, for which no clone of them comes up."""
+    return await recovery.outside(copy_of(point), volumes)
+
+
+def copy_of(point: RecoveryPoint) -> Clone:
+    """Give the snapshots of a point as a copy of the volumes that may be looked into."""
     paths = tuple((snapshot.volume, Path(snapshot.location)) for snapshot in point.snapshots)
-    return await recovery.outside(Clone(f"point {point.number}", point.id, paths, point.opened_at), volumes)
+    return Clone(f"point {point.number}", point.id, paths, point.opened_at)
 
 
 async def require_at_rest(site: Site) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from tests.fixtures.bank import Bank, quiet, run
+from connectors.memory import World
+from connectors.memory.manner import BINLOG
+from tests.fixtures.bank import Bank, bank, quiet, run
 from trigger.errors import RestoreError
-from trigger.model import EPOCH, Commit
+from trigger.model import EPOCH, Commit, System
 from trigger.position import Position
 from trigger.restore.clone_records import CloneRecord
-from trigger.restore.inplace import prepare_clone
+from trigger.restore.inplace import prepare_clone, prepare_in_place, put_in_place, restore_in_place
 from trigger.restore.losses import behind_clone, behind_target
 from trigger.restore.restore import restore
 from trigger.restore.target import Named
@@ -84,3 +87,65 @@ def test_a_clone_of_which_nobody_noted_where_it_stands_is_not_put_in_place(tmp_p
             await prepare_clone("one", it.site)
 
     run(tmp_path, story)
+
+
+def test_where_another_cluster_lies_all_of_that_one_is_lost_and_nothing_is_put_there_unasked(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bank(tmp_path, None, World(manners=[BINLOG])) as it:
+            await committed(it, 1)
+            _, wanted, _ = await committed(it, 3)
+            await committed(it, 1)
+            named = Named(name=wanted.name, history=str(wanted.history))
+            await restore(await it.resolve(named), it.site, progress=quiet, name="old")
+            assert await lost(it, named) == 2
+            it.world.cluster.promote()
+            (first,), (second, *_, last) = await committed(it, 1), await committed(it, 5)
+            assert not first.history.is_of_system(wanted.history)
+            target = await it.resolve(named)
+            for planned in (await prepare_in_place(target, it.site), await prepare_clone("old", it.site)):
+                losses, goes = planned.losses, first.history.system
+                assert (losses.commits, losses.first_at, losses.last_at) == (6, first.time, last.time)
+                said = f"{goes} goes, with all that it holds, and {wanted.history.system} takes its place"
+                assert losses.describe()[0] == f"another cluster lies there: {said}"
+                assert losses.describe()[1].startswith("6 commits that the catalog knows will be lost")
+                assert [found.message for found in planned.refused if found.subject == "cluster"] == [
+                    str(losses.replaced)
+                ]
+            for acted in (
+                restore_in_place(target, it.site, progress=quiet),
+                put_in_place("old", it.site, progress=quiet),
+            ):
+                with pytest.raises(RestoreError, match=r"another cluster lies there.*--replace-cluster"):
+                    await acted
+            asked = (
+                await prepare_in_place(target, it.site, replacing=True),
+                await prepare_clone("old", it.site, replacing=True),
+            )
+            assert not [found for planned in asked for found in planned.refused if found.subject == "cluster"]
+            assert [planned.losses.commits for planned in asked] == [6, 6]
+            own = await prepare_in_place(await it.resolve(Named(name=second.name)), it.site)
+            assert (own.losses.replaced, own.losses.commits) == (None, 4)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("lies", ["nothing", "what the state is of"])
+def test_what_lies_there_is_asked_first_and_the_newest_point_where_that_says_nothing(tmp_path: Path, lies: str) -> None:
+    async def story() -> None:
+        async with bank(tmp_path, None, World(manners=[BINLOG])) as it:
+            await committed(it, 1)
+            _, wanted, _ = await committed(it, 3)
+            it.world.cluster.promote()
+            await committed(it, 5)
+            there = [] if lies == "nothing" else [System(wanted.history.system, "PostgreSQL 15")]
+
+            async def systems(_: object) -> list[System]:
+                return there
+
+            it.site.recovery.systems = systems  # type: ignore[method-assign, assignment]
+            target = await it.resolve(Named(name=wanted.name, history=str(wanted.history)))
+            losses = (await prepare_in_place(target, it.site)).losses
+            assert losses.commits == (5 if lies == "nothing" else 1)
+            assert (losses.replaced is None) == (lies != "nothing")
+
+    asyncio.run(story())

@@ -11,16 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from connectors.databases.postgres.clone import isolation
+from connectors.databases.postgres.log.files import entered, reading
 from connectors.databases.postgres.programs import Programs, find_programs, run
 from trigger.errors import ConfigError, DatabaseError, RestoreError
-from trigger.model import Finding, Severity, Volume
-from trigger.trusted import read_text
+from trigger.model import Finding, Severity, System, Volume
+from trigger.trusted import NotOursError, read_text
 
 LOCK_FILE = "postmaster.pid"
 _DEPTH = 3
@@ -32,6 +34,8 @@ _FOLDER_LINE, _PORT_LINE, _SOCKET_LINE, _ADDRESS_LINE = 1, 3, 4, 5
 _REACHING = ("host", "hostaddr", "port", "service")
 _ENVIRONMENT = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGSERVICE", "PGSERVICEFILE", "HOME")
 """By which a connection string without a host is completed."""
+_IDENTIFIER = struct.Struct("Q")
+"""What a control file begins with, in the order of bytes of its host (`ControlFileData` in pg_control.h)."""
 _ANYWHERE = {"*": "localhost", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not listened at
 
 
@@ -48,6 +52,16 @@ async def at_work(
     locks = await asyncio.to_thread(lambda: [(lock, _seen(lock)) for lock in _locks(volumes)])
     found = [seen or await _heard(lock, conninfo, programs_for) for lock, seen in locks]
     return [one for one in found if one is not None]
+
+
+def systems(data: Path) -> list[System]:
+    """Give the cluster whose data directory lies there; none where its files do not say which."""
+    try:
+        with entered(data, Path("global")) as folder, reading(Path("pg_control"), folder=folder) as file:
+            (identifier,) = _IDENTIFIER.unpack(file.read(_IDENTIFIER.size))
+        return [System(str(identifier), f"PostgreSQL {isolation.major_of(data)}")]
+    except (OSError, NotOursError, RestoreError, struct.error):
+        return []
 
 
 def _locks(volumes: Sequence[Volume]) -> Iterator[Path]:

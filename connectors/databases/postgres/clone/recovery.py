@@ -49,7 +49,7 @@ from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import Programs, last_lines, run
 from trigger.errors import DatabaseError, RestoreError
-from trigger.model import Address, Finding, Severity, Volume
+from trigger.model import Address, Finding, Severity, System, Volume
 from trigger.ports import Clone, Progress
 from trigger.position import Position
 from trigger.replay import Follows, Replay, Running, Target
@@ -275,6 +275,11 @@ class PostgresRecovery:
         programs = self._programs_for(isolation.major_of(data))
         isolated = Isolated(data, owner_of(data), programs.major, ())
         return isolation.control_data(await _ask(programs, isolated, "pg_controldata", data))
+
+    async def systems(self, copy: Clone) -> list[System]:
+        """Give the cluster that lies in a copy of the volumes; see `production.systems`."""
+        data = self._data(copy)
+        return await asyncio.to_thread(production.systems, data) if data else []
 
     async def outside(self, copy: Clone, volumes: Sequence[Volume]) -> list[Finding]:
         """Give the links of a copy that lead out of it; see `isolation.outside`."""

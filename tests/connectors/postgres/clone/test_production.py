@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from connectors.databases.postgres.clone.production import at_work
-from trigger.model import Volume
+from connectors.databases.postgres.clone.production import at_work, systems
+from trigger.model import System, Volume
 
 
 def said(folder: Path, conninfo: str = "") -> list[str]:
@@ -82,3 +82,18 @@ def a_listener() -> Iterator[int]:
         yield int(listening.getsockname()[1])
         listening.shutdown(socket.SHUT_RDWR)
         thread.join(10)
+
+
+def test_which_cluster_lies_somewhere_is_read_from_its_own_files_and_through_no_link(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    assert systems(data) == []
+    (data / "global").mkdir(parents=True)
+    (data / "PG_VERSION").write_text("16\n")
+    control = data / "global" / "pg_control"
+    control.write_bytes(b"cut off")
+    assert systems(data) == []
+    control.write_bytes((7712619737458263487).to_bytes(8, sys.byteorder) + bytes(300))
+    assert systems(data) == [System("7712619737458263487", "PostgreSQL 16")]
+    (data / "global").rename(elsewhere)
+    (data / "global").symlink_to(elsewhere)
+    assert systems(data) == []
