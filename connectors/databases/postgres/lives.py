@@ -7,7 +7,9 @@ same place. Where that is something else, or the server has not come so far, a n
 no base of the one before is used across.
 
 The same holds for a timeline that is new to us: the log that it shares with the one before is compared at its end.
-One without a history file (`pg_resetwal` gave it its number) shares nothing, and begins a new incarnation.
+One without a history file (`pg_resetwal` gave it its number) shares nothing, and begins a new incarnation. So does one
+that an earlier incarnation may have begun, by all that can be compared: a restore in place brings back what was left,
+on a timeline that leaves it behind all that is known of the incarnation that was there.
 
 What the server has no longer at hand cannot be compared, and what the journal's disk does not give neither. A copy put
 back then goes unnoticed until its log ends below a place that was seen, or is joined to the journal: a segment whose
@@ -200,11 +202,11 @@ class Lives:
             return f"the log has another record than before, up to {Lsn(held.end)}"
         if commit is not None and await self._compare_commit(dsn, system, commit) is Compared.OTHER:
             return f"the log has something else at {Lsn(commit.start)} than commit {commit.name}"
-        return await self._other_past(dsn, history) if history.branch > 1 else ""
+        return await self._other_past(dsn, system, history, held)
 
-    async def _other_past(self, dsn: str, history: History) -> str:
+    async def _other_past(self, dsn: str, system: System, history: History, held: Piece | None) -> str:
         """Give what shows that a timeline did not begin where it did, or on the log that is known; "" for nothing."""
-        text = await timeline_history(dsn, history.branch, self.deadline_seconds)
+        text = await timeline_history(dsn, history.branch, self.deadline_seconds) if history.branch > 1 else ""
         try:
             past = lsn.lineage(history, text)
         except PositionError as error:
@@ -214,13 +216,24 @@ class Lives:
             return f"timeline {history.branch} has another past than before"
         reason = ""
         if history not in self._ends:
-            if text != NO_PAST:
-                reason = await self._other_log(dsn, past)
+            if (later := await self._later(history, system.flushed)) is not None:
+                reason = f"the log ends at {system.flushed}, and {later} left it behind that"
+            elif text != NO_PAST:
+                reason = await self._other_log(dsn, system, past, is_ours=held is not None)
             elif not await self._is_begun(history):
                 reason = f"timeline {history.branch} has no history file"
         if not reason:
             self._pasts[history] = past
         return reason
+
+    async def _later(self, history: History, end: int) -> History | None:
+        """Give a timeline of the same life that is known to have left one behind a place; None for none."""
+        for later in {*self._ends, *self._pasts}:
+            if later.is_of_life(history) and later.branch > history.branch:
+                past = self._pasts.get(later) or await self._held_past(later)
+                if past is not None and any(one == history.branch and at > end for one, at in past.forks):
+                    return later
+        return None
 
     async def _held_past(self, history: History) -> Lineage | None:
         """Give the past of a timeline of which the journal holds log; None where it does not say it, or hangs.
@@ -249,21 +262,82 @@ class Lives:
         except (OSError, JournalError):
             return True
 
-    async def _other_log(self, dsn: str, past: Lineage) -> str:
-        """Give what shows that a timeline which is new to us did not begin on the log that is known; "" for nothing."""
-        branch = past.history.branch
-        for before, _, left_at in reversed(past.stretches()[:-1]):
-            held = await self._held_of(before, left_at)
-            if held is not None and await self._compare(dsn, before.branch, held) is Compared.OTHER:
-                return f"timeline {branch} has another record than before, up to {Lsn(min(held.end, left_at))}"
-            commit = self._last.get(before)
-            if commit is not None and commit.end <= left_at:
-                there = System(before.system, before.branch, Lsn(left_at))
-                if await self._compare_commit(dsn, there, commit) is Compared.OTHER:
-                    return f"timeline {branch} has something else at {Lsn(commit.start)} than commit {commit.name}"
-            if held is not None or commit is not None:
+    async def _other_log(self, dsn: str, system: System, past: Lineage, *, is_ours: bool) -> str:
+        """Give why a timeline which is new to us did not, or may not, stand on the log that is known; "" for nothing.
+
+        Where other incarnations had timelines of the same numbers, it is of the present one only where the log says so,
+        or where no other can have been there: a restore in place brings back what was left, and only its last segments.
+        """
+        is_ours = is_ours or past.history in self._pasts or await self._is_fresh(past.history)
+        for count, (one, _, left_at) in reversed([*enumerate(past.stretches())]):
+            upto = min(left_at, system.flushed)
+            mine = await self._agrees(dsn, one, upto)
+            if mine is None:
+                return f"timeline {past.history.branch} has something else than {one} before {Lsn(upto)}"
+            if not is_ours and (other := await self._elder(dsn, Lineage(one, past.forks[:count]), upto, mine)):
+                return f"timeline {past.history.branch} may stand on {other}, and not on {one}, before {Lsn(upto)}"
+            if mine:
                 break
+            is_ours = is_ours or (await self._known_of(one)).end > 0
         return ""
+
+    async def _agrees(self, dsn: str, history: History, upto: int) -> int | None:
+        """Give up to where, at most `upto`, the server was found to have a history; None where it has something else.
+
+        0 where there is nothing to compare.
+        """
+        found, agreed = [], 0
+        if (held := await self._held_of(history, upto)) is not None:
+            found.append((await self._compare(dsn, history.branch, held), min(held.end, upto)))
+        commit = self._last.get(history)
+        if commit is not None and commit.end <= upto:
+            there = System(history.system, history.branch, Lsn(upto))
+            found.append((await self._compare_commit(dsn, there, commit), commit.end))
+        for compared, end in found:
+            if compared is Compared.OTHER:
+                return None
+            if compared is Compared.SAME:
+                agreed = max(agreed, end)
+        return agreed
+
+    async def _elder(self, dsn: str, past: Lineage, upto: int, mine: int) -> History | None:
+        """Give the history of an earlier incarnation that the server's log up to a place may as well be of, or is.
+
+        Args:
+            dsn: how to connect.
+            past: of the history that it would be of in the present incarnation.
+            upto: the place.
+            mine: up to where it was found to be of that; 0 for nowhere.
+        """
+        if mine == upto:
+            return None
+        present = past.history
+        for incarnation in reversed(range(present.incarnation)):
+            elder = lsn.history(present.system, present.branch, incarnation)
+            known = await self._known_of(elder)
+            if elder not in self._ends and known.held is None:
+                continue
+            before = self._pasts.get(elder) or await self._held_past(elder)
+            if before is not None and before.forks != past.forks:
+                continue
+            theirs = await self._agrees(dsn, elder, upto)
+            if theirs is not None and theirs > mine:
+                return elder
+            if theirs == mine == 0 and (known.end >= upto or (await self._known_of(present)).end < upto):
+                return elder
+        return None
+
+    async def _is_fresh(self, history: History) -> bool:
+        """Whether nothing is known of an incarnation but that it was begun; not where the journal's disk hangs."""
+        if any((one.system, one.incarnation) == (history.system, history.incarnation) for one in self._ends):
+            return False
+        if self.folders is None:
+            return True
+        try:
+            folder = await self._in_thread(partial(self.folders.of, history))
+            return not await self._in_thread(folder.names)
+        except (OSError, JournalError):
+            return False
 
     async def _held_of(self, history: History, limit: int) -> Piece | None:
         """Give the last of a timeline up to `limit` that the journal holds; None for nothing, or where it hangs."""

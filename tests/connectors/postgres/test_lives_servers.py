@@ -149,9 +149,9 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def received(cluster: Cluster, folders: LogFolders) -> None:
-    """Put the log that a server has written into the journal's folder, the segment it is in as a partial one."""
-    folder = folders.of(lsn.history("", 1))
+def received(cluster: Cluster, folders: LogFolders, history: History | None = None) -> None:
+    """Put the log that a server has written into a life's folder, the segment it is in as a partial one."""
+    folder = folders.of(history or lsn.history("", 1))
     folder.make(None)
     last = (cluster.flushed() - 1) // SEGMENT_BYTES
     for file in sorted((cluster.data / "pg_wal").iterdir()):
