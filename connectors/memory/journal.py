@@ -58,6 +58,10 @@ class MemoryJournal:
         """Whether it holds any log."""
         return bool(await self.extents())
 
+    async def is_void(self) -> bool:
+        """Whether it holds no log."""
+        return not await self.begun()
+
     async def catch_up(self) -> None:
         """Do nothing: the log comes while it runs."""
         await asyncio.sleep(0)

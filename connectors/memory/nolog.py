@@ -34,6 +34,11 @@ class NoLog:
         await asyncio.sleep(0)
         return True
 
+    async def is_void(self) -> bool:
+        """Give that nothing is missing."""
+        await asyncio.sleep(0)
+        return False
+
     async def catch_up(self) -> None:
         """Do nothing."""
         await asyncio.sleep(0)

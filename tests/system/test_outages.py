@@ -282,6 +282,27 @@ def test_a_storage_that_is_not_mounted_is_refused_at_start_and_no_point_is_given
     assert deployed.stop() == 0
 
 
+def test_a_journal_that_is_not_mounted_is_refused_at_start_and_none_is_begun_beneath(deployed: Deployment) -> None:
+    made = _commit(deployed)[0]
+    deployed.settle()
+    assert deployed.stop() == 0
+    folder, elsewhere = _journal(deployed), deployed.state / "elsewhere"
+    folder.rename(elsewhere)
+    folder.mkdir()  # a mount point with nothing mounted on it
+    for command in ("check", "run"):
+        refused = deployed.trigpoint(command, check=False)
+        words = " ".join((refused.stdout + refused.stderr).split())
+        assert refused.returncode == 3, words
+        assert f"{folder} is empty, and log was kept there" in words
+        assert "mount its filesystem" in words
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+    elsewhere.rename(folder)
+    deployed.start()
+    _assert_comes_back(deployed, made)
+    assert deployed.stop() == 0
+
+
 def test_a_small_budget_thins_points_and_every_commit_still_comes_back(deployed: Deployment) -> None:
     report = deployed.ask("restore", "--to-xid", str(_settled_commit(deployed)), "--name", "pin")
     pinned = report["base"]

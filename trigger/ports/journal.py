@@ -44,6 +44,13 @@ class Journal(Protocol):
         """
         ...
 
+    async def is_void(self) -> bool:
+        """Whether nothing at all lies where it is kept: it never ran, or its filesystem is not mounted.
+
+        Once `run` was at work something lies there, log or not. Raises `JournalError` where that cannot be looked at.
+        """
+        ...
+
     async def catch_up(self) -> None:
         """Bring the log that can be had by now, since `run` may be at work in no process; beside one it is harmless."""
         ...

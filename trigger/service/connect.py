@@ -26,7 +26,7 @@ from trigger.position import History
 from trigger.protect.logs import Logs
 from trigger.restore.clones import Site
 from trigger.restore.swap import mixed
-from trigger.service import costs, surroundings
+from trigger.service import costs, kept_log, surroundings
 from trigger.shape import data
 from trigger.trusted import replace_file, why_not_ours
 
@@ -244,6 +244,8 @@ async def check(parts: Parts) -> list[Finding]:
         taken = await claimed.claimed_by_another(str(parts.options.catalog_path))
         findings += [taken] if taken else []
     if (unseen := await look(parts.catalog, parts.storage)) is not None:
+        findings.append(unseen)
+    if (unseen := await kept_log.look(parts.options, parts.journal)) is not None:
         findings.append(unseen)
     findings += await parts.journal.check()
     findings.append(await asyncio.to_thread(_cost, parts))

@@ -24,6 +24,7 @@ from trigger.protect.agenda import Agenda
 from trigger.protect.behind import Behind
 from trigger.protect.window import Window
 from trigger.restore.leftovers import clear
+from trigger.service import kept_log
 from trigger.service.connect import Parts, keep_layout, layout_files
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Upkeep:
     """What is not done at present, or not in order, and why."""
     last_audit: Sequence[Finding] = ()
     behind: Behind = field(default_factory=Behind)
+    log_is_noted: bool = False
+    """Whether a later start knows that log is kept where it is."""
     log_may_go: bool = True
     """Whether points went since log was last let go of; before a first time nobody knows."""
 
@@ -174,6 +177,8 @@ class Upkeep:
 
     async def audit_journal(self) -> None:
         """Look at the journal's new segments; new damage is logged, and a new base is taken behind it."""
+        if not self.log_is_noted:
+            self.log_is_noted = await kept_log.note(self.parts.options, self.parts.journal)
         known, self.last_audit = set(self.last_audit), await self.parts.journal.audit()
         damage = [found for found in self.last_audit if found.severity is Severity.REFUSED and found not in known]
         for finding in damage:

@@ -81,6 +81,11 @@ class Audit:
         self.between_segments = asyncio.Lock()
         """Held while one segment is looked at; to be held by whoever takes segments away meanwhile."""
 
+    async def begin(self) -> None:
+        """Leave the file of what was found in the folder, so that it is known for one in which log is kept."""
+        async with self.between_segments:
+            await self._segments.threads.run(self._kept)  # where that cannot be, the next `run` says so
+
     async def run(self) -> list[Finding]:
         """Look at the segments that are new since the last audit, and whether the others are still there, and whole.
 

@@ -25,7 +25,7 @@ from connectors.databases.postgres.log.staging import Staging
 from connectors.databases.postgres.log.wal import PAGE_BYTES, history_timeline, holds_commit
 from connectors.databases.postgres.log.waldump import WalDump
 from connectors.databases.postgres.lsn import Lsn
-from trigger.errors import JournalError, PositionError
+from trigger.errors import JournalError, PositionError, remedy
 from trigger.model import CommitRecord, Extent, Finding, Logged, Severity
 from trigger.ports import Copies, Progress
 from trigger.position import History, Lineage, Name, Position
@@ -125,11 +125,19 @@ class PostgresJournal:
             self._running = history
             segments = await self._folders.threads.run(partial(self._folders.of, history))
             await self._folders.threads.run(partial(segments.make, self._feed.owner))
+            await self._audit_of(segments).begin()
             await self._feed.run(segments)
 
     async def begun(self) -> bool:
         """Whether it holds log, or an archive, which gives a segment when it is full, will give it from here on."""
         return self._feed.begun or bool(await self.extents())
+
+    async def is_void(self) -> bool:
+        """Whether nothing at all lies in the journal's own folder, or that is not there; see port `Journal`."""
+        try:
+            return await self._folders.threads.run(self._folders.is_void)
+        except OSError as error:
+            raise JournalError(f"the journal folder cannot be looked into: {error}", hint=remedy(error)) from error
 
     async def catch_up(self) -> None:
         """Bring what an archive has by now, as where the service does not run; see port `Journal`."""

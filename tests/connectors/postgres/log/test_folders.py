@@ -106,6 +106,28 @@ def at(life: History, segment: int, size: int = SMALL) -> Position:
     return Position(life, Lsn(segment * size + 100))
 
 
+def test_once_a_journal_was_kept_its_folder_is_void_only_where_that_is_gone(folder: Path) -> None:
+    async def run() -> None:
+        for place in (folder / "journal", folder / "mount" / "journal"):
+            folders = LogFolders(place, SMALL)
+            assert await journal(folders, Idle(), OLD).is_void()
+            async with kept(folders, OLD) as made:
+                assert not await made.is_void(), "no log has come yet, as from an archive"
+                assert await made.extents() == []
+            assert not await journal(LogFolders(place, SMALL), Idle(), OLD).is_void()
+            place.rename(folder / f"{place.parent.name}-elsewhere")
+            assert await made.is_void(), "what it lies on is not mounted, nor its mount point there"
+            place.mkdir()
+            (place / "lost+found").mkdir()
+            assert await made.is_void(), "another disk is"
+        place.rename(folder / "away")
+        place.write_text("")
+        with pytest.raises(JournalError, match=str(place)):
+            await made.is_void()
+
+    asyncio.run(run())
+
+
 def test_the_log_of_the_present_life_stays_while_its_first_base_is_made(folder: Path) -> None:
     put(folder / "journal", 111, *range(1, 6))
     folders = LogFolders(folder / "journal", SMALL)
