@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from connectors.memory.book import Book, Entry, Forks
@@ -71,6 +71,8 @@ class Lives:
         self._held = held
         self._ends: dict[History, int] = {}
         self._last: dict[History, Commit | CommitRecord] = {}
+        self._found: set[History] = set()
+        """In which the cluster was found."""
 
     def recognise(self, seen: Collection[Seen]) -> None:
         """Take note of what is known from before."""
@@ -121,6 +123,7 @@ class Lives:
         if held.taken[-1:] != [(book, self._cluster.timeline)]:
             held.taken.append(Taken(book, self._cluster.timeline))
         lineage = self.lineage()
+        self._found.add(lineage.history)
         held.forks |= {branch: book.forks[branch] for branch in self._branches(lineage) if branch in book.forks}
         self.remember()
         return lineage
@@ -151,7 +154,8 @@ class Lives:
                 return reason
         if self._ends.get(present, 0) > cluster.flushed_records:
             return f"the log ends at {cluster.flushed_records}, and was at {self._ends[present]} before"
-        return self._less_than_snapshots(held, present.branch) or self._other_commit(present)
+        reason = self._less_than_snapshots(held, present.branch) or self._other_commit(present)
+        return reason or self._other_life(held, lineage)
 
     def _less_than_snapshots(self, held: Held, branch: int) -> str:
         """Give why snapshots may hold what the log has not: since the server started it was compared up to less."""
@@ -182,3 +186,65 @@ class Lives:
         there = book.entry_at(present.branch, commit.start)
         same = there is not None and there.commit is not None and there.commit.time_us == commit.time_us
         return "" if same else f"the log has something else at {commit.start} than commit {commit.name}"
+
+    def _other_life(self, held: Held, lineage: Lineage) -> str:
+        """Give why a timeline that is new to this life may be an earlier one's, or stand on one; "" for nothing.
+
+        It is this one's where the log agrees with it at least as far as with any other, or where no other can be meant.
+        """
+        present, end = lineage.history, self._cluster.flushed_records
+        if present in self._ends or present in self._found or held.entries.get(present.branch):
+            return ""
+        for branch, forks in held.forks.items():
+            if dict(forks).get(present.branch, 0) > end:
+                return f"the log ends at {end}, and timeline {branch} left it behind that"
+        if not any(held.entries.values()) and not any(present.is_of_life(one) for one in self._ends):
+            return ""  # nothing is known of this life but that it was begun
+        for count, (history, _, left_at) in reversed([*enumerate(lineage.stretches())]):
+            upto = min(left_at, end)
+            mine = self._agrees(held, history, upto)
+            if mine is None:
+                return f"timeline {present.branch} has something else than {history} before {upto}"
+            if (elder := self._elder(Lineage(history, lineage.forks[:count]), upto, mine)) is not None:
+                return f"timeline {present.branch} may stand on {elder}, and not on {history}, before {upto}"
+            if mine or self._reach(held, history):
+                break
+        return ""
+
+    def _elder(self, past: Lineage, upto: int, mine: int) -> History | None:
+        """Give the history of an earlier life that the log up to a place may as well be of, or is; `mine` as found."""
+        present, lives = past.history, self._held[past.history.system]
+        for incarnation in reversed(range(present.incarnation)):
+            elder, held = replace(present, incarnation=incarnation), lives[incarnation]
+            reach = self._reach(held, elder)
+            if not reach or held.forks.get(elder.branch, past.forks) != past.forks:
+                continue
+            theirs = self._agrees(held, elder, upto)
+            if theirs is not None and theirs > mine:
+                return elder
+            if theirs == mine == 0 and (reach >= upto or self._reach(self.held, present) < upto):
+                return elder
+        return None
+
+    def _reach(self, held: Held, history: History) -> int:
+        """Give how far a history is known; 0 for not at all."""
+        log = held.entries.get(history.branch)
+        return max(self._ends.get(history, 0), log[-1].end if log else 0)
+
+    def _agrees(self, held: Held, history: History, upto: int) -> int | None:
+        """Give up to where, at most `upto`, the log has what is known of a history; None where it has something else.
+
+        0 where there is nothing to compare.
+        """
+        book, agreed = self._cluster.book, 0
+        entry, commit = held.last_until(history.branch, upto), self._last.get(history)
+        if entry is not None and entry.start >= book.first:
+            if book.entry_at(history.branch, entry.start) != entry:
+                return None
+            agreed = entry.end
+        if commit is not None and book.begin(history.branch) <= commit.start and commit.end <= upto:
+            there = book.entry_at(history.branch, commit.start)
+            if there is None or there.commit is None or there.commit.time_us != commit.time_us:
+                return None
+            agreed = max(agreed, commit.end)
+        return agreed

@@ -196,3 +196,33 @@ def test_a_source_that_only_triggers_has_names_that_are_texts_and_nothing_to_rep
         assert await journal.stage(replay, Path("/nowhere"), lambda *_: None) == 0
 
     told(story, World(manners=(ANNOUNCED,)))
+
+
+@pytest.mark.parametrize("received", ["received", "not yet received"])
+def test_what_was_left_and_is_restored_over_another_life_is_no_timeline_of_that_one(received: str) -> None:
+    """And no more is what it took the place of when that is back."""
+
+    async def story(world: World) -> None:
+        copy = world.cluster.copy()
+        world.cluster.commit("bank")
+        source, through = await read(world)
+        await journaled(world)
+        left = world.cluster.copy()
+        world.cluster.put_back(copy)
+        broken = await source.open(through)
+        assert broken is not None
+        assert broken.until.history.incarnation == 1
+        if received == "received":
+            await journaled(world)
+        replaced = world.cluster.copy()
+        world.cluster.put_back(left)
+        world.cluster.promote()
+        broken = await source.open(broken.until)
+        assert broken is not None
+        assert (broken.until.history.branch, broken.until.history.incarnation) == (2, 2)
+        world.cluster.put_back(replaced)
+        broken = await source.open(broken.until)
+        assert broken is not None
+        assert (broken.until.history.branch, broken.until.history.incarnation) == (1, 3)
+
+    told(story)
