@@ -113,7 +113,7 @@ POSTGRES = {
     "lives": ("lsn", "stream", "log"),
     "locality": ("lsn", "log"),
     "backup": ("lsn",),
-    "made": ("encoding", "connection", "stream"),
+    "made": ("encoding", "connection", "stream", "sections"),
     "preflight": ("lsn", "places", "programs", "encoding", "connection", "stream", "clone", "made"),
     "database": (
         *("lsn", "places", "programs", "encoding", "connection", "stream", "log"),
