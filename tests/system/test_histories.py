@@ -463,38 +463,3 @@ def test_a_catalog_that_is_made_anew_says_the_same_of_two_lives_of_a_log(kept: b
         more = deployed.ask("list", "--gaps")[len(gaps) :]
         assert [("made anew" in gap["reason"]) for gap in more] == ([] if kept else [True])
         assert deployed.stop() == 0
-
-
-def test_a_table_made_as_only_the_log_of_a_left_timeline_says_is_found_and_comes_back_by_what_is_printed() -> None:
-    with spoken(16) as deployed:
-        cluster = deployed.cluster
-        deployed.start()
-        tell(cluster, "one", "two")
-        deployed.settle()
-        deployed.stop()
-        copy = copied(deployed)
-        deployed.start()
-        deployed.trigpoint("point")
-        cluster.sql("DO $$ BEGIN FOR i IN 1..300 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$")
-        ((made,),) = cluster.sql("BEGIN; CREATE TABLE made (v int); SELECT pg_current_xact_id()::text; COMMIT")[-1:]
-        tell(cluster, "three")
-        deployed.settle()
-        deployed.stop()
-        cluster.stop()
-        put_back(cluster, copy)
-        cluster.switch_timeline()
-        deployed.start()
-        told = tell(cluster, "drei", "vier")
-        deployed.settle()
-        (found,) = deployed.ask("find", "--xid", made)
-        assert (found["where"], found["aside"], bool(found["base"])) == ("log", "--timeline 1", True), found
-        refused = deployed.trigpoint("restore", "--to-xid", made, check=False)
-        assert "--timeline 1" in refused.stderr, refused.stderr
-        report = deployed.ask("restore", "--to-xid", made, *found["aside"].split(), "--name", "found")
-        with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
-            assert connection.execute("SELECT to_regclass('made')::text").fetchone() == ("made",)
-        deployed.stop()
-        (deployed.state / "journal" / "00000002.history").unlink()
-        (found,) = deployed.ask("find", "--xid", str(told[1].xid))
-        assert found["base"], "the snapshot says on what its timeline began"
-        assert deployed.ask("restore", "--to-xid", str(told[1].xid), "--name", "again")["base"] == found["base"]

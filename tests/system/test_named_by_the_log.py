@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from tests.fixtures.service import Deployment, deployment
+from tests.system.test_histories import copied, put_back, spoken, tell
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -114,3 +115,41 @@ def test_after_a_turn_of_the_ids_a_time_is_restored_where_no_stream_has_shown_a_
         here.settle()
         assert brought_back(here, "SELECT count(*)::int FROM account", "--to-time", then.isoformat()) == (1001,)
         assert here.stop() == 0
+
+
+@pytest.mark.volume
+def test_a_table_made_as_only_the_log_of_a_left_timeline_says_is_found_and_comes_back_by_what_is_printed() -> None:
+    with spoken(16) as deployed:
+        cluster = deployed.cluster
+        deployed.start()
+        tell(cluster, "one", "two")
+        deployed.settle()
+        deployed.stop()
+        copy = copied(deployed)
+        deployed.start()
+        deployed.trigpoint("point")
+        cluster.sql("DO $$ BEGIN FOR i IN 1..300 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$")
+        ((made,),) = cluster.sql("BEGIN; CREATE TABLE made (v int); SELECT pg_current_xact_id()::text; COMMIT")[-1:]
+        tell(cluster, "three")
+        deployed.settle()
+        deployed.stop()
+        cluster.stop()
+        put_back(cluster, copy)
+        cluster.switch_timeline()
+        deployed.start()
+        told = tell(cluster, "drei", "vier")
+        deployed.settle()
+        (found,) = deployed.ask("find", "--xid", made)
+        assert (found["where"], found["aside"], bool(found["base"])) == ("log", "--timeline 1", True), found
+        assert deployed.ask("find", "--xid", made, "--history", found["history"]) == [found]
+        refused = deployed.trigpoint("restore", "--to-xid", made, check=False)
+        assert "--timeline 1" in refused.stderr, refused.stderr
+        report = deployed.ask("restore", "--to-xid", made, *found["aside"].split(), "--name", "found")
+        with psycopg.connect(f"{report['conninfo']} dbname=postgres") as connection:
+            assert connection.execute("SELECT to_regclass('made')::text").fetchone() == ("made",)
+        deployed.stop()
+        (deployed.state / "journal" / "00000002.history").unlink()
+        found, left = deployed.ask("find", "--xid", str(told[1].xid))
+        assert (left["where"], left["aside"]) == ("log", "--timeline 1"), "one of the 300 bears its name"
+        assert found["base"], "the snapshot says on what its timeline began"
+        assert deployed.ask("restore", "--to-xid", str(told[1].xid), "--name", "again")["base"] == found["base"]

@@ -38,6 +38,10 @@ Config = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+InHistory = Annotated[
+    str | None,
+    typer.Option("--history", help="Any history that `find` shows, such as 7391/1+1.", show_default=False),
+]
 
 before_command: ContextVar[Path | None] = ContextVar("before_command", default=None)
 """The configuration given before the command's name: `trigpoint -c FILE list`."""

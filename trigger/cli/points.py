@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, given_text, options, place, point_reference, time, transaction
+from trigger.cli.arguments import (
+    Config,
+    InHistory,
+    Json,
+    given_text,
+    options,
+    place,
+    point_reference,
+    time,
+    transaction,
+)
 from trigger.cli.connected import require_known
 from trigger.errors import CatalogError, ConfigError, NotFoundError
 from trigger.model import CommitRecord, Gap, Mark, RecoveryPoint, State
@@ -248,10 +258,14 @@ def find(
     database: Annotated[
         str | None, typer.Option("--database", help="Only in this one.", show_default=False, callback=given_text)
     ] = None,
+    history: InHistory = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Say which recovery point holds a transaction: a point, an interval between two, or a gap.
+
+    A transaction is looked for in every history, a place or a time in the present one. With --history only in that one
+    and its past; its log is read to the end then, however long that takes.
 
     Exit code 11 where that is not known, with the reason.
     """
@@ -268,7 +282,7 @@ def find(
     chosen = options(config)
     if at is not None:
         place(at, chosen)
-    found = asyncio.run(_locate(chosen, database, wanted))
+    found = asyncio.run(_locate(chosen, database, history, wanted))
     if as_json:
         show.print_json(found)
     else:
@@ -277,7 +291,7 @@ def find(
         raise typer.Exit(NotFoundError.exit_code)
 
 
-async def _locate(chosen: Options, database: str | None, wanted: dict[str, Any]) -> list[Location]:
+async def _locate(chosen: Options, database: str | None, history: str | None, wanted: dict[str, Any]) -> list[Location]:
     from trigger.restore.locate import locate
     from trigger.restore.obstacles import left_out
     from trigger.service.service import opened
@@ -285,7 +299,8 @@ async def _locate(chosen: Options, database: str | None, wanted: dict[str, Any])
     async with opened(chosen, past=True) as parts:
         await require_known(database, parts)
         whole = partial(left_out, recovery=parts.recovery, volumes=parts.volumes)
-        return await locate(parts.catalog, parts.journal, stream=database, left_out=whole, **wanted)
+        where: dict[str, Any] = {"stream": database, "history": history, "left_out": whole, **wanted}
+        return await locate(parts.catalog, parts.journal, **where)
 
 
 def _show_found(found: list[Location]) -> None:
@@ -295,19 +310,17 @@ def _show_found(found: list[Location]) -> None:
         if number:
             show.say()
         record, gap = one.record, one.gap
+        point = f"point {one.point}" + ("" if one.snapshot else ", whose snapshots are gone")
         show.facts(
             [
-                (
-                    "held by",
-                    {Where.POINT: f"point {one.point}", Where.INTERVAL: "an interval"}.get(one.where, one.where),
-                ),
+                ("held by", {Where.POINT: point, Where.INTERVAL: "an interval"}.get(one.where, one.where)),
                 ("why", one.reason),
                 ("commit", record and f"{_called(record)}, {show.moment(_time(record), digits=6)}"),
                 ("record", record and f"{record.start} to {record.end}"),
                 ("markers", record and ", ".join(record.markers)),
                 ("history", one.history),
                 ("base for a restore", one.base and f"point {one.base}"),
-                ("in the snapshot of", one.point and f"point {one.point}"),
+                ("in the snapshot of", one.snapshot and f"point {one.snapshot}"),
                 ("gap", gap and f"{gap.stream}: {gap.after.place} to {gap.until.place}, {gap.reason}"),
                 ("restore", record and one.base and f"trigpoint restore --to-xid {record.name} {one.aside}".rstrip()),
             ]

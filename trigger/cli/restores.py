@@ -12,6 +12,7 @@ from trigger.cli import in_place as placing
 from trigger.cli import show
 from trigger.cli.arguments import (
     Config,
+    InHistory,
     Json,
     Yes,
     address,
@@ -62,10 +63,6 @@ Database = Annotated[
 ]
 Timeline = Annotated[
     int | None, typer.Option("--timeline", min=1, help="Another than the present.", show_default=False)
-]
-InHistory = Annotated[
-    str | None,
-    typer.Option("--history", help="Any history that `find` shows, such as 7391/1+1.", show_default=False),
 ]
 Name = Annotated[str, typer.Option("--name", help="What the clone is called.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print how it would be done, or why not.")]

@@ -20,12 +20,12 @@ from trigger.position import History
 from trigger.replay import Target
 from trigger.restore.clone_records import CloneRecord, new_name
 from trigger.restore.clones import CloneState, CloneStatus, Site, remove_after, status_of
+from trigger.restore.histories import known_histories
 from trigger.restore.losses import Losses, Replaced, behind_clone, behind_replaced, behind_target, replaced
 from trigger.restore.obstacles import copy_of, immovable, obstacles, require_at_rest, require_none
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
 from trigger.restore.swap import TIME, Place, Swap, begin, cut_off
-from trigger.restore.target import known_histories
 
 
 @dataclass(frozen=True, slots=True)

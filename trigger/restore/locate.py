@@ -15,8 +15,9 @@ from trigger.ports import Journal
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
+from trigger.restore.histories import based_beside, meant, naming, options, past
 from trigger.restore.planner import plan
-from trigger.restore.target import at_commit, at_time, is_left, naming, up_to
+from trigger.restore.target import at_commit, at_time, is_left, up_to
 
 LeftOut = Callable[[RecoveryPoint], Awaitable[list[Finding]]]
 """Gives what of the cluster the snapshots of a point do not hold."""
@@ -55,6 +56,8 @@ class Location:
     """The point that a restore starts from; None where it cannot be brought back."""
     aside: str = ""
     """The option that names its history to `trigpoint restore`; "" where the present one goes back to it."""
+    snapshot: int | None = None
+    """The point that holds it, where its snapshots are there."""
 
 
 async def locate(
@@ -66,12 +69,14 @@ async def locate(
     time: datetime | None = None,
     marker: str | None = None,
     stream: str | None = None,
+    history: str | None = None,
     left_out: LeftOut | None = None,
 ) -> list[Location]:
     """Give what holds the commits that bear a name or marker, or that lie at a place or time.
 
-    One location a commit; where no commit matches, one that says what is known of the place. Never an empty list. That
-    a replay brings something back is said only where there is a plan for it.
+    One location a commit; where no commit matches, one that says what is known of the place; one a history whose log
+    was not read to its end. Never an empty list. That a replay brings something back is said only where there is a plan
+    for it.
 
     Args:
         catalog: where it is looked up.
@@ -79,10 +84,12 @@ async def locate(
         name, marker, stream: of a commit.
         place: in the form of the newest point's history; of several, of whichever it is one in.
         time: a moment.
+        history: only what lies in this one and its past, as a restore takes its name; in the present ones, and for a
+            commit in any that was left, if None.
         left_out: gives what the snapshots of a base do not hold; without it they are taken to hold everything.
 
     Raises:
-        RestoreError: not exactly one of the four was given.
+        RestoreError: not exactly one of the four was given, or nothing is known of the history.
         PositionError: the place is none in any of its histories.
         CatalogError, JournalError: they cannot be read.
     """
@@ -90,7 +97,7 @@ async def locate(
         raise RestoreError("name exactly one of transaction, place, time or marker")
     if journal.replays:
         await journal.catch_up()
-    known = replace(await _known(stream, catalog, journal), left_out=left_out)
+    known = replace(await _known(stream, history, catalog, journal), left_out=left_out)
     places = _places(place, known.logs) if place is not None else {}
     whole: list[Name] = []
     if place is not None:
@@ -100,17 +107,31 @@ async def locate(
         whole, found = await _known_by(name, stream, catalog, known)
     else:
         found = await catalog.find(time=time, marker=marker, stream=stream)
+    if history is not None:
+        found = [one for one in found if any(lineage.includes(_end_of(one)) for lineage in known.logs)]
     told = [await _of_commit(one, catalog, known) for one in found]
+    unread: list[Location] = []
     if name is not None and stream is None:
-        told += [await _of_logged(one, catalog, known) for one in await _logged(whole, found, catalog, known)]
+        logged, left = await _logged([name, *whole], found, catalog, known, everywhere=history is None)
+        told += [await _of_logged(one, catalog, known) for one in logged]
+        unread = [_unread(*one) for one in left]
     for lineage in known.logs:
         if any(one.history.is_of_system(lineage.history) for one in found):
             continue
+        aside = f"--history {lineage.history}" if history is not None else ""
         if time is not None:
-            told.append(await _of_time(time, catalog, known, lineage))
+            one = await _of_time(time, catalog, known, lineage)
         elif (at := places.get(lineage.history.kind)) is not None:
-            told.append(await _of_place(at, catalog, known, lineage, stream))
-    return told or [_unknown(await _nowhere(known, by_log=name is not None and stream is None))]
+            one = await _of_place(at, catalog, known, lineage, stream)
+        else:
+            continue
+        told.append(replace(one, aside=one.aside or aside))
+    if not told:
+        of = f" of {known.logs[0].history} and its past" if history is not None else ""
+        log = None if name is None or stream is not None else "read" if unread else "kept"
+        told = [_unknown(await _nowhere(known, of, log))]
+    there = {base.number for base in known.bases}
+    return [replace(one, snapshot=one.point if one.point in there else None) for one in (*told, *unread)]
 
 
 class _Way(NamedTuple):
@@ -199,13 +220,15 @@ class _Known:
         return next((gap for at in places if (gap := self.gap_at(at, lineage, None))), None)
 
 
-async def _known(stream: str | None, catalog: Catalog, journal: Journal) -> _Known:
+async def _known(stream: str | None, history: str | None, catalog: Catalog, journal: Journal) -> _Known:
     latest = await catalog.latest()
     settled = await catalog.settled(stream) if stream is not None else None
     present = [mark.ceiling.history for mark in latest.marks if mark.ceiling] if latest else []
     if settled is not None and any(one.is_of_system(settled.history) for one in present):
         present = [one for one in present if one.is_of_system(settled.history)]
-    logs = [await _lineage(one, journal) for one in present]
+    if history is not None:
+        present = [await meant(history, catalog, journal)]
+    logs = [await past(one, journal) for one in present]
     return _Known(logs, await catalog.bases(), await catalog.gaps(), journal, await journal.extents())
 
 
@@ -236,49 +259,60 @@ async def _known_by(name: Name, stream: str | None, catalog: Catalog, known: _Kn
     return whole, found
 
 
-async def _logged(names: Sequence[Name], found: Sequence[Found], catalog: Catalog, known: _Known) -> list[Logged]:
+async def _logged(
+    names: Sequence[Name], found: Sequence[Found], catalog: Catalog, known: _Known, *, everywhere: bool
+) -> log_search.Left:
     """Give the commits that have the name that is meant in each in the log alone; the catalog may know their own.
 
-    They are looked for as a restore does: in each log whose lineage has none of those that the catalog knows. Where
-    nothing bears the name there, what is held of the histories that were left is read too.
+    `names` are the name as it was said, and the whole one that is meant in each log. They are looked for as a restore
+    does: in each log whose lineage has none of those that the catalog knows; with `everywhere` in what is held of the
+    histories that were left too.
     """
     logged: list[Logged] = []
-    try:
-        for name, lineage in zip(names, known.logs, strict=False):
-            if not any(lineage.includes(Position(one.history, one.record.end)) for one in found):
-                logged += await log_search.named(name, lineage, catalog, known.journal)
-        if not found and not logged:
-            logged = await log_search.left(names[0], known.logs, catalog, known.journal)
-    except JournalError:
-        if not found:  # what the catalog knows is told without the log
-            raise
-    return logged
+    unread: list[tuple[History, str]] = []
+    ends = [_end_of(one) for one in found]
+    for name, lineage in zip(names[1:], known.logs, strict=False):
+        if any(lineage.includes(end) for end in ends):
+            continue
+        try:
+            logged += await log_search.named(name, lineage, catalog, known.journal)
+        except JournalError as error:
+            if not found:  # what the catalog knows is told without the log
+                raise
+            unread.append((lineage.history, error.message))
+    if not everywhere:
+        return log_search.Left(logged, unread)
+    ends += [Position(one.history, one.end) for one in logged]
+    left = await log_search.left(names[:2], ends, known.logs, catalog, known.journal)
+    return log_search.Left([*logged, *left.commits], [*unread, *left.unread])
 
 
-async def _nowhere(known: _Known, *, by_log: bool) -> str:
-    """Give what is to be said where nothing was found."""
+def _end_of(found: Found) -> Position:
+    return Position(found.history, found.record.end)
+
+
+def _unread(history: History, why: str) -> Location:
+    """Give what is known of a commit in a history whose log was not read to its end: nothing."""
+    reason = f"whether {history} has it is not known: {why}"
+    return Location(Where.UNKNOWN, None, history, None, None, None, reason, None, f"--history {history}")
+
+
+async def _nowhere(known: _Known, of: str, log: str | None) -> str:
+    """Give what is to be said where nothing was found, `of` which histories, in the log that was `read` or `kept`."""
     if not known.logs:
         return "there is no sealed recovery point yet"
     words = f" or lies in one of {len(known.gaps)} gaps" if known.gaps else ""
-    if by_log:
+    if log is not None:
         why = await log_search.nowhere(known.logs, known.journal)
-        return f"neither the catalog nor the log that is kept has it: {why}{words}"
-    return f"it is not in the catalog: it did not qualify, was not seen by any source{words}"
-
-
-async def _lineage(history: History, journal: Journal) -> Lineage:
-    """Give the past of a history; of one whose history file nobody kept, the history alone."""
-    try:
-        return await journal.lineage(history)
-    except JournalError:
-        return Lineage(history)
+        return f"neither the catalog nor the log that {'was' if log == 'read' else 'is'} {log}{of} has it: {why}{words}"
+    return f"it is not in the catalog{of}: it did not qualify, was not seen by any source{words}"
 
 
 async def _of_commit(found: Found, catalog: Catalog, known: _Known) -> Location:
     record, history = found.record, found.history
     way, aside = await _way_to(found, catalog, known)
     if record.outcome is Outcome.MISSED or found.point is None:
-        gap = known.gap_at(record.start, await _lineage(history, known.journal), record.stream)
+        gap = known.gap_at(record.start, await past(history, known.journal), record.stream)
         reason = f"it was missed: {found.reason}; {way.words}"
         return Location(Where.GAP, record, history, way.after, None, gap, reason, way.base, aside)
     if record.outcome is Outcome.PROTECTED:
@@ -294,9 +328,9 @@ async def _way_to(found: Found, catalog: Catalog, known: _Known) -> tuple[_Way, 
     if gone_on is None and known.logs:  # another database is in the place of that one
         present = known.logs[0]
     else:
-        present = await _lineage(gone_on or found.history, known.journal)
+        present = await past(gone_on or found.history, known.journal)
     within = present.includes(Position(found.history, found.record.end))
-    lineage = present if within else await _lineage(found.history, known.journal)
+    lineage = present if within else await past(found.history, known.journal)
     way = await known.way(at_commit(found, lineage, known.extents), catalog)
     same = await catalog.find(name=found.record.name) if len(known.logs) > 1 else [found]
     if not same or not all(one.history.is_of_system(found.history) for one in same):
@@ -310,25 +344,19 @@ async def _of_logged(one: Logged, catalog: Catalog, known: _Known) -> Location:
         return await _of_commit(found, catalog, known)
     way, aside = await _way_to(found, catalog, known)
     did = f", which {one.did}" if one.did else ""
-    if gap := known.gap_at(one.start, await _lineage(one.history, known.journal), None):
+    if gap := known.gap_at(one.start, await past(one.history, known.journal), None):
         reason = f"it lies in a gap: {gap.reason}; the log has it{did}; {way.words}"
         return Location(Where.GAP, one.record, one.history, way.after, None, gap, reason, way.base, aside)
-    reason = f"no stream showed it, or no rule asked for it; it lies in the log{did}; {way.words}"
+    unseen = "no stream showed it, no rule asked for it, or the catalog was made anew since"
+    reason = f"{unseen}; it lies in the log{did}; {way.words}"
     return Location(Where.LOG, one.record, one.history, way.after, None, None, reason, way.base, aside)
 
 
 async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lineage) -> Location:
     last = await catalog.as_of(time, lineage)
     if last is None:
-        others = sorted(
-            {
-                f"--history {mark.floor.history}"
-                for base in known.bases
-                for mark in base.marks
-                if mark.floor.history.is_of_system(lineage.history) and not lineage.includes(mark.floor)
-            }
-        )
-        aside = f"; there are others, which restore takes: {', '.join(others)}" if others else ""
+        others = options(based_beside(known.bases, lineage))
+        aside = f"; there are others, which find and restore take: {others}" if others else ""
         return _unknown(f"no commit at or before {time.isoformat()} is known of {lineage.history}{aside}")
     later = await catalog.commit_after(last.record.start, lineage)
     words = f"the last qualifying commit by then is {last.record.name} of {last.record.stream}"

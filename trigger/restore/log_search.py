@@ -21,10 +21,14 @@ from trigger.model import Extent, Logged, RecoveryPoint, to_microseconds
 from trigger.ports import Journal
 from trigger.position import LAST, At, History, Lineage, Name, Position
 from trigger.replay import Following
+from trigger.restore.histories import begins_apart, newest_first, past
 
+LEFT_SECONDS = 10.0
+"""How long the log of histories that were left is read for a name; with `--history` it is read to its end."""
 FOLLOWING_SECONDS = 60.0
 """How long the log is read for the commit that follows on a state; it proves more, and is no part of that."""
 
+_TOO_LONG = "to read what was left takes longer than {:g} s; find with --history {} reads all of it"
 _FIRST_DAY, _LAST_DAY = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
@@ -86,32 +90,49 @@ async def named(name: Name, lineage: Lineage, catalog: Catalog, journal: Journal
     return []
 
 
-async def left(name: Name, lineages: Sequence[Lineage], catalog: Catalog, journal: Journal) -> list[Logged]:
-    """Give the commits that a name means in what is held of other histories, by history, those begun last first.
+class Left(NamedTuple):
+    """What is held of the histories that were left says of a name."""
 
-    Nothing that lies in one of `lineages` is read.
+    commits: list[Logged]
+    """Those that bear it, by history, those begun last first."""
+    unread: list[tuple[History, str]]
+    """The histories whose log was not read to its end, and why."""
+
+
+async def left(
+    names: Sequence[Name], found: Sequence[Position], lineages: Sequence[Lineage], catalog: Catalog, journal: Journal
+) -> Left:
+    """Give the commits that a name means in what is held of other histories, as far as `LEFT_SECONDS` let read it.
+
+    Args:
+        names: as somebody said it, and whole, as it is meant where the catalog knows nothing of a history.
+        found: where it was found already; a history that one of these lies in is not read.
+        lineages: nothing that lies in one of these is read.
 
     Raises:
-        JournalError: one of them cannot be read, and no other has it.
+        JournalError: nobody can say what is held.
         CatalogError: the catalog cannot be read.
     """
-    found: list[Logged] = []
-    unread: JournalError | None = None
-    histories = {extent.history for extent in await journal.extents()}
-    for history in sorted(histories, key=lambda one: one.age, reverse=True):
+    commits: list[Logged] = []
+    unread: list[tuple[History, str]] = []
+    until = asyncio.get_running_loop().time() + LEFT_SECONDS
+    extents = await journal.extents()
+    for history in newest_first(extent.history for extent in extents):
+        lineage = await past(history, journal)
+        begin = begins_apart(lineage, lineages)
+        held = any(extent.history == history and extent.end > begin for extent in extents)
+        if not held or any(lineage.includes(one) for one in found):
+            continue
+        last = await catalog.commit_before(LAST, lineage)
+        name = history.meant(names[0], last.record.name) if last else names[-1]
         try:
-            lineage = await journal.lineage(history)
-        except JournalError:
-            lineage = Lineage(history)
-        begin = lineage.stretches()[-1][1]  # what lies before has the name of an earlier branch
-        shared = [one.shared(Position(history, LAST)) or 0 for one in lineages]
-        try:
-            found += await named(name, lineage, catalog, journal, max(begin, *shared) if shared else begin)
+            async with asyncio.timeout_at(until):
+                commits += await named(name, lineage, catalog, journal, begin)
+        except TimeoutError:
+            unread.append((history, _TOO_LONG.format(LEFT_SECONDS, history)))
         except JournalError as error:
-            unread = error
-    if unread is not None and not found:
-        raise unread
-    return found
+            unread.append((history, error.message))
+    return Left(commits, unread)
 
 
 async def around(

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from trigger.errors import JournalError
 from trigger.model import Finding, Severity, System, from_microseconds
 from trigger.ports import Clone
 from trigger.position import LAST, History, Lineage, Position, distance
 from trigger.replay import Target
 from trigger.restore.clone_records import CloneRecord
 from trigger.restore.clones import Site
-from trigger.restore.target import known_histories
+from trigger.restore.histories import known_histories, past
 from trigger.shape import data
 
 
@@ -153,8 +152,8 @@ async def _end_of(target: Target, site: Site) -> int:
 async def _behind(position: Position, site: Site) -> Losses:
     """Give what lies at a position and behind it in the log that production has now."""
     present = await site.catalog.present(position.history) or position.history
-    lineage = await _lineage(present, site)
-    at = _shared(await _lineage(position.history, site), lineage, position.at)
+    lineage = await past(present, site.journal)
+    at = _shared(await past(position.history, site.journal), lineage, position.at)
     first = await site.catalog.commit_after(at - 1, lineage)
     last = await site.catalog.commit_before(LAST, lineage) if first is not None else None
     ends = [extent.end for extent in await site.journal.extents() if extent.history == present]
@@ -165,13 +164,6 @@ async def _behind(position: Position, site: Site) -> Losses:
         from_microseconds(last.record.time_us) if last is not None else None,
         Position(present, max(ends)) if ends else None,
     )
-
-
-async def _lineage(history: History, site: Site) -> Lineage:
-    try:
-        return await site.journal.lineage(history)
-    except JournalError:
-        return Lineage(history)
 
 
 def _shared(mine: Lineage, present: Lineage, at: int) -> int:

@@ -23,6 +23,7 @@ from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
 from trigger.restore.branch import followed
+from trigger.restore.histories import is_branch, meant, naming
 
 _SHOWN = 5
 _NOWHERE = "is in neither the catalog nor the log that is kept"
@@ -157,7 +158,7 @@ async def _lineage_of(named: Named, catalog: Catalog, journal: Journal) -> Linea
         RestoreError: nothing tells which database is meant, or several have such a commit.
     """
     latest = await catalog.latest()
-    if latest is None or len(latest.marks) == 1 or (named.history is not None and not _is_branch(named.history)):
+    if latest is None or len(latest.marks) == 1 or (named.history is not None and not is_branch(named.history)):
         return await _lineage(named.history, catalog, journal)
     settled = await catalog.settled(named.stream) if named.stream is not None else None
     histories = [settled.history] if settled else []
@@ -173,29 +174,9 @@ async def _lineage_of(named: Named, catalog: Catalog, journal: Journal) -> Linea
     return await _lineage(named.history, catalog, journal, *present)
 
 
-def _is_branch(history: str) -> bool:
-    return history.isascii() and history.isdigit() and str(int(history)) == history
-
-
 async def _lineage(history: str | None, catalog: Catalog, journal: Journal, present: History | None = None) -> Lineage:
     """Give the lineage of the newest point, in its first log if `present` is None, or of a history that was named."""
-    latest = await catalog.latest()
-    if latest is None or latest.ceiling is None:
-        raise RestoreError(
-            "there is no sealed recovery point to start from", hint="trigpoint run takes the first at its start"
-        )
-    present = present or latest.ceiling.history
-    if history is None:
-        return await journal.lineage(present)
-    known = await known_histories(catalog, journal)
-    wanted = next((one for one in known if str(one) == history), None)  # of whatever kind
-    if wanted is None:
-        by_branch = _is_branch(history)
-        wanted = Lineage(present).branch(int(history)) if by_branch else History.parse(history, present.kind)
-    if wanted not in known:
-        there = ", ".join(map(str, sorted(known, key=lambda one: (one.system, one.age))))
-        raise RestoreError(f"nothing is known of the history {wanted}", hint=f"there are: {there}")
-    return await journal.lineage(wanted)
+    return await journal.lineage(await meant(history, catalog, journal, present))
 
 
 def at_commit(found: Found, lineage: Lineage, extents: Sequence[Extent], words: str = "") -> Target:
@@ -345,9 +326,8 @@ async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog
     whole, found = await log_search.known(name, lineage, stream, catalog)
     if stream is None and not any(_in(one, lineage) for one in found):
         logged = await log_search.named(whole, lineage, catalog, journal)
-        if not found and not logged:
-            with suppress(JournalError):  # it is only for the words of the refusal
-                logged = await log_search.left(whole, [lineage], catalog, journal)
+        if not found and not logged:  # it is only for the words of the refusal
+            logged = (await log_search.left([name, whole], [], [lineage], catalog, journal)).commits
         found += [await log_search.as_known(one, catalog) for one in logged]
     if stream is None:
         unknown, remedy = _NOWHERE, f"{await log_search.nowhere([lineage], journal)}; {_OTHERWISE}"
@@ -393,24 +373,6 @@ async def is_left(target: Target, catalog: Catalog, journal: Journal) -> bool:
     except JournalError:
         lineage = Lineage(present)
     return not lineage.includes(Position(target.history, at))
-
-
-async def known_histories(catalog: Catalog, journal: Journal) -> set[History]:
-    """Give every history that a commit, a point or a piece of log is known of."""
-    marks = [mark for base in await catalog.bases() for mark in base.marks]
-    return {
-        *(seen.position.history for seen in await catalog.seen()),
-        *(position.history for mark in marks for position in mark.positions),
-        *(extent.history for extent in await journal.extents()),
-    }
-
-
-def naming(history: History, present: History) -> str:
-    """Give the option by which a history is named beside the present one; "" for that itself."""
-    if history == present:
-        return ""
-    beside = history == Lineage(present).branch(history.branch)
-    return f"--timeline {history.branch}" if beside else f"--history {history}"
 
 
 def _in(found: Found, lineage: Lineage) -> bool:
