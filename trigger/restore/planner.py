@@ -18,6 +18,7 @@ from trigger.errors import RestoreError
 from trigger.model import Extent, Mark, RecoveryPoint, State, to_microseconds
 from trigger.position import At, History, Lineage, Place, Position
 from trigger.replay import Replay, Target
+from trigger.restore.histories import based_beside, options
 
 FileStart = Callable[[Position], int]
 """Gives where the file of the log that holds a position begins; see `ports.Journal.file_start`."""
@@ -436,10 +437,12 @@ def _refusal(
     its_own = target.at is not None and taken_for in (target.at, _needed(target))
     which = f"its own, point {first.number}, is" if its_own else f"the earliest is point {first.number}, which"
     what = f"{which} {'the earliest, and ' if its_own else ''}may hold log up to {written(ends_at)}{when}"
-    return RestoreError(
-        f"no recovery point is early enough for {target.description}: {what}",
-        hint=f"the earliest target that can be restored is --to-lsn {written(ends_at)}",
-    )
+    hint = f"the earliest target that can be restored is --to-lsn {written(ends_at)}"
+    if target.time is not None:
+        early = [base for base in bases if base.state is State.SEALED and not _too_late(base, target.time)]
+        if others := based_beside(early, lineage):
+            hint = f"points of other histories are early enough: {options(others)}; of {lineage.history} {hint}"
+    return RestoreError(f"no recovery point is early enough for {target.description}: {what}", hint=hint)
 
 
 def _beyond(target: Target, lineage: Lineage, last: Place | None, needed: Place, *, left: bool) -> RestoreError:

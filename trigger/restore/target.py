@@ -224,7 +224,7 @@ async def _at_place(
     if begins or ends:
         return at_commit((begins or ends)[0], lineage, extents)
     last = await catalog.commit_before(at, lineage)
-    return up_to(at, lineage, extents, f"the state before {written}{_last(last)}")
+    return up_to(at, lineage, extents, f"the state before {written}{_last(last, lineage)}")
 
 
 async def at_time(
@@ -236,7 +236,7 @@ async def at_time(
     may have been committed by then. `database` is made to commit something then, which is surely later.
     """
     last, later = await log_search.as_of(time, lineage, catalog, journal)
-    description = f"the state of {time.isoformat()}{_last(last)}"
+    description = f"the state of {time.isoformat()}{_last(last, lineage)}"
     if later is None:
         description += f", no later commit is known: {await log_search.end_of(lineage, journal)}"
     reach = later.record.end if later else await _passed(lineage, database)
@@ -280,7 +280,7 @@ async def _passed(lineage: Lineage, database: Database | None) -> int | None:
 async def _before(found: Found, lineage: Lineage, catalog: Catalog, extents: Sequence[Extent]) -> Target:
     record = found.record
     last = await catalog.commit_before(record.start, lineage)
-    words = f"the state before {_words(found)}{_last(last)}"
+    words = f"the state before {_words(found)}{_last(last, lineage)}"
     return up_to(record.start, lineage, extents, words, record.end)
 
 
@@ -299,7 +299,7 @@ async def _at_point(point: RecoveryPoint, catalog: Catalog, journal: Journal) ->
     if point.commit is not None and point.commit.end == floor.at:
         return at_commit(Found(point.commit, point.number, "", floor.history), lineage, extents, words)
     last = await catalog.commit_before(floor.at, lineage)
-    return up_to(floor.at, lineage, extents, f"{words}the state at {floor.place}{_last(last)}")
+    return up_to(floor.at, lineage, extents, f"{words}the state at {floor.place}{_last(last, lineage)}")
 
 
 async def _lineage_around(position: Position, catalog: Catalog, journal: Journal) -> Lineage:
@@ -314,9 +314,9 @@ async def _lineage_around(position: Position, catalog: Catalog, journal: Journal
     return await journal.lineage(position.history)
 
 
-def _last(found: Found | None) -> str:
+def _last(found: Found | None, lineage: Lineage) -> str:
     if found is None:
-        return ", before any commit in the catalog"
+        return f", before any commit of {lineage.history} in the catalog"
     where = f"in the catalog being {found.record.name} of {found.record.stream}"
     return f", the last commit {where if found.record.stream else f'in the log being {found.record.name}'}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,10 +16,12 @@ from trigger.model import Commit, Logged, State
 from trigger.position import History, Lineage, Name
 from trigger.restore import log_search
 from trigger.restore.locate import Where, locate
-from trigger.restore.restore import restore
+from trigger.restore.restore import prepare, restore
 from trigger.restore.target import Named
 
 FIRST, SECOND = (History("memory", "7001", branch) for branch in (1, 2))
+SECOND_LIFE = History("memory", "7001", 1, 1)
+SECONDS = timedelta(seconds=1)
 
 
 async def shared_name(it: Bank) -> Commit:
@@ -107,6 +110,32 @@ def test_in_a_history_that_is_named_nothing_of_another_is_found(tmp_path: Path) 
         assert f"that is kept of {FIRST} and its past has it" in none.reason
         with pytest.raises(RestoreError, match="nothing is known of the history"):
             await locate(catalog, journal, name=newer.name, history="7001/9")
+
+    run(tmp_path, story)
+
+
+def test_a_time_before_a_life_began_is_refused_with_the_histories_that_have_it(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        copy = it.world.cluster.copy()
+        it.commit()
+        await it.point()
+        it.seconds[0] += 5
+        it.commit()
+        await it.point()
+        time = it.site.clock.now() + SECONDS
+        it.world.cluster.put_back(copy)
+        it.seconds[0] += 100
+        await it.database.record_end()
+        await it.point()
+        target = await it.resolve(Named(time=time))
+        assert f"before any commit of {SECOND_LIFE} in the catalog" in target.description
+        with pytest.raises(RestoreError, match="no recovery point is early enough") as refused:
+            await prepare(target, it.site)
+        assert f"--history {FIRST}" in refused.value.hint
+        assert (await prepare(await it.resolve(Named(time=time, history=str(FIRST))), it.site)).base.number == 2
+        with pytest.raises(RestoreError, match="no recovery point is early enough") as refused:
+            await prepare(await it.resolve(Named(time=time - timedelta(days=1))), it.site)
+        assert "--history" not in refused.value.hint
 
     run(tmp_path, story)
 
