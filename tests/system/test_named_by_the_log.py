@@ -129,6 +129,7 @@ def test_a_table_made_as_only_the_log_of_a_left_timeline_says_is_found_and_comes
         deployed.start()
         deployed.trigpoint("point")
         cluster.sql("DO $$ BEGIN FOR i IN 1..300 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$")
+        made_at = datetime.now(UTC).isoformat()
         ((made,),) = cluster.sql("BEGIN; CREATE TABLE made (v int); SELECT pg_current_xact_id()::text; COMMIT")[-1:]
         tell(cluster, "three")
         deployed.settle()
@@ -141,6 +142,13 @@ def test_a_table_made_as_only_the_log_of_a_left_timeline_says_is_found_and_comes
         deployed.settle()
         (found,) = deployed.ask("find", "--xid", made)
         assert (found["where"], found["aside"], bool(found["base"])) == ("log", "--timeline 1", True), found
+        around = ("commits", "--around", made_at, "--within", "5")
+        listed = deployed.ask(*around)
+        assert made not in [one["name"] for one in listed["commits"]]
+        assert listed["others"] == [found["history"]]
+        printed = deployed.trigpoint(*around).stdout
+        assert f"--history {found['history']} lists it" in printed
+        assert made in deployed.trigpoint(*around, "--history", found["history"]).stdout
         assert deployed.ask("find", "--xid", made, "--history", found["history"]) == [found]
         refused = deployed.trigpoint("restore", "--to-xid", made, check=False)
         assert "--timeline 1" in refused.stderr, refused.stderr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, options, time
+from trigger.cli.arguments import Config, InHistory, Json, options, time
 from trigger.errors import CatalogError
 from trigger.model import from_microseconds
 
@@ -30,16 +30,18 @@ def commits(
     limit: Annotated[
         int, typer.Option("--limit", "-l", min=1, max=10_000, help="How many, those nearest to the time.")
     ] = 1000,
+    history: InHistory = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
     """List what was committed around a time, by the log that is kept: DDL and other databases too.
 
     What is listed is named to `restore` by its transaction id: --before-xid brings back the state right before it.
-    Below it stands which log was read: what was committed where that does not reach to is not listed.
+    Below it stands which log was read: what was committed where that does not reach to is not listed. It is that of
+    the present history, or with --history of another, such as one that a restore in place has left.
     """
     middle, chosen = time(when), options(config)
-    found = asyncio.run(_commits(chosen, middle, timedelta(seconds=within), limit))
+    found = asyncio.run(_commits(chosen, middle, timedelta(seconds=within), limit, history))
     if as_json:
         show.print_json(found)
         return
@@ -61,7 +63,7 @@ def commits(
     )
     show.more(found.more, "commits")
     show.say()
-    show.facts([("log read", line) for line in _read(found)])
+    show.facts([*(("log read", line) for line in _read(found)), *(("not read", line) for line in _others(found))])
 
 
 def _children(one: Logged) -> str:
@@ -73,13 +75,18 @@ def _children(one: Logged) -> str:
 def _read(found: Around) -> list[str]:
     """Give which log was read, and where that cannot tell what was committed, for people."""
     if not found.read:
-        return ["none of that time is kept"]
+        return [f"none of that time is kept of {found.history}"]
     lines = [_stretch(one) for one in found.read]
     if not found.from_before:
-        lines[0] = f"{lines[0]}; what was committed before it is not in the log that is kept"
+        lines[0] = f"{lines[0]}; what was committed before it is not in the log that is kept of {found.history}"
     if not found.until_behind:
-        lines[-1] = f"{lines[-1]}; the log that is kept ends there, and what is committed later is not in it yet"
+        lines[-1] = f"{lines[-1]}; the log that is kept ends there, and has nothing of what is committed later"
     return lines
+
+
+def _others(found: Around) -> list[str]:
+    """Give what else is held that may be of that time, with the option that lists it."""
+    return [f"log of {one} is held too, and may be of that time: --history {one} lists it" for one in found.others]
 
 
 def _stretch(one: Read) -> str:
@@ -90,16 +97,16 @@ def _stretch(one: Read) -> str:
     return f"{words}, with commits from {first} to {last}"
 
 
-async def _commits(chosen: Options, middle: datetime, aside: timedelta, limit: int) -> Around:
+async def _commits(chosen: Options, middle: datetime, aside: timedelta, limit: int, history: str | None) -> Around:
+    from trigger.restore.histories import meant
     from trigger.restore.log_search import around
     from trigger.service.service import opened
 
     async with opened(chosen, past=True) as parts:
-        latest = await parts.catalog.latest()
-        if latest is None or latest.ceiling is None:
+        if await parts.catalog.latest() is None:
             raise CatalogError(
                 "there is no sealed recovery point yet", hint="`trigpoint run` takes the first at its start"
             )
         await parts.journal.catch_up()
-        lineage = await parts.journal.lineage(latest.ceiling.history)
+        lineage = await parts.journal.lineage(await meant(history, parts.catalog, parts.journal))
         return await around(middle, aside, limit, lineage, parts.catalog, parts.journal)

@@ -58,6 +58,10 @@ class Around:
     """Whether it is known to reach back to the beginning of the time that was asked for."""
     until_behind: bool
     """Whether it is known to reach to the end of it; log may come yet."""
+    history: History
+    """Whose log was read, with that of its past."""
+    others: list[History]
+    """Other histories of which log is held that may be of that time, those begun last first; it was not read."""
 
 
 async def known(name: Name, lineage: Lineage, stream: str | None, catalog: Catalog) -> tuple[Name, list[Found]]:
@@ -148,13 +152,12 @@ async def around(
         CatalogError: the catalog cannot be read.
     """
     since, until = time - min(aside, time - _FIRST_DAY), time + min(aside, _LAST_DAY - time)
-    bases = [base for base in await catalog.bases() if base.mark_in(lineage.history)]
-    begin = max(_marks([base for base in bases if base.opened_at < since], lineage)[:-1])
-    end = min([LAST, *_ends([base for base in bases if base.opened_at > until], lineage)])
+    bases, extents = await catalog.bases(), await journal.extents()
+    begin, end = _around(since, until, bases, lineage)
     last = await catalog.commit_before(end, lineage) or await catalog.commit_after(end - 1, lineage)
     like = last.record.name if last else Name("", 0)
     near = _Near(to_microseconds(time), most)
-    read = _held(await journal.extents(), lineage, begin, end)
+    read = _held(extents, lineage, begin, end)
     earliest, latest = to_microseconds(since), to_microseconds(until)
     earlier = later = False
     async with aclosing(journal.commits(lineage, begin, end, like)) as commits:
@@ -166,7 +169,49 @@ async def around(
     whole = len(read) == 1 or all(one.end.at >= other.begin.at for one, other in pairwise(read))
     reaches_back = bool(read) and whole and (earlier or 0 < begin >= read[0].begin.at)
     reaches_on = bool(read) and whole and (later or end <= read[-1].end.at)
-    return Around(await journal.named(near.commits), near.left_out, read, reaches_back, reaches_on)
+    others = await _others(since, until, bases, extents, lineage, journal)
+    return Around(
+        await journal.named(near.commits), near.left_out, read, reaches_back, reaches_on, lineage.history, others
+    )
+
+
+async def _others(
+    since: datetime,
+    until: datetime,
+    bases: Sequence[RecoveryPoint],
+    extents: Sequence[Extent],
+    lineage: Lineage,
+    journal: Journal,
+) -> list[History]:
+    """Give the histories that log of such a time may be held of beside a lineage; none of it is read."""
+    found: list[History] = []
+    for history in newest_first(extent.history for extent in extents):
+        other = await past(history, journal)
+        begin, end = _around(since, until, bases, other)
+        begin = max(begin, begins_apart(other, [lineage]))
+        own = [extent for extent in extents if extent.history == history]
+        held = any(max(extent.start, begin) < min(extent.end, end) for extent in own)
+        if held and _was_in(history, since, until, bases):
+            found.append(history)
+    return found
+
+
+def _was_in(history: History, since: datetime, until: datetime, bases: Sequence[RecoveryPoint]) -> bool:
+    """Whether the database may have been in a history at such a time, by the points cut then, and next to it."""
+    marks = [(base.opened_at, mark.floor.history) for base in bases if (mark := base.mark_in(history))]
+    cut = sorted(marks, key=lambda one: one[0])
+    before, then, later = (
+        [there for opened, there in cut if opened < since],
+        [there for opened, there in cut if since <= opened <= until],
+        [there for opened, there in cut if opened > until],
+    )
+    return not before or history in (*before[-1:], *then, *later[:1])
+
+
+def _around(since: datetime, until: datetime, bases: Sequence[RecoveryPoint], lineage: Lineage) -> tuple[int, int]:
+    """Give the places of a lineage that a time surely lies between, by the points that were cut before and after it."""
+    begin = max(_marks([base for base in bases if base.opened_at < since], lineage)[:-1])
+    return begin, min([LAST, *_ends([base for base in bases if base.opened_at > until], lineage)])
 
 
 async def following(begin: At, history: History, catalog: Catalog, journal: Journal) -> Following | None:

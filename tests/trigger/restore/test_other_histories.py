@@ -1,4 +1,4 @@
-"""What histories other than the present one have: found by name there, and named where it may be."""
+"""What histories other than the present one have: found by name, listed around a time, and named where it may be."""
 
 from __future__ import annotations
 
@@ -10,18 +10,85 @@ from unittest.mock import patch
 import pytest
 
 from tests.fixtures.bank import Bank, quiet, run
-from trigger.cli import points
+from trigger.cli import log, points
 from trigger.errors import JournalError, RestoreError
 from trigger.model import Commit, Logged, State
 from trigger.position import History, Lineage, Name
 from trigger.restore import log_search
 from trigger.restore.locate import Where, locate
+from trigger.restore.log_search import Around, around
 from trigger.restore.restore import prepare, restore
 from trigger.restore.target import Named
 
 FIRST, SECOND = (History("memory", "7001", branch) for branch in (1, 2))
 SECOND_LIFE = History("memory", "7001", 1, 1)
 SECONDS = timedelta(seconds=1)
+
+
+async def left_behind_a_drop(it: Bank) -> tuple[Commit, Commit, Commit]:
+    """Go back to before a commit that the log alone has; gives one long before, that, and one since."""
+    early = it.commit()
+    it.seconds[0] += 10
+    await it.point()
+    it.commit()
+    await it.point()
+    it.seconds[0] += 10
+    fork = it.world.cluster.flushed
+    it.seconds[0] += 1
+    dropped = it.world.cluster.commit("")
+    it.seconds[0] += 1
+    it.commit()
+    await it.point()
+    it.seconds[0] += 10
+    it.world.cluster.promote(fork)
+    it.commit()
+    await it.point()
+    it.seconds[0] += 10
+    newer = it.commit()
+    await it.point()
+    return early, dropped, newer
+
+
+async def listed(it: Bank, one: Commit, history: History) -> Around:
+    lineage = await it.site.journal.lineage(history)
+    return await around(one.time, SECONDS, 100, lineage, it.catalog, it.site.journal)
+
+
+def test_around_the_time_of_a_commit_that_was_left_its_history_is_named_and_lists_it(
+    tmp_path: Path,
+) -> None:
+    async def story(it: Bank) -> None:
+        early, dropped, newer = await left_behind_a_drop(it)
+        found = await listed(it, dropped, SECOND)
+        assert dropped.name not in [one.name for one in found.commits]
+        assert (found.history, found.others) == (SECOND, [FIRST])
+        assert dropped.name in [one.name for one in (await listed(it, dropped, FIRST)).commits]
+        for one in (early, newer):
+            found = await listed(it, one, SECOND)
+            assert ([each.name for each in found.commits], found.others) == ([one.name], [])
+
+    run(tmp_path, story)
+
+
+def test_so_is_the_life_that_an_older_copy_took_the_place_of_and_nothing_untrue_is_said_of_it(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        await it.point()
+        copy = it.world.cluster.copy()
+        it.seconds[0] += 10
+        dropped = it.commit()
+        await it.point()
+        it.world.cluster.put_back(copy)
+        it.seconds[0] += 100
+        await it.database.record_end()
+        await it.point()
+        found = await listed(it, dropped, SECOND_LIFE)
+        assert (found.commits, found.others) == ([], [FIRST])
+        assert not found.from_before
+        assert f"is not in the log that is kept of {SECOND_LIFE}" in log._read(found)[0]
+        assert log._others(found)[0].endswith(f"--history {FIRST} lists it")
+        assert [one.name for one in (await listed(it, dropped, FIRST)).commits] == [dropped.name]
+
+    run(tmp_path, story)
 
 
 async def shared_name(it: Bank) -> Commit:
