@@ -189,7 +189,7 @@ def reconcile(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Make catalog and storage agree, as every start does: adopt, fail, remove what a crash left, report phantoms.
+    """Make catalog and storage agree, as every start does: adopt, fail, remove what a crash left, report what is gone.
 
     The service must not run. Snapshots that bear our names but that nobody can read are reported and left alone.
     """
