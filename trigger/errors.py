@@ -9,6 +9,7 @@
      ├─ AgentError       a host did not prove its flush                          (exit 5)
      ├─ StorageError     a snapshot or a clone was not made                      (exit 6)
      ├─ CatalogError     the catalog cannot be read or written                   (exit 7)
+     │   ├─ DamagedError     what is there is no catalog, or not whole any more  (exit 7)
      │   └─ NotFoundError    it can, and what was named is not in it             (exit 11)
      ├─ JournalError     the log is not there, or damaged                        (exit 8)
      ├─ RestoreError     a target cannot be reached, or a clone failed           (exit 9)
@@ -97,6 +98,10 @@ class CatalogError(TrigpointError):
     """The catalog cannot be read or written."""
 
     exit_code = 7
+
+
+class DamagedError(CatalogError):
+    """What lies in the catalog's place is no catalog, or not whole any more: waiting and rights will not help."""
 
 
 class NotFoundError(CatalogError):

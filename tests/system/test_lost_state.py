@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def test_a_lost_state_folder_is_made_anew_from_the_storage_while_the_server_is_down() -> None:
-    with deployment(15, "directory") as here:
+    with deployment(15, "directory", databases=("postgres", "quiet")) as here:
         journal = here.root / "journal"
         here.configure(f'[journal]\nfolder = "{journal}"\n')
         here.cluster.sql("CREATE TABLE t (n int)")
@@ -23,22 +23,46 @@ def test_a_lost_state_folder_is_made_anew_from_the_storage_while_the_server_is_d
         number = here.ask("point")["number"]
         here.cluster.sql("INSERT INTO t VALUES (2)")
         here.settle()
-        assert here.stop() == 0
         known = [one["number"] for one in here.ask("list")]
-        here.cluster.stop()
+        oldest = here.ask("show", "1")["point"]["floor"].rpartition("@")[2]
+        gone_on = f"SELECT bool_and(confirmed_flush_lsn > '{oldest}') FROM pg_replication_slots WHERE NOT temporary"
+        here.wait_for(lambda: here.cluster.sql(gone_on) == [(True,)], "the server has let go of what was settled")
+        assert here.stop() == 0
         shutil.rmtree(here.state)
+        checked = here.trigpoint("check").stdout
+        assert f"warning  catalog: {here.state / 'catalog.sqlite'} knows of no point, and the storage has" in checked
+        assert not (here.state / "catalog.sqlite").exists()
+        here.cluster.stop()
 
-        for command in (("list",), ("restore", "--to-point", str(number), "--dry-run"), ("find", "--xid", "1")):
+        for command in (
+            ("list",),
+            ("show", "1"),
+            ("restore", "--to-point", str(number), "--dry-run"),
+            ("find", "--xid", "1"),
+            ("expire", str(number), "--yes"),
+        ):
             lost = here.trigpoint(*command, check=False)
             assert lost.returncode == 7, lost.stderr
             assert "catalog rebuild" in lost.stderr
+        (here.state / "catalog.sqlite").touch(0o600)
+        for command in (("list",), ("list", "--gaps"), ("show", "1")):
+            assert "it was lost" in here.trigpoint(*command, check=False).stderr
         here.trigpoint("catalog", "rebuild")
+        assert (here.root / "snapshots" / "lock").read_text() == str(here.state / "catalog.sqlite")
         assert [one["number"] for one in here.ask("list")] == known
         report = here.ask("restore", "--to-point", str(number), "--name", "back")
         with psycopg.connect(f"{report['conninfo']} dbname=postgres") as clone:
             assert clone.execute("SELECT n FROM t").fetchall() == [(1,)]
         here.trigpoint("clones", "drop", "--yes", "back")
         here.cluster.start()
+        here.start()
+        first = [gap for gap in here.ask("list", "--gaps") if gap["stream"] == "quiet"]
+        assert [gap["after"].endswith(f"@{oldest}") for gap in first] == [True], "no tag knows of a commit there"
+        assert here.stop() == 0
+        (here.state / "catalog.sqlite").unlink()
+        here.start()
+        assert "knows of no point" in here.log.read_text()
+        assert [gap["stream"] for gap in here.ask("list", "--gaps")].count("quiet") == 2
 
 
 @pytest.mark.volume

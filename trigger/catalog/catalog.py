@@ -68,35 +68,44 @@ class Run(Protocol):
 class Catalog:
     """The durable index of recovery points and of the commits they protect; open it with `Catalog.open`."""
 
-    def __init__(self, engine: Engine, run: Run | None, *, owns_engine: bool) -> None:
+    def __init__(self, engine: Engine, run: Run | None, *, owns_engine: bool, place: Path | None = None) -> None:
         self.file = schema.sqlite_file(engine)
         """The file of a SQLite catalog; None for one in memory or on a server."""
+        self.place = self.file if place is None else place.absolute()
+        """By which others know it: its file, or the one in whose place that will be put."""
         self.where = schema.display(engine)
         """Where it lies, for people; without a password."""
         self._engine = engine
         self._owns_engine = owns_engine
         self._thread = ThreadPoolExecutor(1, "catalog") if run is None else None
         self._run = run or self._on_thread
-        self._reserve = Reserve(self.file) if self.file is not None else None
+        self._reserve = Reserve(self.file) if self.file is not None and self.file == self.place else None
         self._inode: tuple[int, int] | None = None
         self._copy_is_kept = False
 
     # ---- opening and closing
 
     @classmethod
-    async def open(cls, where: str | Path | Engine, *, run: Run | None = None, upgrade: Upgrade | None = None) -> Self:
+    async def open(
+        cls,
+        where: str | Path | Engine,
+        *,
+        run: Run | None = None,
+        upgrade: Upgrade | None = None,
+        place: Path | None = None,
+    ) -> Self:
         """Give the catalog at a path, a database URL, `:memory:`, or behind an engine of the caller's.
 
         The file and its tables are made where there are none (the folder must exist), and brought to the present
         version where they are older: nobody else may work with them then, which `upgrade` says once it is entered (by
         default nobody does). An engine that was given stays open after `close`, so that a catalog in memory
-        survives a simulated restart.
+        survives a simulated restart. `place` is where it belongs, if that is not where it is.
 
         Raises:
             CatalogError: it cannot be opened, is damaged, or a newer Trigpoint made it.
         """
         engine = where if isinstance(where, Engine) else schema.make_engine(where)
-        catalog = cls(engine, run, owns_engine=engine is not where)
+        catalog = cls(engine, run, owns_engine=engine is not where, place=place)
         try:
             await catalog._run(partial(catalog._prepare, upgrade=upgrade or contextlib.nullcontext(enter_result=True)))
         except BaseException:
@@ -318,18 +327,18 @@ class Catalog:
         """Store the result of restoring `point`; raises `CatalogError` unless it is sealed."""
         return await self._write(partial(point_index.verify, key=point.id, verification=verification))
 
-    async def adopt(self, point: RecoveryPoint, records: Sequence[CommitRecord]) -> bool:
+    async def adopt(self, point: RecoveryPoint, records: Sequence[CommitRecord], streams: Collection[str] = ()) -> bool:
         """Insert a point and its commits as a tag gave them, and say whether it was not there yet.
 
-        It keeps its number unless another point has it; then it gets the next free one. Commits that already have
-        an outcome are dropped and counted. Streams count as settled up to the last commit adopted.
+        It keeps its number unless another point has it; then it gets the next free one. Commits with an outcome are
+        dropped and counted. Streams are settled up to the last commit, unknown ones of `streams` to the floor.
 
         Raises:
             CatalogError: the point is open or failed.
         """
         if point.state in (State.OPEN, State.FAILED):
             raise CatalogError(f"point {point.id} is {point.state} and cannot be adopted")
-        return await self._write(partial(point_index.adopt, point=point, records=records))
+        return await self._write(partial(point_index.adopt, point=point, records=records, streams=streams))
 
     # ---- looking at points
 

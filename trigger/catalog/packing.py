@@ -41,7 +41,7 @@ from itertools import accumulate, pairwise
 from operator import add
 from typing import NamedTuple
 
-from trigger.errors import CatalogError
+from trigger.errors import CatalogError, DamagedError
 from trigger.model import CommitRecord, Outcome
 from trigger.position import History, Name
 
@@ -182,7 +182,7 @@ def open_data(stream: str, data: bytes) -> Contents:
     try:
         return Contents(stream, zlib.decompress(memoryview(data)[1:]), version)
     except (zlib.error, struct.error, ValueError, LookupError, TypeError) as error:
-        raise CatalogError(
+        raise DamagedError(
             f"block of {len(data)} bytes of commits of stream {stream!r} is damaged: {error}",
             hint="rebuild the catalog from the tags: trigpoint catalog rebuild",
         ) from error

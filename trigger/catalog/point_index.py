@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select,
 
 from trigger.catalog import commit_index, schema, tag
 from trigger.catalog.schema import HISTORY_COLUMNS, PRUNED, gaps, histories, points
-from trigger.errors import CatalogError, NotFoundError, StorageError
+from trigger.errors import CatalogError, DamagedError, NotFoundError, StorageError
 from trigger.failpoint import reached
 from trigger.model import (
     TRANSITIONS,
@@ -124,8 +124,13 @@ def verify(connection: Connection, key: str, verification: Verification) -> Reco
     return changed
 
 
-def adopt(connection: Connection, point: RecoveryPoint, records: Sequence[CommitRecord]) -> bool:
-    """Insert a point with those of its commits that have no outcome yet; give whether its id was new."""
+def adopt(
+    connection: Connection, point: RecoveryPoint, records: Sequence[CommitRecord], streams: Collection[str]
+) -> bool:
+    """Insert a point with those of its commits that have no outcome yet; give whether its id was new.
+
+    Streams of which nothing is known begin at its floor.
+    """
     if _row(connection, _BY_ID, point.id) is not None:
         return False
     taken = point.number < 1 or _row(connection, _BY_NUMBER, point.number) is not None
@@ -145,6 +150,9 @@ def adopt(connection: Connection, point: RecoveryPoint, records: Sequence[Commit
         current = commit_index.settled_through(connection, stream)
         if newest or current is None or current.history == history:
             commit_index.settle(connection, stream, end)
+    for stream in streams:
+        if commit_index.settled_through(connection, stream) is None:
+            commit_index.settle(connection, stream, point.floor)
     return True
 
 
@@ -185,8 +193,10 @@ def _parsed(row: Row[*tuple[Any, ...]]) -> RecoveryPoint:
         )
     try:
         return tag.decode(row.document)[0]
+    except tag.NewerTagError as error:
+        raise CatalogError(f"point {row.number}: {error.message}", hint=error.hint) from error
     except StorageError as error:
-        raise CatalogError(
+        raise DamagedError(
             f"point {row.number} is damaged: {error.message}", hint="rebuild it from its tag: trigpoint catalog rebuild"
         ) from error
 

@@ -81,13 +81,46 @@ _NOTHING = "the storage shows no snapshot at all, and in the catalog {} sealed"
 _MOUNT = "mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss"
 
 
-async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = False) -> Reconciliation:
+ONLY_IT_KNEW = "failed and expired points, missed commits, open gaps, results of verifications"
+"""What no tag says, and a catalog that was lost takes with it."""
+_ANEW = (
+    "if it lies on a filesystem that is not mounted, mount that; else `trigpoint catalog rebuild` makes it anew from"
+    " their tags, also while the cluster is down, and so does a start. What lies behind what tags know of a stream is"
+    " read again then, or becomes a gap where the server has let go of it"
+)
+_BACK = "`trigpoint reconcile`, or a start of the service, takes back those that are whole"
+
+
+async def lost(catalog: Catalog, storage: Storage) -> Finding | None:
+    """Give that a catalog was lost, or does not believe its storage, where no point is sealed and the storage has some.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    if await catalog.points(states={State.OPEN, State.SEALED}, limit=1):
+        return None
+    there = {found.point for found in await storage.tagged()}
+    known = await catalog.having(there)
+    if back := [point for point in known if point.failure == GONE]:
+        words = f"in {catalog.place} no point is sealed, and the storage has {len(back)} that failed as gone from it"
+        return Finding("catalog", Severity.WARNING, words, _BACK)
+    if strays := there - {point.id for point in known}:
+        words = f"{catalog.place} knows of no point, and the storage has {len(strays)}: it was lost"
+        return Finding("catalog", Severity.WARNING, f"{words}, and with it {ONLY_IT_KNEW}", _ANEW)
+    return None
+
+
+async def reconcile(
+    catalog: Catalog, storage: Storage, *, accept_loss: bool = False, streams: Collection[str] = ()
+) -> Reconciliation:
     """Make catalog and storage agree; gives what was done. May be repeated.
 
     Args:
         catalog: is brought to what the storage really has.
         storage: is claimed, and rid of what the catalog knows to be half made.
         accept_loss: believe a storage that shows nothing at all, although points are sealed.
+        streams: those that are protected. Where the catalog knows of no point at all it was lost, and nobody can say
+            any more what was in a stream of which no tag has a commit: it is known up to the floor of the oldest point.
 
     Raises:
         StorageError: another one holds the storage, or it was claimed for another catalog; or it cannot be read, or
@@ -95,7 +128,8 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
         CatalogError: the catalog cannot be read or written.
     """
     done = Reconciliation()
-    await storage.claim(str(catalog.file or ""))
+    await storage.claim(str(catalog.place or ""))
+    begun = () if await catalog.points(limit=1) else streams
     in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
     in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
     sealed = sum(point.state is State.SEALED for point in in_catalog.values())
@@ -110,7 +144,7 @@ async def reconcile(catalog: Catalog, storage: Storage, *, accept_loss: bool = F
     systems = {point.floor.history.system for point in in_catalog.values()}
     for _, stray in sorted(in_storage.items()):  # oldest first: a later life of a log does not repeat an earlier one
         if stray.point not in in_catalog:
-            await _settle_stray(catalog, storage, stray, systems, done)
+            await _settle_stray(catalog, storage, stray, systems, begun, done)
     if done:
         log.warning("reconciled: %s", done.words())
     return done
@@ -197,7 +231,12 @@ async def _mend(catalog: Catalog, storage: Storage, point: RecoveryPoint, done: 
 
 
 async def _settle_stray(
-    catalog: Catalog, storage: Storage, stray: Tagged, systems: set[str], done: Reconciliation
+    catalog: Catalog,
+    storage: Storage,
+    stray: Tagged,
+    systems: set[str],
+    streams: Collection[str],
+    done: Reconciliation,
 ) -> None:
     """Adopt, remove or leave alone a snapshot that the catalog does not know."""
     try:
@@ -208,7 +247,7 @@ async def _settle_stray(
     if systems and point.floor.history.system not in systems:
         done.strange.append(stray.point)
     elif point.state is State.SEALED and stray.complete:
-        if await catalog.adopt(point, records):
+        if await catalog.adopt(point, records, streams):
             done.adopted.append(stray.point)
     elif await _remove(storage, stray.point, done):
         done.removed.append(stray.point)

@@ -44,10 +44,6 @@ class Reserve:
             return left > 0
         return False
 
-    def drop(self) -> None:
-        """Give all of it back, file and all: there is no catalog here."""
-        self._path.unlink(missing_ok=True)
-
     @contextlib.contextmanager
     def _opened(self, flags: int = 0) -> Iterator[int]:
         """Give its descriptor; a file that root makes belongs to whom the catalog belongs to."""

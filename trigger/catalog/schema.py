@@ -49,7 +49,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
-from trigger.errors import CatalogError, TrigpointError
+from trigger.errors import CatalogError, DamagedError, TrigpointError
 from trigger.trusted import sync_folder
 
 VERSION = 2
@@ -304,11 +304,14 @@ _SQLITE_WORDS = {
     "SQLITE_LOCKED": ("another call holds it", "see which Trigpoint is writing to it; tried for 5 s", True),
     "SQLITE_CORRUPT": ("it is damaged", "set it aside and run: trigpoint catalog rebuild", False),
     "SQLITE_NOTADB": ("it is not a catalog, or damaged", "check the path; else: trigpoint catalog rebuild", False),
+    "SQLITE_ERROR": ("its tables are not a catalog's", "check the path; else: trigpoint catalog rebuild", False),
     "SQLITE_CANTOPEN": ("it cannot be opened", "its folder must exist and be writable for the service's user", False),
     "SQLITE_PERM": ("permission denied", "give the service's user the right to its file and folder", False),
     "SQLITE_AUTH": ("permission denied", "give the service's user the right to its file and folder", False),
     "SQLITE_IOERR": ("its disk failed", "look at the kernel's log and at the filesystem's free space", True),
 }
+_DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")
+"""Of these the file itself is the cause; the last one is that it lacks a table or a column of ours, which all have."""
 
 
 def is_full(error: DBAPIError) -> bool:
@@ -340,7 +343,8 @@ def _explained(where: str, error: Exception) -> CatalogError:
     name = str(getattr(origin, "sqlite_errorname", ""))
     for beginning, (what, hint, retryable) in _SQLITE_WORDS.items():
         if name.startswith(beginning):
-            return CatalogError(_named(where, f"{what} ({origin})"), hint=hint, retryable=retryable)
+            kind = DamagedError if beginning in _DAMAGE else CatalogError
+            return kind(_named(where, f"{what} ({origin})"), hint=hint, retryable=retryable)
     state = getattr(origin, "sqlstate", None)
     unreached = isinstance(error, OperationalError) and state is None  # a server that cannot be connected to
     lost = isinstance(error, DBAPIError) and error.connection_invalidated

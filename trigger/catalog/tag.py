@@ -56,7 +56,14 @@ VERSION = 2
 _KIND_OF_VERSION_1 = "postgres"
 
 _HINT = "a tag is never edited by hand; the snapshots it belongs to may still be whole"
+_NEWER = "run the newer Trigpoint that wrote it"
 _NOTHING = object()
+
+
+class NewerTagError(StorageError):
+    """A newer Trigpoint wrote the tag, which may be whole."""
+
+    retryable = False
 
 
 def encode(point: RecoveryPoint, records: Sequence[CommitRecord] = ()) -> str:
@@ -80,7 +87,9 @@ def decode(text: str) -> tuple[RecoveryPoint, list[CommitRecord]]:
         document = json.loads(text)
         version, content = document["trigpoint_tag"], document["content"]
         if isinstance(version, int) and version > VERSION:
-            raise _damaged(text, f"its version is {version}, this program reads 1 to {VERSION}: a newer one wrote it")
+            raise NewerTagError(
+                _unread(text, f"its version is {version}, this program reads 1 to {VERSION}"), hint=_NEWER
+            )
         if version not in range(1, VERSION + 1):
             raise _damaged(text, f"its version is {version!r}, this program reads 1 to {VERSION}")
         if _text(content, version) != text:
@@ -110,7 +119,11 @@ def decode(text: str) -> tuple[RecoveryPoint, list[CommitRecord]]:
 
 
 def _damaged(text: str, why: str) -> StorageError:
-    return StorageError(f"tag of {len(text)} characters cannot be read: {why}", hint=_HINT, retryable=False)
+    return StorageError(_unread(text, why), hint=_HINT, retryable=False)
+
+
+def _unread(text: str, why: str) -> str:
+    return f"tag of {len(text)} characters cannot be read: {why}"
 
 
 def _canonical(value: object) -> str:

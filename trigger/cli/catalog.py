@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -20,20 +21,23 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Make the catalog anew from what the storage holds.")
 
 
-_UNKNOWN = (
-    "failed and expired points, missed commits, open gaps, results of verifications, and what lies behind the newest"
-    " commit of each stream: the next start records a gap there"
+_BEHIND = (
+    "what lies behind the newest commit of each stream, or behind the oldest point where no tag has one: the next start"
+    " reads on there, or records a gap where the server has let go of it"
 )
 
 
 @app.command("rebuild")
 def rebuild(config: Config = None, as_json: Json = False) -> None:
-    """Set the catalog aside and make it anew from the tags of all snapshots; the service must not run.
+    """Make the catalog anew from the tags of all snapshots, and set the old one aside; the service must not run.
 
-    Where that fails, the old catalog is put back. What tags do not say is taken over from the old one as far as that
-    can still be read (open gaps, how far streams are settled), or listed. Where it cannot, the next start records a gap
-    behind the newest commit that a tag knows: nobody can say any more what lies there.
+    Where that fails, the old catalog stays where it is. What tags do not say is taken over from it (open gaps, how far
+    streams are settled), or listed. Where it is damaged or lost, nobody can say any more what lies in each stream
+    behind the newest of its commits that a tag knows, or behind the oldest point: the next start reads on there, or
+    records a gap where the server has let go of it.
     """
+    from trigger.catalog.reconcile import ONLY_IT_KNEW
+
     done = in_order(_rebuild(options(config)))
     if as_json:
         show.print_json(done)
@@ -45,7 +49,10 @@ def rebuild(config: Config = None, as_json: Json = False) -> None:
             ("points", f"{done.sealed} sealed, {len(done.done.adopted)} adopted from tags"),
             ("old catalog", done.set_aside or "there was none"),
             ("not readable", done.unreadable),
-            ("not known any more", None if done.set_aside and not done.unreadable else _UNKNOWN),
+            (
+                "not known any more",
+                None if done.set_aside and not done.unreadable else f"{ONLY_IT_KNEW}, and {_BEHIND}",
+            ),
             ("removed", ", ".join(done.done.removed)),
             ("left alone", ", ".join(done.done.strange)),
             ("only the old one knew", f"points {lost}" if lost else None),
@@ -63,9 +70,10 @@ async def _rebuild(chosen: Options) -> Rebuilt:
     from trigger.catalog.reconcile import reconcile
     from trigger.service.service import opened
 
-    async def fill(old: Known) -> tuple[Reconciliation, Known]:
-        async with opened(chosen) as parts:
-            done = await reconcile(parts.catalog, parts.storage)
+    async def fill(file: Path, old: Known) -> tuple[Reconciliation, Known]:
+        async with opened(chosen, anew=file) as parts:
+            unknown = () if old.points else [source.name for source in parts.sources]
+            done = await reconcile(parts.catalog, parts.storage, streams=unknown)
             await take_over(parts.catalog, old)
             return done, await known(parts.catalog)
 

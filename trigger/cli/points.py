@@ -36,9 +36,10 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def catalog(chosen: Options) -> AsyncIterator[Catalog]:
-    """Hold the catalog of a configuration; raises `CatalogError` where there is none yet."""
+    """Hold the catalog of a configuration; raises `CatalogError` where there is none yet, or it was lost."""
     from trigger.catalog.catalog import Catalog
     from trigger.service.control import if_free
+    from trigger.service.service import opened as connected
 
     if not chosen.catalog_path.exists():
         lost = chosen.storage.folder.is_dir() and any(chosen.storage.folder.iterdir())
@@ -46,6 +47,9 @@ async def catalog(chosen: Options) -> AsyncIterator[Catalog]:
         raise CatalogError(f"there is no catalog at {chosen.catalog_path}", hint=hint)
     opened = await Catalog.open(chosen.catalog_path, upgrade=if_free(chosen.state_folder))
     try:
+        if not await opened.points(states={State.OPEN, State.SEALED}, limit=1):
+            async with connected(chosen, past=True):  # the storage may have some
+                pass
         yield opened
     finally:
         await opened.close()

@@ -206,7 +206,8 @@ async def _reconcile(chosen: Options, *, accept_loss: bool) -> Any:
     from trigger.service import service
 
     async with service.alone(chosen) as parts:
-        return await settle(parts.catalog, parts.storage, accept_loss=accept_loss)
+        names = [source.name for source in parts.sources]
+        return await settle(parts.catalog, parts.storage, accept_loss=accept_loss, streams=names)
 
 
 def release(

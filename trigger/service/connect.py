@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,10 +17,10 @@ from stat import S_IFREG
 
 from trigger import host
 from trigger.catalog.catalog import Catalog, Upgrade
-from trigger.catalog.reconcile import GONE, look
+from trigger.catalog.reconcile import look, lost
 from trigger.config.drivers import driver, know_places
 from trigger.config.options import Options
-from trigger.errors import AgentError, CatalogError, ConfigError, DatabaseError, remedy
+from trigger.errors import AgentError, CatalogError, ConfigError, DatabaseError, StorageError, remedy
 from trigger.model import Finding, Layout, Severity, Volume
 from trigger.ports import Agent, Capability, Database, Journal, Recovery, Source, Storage
 from trigger.position import History
@@ -94,12 +95,14 @@ async def connect(
     upgrade: Upgrade | None = None,
     suffix: str = "",
     past: bool = False,
+    anew: Path | None = None,
 ) -> Parts:
     """Give the parts that `options` name; nothing is changed in the world but the state folder.
 
     With `only_look` a state folder that somebody else could change is no error: the pre-flight check says it.
     `suffix` keeps what is made in the cluster apart from what a service makes there. Whoever asks for the `past` is not
-    given an empty catalog where there are points.
+    given an empty catalog where there are points; like him who only looks, he makes none. `anew` is the file of a
+    catalog that is to take the place of the configured one.
     The layout of the cluster is asked for and kept in the state folder, and beside the snapshots, so that restores need
     no running cluster.
 
@@ -118,12 +121,12 @@ async def connect(
     layout, answered = await known_layout(database, layout_files(options))
     database.lies_at(layout)
     storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
-    if past and not options.catalog_path.exists():
-        await refuse_empty(options.catalog_path, storage)
-    catalog = await Catalog.open(options.catalog_path, upgrade=upgrade)
+    file = anew or options.catalog_path
+    none_yet = (only_look or past) and not file.exists() and os.access(file.parent, os.W_OK)
+    catalog = await Catalog.open(":memory:" if none_yet else file, upgrade=upgrade, place=options.catalog_path)
     try:
-        if past and await catalog.latest() is None:
-            await refuse_empty(options.catalog_path, storage, catalog)
+        if past:
+            await refuse_lost(catalog, storage)
         database.recognise(await catalog.seen())
         journal = driver("journal", options.journal.driver)(options.journal, database, layout, options.journal_folder)
         journal.look_into(partial(newest_copy, catalog, volumes, layout.log))
@@ -141,20 +144,10 @@ async def connect(
     return Parts(options, volumes, layout, database, sources, agents, storage, catalog, journal, recovery)
 
 
-async def refuse_empty(path: Path, storage: Storage, catalog: Catalog | None = None) -> None:
+async def refuse_lost(catalog: Catalog, storage: Storage) -> None:
     """Raise `CatalogError` where a catalog has no sealed point, and the storage has some: mostly it was lost."""
-    there = {found.point for found in await storage.tagged()}
-    known = await catalog.having(there) if catalog is not None else ()
-    if back := [point for point in known if point.failure == GONE]:
-        raise CatalogError(
-            f"in the catalog {path} no point is sealed, and the storage has {len(back)} that failed as gone from it",
-            hint="`trigpoint reconcile`, or a start of the service, takes back those that are whole",
-        )
-    if there:
-        raise CatalogError(
-            f"the catalog {path} knows of no point, and the storage has {len(there)}: it was lost",
-            hint="`trigpoint catalog rebuild` makes it anew from them, also while the cluster is down",
-        )
+    if (found := await lost(catalog, storage)) is not None:
+        raise CatalogError(f"catalog: {found.message}", hint=found.remedy)
 
 
 async def newest_copy(
@@ -240,11 +233,11 @@ async def check(parts: Parts) -> list[Finding]:
     seen = (await parts.catalog.all_settled()).keys()
     findings = await parts.database.check(parts.volumes, bracketed=bracketed, seen=seen)
     findings += await parts.storage.check(parts.volumes)
-    for claimed in (parts.database, parts.storage):
-        taken = await claimed.claimed_by_another(str(parts.options.catalog_path))
-        findings += [taken] if taken else []
-    if (unseen := await look(parts.catalog, parts.storage)) is not None:
-        findings.append(unseen)
+    ours = str(parts.options.catalog_path)
+    claims = [await claimed.claimed_by_another(ours) for claimed in (parts.database, parts.storage)]
+    findings += [taken for taken in claims if taken is not None]
+    if claims[-1] is None:
+        findings += await _agreement(parts)
     if (unseen := await kept_log.look(parts.options, parts.journal)) is not None:
         findings.append(unseen)
     findings += await parts.journal.check()
@@ -257,6 +250,14 @@ async def check(parts: Parts) -> list[Finding]:
         except AgentError as error:
             findings.append(Finding(f"agent {agent.name}", Severity.REFUSED, error.message, error.hint))
     return findings
+
+
+async def _agreement(parts: Parts) -> list[Finding]:
+    """Give in which way catalog and storage do not agree; of a storage that cannot be read nothing."""
+    with contextlib.suppress(StorageError):
+        seen = (await look(parts.catalog, parts.storage), await lost(parts.catalog, parts.storage))
+        return [finding for finding in seen if finding is not None]
+    return []
 
 
 def _cost(parts: Parts) -> Finding:

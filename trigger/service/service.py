@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from trigger.catalog.reconcile import reconcile
@@ -222,9 +223,12 @@ async def leave_nothing_undone(parts: Parts) -> None:
 
 
 @contextlib.asynccontextmanager
-async def opened(options: Options, *, only_look: bool = False, past: bool = False) -> AsyncIterator[Parts]:
+async def opened(
+    options: Options, *, only_look: bool = False, past: bool = False, anew: Path | None = None
+) -> AsyncIterator[Parts]:
     """Hold the parts of a service, connected (see `connect`); they are let go of at the end."""
-    parts = await connect(options, only_look=only_look, upgrade=if_free(options.state_folder), past=past)
+    upgrade = if_free(options.state_folder)
+    parts = await connect(options, only_look=only_look, upgrade=upgrade, past=past, anew=anew)
     try:
         yield parts
     finally:
@@ -263,7 +267,8 @@ async def preflight(parts: Parts, *, force: bool) -> None:
 async def begin(parts: Parts) -> Service:
     """Give the service with what a crash left behind finished or undone, its streams not yet open."""
     options, clock = parts.options, SystemClock()
-    stuck = (await reconcile(parts.catalog, parts.storage)).stuck
+    names = [source.name for source in parts.sources]
+    stuck = (await reconcile(parts.catalog, parts.storage, streams=names)).stuck
     parts.database.recognise(await parts.catalog.seen())  # what was adopted may be of a later life
     for agent in parts.agents:
         await agent.prepare(parts.volumes)
@@ -278,7 +283,7 @@ async def begin(parts: Parts) -> Service:
         options.agent.deadline_seconds,
         leftovers=stuck,
     )
-    settled = {source.name: await parts.catalog.settled(source.name) for source in parts.sources}
+    settled = {name: await parts.catalog.settled(name) for name in names}
     window = Window(parts.sources, settled, Rules(options.rules).judge)
     agenda = await agenda_of(cluster)
     return Service(parts, cluster, window, agenda, Upkeep(parts, window, agenda, _room(parts)), clock.now())
@@ -402,7 +407,7 @@ async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, A
     Raises:
         TrigpointError: it cannot be done; or it is one that only a running service answers.
     """
-    async with alone(options) as parts:
+    async with alone(options, past=request.get("do") == "expire") as parts:
         match request.get("do"):
             case "point":
                 return {"point": data(await _take_one(parts, _note(request)))}

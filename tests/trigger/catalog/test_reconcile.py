@@ -15,7 +15,7 @@ from trigger.catalog import reconcile, tag
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.reconcile import GONE, INTERRUPTED, Reconciliation
 from trigger.errors import StorageError
-from trigger.model import Cause, CommitRecord, Mark, Outcome, RecoveryPoint, State, Volume, point_id
+from trigger.model import Cause, CommitRecord, Mark, Outcome, RecoveryPoint, Severity, State, Volume, point_id
 from trigger.position import History, Name, Position
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -280,6 +280,42 @@ def test_a_sealed_stray_is_adopted_as_after_a_catalog_was_lost() -> None:
         assert (await stage.reconcile()).adopted == [point.id]
         assert await stage.catalog.commits_of(1) == [record(100)]
         assert await stage.catalog.settled("bank") == at(148)
+
+    play(act)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_after_a_loss_a_stream_of_which_no_tag_has_a_commit_is_known_up_to_the_oldest_floor(lost: bool) -> None:
+    async def act(stage: Stage) -> None:
+        if not lost:
+            await stage.sealed(1)
+        for number in (2, 3):
+            await stray(stage, number, unchanged)
+        await reconcile.reconcile(stage.catalog, stage.storage, streams=["bank", "shop"])
+        assert await stage.catalog.all_settled() == {"bank": at(348)} | ({"shop": at(248)} if lost else {})
+
+    play(act)
+
+
+def test_a_catalog_is_named_as_lost_where_it_knows_of_no_point_and_the_storage_has_some() -> None:
+    async def act(stage: Stage) -> None:
+        assert await reconcile.lost(stage.catalog, stage.storage) is None
+        for number in (1, 2):
+            await stray(stage, number, unchanged)
+        found = await reconcile.lost(stage.catalog, stage.storage)
+        assert found is not None
+        assert found.severity is Severity.WARNING
+        assert "knows of no point, and the storage has 2: it was lost, and with it failed" in found.message
+        await stage.reconcile()
+        assert await reconcile.lost(stage.catalog, stage.storage) is None
+
+    play(act)
+
+
+def test_a_catalog_whose_first_point_is_being_made_was_not_lost() -> None:
+    async def act(stage: Stage) -> None:
+        await stage.retagged(1)
+        assert await reconcile.lost(stage.catalog, stage.storage) is None
 
     play(act)
 

@@ -21,7 +21,7 @@ from trigger.errors import CatalogError, ConfigError, DatabaseError, PreflightEr
 from trigger.model import EPOCH, Cause, Finding, Layout, Mark, Severity, Volume, point_id
 from trigger.position import History, Position
 from trigger.service import service
-from trigger.service.connect import keep_layout, known_layout, refuse_empty
+from trigger.service.connect import keep_layout, known_layout, refuse_lost
 
 DATA = Path("/srv/data")
 SEEN = places.layout(150018, DATA, DATA / "pg_wal", {16400: Path("/fast")}, (), (105, 110), 16 << 20)
@@ -54,7 +54,7 @@ def test_what_is_back_in_the_storage_after_it_was_gone_is_no_lost_catalog(tmp_pa
         point = await catalog.seal(replace(point, snapshots=snapshots, sealed_at=EPOCH), [], {})
         await catalog.fail(point, GONE)
         with pytest.raises(CatalogError) as refused:
-            await refuse_empty(tmp_path, storage, catalog)
+            await refuse_lost(catalog, storage)
         await catalog.close()
         return refused.value
 
