@@ -11,7 +11,7 @@ from connectors.memory.world import Restored, Staged, World
 from trigger.errors import RestoreError
 from trigger.model import Address, Commit, Finding, Severity, System, Volume, to_microseconds
 from trigger.ports import Clone, Progress
-from trigger.position import Position
+from trigger.position import Lineage, Position
 from trigger.replay import Follows, Replay, Running, Target
 
 
@@ -142,6 +142,11 @@ class MemoryRecovery:
         else:
             books = [world.on(name).book for name in names]
         return [System(name, "") for name in dict.fromkeys(book.system for book in books)]
+
+    async def lineage(self, copy: Clone, volumes: Sequence[Volume]) -> Lineage | None:  # noqa: ARG002 - the port's
+        """Give None: nothing lies in files here."""
+        await asyncio.sleep(0)
+        return None
 
     async def outside(self, copy: Clone, volumes: Sequence[Volume]) -> list[Finding]:  # noqa: ARG002 - the port's
         """Give what the world says to lie outside the snapshots of a point."""

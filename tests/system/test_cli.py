@@ -326,10 +326,10 @@ def test_a_restore_in_place_keeps_the_old_state_and_is_undone() -> None:
         assert cluster.sql("SELECT count(*) FROM account") == [(2,)]
         cluster.stop()
         assert f"trigpoint restore --undo {swap['name']}" in deployed.trigpoint("clones").stderr
-        assert fails(deployed, "restore", "--undo", "20000101T000000Z").returncode == 9
-        done = deployed.trigpoint("restore", "--undo", "last")
+        assert fails(deployed, "restore", "--undo", "20000101T000000Z", "--yes").returncode == 9
+        done = deployed.trigpoint("restore", "--undo", "last", "--yes")
         assert f"{cluster.data} is as it was before" in done.stdout
-        assert fails(deployed, "restore", "--undo", swap["name"]).returncode == 9
+        assert fails(deployed, "restore", "--undo", swap["name"], "--yes").returncode == 9
         cluster.start()
         assert cluster.sql("SELECT count(*) FROM account") == [(4,)]
 

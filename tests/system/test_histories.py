@@ -350,7 +350,7 @@ def assert_put_in_place_only_where_it_is_said(deployed: Deployment, told: Told, 
     put = deployed.trigpoint("restore", "--in-place", "--yes", "--replace-cluster", "--from-clone", "old")
     assert words in put.stderr
     assert (deployed.cluster.data / "PG_VERSION").read_text().strip() == "15"
-    undo = deployed.trigpoint("restore", "--undo", "last")
+    undo = deployed.trigpoint("restore", "--undo", "last", "--yes")
     assert "is as it was before" in undo.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ import pytest
 from tests.fixtures.postgres import free_port, running_cluster
 from tests.fixtures.service import Deployment, deployment
 from tests.fixtures.volumes import plain_folder
-from trigger.errors import PreflightError, RestoreError
+from trigger.errors import ConfigError, PreflightError, RestoreError
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
 
@@ -99,6 +100,25 @@ def test_what_would_be_lost_and_all_it_would_be_refused_for_is_said_before_anyth
         assert held(here.cluster.conninfo) == [1, 2]
 
 
+@contextmanager
+def promoted_in_place(here: Deployment, kept: Path) -> Iterator[str]:
+    """Put a standby of the old state, which took over, where production lies; gives its history, of the same number."""
+    data = here.cluster.data
+    data.rename(f"{data}.mine")
+    subprocess.run(["cp", "-a", kept, data], check=True)
+    (data / "standby.signal").touch()
+    here.cluster.start()
+    here.cluster.run("pg_ctl", "-D", data, "-w", "promote")
+    here.cluster.sql("CHECKPOINT")
+    ((history,),) = here.cluster.sql(
+        "SELECT concat(system_identifier, '/', timeline_id) FROM pg_control_system(), pg_control_checkpoint()"
+    )
+    here.cluster.stop()
+    yield str(history)
+    shutil.rmtree(data)
+    Path(f"{data}.mine").rename(data)
+
+
 @pytest.mark.parametrize("major", [15, 18])
 def test_a_clone_that_was_proven_while_production_ran_takes_its_place_and_is_undone(major: int) -> None:
     with a_bank(major, "btrfs") as here:
@@ -132,7 +152,16 @@ def test_a_clone_that_was_proven_while_production_ran_takes_its_place_and_is_und
         stop(here)
         other = refused(here, "restore", "--in-place", "--from-clone", "spare", "--yes")
         assert "production has been there since the clone was made" in other
-        here.trigpoint("restore", "--undo", swap["name"])
+        assert here.trigpoint("restore", "--undo", "last", check=False).returncode == ConfigError.exit_code, "unasked"
+        with promoted_in_place(here, Path(swap["places"][0]["kept"])) as other:
+            assert "stands there no more" in here.trigpoint("clones").stderr
+            assert swap["lineage"].startswith(f"{other}, which left"), "both took the same number"
+            undone = refused(here, "restore", "--undo", "last", "--yes")
+            assert f"not what the restore in place {swap['name']}" in undone
+            assert swap["lineage"] in undone
+            assert here.ask("aside")[0]["undo"] == ""
+        assert "stands in place of production" in here.trigpoint("clones").stderr
+        here.trigpoint("restore", "--undo", "last", "--yes")
         here.cluster.start()
         assert held(here.cluster.conninfo) == [1, 2, 3, 4]
         (left,) = here.ask("aside")
@@ -247,7 +276,7 @@ def test_a_server_whose_processes_are_not_seen_is_not_taken_away_from() -> None:
         swap = here.ask(*by_target)["swap"]  # the lock file of the dead, at whose place nobody answers, is no server
         here.cluster.start()
         assert held(here.cluster.conninfo) == [1, 2]
-        undone = refused(here, "restore", "--undo", swap["name"])
+        undone = refused(here, "restore", "--undo", swap["name"], "--yes")
         assert f"the server in {here.cluster.data} runs" in undone
 
 

@@ -170,7 +170,7 @@ def test_a_restore_in_place_after_one_that_was_undone_takes_no_timeline_that_the
         assert "00000002.history" in archive.held()
         assert here.stop() == 0
         cluster.stop()
-        here.trigpoint("restore", "--undo", "last")
+        here.trigpoint("restore", "--undo", "last", "--yes")
         cluster.start()
         here.start()
         kept = tell(cluster, "four")[-1]
@@ -212,7 +212,7 @@ def test_a_timeline_that_only_a_state_aside_was_in_is_taken_by_no_other_clone() 
         refused = here.trigpoint("restore", "--in-place", "--from-clone", "spare", "--yes", check=False)
         assert refused.returncode == RestoreError.exit_code
         assert "timeline 2" in refused.stderr
-        here.trigpoint("restore", "--undo", "last")
+        here.trigpoint("restore", "--undo", "last", "--yes")
         refused = here.trigpoint("restore", "--in-place", "--from-clone", "spare", "--yes", check=False)
         assert refused.returncode == RestoreError.exit_code
         assert "timeline 2" in refused.stderr

@@ -58,7 +58,7 @@ def test_what_a_life_that_was_left_had_comes_back_in_a_life_of_its_own_and_is_ta
         third = histories(deployed)[-1]
         assert third.endswith("+2"), third
 
-        deployed.trigpoint("restore", "--undo", "last")
+        deployed.trigpoint("restore", "--undo", "last", "--yes")
         start(deployed)
         back = tell(cluster, "sechs")
         deployed.settle()

@@ -110,7 +110,7 @@ def kill(here: Deployment, failpoint: str, *arguments: str) -> None:
 
 def kill_undo(here: Deployment, renames: int) -> None:
     """Take the newest restore in place back, and be killed after so many renames."""
-    kill(here, f"after-rename@{renames}", "restore", "--undo", "last")
+    kill(here, f"after-rename@{renames}", "restore", "--undo", "last", "--yes")
 
 
 def resume(here: Deployment) -> None:
@@ -122,7 +122,7 @@ def resume(here: Deployment) -> None:
 
 def undo(here: Deployment) -> None:
     """Take the newest restore in place back: nothing is left of it but the restored state, if it was in place."""
-    here.trigpoint("restore", "--undo", "last")
+    here.trigpoint("restore", "--undo", "last", "--yes")
     require_nothing_left(here, [f"{path.name.rpartition('-')[2]}.undone" for path in restored(here)])
     assert here.ask("clones") == []
     assert not list(here.root.glob("*.before-*"))

@@ -46,7 +46,7 @@ def test_pgbackrest_goes_on_after_a_restore_in_place_and_recovers_what_is_there_
         assert here.ask("verify")["passed"]
         assert here.stop() == 0
         cluster.stop()
-        here.trigpoint("restore", "--undo", done["swap"]["name"])
+        here.trigpoint("restore", "--undo", done["swap"]["name"], "--yes")
         cluster.start()
         assert words(cluster) == ["one", "two", "three", "four"]
         backup.run("check")

@@ -105,6 +105,6 @@ def test_a_later_timeline_comes_back_by_what_its_snapshots_know_of_the_past(log_
         assert (old["kind"], old["undo"]) == ("before", f"trigpoint restore --undo {old['name']}")
         resumed = here.trigpoint("restore", "--resume", "last", check=False)
         assert "no restore in place was cut off" in resumed.stderr
-        here.trigpoint("restore", "--undo", "last")
+        here.trigpoint("restore", "--undo", "last", "--yes")
         here.cluster.start()
         assert here.cluster.sql("SELECT n FROM t ORDER BY n") == [(1,), (2,)]

@@ -166,7 +166,7 @@ def test_volumes_of_one_filesystem_are_put_back_in_place_together_and_undone_tog
     assert result["passed"], result["checks"]
     assert spread.stop() == 0
     cluster.stop()
-    spread.trigpoint("restore", "--undo", swap["name"])
+    spread.trigpoint("restore", "--undo", swap["name"], "--yes")
     cluster.start()
     assert held(spread) == (4, 4)
     assert {link.readlink() for link in links} == {spread.root / "log" / "pg_wal", spread.root / "space"}

@@ -165,29 +165,53 @@ def _show_refused(refused: Sequence[Finding], *, as_json: bool) -> None:
         raise typer.Exit(RestoreError.exit_code)
 
 
-def end(undo: str | None, resume: str | None, chosen: Options, *, as_json: bool) -> None:
-    """Take a restore in place back, or finish it, and say what lies where."""
-    swap = at(chosen, lambda parts: _ended(undo, resume, parts), by_itself=True)
+def end(undo: str | None, resume: str | None, chosen: Options, *, yes: bool, as_json: bool) -> None:
+    """Take a restore in place back, which is asked for, or finish it, and say what lies where."""
+    if undo is not None and resume is not None:
+        raise ConfigError("--undo and --resume are opposites", hint="give one of them")
+    if undo is not None:
+        swap = _take_back(undo, chosen, yes=yes)
+    else:
+        swap = at(chosen, lambda parts: _resumed(resume or "", parts), by_itself=True)
     show_swap(swap, undone=undo is not None, as_json=as_json)
 
 
-async def _ended(undo: str | None, resume: str | None, parts: Parts) -> Swap:
-    from trigger.restore import swap
+def _take_back(name: str, chosen: Options, *, yes: bool) -> Swap:
+    """Say what goes aside, ask, and put the old state back in production's place."""
+    what = f"put back what lay in place of production of {chosen.name} before {{}}; what lies there now goes aside"
+    require_answer(what.format(f"the restore in place {name}"), yes=yes)
+    found = at(chosen, lambda parts: _undoable(name, parts), by_itself=True)
+    if found.finished and any(Path(path).exists() for path in found.paths):
+        show.note(f"{found.target} was put there by {found.name}; all that was written since goes aside with it")
+    confirm(what.format(f"the restore in place {found.name}"), yes=yes)
+    return at(chosen, lambda parts: _undone(found.name, parts), by_itself=True)
 
-    if undo is not None and resume is not None:
-        raise ConfigError("--undo and --resume are opposites", hint="give one of them")
-    known = await swap.swaps(parts.site)
-    name = undo or resume or ""
+
+async def _undoable(name: str, parts: Parts) -> Swap:
+    from trigger.restore.obstacles import require_at_rest
+    from trigger.restore.swap import undoable
+
+    found = await undoable(name, parts.site)
+    await require_at_rest(parts.site)
+    return found
+
+
+async def _undone(name: str, parts: Parts) -> Swap:
+    from trigger.restore.swap import undo
+
+    return await undo(name, parts.site)
+
+
+async def _resumed(name: str, parts: Parts) -> Swap:
+    from trigger.restore.swap import cut_off, resume
+
     if name == "last":
-        candidates = known if undo is not None else [one for one in known if not one.finished]
-        if not candidates:
-            why = "is there to be taken back" if undo is not None else "was cut off"
-            raise RestoreError(f"no restore in place {why}", hint="trigpoint aside lists what lies beside the volumes")
-        name = candidates[-1].name
-    if name not in {one.name for one in known}:
-        there = ", ".join(f"{one.name} ({one.target})" for one in known) or "none"
-        raise RestoreError(f"there is no restore in place called {name}", hint=f"there are: {there}")
-    return await (swap.undo if undo is not None else swap.resume)(name, parts.site)
+        left = await cut_off(parts.site)
+        if not left:
+            hint = "trigpoint aside lists what lies beside the volumes"
+            raise RestoreError("no restore in place was cut off", hint=hint)
+        name = left[-1].name
+    return await resume(name, parts.site)
 
 
 def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:
@@ -196,13 +220,15 @@ def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:
         show.print_json(swap)
         return
     for one in swap.places:
-        if undone:
+        if not undone:
+            show.say(f"{one.path} is {swap.target}; the old state is {one.kept}")
+        elif Path(one.restored).exists():
             show.say(f"{one.path} is as it was before; what had taken its place is {one.restored}")
         else:
-            show.say(f"{one.path} is {swap.target}; the old state is {one.kept}")
-    if undone:
-        show.say(f"trigpoint aside drop {swap.name} removes that")
-    else:
+            show.say(f"{one.path} is as it was before")
+    if undone and any(Path(one.restored).exists() for one in swap.places):
+        show.say(f"trigpoint aside drop {swap.name} removes that, with all that was written since it was put there")
+    elif not undone:
         show.say(f"start the server and the service again; take it back with: trigpoint restore --undo {swap.name}")
 
 
@@ -240,8 +266,8 @@ def list_aside(config: Config = None, as_json: Json = False) -> None:
     ]
     show.table(columns, rows, empty="nothing lies aside")
     for one in found:
-        if one.kind == "before" and not one.undo:
-            words = f"{one.name} cannot be undone: the old state is not there of every volume"
+        if one.not_undone:
+            words = f"{one.name} cannot be undone as things are: {one.not_undone}"
             show.note(f"{words}; it can be looked into, and removed: trigpoint aside drop {one.name}")
 
 

@@ -78,7 +78,7 @@ ReplaceCluster = Annotated[
         rich_help_panel="In place",
     ),
 ]
-Undo = Annotated[str | None, _place("--undo", "Take back this restore in place, by its time, or `last`: the newest.")]
+Undo = Annotated[str | None, _place("--undo", "Take back the newest restore in place, by its time, or `last`.")]
 Resume = Annotated[
     str | None, _place("--resume", "Finish this restore in place, by its time, or `last`: the one that was cut off.")
 ]
@@ -114,13 +114,14 @@ def restore_state(
     --to-time behind the last known commit it is made to commit an empty transaction.
 
     With --in-place the proven clone takes the place of production, by renames: the old state stays beside it as
-    `<volume>.before-<time>` (`trigpoint aside` lists these), and --undo puts it back. The server must be stopped for
-    that, and the service too; then start both. With --from-clone it is a clone that was made before, while production
-    ran, so that it is down for no longer than the renames take. How many commits will be lost is said before it asks.
-    A cluster that another one was upgraded to, or replaced by, takes its place again with --replace-cluster only.
+    `<volume>.before-<time>` (`trigpoint aside` lists these), and --undo puts it back, if nothing else has come into its
+    place since. The server must be stopped for that, and the service too; then start both. With --from-clone it is a
+    clone that was made before, while production ran, so that it is down for no longer than the renames take. How many
+    commits will be lost is said before it asks. A cluster that another one was upgraded to, or replaced by, takes its
+    place again with --replace-cluster only.
     """
     if undo is not None or resume is not None:
-        placing.end(undo, resume, options(config), as_json=as_json)
+        placing.end(undo, resume, options(config), yes=yes, as_json=as_json)
         return
     from trigger.restore.target import Named
 
@@ -254,25 +255,30 @@ def list_clones(config: Config = None, as_json: Json = False) -> None:
     """List the clones: what each holds, whether its server runs, how to reach it."""
     found, swaps = at(options(config), _clones_and_swaps)
     show_clones(found, as_json=as_json)
-    for number, swap in () if as_json else enumerate(swaps, 1):
-        done = _became(swap, next((later for later in swaps[number:] if later.finished), None))
-        show.note(f"{swap.target} {done}; trigpoint restore --undo {swap.name} puts the old state back")
+    for number, (swap, instead) in () if as_json else enumerate(swaps, 1):
+        later = next((later for later, _ in swaps[number:] if later.finished), None)
+        show.note(f"{swap.target} {_became(swap, later, instead)}")
 
 
-def _became(swap: Swap, later: Swap | None) -> str:
-    """Give what became of a restore in place, of which the next one took the place if there is one."""
+def _became(swap: Swap, later: Swap | None, instead: str) -> str:
+    """Give what became of a restore in place: the next one took the place, or something else is there `instead`."""
+    back = f"trigpoint restore --undo {swap.name} puts the old state back"
     if not swap.finished:
-        return "was cut off on the way into production's place"
-    if later is None:
-        return "stands in place of production"
-    return f"stood in place of production before {later.name}"
+        return f"was cut off on the way into production's place; {back}"
+    if later is not None:
+        return f"stood in place of production before {later.name}; once that is taken back, {back}"
+    if instead:
+        return f"was put in place of production by {swap.name}, and stands there no more: {instead}"
+    return f"stands in place of production; {back}"
 
 
-async def _clones_and_swaps(parts: Parts) -> tuple[list[CloneStatus], list[Swap]]:
+async def _clones_and_swaps(parts: Parts) -> tuple[list[CloneStatus], list[tuple[Swap, str]]]:
+    """Give the clones, and each restore in place with what stands there in its place."""
     from trigger.restore.clones import clones as all_clones
-    from trigger.restore.swap import swaps
+    from trigger.restore.swap import stranger, swaps
 
-    return await all_clones(parts.site), await swaps(parts.site)
+    found = await swaps(parts.site)
+    return await all_clones(parts.site), [(swap, await stranger(swap, parts.site)) for swap in found]
 
 
 def show_clones(found: list[CloneStatus], *, as_json: bool) -> None:

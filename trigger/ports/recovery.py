@@ -9,6 +9,7 @@ from typing import Protocol
 from trigger.model import Address, Finding, System, Volume
 from trigger.ports.progress import Progress
 from trigger.ports.storage import Clone
+from trigger.position import Lineage
 from trigger.replay import Follows, Replay, Running, Target
 
 
@@ -77,6 +78,14 @@ class Recovery(Protocol):
         """Give what lies in a copy of the volumes, as far as its files say it; never raises.
 
         The volumes themselves, or the snapshots of a point, may be given as a copy; nothing is changed in them.
+        """
+        ...
+
+    async def lineage(self, copy: Clone, volumes: Sequence[Volume]) -> Lineage | None:
+        """Give the lineage in which the cluster in a copy goes on, or in the volumes themselves, given as a copy.
+
+        By what lies there alone, so that it is the same whether a server works there or not; two copies that went on
+        by themselves differ in it. None where no cluster can be read. Never raises.
         """
         ...
 

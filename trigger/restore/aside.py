@@ -24,7 +24,7 @@ from trigger.failpoint import reached
 from trigger.model import Finding, Severity, Volume
 from trigger.restore.clones import Site, to_its_end
 from trigger.restore.obstacles import require_none
-from trigger.restore.swap import TIME, Swap, forget, noted, places_held, swaps
+from trigger.restore.swap import TIME, Swap, forget, noted, places_held, swaps, undoable
 from trigger.trusted import sync_folder
 
 _MEASURING_SECONDS = 20.0
@@ -60,13 +60,14 @@ class Aside:
     """Why it may not be removed now; "" where it may."""
     undo: str
     """The command that puts it back in its place; "" where none can."""
+    not_undone: str
+    """Why none can; "" where one does, and of what was not there before."""
 
 
 async def aside(site: Site) -> list[Aside]:
     """Give all that lies aside, the oldest first; nothing is changed."""
     records = {swap.name: swap for swap in await asyncio.to_thread(noted, site.records_folder)}
     begun = {swap.name: swap for swap in await swaps(site)}
-    whole = {name for name, swap in begun.items() if not swap.finished or all(map(os.path.lexists, swap.kept))}
     found = await asyncio.to_thread(_found, site.volumes, list(records.values()))
     by_then = asyncio.get_running_loop().time() + _MEASURING_SECONDS
     listed = []
@@ -78,9 +79,22 @@ async def aside(site: Site) -> list[Aside]:
         size = await asyncio.to_thread(_bytes, paths, left)
         words = "; ".join(finding.message for finding in needed)
         target = swap.target if swap is not None else ""
-        undo = f"trigpoint restore --undo {name}" if kind is Kind.BEFORE and name in whole else ""
-        listed.append(Aside(name, kind, target, site.clock.now() - began, size, tuple(map(str, paths)), words, undo))
+        refusal = await _not_undone(name, site) if kind is Kind.BEFORE else ""
+        undo = f"trigpoint restore --undo {name}" if kind is Kind.BEFORE and not refusal else ""
+        age = site.clock.now() - began
+        listed.append(Aside(name, kind, target, age, size, tuple(map(str, paths)), words, undo, refusal))
     return listed
+
+
+async def _not_undone(name: str, site: Site) -> str:
+    """Say why an old state cannot be put back as things are; "" where it can."""
+    if name not in {swap.name for swap in await swaps(site)}:
+        return "the old state is not there of every volume"
+    try:
+        await undoable(name, site)
+    except RestoreError as error:
+        return error.message
+    return ""
 
 
 async def discard(name: str, site: Site) -> list[Path]:

@@ -25,7 +25,7 @@ from trigger.restore.losses import Losses, Replaced, behind_clone, behind_replac
 from trigger.restore.obstacles import copy_of, immovable, obstacles, require_at_rest, require_none
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
-from trigger.restore.swap import TIME, Place, Swap, begin, cut_off
+from trigger.restore.swap import TIME, Place, Swap, begin, cut_off, described
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +213,11 @@ async def _ready(name: str, target: str, site: Site) -> Swap:
                 raise RestoreError(f"{taken} exists already", hint="move it away, or wait a second and try again")
     await require_at_rest(site)
     await site.recovery.stop(clone)
+    lineage = await site.recovery.lineage(clone, site.volumes)
     await site.recovery.release(clone, site.volumes)
     reached("after-release")
-    return Swap(began, target, name, places, finished=False, identity=clone.identity)
+    told = described(lineage) if lineage is not None else ""
+    return Swap(began, target, name, places, finished=False, identity=clone.identity, lineage=told)
 
 
 async def _clone(name: str, site: Site) -> Clone:

@@ -4,7 +4,9 @@ Each volume is two renames: the old state to `<path>.before-<time>`, the clone's
 down before the first; and since what exists tells which of them were done, a swap that was cut off anywhere can be
 finished or undone, and both can be repeated. Nothing is copied and nothing is deleted.
 
-The clone is known by its identity: by its name and its paths one that was made later could be taken for it.
+The clone is known by its identity: by its name and its paths one that was made later could be taken for it. What was
+put in place is known by the lineage that it goes on in: an upgraded cluster, another copy, or a standby that took over
+may have been put there since, and must be neither undone away nor kept under the name of what was restored.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from trigger.failpoint import reached
 from trigger.host import make_passage
 from trigger.lock import lock
 from trigger.model import Finding, Severity, Volume
+from trigger.ports import Clone
+from trigger.position import Lineage
 from trigger.restore import clone_records
 from trigger.restore.clones import Site, remove, to_its_end
 from trigger.restore.obstacles import require_at_rest
@@ -76,11 +80,18 @@ class Swap:
     """Whether it was taken back; then only what had been in place may still be there."""
     identity: str = ""
     """What the clone bears; "" where an earlier version made it."""
+    lineage: str = ""
+    """In which what was put there goes on; "" where an earlier version put it there, or no record is left."""
 
     @property
     def kept(self) -> tuple[str, ...]:
         """Where the old state lies, a path a volume."""
         return tuple(place.kept for place in self.places)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Where it put something."""
+        return tuple(place.path for place in self.places)
 
     @property
     def refusal(self) -> Finding:
@@ -149,7 +160,7 @@ async def resume(name: str, site: Site) -> Swap:
 
 async def _resumed(name: str, site: Site) -> Swap:
     with places_held(site):
-        swap = await _swap(name, site)
+        swap = _named(name, await swaps(site))
         await require_at_rest(site)
         places = await _with_its_clone(swap, site)
         _require_restored(swap, places)
@@ -160,23 +171,95 @@ async def _resumed(name: str, site: Site) -> Swap:
     return done
 
 
+async def undoable(name: str, site: Site) -> Swap:
+    """Give the swap that `undo` takes back, the newest one for `last`; nothing is changed.
+
+    Raises:
+        RestoreError: there is none, it was taken back already, another one followed on it, the old state of a volume
+            is not there any more, or what stands there is not what it put there.
+    """
+    known = await asyncio.to_thread(_known, site.records_folder, site.volumes)
+    swap = _named(name, known)
+    if swap.undone:
+        raise RestoreError(
+            f"the restore in place {swap.name} ({swap.target}) was taken back already",
+            hint="an older one is taken back by its time: trigpoint aside lists them",
+        )
+    newer = [one for one in known if one.name > swap.name and _is_there(one)]
+    if newer:
+        raise RestoreError(
+            f"{newer[-1].name} ({newer[-1].target}) was put in place after {swap.name}",
+            hint=f"take that back first: trigpoint restore --undo {newer[-1].name}",
+        )
+    _require_kept(swap)
+    there = [place.path for place in _put(swap)]
+    if there and (found := await stranger(swap, site)):
+        was = f"cluster {swap.lineage}" if swap.lineage else "nobody noted what that was"
+        raise RestoreError(
+            f"{found}, and not what the restore in place {swap.name} ({swap.target}) put there: {was}",
+            hint=f"to have the old state in its place, move {', '.join(there)} away by hand, each to a name of its own,"
+            f" and then: trigpoint restore --undo {swap.name}",
+        )
+    return swap
+
+
+async def stranger(swap: Swap, site: Site) -> str:
+    """Say what stands where a swap put something, and is not that; "" where what it put there does.
+
+    Of one that was cut off only what was exchanged is looked at. Where it was not noted what it put there, that is
+    taken for it which went on in a branch of its own from the cluster of the old state.
+    """
+    there = _put(swap)
+    if len(there) < len(swap.places) and swap.finished:
+        return f"nothing lies at {', '.join(place.path for place in swap.places if place not in there)}"
+    found = await _lineage(swap, {place.path: place.path for place in there}, site)
+    if found is None:
+        return f"no cluster that can be read lies at {', '.join(swap.paths)}" if swap.finished else ""
+    if swap.lineage:
+        is_it = described(found) == swap.lineage
+    else:
+        before = await _lineage(swap, {place.path: place.kept for place in there}, site)
+        own, old = found.history, before.history if before is not None else None
+        is_it = old is not None and own.is_of_system(old) and own.branch != old.branch
+    return "" if is_it else f"cluster {described(found)} lies at {', '.join(place.path for place in there)}"
+
+
+def _put(swap: Swap) -> list[Place]:
+    """Give the places where something lies that the swap put there, or somebody else since."""
+    there = [place for place in swap.places if os.path.lexists(place.path)]
+    return there if swap.finished else [place for place in there if os.path.lexists(place.kept)]
+
+
+async def _lineage(swap: Swap, where: dict[str, str], site: Site) -> Lineage | None:
+    """Give the lineage of what lies at some paths, by those of the volumes that they are of."""
+    paths = tuple((volume.name, Path(where[volume.path])) for volume in site.volumes if volume.path in where)
+    return await site.recovery.lineage(Clone(swap.name, "", paths, site.clock.now()), site.volumes)
+
+
+def described(lineage: Lineage) -> str:
+    """Write a lineage as far as it tells copies of one cluster apart: its history, and where the last one was left."""
+    if not lineage.forks:
+        return str(lineage.history)
+    branch, left_at = lineage.forks[-1]
+    return f"{lineage.history}, which left {lineage.branch(branch)} at {lineage.history.place(left_at)}"
+
+
 async def undo(name: str, site: Site) -> Swap:
     """Put the old state back where it was; what had taken its place is kept as `<path>.restored-<time>`.
 
     Cancelled as `begin` is.
 
     Raises:
-        RestoreError: there is no such swap, production runs, or the old state of a volume is not there any more, and
-            nothing has changed; or a rename failed, and it can be repeated.
+        RestoreError: it is refused, as `undoable` says, or production runs, and nothing has changed; or a rename
+            failed, and it can be repeated.
     """
     return await _to_its_end(_undone(name, site), name, site, f"the restore in place {name} is taken back")
 
 
 async def _undone(name: str, site: Site) -> Swap:
     with places_held(site):
-        swap = await _swap(name, site)
+        swap = await undoable(name, site)
         await require_at_rest(site)
-        _require_kept(swap)
         await asyncio.to_thread(_each, swap.places[::-1], _backward)
         await asyncio.to_thread(_note_undone, swap, site.records_folder)
         await _drop_shell(swap, site)
@@ -242,11 +325,18 @@ async def _with_its_clone(swap: Swap, site: Site) -> tuple[Place, ...]:
     return tuple(replace(place, clone="") for place in swap.places)
 
 
-async def _swap(name: str, site: Site) -> Swap:
-    for swap in await swaps(site):
+def _named(name: str, known: Sequence[Swap]) -> Swap:
+    """Give the swap of a name, the newest for `last`; raises `RestoreError`."""
+    if name == "last" and known:
+        return known[-1]
+    if name == "last":
+        message = "no restore in place is there to be taken back"
+        raise RestoreError(message, hint="trigpoint aside lists what lies beside the volumes")
+    for swap in known:
         if swap.name == name:
             return swap
-    raise RestoreError(f"there is no restore in place called {name}", hint="its name is the time it began")
+    there = ", ".join(f"{one.name} ({one.target})" for one in known) or "none"
+    raise RestoreError(f"there is no restore in place called {name}", hint=f"there are: {there}")
 
 
 def _require_restored(swap: Swap, places: Sequence[Place]) -> None:
@@ -357,9 +447,17 @@ def _read(path: Path) -> Swap:
 
 
 def _all(folder: Path, volumes: Sequence[Volume]) -> list[Swap]:
-    there = [swap for swap in noted(folder) if not swap.undone]
-    found = [swap for swap in there if not swap.finished or any(os.path.lexists(kept) for kept in swap.kept)]
-    return sorted([*found, *unrecorded(folder, volumes)], key=lambda swap: swap.name)
+    return [swap for swap in _known(folder, volumes) if _is_there(swap)]
+
+
+def _known(folder: Path, volumes: Sequence[Volume]) -> list[Swap]:
+    """Give every swap that is written down, or told by what lies beside the volumes, the oldest first."""
+    return sorted([*noted(folder), *unrecorded(folder, volumes)], key=lambda swap: swap.name)
+
+
+def _is_there(swap: Swap) -> bool:
+    """Whether a swap was not taken back, and something of the old state is there, or it was cut off."""
+    return not swap.undone and (not swap.finished or any(os.path.lexists(kept) for kept in swap.kept))
 
 
 def unrecorded(folder: Path, volumes: Sequence[Volume]) -> list[Swap]:

@@ -14,9 +14,10 @@ from psycopg import conninfo as dsn
 
 from connectors.databases.postgres import backup, made, places, preflight
 from connectors.databases.postgres.connection import connect, role_of, with_password_file
+from connectors.databases.postgres.control import CONTROL
 from connectors.databases.postgres.encoding import shared_text
 from connectors.databases.postgres.lives import Lives
-from connectors.databases.postgres.locality import CONTROL, Locality
+from connectors.databases.postgres.locality import Locality
 from connectors.databases.postgres.log.proof import Compared
 from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres import places
+from connectors.databases.postgres.control import Control
 from connectors.databases.postgres.database import Postgres
-from connectors.databases.postgres.locality import Control
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import server_owner
 from tests.fixtures.another_host import on_another_host, promoted, standby_beside

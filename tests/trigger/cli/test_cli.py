@@ -21,7 +21,9 @@ from typer.main import get_command
 from trigger import __main__ as program
 from trigger import errors
 from trigger.cli import arguments, cli, json_reference
+from trigger.cli.in_place import end
 from trigger.cli.restores import TARGETS, _became, drop_clones
+from trigger.config.options import Options
 from trigger.errors import ConfigError
 from trigger.lock import lock
 from trigger.model import RecoveryPoint
@@ -477,14 +479,20 @@ def _only_new_files(error: OSError) -> Callable[..., int]:
     return refuse
 
 
-def test_of_two_restores_in_place_only_the_later_one_stands_there() -> None:
+def test_of_two_restores_in_place_only_the_later_one_stands_there_if_nothing_else_does() -> None:
     first, second = (Swap(name, "commit 7", "clone", (), finished=True) for name in ("1", "2"))
-    assert _became(first, second) == "stood in place of production before 2"
-    assert _became(second, None) == "stands in place of production"
-    assert _became(replace(second, finished=False), None) == "was cut off on the way into production's place"
+    assert _became(first, second, "").startswith("stood in place of production before 2; once that is taken back")
+    back = "trigpoint restore --undo 2 puts the old state back"
+    assert _became(second, None, "") == f"stands in place of production; {back}"
+    cut_off = replace(second, finished=False)
+    assert _became(cut_off, None, "") == f"was cut off on the way into production's place; {back}"
+    other = _became(second, None, "7391/1 lies at /data")
+    assert other == "was put in place of production by 2, and stands there no more: 7391/1 lies at /data"
 
 
-def test_clones_are_not_dropped_unasked(tmp_path: Path) -> None:
+def test_clones_are_not_dropped_and_restores_in_place_not_taken_back_unasked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="this will put back what lay in place of production of bank"):
+        end("last", None, Options.model_construct(name="bank"), yes=False, as_json=False)
     with pytest.raises(ConfigError, match="this will stop and remove") as refused:
         drop_clones(["one", "two"], config=tmp_path / "nothing.toml")
     assert "--yes" in refused.value.hint

@@ -13,18 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.bank import Bank, quiet, two_points
+from tests.fixtures.folders import NEW, OLD, CutError, all_of, cut_at, states, stopped_bank
 from tests.fixtures.volumes import loop_volume, run
-from tests.trigger.restore.test_restore_in_place import (
-    CUTS,
-    NEW,
-    OLD,
-    CutError,
-    all_of,
-    cut_at,
-    cut_off,
-    states,
-    stopped_bank,
-)
+from tests.trigger.restore.test_restore_in_place import CUTS, cut_off
 from trigger.errors import RestoreError
 from trigger.model import Volume
 from trigger.restore.aside import Kind, aside, discard
@@ -187,7 +178,7 @@ def test_a_removal_that_was_cut_off_leaves_nothing_that_could_be_put_back_and_is
                 await discard(swap.name, it.site)
             assert await kinds(it) == [(swap.name, Kind.REMOVED)]
             assert await swaps(it.site) == []
-            with pytest.raises(RestoreError, match="there is no restore in place"):
+            with pytest.raises(RestoreError, match=r"the old state of .* is gone"):
                 await undo(swap.name, it.site)
             await discard(swap.name, it.site)
             assert await aside(it.site) == []

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.bank import quiet, two_points
-from tests.trigger.restore.test_restore_in_place import CUTS, NEW, OLD, all_of, states, stopped_bank
+from tests.fixtures.folders import NEW, OLD, all_of, states, stopped_bank
+from tests.trigger.restore.test_restore_in_place import CUTS
 from trigger import failpoint
 from trigger.errors import StorageError
 from trigger.restore.aside import discard

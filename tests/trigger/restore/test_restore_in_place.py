@@ -7,71 +7,23 @@ import contextlib
 import json
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from connectors.memory import MemoryStorage, World
-from tests.fixtures.bank import Bank, bank, quiet, two_points
+from tests.fixtures.bank import Bank, quiet, two_points
+from tests.fixtures.folders import NEW, OLD, CutError, all_of, cut_at, states, stopped_bank
 from tests.fixtures.volumes import loop_volume
-from trigger import failpoint
 from trigger.errors import RestoreError
 from trigger.model import Volume
-from trigger.ports import Clone, Progress
 from trigger.restore import obstacles, swap
 from trigger.restore.clones import CloneState, Site, clones, drop
 from trigger.restore.inplace import prepare_clone, prepare_in_place, put_in_place, restore_in_place
 from trigger.restore.restore import restore
 from trigger.restore.swap import resume, swaps, undo
-
-OLD, NEW = "as the accident left it", "as it was before"
-
-
-class Folders(MemoryStorage):
-    """The reference storage, whose clones are real folders as well."""
-
-    def __init__(self, world: World, folder: Path) -> None:
-        super().__init__(world)
-        self.folder = self.clones_folder = folder
-
-    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
-        made = await super().clone(point, name, progress, identity=identity)
-        moved = replace(made, paths=tuple((volume, self.folder / name / volume) for volume, _ in made.paths))
-        for volume, path in moved.paths:
-            path.mkdir(parents=True)
-            (path / "state").write_text(f"{volume} {NEW}")
-        self._world.clones[name] = moved, self._world.clones[name][1]
-        return moved
-
-    async def drop_clone(self, name: str) -> None:
-        await super().drop_clone(name)
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-
-
-@asynccontextmanager
-async def stopped_bank(folder: Path, clones_at: Path | None = None) -> AsyncIterator[Bank]:
-    """Give a bank whose two volumes are real folders that hold the old state, and where no server works."""
-    volumes = tuple(Volume(name, str(folder / name)) for name in ("data", "wal"))
-    for volume in volumes:
-        Path(volume.path).mkdir()
-        (Path(volume.path) / "state").write_text(f"{volume.name} {OLD}")
-    world = World()
-    async with bank(folder, Folders(world, clones_at or folder / "clones"), world) as made:
-        made.protected = replace(made.protected, volumes=volumes)
-        made.site = replace(made.site, volumes=volumes, records_folder=folder / "records")
-        yield made
-
-
-def states(it: Bank) -> list[str]:
-    return [(Path(volume.path) / "state").read_text() for volume in it.site.volumes]
-
-
-def all_of(state: str) -> list[str]:
-    return [f"data {state}", f"wal {state}"]
 
 
 def test_the_restored_state_takes_the_place_and_the_old_one_is_kept_and_comes_back(tmp_path: Path) -> None:
@@ -91,27 +43,6 @@ def test_the_restored_state_takes_the_place_and_the_old_one_is_kept_and_comes_ba
             assert not await swaps(it.site)
 
     asyncio.run(story())
-
-
-class CutError(Exception):
-    """Stands for the death of the process."""
-
-
-@contextmanager
-def cut_at(place: str, count: int) -> Iterator[None]:
-    left = [count]
-
-    def cut(name: str) -> None:
-        if name == place:
-            left[0] -= 1
-            if left[0] == 0:
-                raise CutError(f"{place} {count}")
-
-    failpoint.hook = cut
-    try:
-        yield
-    finally:
-        failpoint.hook = None
 
 
 async def cut_off(it: Bank, place: str, count: int) -> swap.Swap:

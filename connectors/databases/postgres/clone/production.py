@@ -54,8 +54,10 @@ async def at_work(
     return [one for one in found if one is not None]
 
 
-def systems(data: Path) -> list[System]:
-    """Give the cluster whose data directory lies there; none where its files do not say which."""
+def systems(data: Path | None) -> list[System]:
+    """Give the cluster whose data directory lies there; none where its files do not say which, or it lies nowhere."""
+    if data is None:
+        return []
     try:
         with entered(data, Path("global")) as folder, reading(Path("pg_control"), folder=folder) as file:
             (identifier,) = _IDENTIFIER.unpack(file.read(_IDENTIFIER.size))

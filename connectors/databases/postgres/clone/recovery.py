@@ -30,6 +30,7 @@ from connectors.databases.postgres.clone import (
     refusals,
     replayed,
     sockets,
+    stands,
     stops,
     tablespaces,
 )
@@ -51,7 +52,7 @@ from connectors.databases.postgres.programs import Programs, last_lines, run
 from trigger.errors import DatabaseError, RestoreError
 from trigger.model import Address, Finding, Severity, System, Volume
 from trigger.ports import Clone, Progress
-from trigger.position import Position
+from trigger.position import Lineage, Position
 from trigger.replay import Follows, Replay, Running, Target
 from trigger.trusted import NotOursError, read_text
 
@@ -278,8 +279,11 @@ class PostgresRecovery:
 
     async def systems(self, copy: Clone) -> list[System]:
         """Give the cluster that lies in a copy of the volumes; see `production.systems`."""
-        data = self._data(copy)
-        return await asyncio.to_thread(production.systems, data) if data else []
+        return await asyncio.to_thread(production.systems, self._data(copy))
+
+    async def lineage(self, copy: Clone, volumes: Sequence[Volume]) -> Lineage | None:
+        """Give the lineage of the cluster in a copy, or in the volumes themselves; see `stands`."""
+        return await asyncio.to_thread(stands.lineage_at, self._data(copy), copy, volumes)
 
     async def outside(self, copy: Clone, volumes: Sequence[Volume]) -> list[Finding]:
         """Give the links of a copy that lead out of it; see `isolation.outside`."""
