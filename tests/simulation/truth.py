@@ -230,20 +230,23 @@ class Truth:
         """Whether a gap claims of a history what was seen at another stay there.
 
         It lies between two servers, and claims all of them and of those that came and went between; or the server had
-        left that history for the one in which the gap begins; or it went back since to what it had left then, where
-        the slot may be one of before.
+        left that history for the one in which the gap begins; or it went back since to what it had left then, or the
+        gap begins right where it had come back to: the slot may be one of before.
         """
         if gap.after.history.system != gap.until.history.system:
             return True
         stays, before = self._stays[gap.stream], self._stays_before[gap.stream, gap.after]
         was_left = history != gap.after.history and any(history in stay for stay in stays[:before])
         went_on = self._is_off_the_way(history, end, gap) and any(history in stay for stay in stays[before + 1 :])
-        later = [
-            until
+        returns = [
+            (stay, until)
             for stay, until in self._given_from.get(gap.stream, [])
-            if stay > before and not stays[stay - 1] <= stays[stay]
+            if stay and not stays[stay - 1] <= stays[stay]
         ]
-        back = any(until.history == history and until.at < end for until in later)  # its slot was one of before
+        back = any(
+            until.history == history and until.at < end and (stay > before or (stay < before and until == gap.after))
+            for stay, until in returns
+        )
         return was_left or went_on or back
 
 
