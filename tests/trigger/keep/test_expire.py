@@ -457,7 +457,7 @@ def test_without_a_service_a_dry_run_changes_nothing_not_even_what_a_crash_left(
         options: Any = None
 
         @contextlib.asynccontextmanager
-        async def alone(_: object) -> AsyncIterator[object]:
+        async def alone(_: object, **_more: object) -> AsyncIterator[object]:
             yield SimpleNamespace(catalog=shelves.catalog, storage=shelves.storage, journal=shelves.journal)
 
         with patch.object(service, "alone", alone):

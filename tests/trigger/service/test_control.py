@@ -286,7 +286,7 @@ def test_a_note_is_cut_alike_with_and_without_a_service() -> None:
 
     async def act() -> None:
         @contextlib.asynccontextmanager
-        async def alone(_: object) -> AsyncIterator[object]:
+        async def alone(_: object, **_more: object) -> AsyncIterator[object]:
             yield None
 
         options: Any = None

@@ -310,21 +310,30 @@ def test_a_start_that_is_cancelled_leaves_no_server(folder: Path) -> None:
     async def run(here: Ground) -> None:
         cut = here.cut()
         (folder / "empty").mkdir()
-        clone = here.clone(cut)
-        began = time.monotonic()
-        await here.recovery.start(clone, here.volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
-        whole = time.monotonic() - began
-        await here.drop(clone)
-        clone = here.clone(cut)
-        for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):  # well before the end, however fast the machine is by then
+
+        async def started_within(seconds: float) -> tuple[Clone, float | None]:
+            """Give the clone, and how long its start took; None where it was cancelled."""
+            clone, began = here.clone(cut), time.monotonic()
             start = here.recovery.start(clone, here.volumes, cut.replay(_the_end(cut)), folder / "empty", silent)
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(start, whole * share)
+            try:
+                await asyncio.wait_for(start, seconds)
+            except TimeoutError:
+                return clone, None
+            return clone, time.monotonic() - began
+
+        clone, whole = await started_within(60)
+        assert whole is not None
+        await here.drop(clone)
+        for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+            clone, took = await started_within(whole * share)
+            while took is not None:  # the machine is as much faster by now
+                await here.drop(clone)
+                whole = took
+                clone, took = await started_within(whole * share)
             assert await here.recovery.running(clone) is None
             await asyncio.sleep(0.3)  # for one that would come up late
             assert not _servers_in(clone.paths[0][1])
             await here.drop(clone)
-            clone = here.clone(cut)
 
     with ground(15, folder, btrfs=True) as here:
         asyncio.run(run(here))
