@@ -68,6 +68,9 @@ class Witness(Protocol):
     def of(self, stream: str) -> Cluster:
         """Give the cluster that a stream is of."""
 
+    def gives_word(self) -> bool:
+        """Whether an operator says that a storage which shows nothing is really empty."""
+
 
 class Released:
     """A journal that notes what it held right before and right after it let go of log: more is lost at other times."""
@@ -212,7 +215,9 @@ class Life:
         """Begin as the service begins, then work until the main path ends."""
         cluster = self.cluster = await self._parts()
         self.room = Room(cluster.catalog, cluster.storage, cast("Journal", self.noted), inline)
-        cluster.leftovers[:] = (await reconcile.reconcile(cluster.catalog, cluster.storage)).stuck
+        believed = self.witness.gives_word()
+        done = await reconcile.reconcile(cluster.catalog, cluster.storage, accept_loss=believed)
+        cluster.leftovers[:] = done.stuck
         for database in cluster.logs.databases:
             database.recognise(await cluster.catalog.seen())  # again: points may have been adopted
         await self.witness.reconciled(cluster.leftovers)

@@ -178,6 +178,10 @@ class Simulation(Acts):
         elif after is not None:
             self.truth.is_back(stream, history, _raw(self.engine).execute(WRITTEN, (stream,)).fetchall())
 
+    def gives_word(self) -> bool:
+        """An operator knows that the last snapshot was deleted, and says so."""
+        return bool(self.lost_snapshots) and not self.world.kept
+
     def begins(self, stream: str) -> None:
         """The service answers for a stream from where it first found it, once the catalog knows of the stream."""
         if self.settled(stream) is None:
