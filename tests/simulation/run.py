@@ -204,6 +204,8 @@ class Simulation(Acts):
 
     async def _settled(self, lives: asyncio.Future[None]) -> None:
         """Wait until every stream is settled up to the end of its log."""
+        if self.gives_word() and self.life is not None and not self.life.ended:
+            self.life.kill("by an operator, who starts it with that word")
         bound = self.loop.time() + QUIET_SECONDS
         given_up = not self._may_be_used_up()
         while not self._is_settled():
