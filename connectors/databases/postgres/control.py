@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +51,12 @@ class Control(NamedTuple):
             OSError: it is not there, is none, or may not be read.
         """
         with reading(data / _CONTROL_FILE) as file:
-            beginning = file.read(_BEGINNING.size)
+            return cls.of(data, file)
+
+    @classmethod
+    def of(cls, data: Path, file: io.FileIO) -> Control:
+        """Give what stands in the open control file of a data directory; raises `OSError` as `read` does."""
+        beginning = file.read(_BEGINNING.size)
         if len(beginning) < _BEGINNING.size:
             raise OSError(f"{data / _CONTROL_FILE} is cut short")
         system, _, _, state, written_at, checkpoint, redo, timeline = _BEGINNING.unpack(beginning)

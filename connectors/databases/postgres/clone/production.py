@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from connectors.databases.postgres.clone import isolation
+from connectors.databases.postgres.control import Control
 from connectors.databases.postgres.log.files import entered, reading
 from connectors.databases.postgres.programs import Programs, find_programs, run
 from trigger.errors import ConfigError, DatabaseError, RestoreError
@@ -34,8 +34,6 @@ _FOLDER_LINE, _PORT_LINE, _SOCKET_LINE, _ADDRESS_LINE = 1, 3, 4, 5
 _REACHING = ("host", "hostaddr", "port", "service")
 _ENVIRONMENT = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGSERVICE", "PGSERVICEFILE", "HOME")
 """By which a connection string without a host is completed."""
-_IDENTIFIER = struct.Struct("Q")
-"""What a control file begins with, in the order of bytes of its host (`ControlFileData` in pg_control.h)."""
 _ANYWHERE = {"*": "localhost", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not listened at
 
 
@@ -60,9 +58,9 @@ def systems(data: Path | None) -> list[System]:
         return []
     try:
         with entered(data, Path("global")) as folder, reading(Path("pg_control"), folder=folder) as file:
-            (identifier,) = _IDENTIFIER.unpack(file.read(_IDENTIFIER.size))
-        return [System(str(identifier), f"PostgreSQL {isolation.major_of(data)}")]
-    except (OSError, NotOursError, RestoreError, struct.error):
+            control = Control.of(data, file)
+        return [System(control.system, f"PostgreSQL {isolation.major_of(data)}")]
+    except (OSError, NotOursError, RestoreError):
         return []
 
 
