@@ -241,6 +241,16 @@ class Life:
         await pipeline.protect(cluster, self.window, self.agenda)
         self._end("stopped")
 
+    def will_be_given_again(self, stream: str, broken: Break) -> None:
+        """Take back what a stream that was put back gives once more: until it has, a gap is the word for it."""
+
+        def again(commit: Commit) -> bool:
+            until, mine = broken.until, commit.history
+            before = commit.end <= until.at if mine == until.history else mine.age < until.history.age
+            return commit.stream == stream and broken.lineage.includes(commit.position) and not before
+
+        self.delivered[:] = [commit for commit in self.delivered if not again(commit)]
+
     async def _parts(self) -> Protected:
         catalog = await Catalog.open(self.engine, run=self.wire.run)
         databases = {
@@ -305,6 +315,8 @@ class _Noted(MemorySource):
         broken = await super().open(after)
         if after is None:
             self._life.witness.begins(self.name)
+        if broken is not None:
+            self._life.will_be_given_again(self.name, broken)
         self._life.witness.opened(self.name, self._lineage.history, after, broken)
         return broken
 
