@@ -31,6 +31,7 @@ def deployed() -> Iterator[Deployment]:
         for table in TABLES:
             found.cluster.sql(f"CREATE TABLE {table} (n int)")
         found.cluster.sql(judge.TRUTH_TABLE)
+        found.forks = False  # a fork's memory begins with all that the process it comes from has loaded
         found.start()
         yield found
 
