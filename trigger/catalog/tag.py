@@ -164,6 +164,8 @@ def _of_version_1(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _residue(stored: Any, ours: Any) -> Any:
     """Give what of a stored value is not in ours: keys of objects, at any depth; `_NOTHING` for nothing."""
+    if stored == ours:
+        return _NOTHING
     if isinstance(stored, dict) and isinstance(ours, dict):
         found = {key: _residue(value, ours[key]) if key in ours else value for key, value in stored.items()}
     elif isinstance(stored, list) and isinstance(ours, list) and len(stored) == len(ours):
