@@ -161,7 +161,7 @@ def confirm(what: str, *, yes: bool) -> None:
         typer.confirm(plain(f"This will {what}. Go on?"), abort=True, err=True)
 
 
-def require_answer(what: str, *, yes: bool) -> None:
-    """Refuse what nobody will be there to say yes to; raises `ConfigError`."""
+def require_answer(what: str, *, yes: bool, first: str = "") -> None:
+    """Refuse what nobody will be there to say yes to, and name what to look at `first`; raises `ConfigError`."""
     if not yes and not sys.stdin.isatty():
-        raise ConfigError(f"this will {what}", hint="give --yes to do it without being asked")
+        raise ConfigError(f"this will {what}", hint=f"{first}give --yes to do it without being asked")

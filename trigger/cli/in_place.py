@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # what reaches the database takes a while to load, and help a
     from trigger.service.connect import Parts
 
 
+_FIRST = "--dry-run says which commits would be lost; "
+
+
 class Wishes(NamedTuple):
     """How somebody wishes a state to be put in production's place."""
 
@@ -39,7 +42,7 @@ class Wishes(NamedTuple):
 def put(named: Named, chosen: Options, wishes: Wishes) -> tuple[Report, Swap]:
     """Say what will be lost, ask, and put a state in production's place; gives what was done."""
     what = _putting("the state of then", chosen)
-    require_answer(what, yes=wishes.yes)
+    require_answer(what, yes=wishes.yes, first=_FIRST)
     planned = at(chosen, lambda parts: look(named, wishes, parts), by_itself=True)
     _require_allowed(planned)
     _ask(what, planned.losses, (), yes=wishes.yes)
@@ -52,7 +55,7 @@ def put(named: Named, chosen: Options, wishes: Wishes) -> tuple[Report, Swap]:
 def put_clone(name: str, chosen: Options, wishes: Wishes, *, dry_run: bool) -> None:
     """Say what will be lost, ask, and put a clone that is there in production's place; or only say it."""
     what = _putting(f"clone {name}", chosen)
-    require_answer(what, yes=wishes.yes or dry_run)
+    require_answer(what, yes=wishes.yes or dry_run, first=_FIRST)
     planned = at(chosen, lambda parts: _planned_clone(name, wishes, parts), by_itself=not dry_run)
     if dry_run:
         show_clone_plan(_with_service(planned.refused, chosen), planned, as_json=wishes.as_json)

@@ -279,7 +279,7 @@ def explain(config: Config = None, as_json: Json = False) -> None:
 async def _explain(chosen: Options) -> list[Finding]:
     from trigger.service.service import opened
 
-    async with opened(chosen) as parts:
+    async with opened(chosen, only_look=True) as parts:
         return await parts.database.explain()
 
 

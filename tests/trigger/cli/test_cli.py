@@ -160,6 +160,7 @@ def test_completion_is_there_for_every_shell(shell: str) -> None:
         (("restore", "--in-place", "--from-clone", "a", "--to-latest"), "--from-clone says which state"),
         (("restore", "--in-place", "--from-clone", "a", "--name", "b"), "--from-clone says which state"),
         (("restore", "--in-place", "--from-clone", "a"), "this will put clone a where production of"),
+        (("restore", "--in-place", "--to-latest"), "--dry-run says which commits would be lost; give --yes to"),
         (("aside", "drop", "20260501T120000Z"), "this will remove for good what lies aside of 20260501T120000Z"),
         (("clones", "start", "a", "--listen", "5433"), "not an address and a port: '5433'"),
     ],

@@ -192,6 +192,7 @@ def test_explain_asks_a_database_that_nothing_in_the_service_knows(
 ) -> None:
     assert program.main(["explain", "-c", str(strange_file(tmp_path))]) == 0
     assert "ledger://one does not show what was written in pencil" in capsys.readouterr().out
+    assert not [*tmp_path.rglob("catalog*")], "who only looks makes no catalog"
 
 
 def test_check_asks_every_part_that_was_built_from_its_section(

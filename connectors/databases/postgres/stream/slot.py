@@ -168,7 +168,8 @@ def resume(after: Position | None, lineage: Lineage, confirmed: Lsn, flushed: Ls
             f"the cluster was replaced: its system identifier was {after.history.system}, is {here.system}",
         )
     if after.history.incarnation != here.incarnation:
-        return confirmed, f"the log is not the one that {after} lies in: an older copy of the cluster was put back"
+        other = "an older copy of the cluster was put back, or pg_resetwal was run"
+        return confirmed, f"the log is not the one that {after} lies in: {other}"
     if after.history.branch != here.branch:
         moved = f"the timeline changed from {after.history.branch} to {here.branch}"
         return Lsn(max(confirmed, lineage.shared(after) or 0)), "; ".join(filter(None, [moved, made]))
