@@ -65,6 +65,47 @@ def test_a_lost_state_folder_is_made_anew_from_the_storage_while_the_server_is_d
         assert [gap["stream"] for gap in here.ask("list", "--gaps")].count("quiet") == 2
 
 
+def test_points_that_catalog_and_storage_show_no_more_are_missed_and_nothing_begins_anew_in_their_place() -> None:
+    """As where both lie on a filesystem that is not mounted: beneath its mount point all looks like a first start."""
+    with deployment(15, "directory") as here:
+        disk = here.root / "disk"
+        (disk / "snapshots").mkdir(parents=True)
+        here.configure(f'[catalog]\npath = "{disk / "catalog.sqlite"}"\n')
+        here.config.write_text(here.config.read_text().replace(str(here.root / "snapshots"), str(disk / "snapshots")))
+        here.start()
+        here.cluster.sql("CREATE TABLE t (n int)")
+        here.settle()
+        here.wait_for((here.state / "storage.begun").exists, "noted")
+        assert here.stop() == 0
+        known = [one["number"] for one in here.ask("list")]
+
+        (disk / "snapshots").rename(disk / "away")
+        rebuilt = here.trigpoint("catalog", "rebuild", check=False)
+        assert "points were kept in" in rebuilt.stderr, "the catalog is there, and knows of them"
+        assert [one["number"] for one in here.ask("list")] == known
+        (disk / "away").rename(disk / "snapshots")
+
+        disk.rename(here.root / "away")
+        (disk / "snapshots").mkdir(parents=True)
+        checked = here.trigpoint("check", check=False)
+        assert checked.returncode == 3
+        words = f"neither catalog nor storage knows of a point, and points were kept in {disk / 'snapshots'}"
+        assert f"refused  storage: {words}" in checked.stdout
+        here.start(wait=False)
+        assert here.process is not None
+        assert here.process.wait(60) == 3
+        for command in (("catalog", "rebuild"), ("catalog", "rebuild", "--accept-loss"), ("catalog", "rebuild")):
+            anew = here.trigpoint(*command, check=False)
+            assert anew.returncode == 0 if "--accept-loss" in command else words in anew.stderr
+        assert here.trigpoint("check", check=False).returncode == 3
+
+        shutil.rmtree(disk)
+        (here.root / "away").rename(disk)
+        here.start()
+        report = here.ask("restore", "--to-point", str(known[0]), "--name", "back")
+        assert all(held for _, held, _ in report["checks"])
+
+
 @pytest.mark.volume
 @pytest.mark.parametrize("log_is_lost", [True, False])
 def test_a_later_timeline_comes_back_by_what_its_snapshots_know_of_the_past(log_is_lost: bool) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trigger.cli import show
 from trigger.cli.arguments import Config, Json, options
 from trigger.cli.connected import in_order
+from trigger.errors import StorageError
+from trigger.model import State
 from trigger.service.control import only_one
 
 if TYPE_CHECKING:
     from trigger.catalog.rebuild import Known, Rebuilt
     from trigger.catalog.reconcile import Reconciliation
     from trigger.config.options import Options
+    from trigger.service.connect import Parts
 
 app = typer.Typer(no_args_is_help=True, help="Make the catalog anew from what the storage holds.")
 
@@ -28,7 +31,13 @@ _BEHIND = (
 
 
 @app.command("rebuild")
-def rebuild(config: Config = None, as_json: Json = False) -> None:
+def rebuild(
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Believe a storage that shows no snapshot at all.")
+    ] = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
     """Make the catalog anew from the tags of all snapshots, and set the old one aside; the service must not run.
 
     Where that fails, the old catalog stays where it is. What tags do not say is taken over from it (open gaps, how far
@@ -38,7 +47,7 @@ def rebuild(config: Config = None, as_json: Json = False) -> None:
     """
     from trigger.catalog.reconcile import ONLY_IT_KNEW
 
-    done = in_order(_rebuild(options(config)))
+    done = in_order(_rebuild(options(config), accept_loss=accept_loss))
     if as_json:
         show.print_json(done)
         return
@@ -64,7 +73,18 @@ def rebuild(config: Config = None, as_json: Json = False) -> None:
     )
 
 
-async def _rebuild(chosen: Options) -> Rebuilt:
+async def _require_points(parts: Parts, old: Known) -> None:
+    """Raise `StorageError` where points were kept, and the storage shows none: more likely it is not mounted."""
+    from trigger.service import kept_points
+
+    known = any(point.state is State.SEALED for point in old.points.values())
+    anyway = "trigpoint catalog rebuild --accept-loss"
+    missing = await kept_points.look(parts.options, parts.catalog, parts.storage, known=known, anyway=anyway)
+    if missing is not None:
+        raise StorageError(missing.message, hint=missing.remedy)
+
+
+async def _rebuild(chosen: Options, *, accept_loss: bool) -> Rebuilt:
     from trigger.catalog.rebuild import known, take_over
     from trigger.catalog.rebuild import rebuild as make_anew
     from trigger.catalog.reconcile import reconcile
@@ -72,6 +92,8 @@ async def _rebuild(chosen: Options) -> Rebuilt:
 
     async def fill(file: Path, old: Known) -> tuple[Reconciliation, Known]:
         async with opened(chosen, anew=file) as parts:
+            if not accept_loss:
+                await _require_points(parts, old)
             unknown = () if old.points else [source.name for source in parts.sources]
             done = await reconcile(parts.catalog, parts.storage, streams=unknown)
             await take_over(parts.catalog, old)

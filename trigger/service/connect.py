@@ -27,7 +27,7 @@ from trigger.position import History
 from trigger.protect.logs import Logs
 from trigger.restore.clones import Site
 from trigger.restore.swap import mixed
-from trigger.service import costs, kept_log, surroundings
+from trigger.service import costs, kept_log, kept_points, surroundings
 from trigger.shape import data
 from trigger.trusted import replace_file, why_not_ours
 
@@ -255,7 +255,11 @@ async def check(parts: Parts) -> list[Finding]:
 async def _agreement(parts: Parts) -> list[Finding]:
     """Give in which way catalog and storage do not agree; of a storage that cannot be read nothing."""
     with contextlib.suppress(StorageError):
-        seen = (await look(parts.catalog, parts.storage), await lost(parts.catalog, parts.storage))
+        seen = (
+            await look(parts.catalog, parts.storage),
+            await lost(parts.catalog, parts.storage),
+            await kept_points.look(parts.options, parts.catalog, parts.storage),
+        )
         return [finding for finding in seen if finding is not None]
     return []
 

@@ -24,7 +24,7 @@ from trigger.protect.agenda import Agenda
 from trigger.protect.behind import Behind
 from trigger.protect.window import Window
 from trigger.restore.leftovers import clear
-from trigger.service import kept_log
+from trigger.service import kept_log, kept_points
 from trigger.service.connect import Parts, keep_layout, layout_files
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class Upkeep:
     last_audit: Sequence[Finding] = ()
     behind: Behind = field(default_factory=Behind)
     log_is_noted: bool = False
-    """Whether a later start knows that log is kept where it is."""
+    points_are_noted: bool = False
+    """Whether a later start knows that they are kept where they are."""
     log_may_go: bool = True
     """Whether points went since log was last let go of; before a first time nobody knows."""
 
@@ -70,6 +71,7 @@ class Upkeep:
         yield "checkpoints", self._every(WATCH_SECONDS, self.watch_checkpoints, "checkpoints are not watched")
         yield "room", self._every(ROOM_SECONDS, self.keep_room, "no room is made for snapshots", ROOM_SHARE)
         yield "old log", self._every(WATCH_SECONDS, self.release_log, "old log is not let go of")
+        yield "kept", self._every(WATCH_SECONDS, self.note_kept, "a later start would not miss what is kept")
         yield "audit", self._every(AUDIT_SECONDS, self.audit_journal, "the journal is not audited")
         yield "streams", self._every(WATCH_SECONDS, self.watch_streams, "it is not known how far the streams are")
         yield "old points", self._every(PRUNE_SECONDS, self.prune, "what expired long ago stays in the catalog")
@@ -175,10 +177,15 @@ class Upkeep:
             else "",
         )
 
-    async def audit_journal(self) -> None:
-        """Look at the journal's new segments; new damage is logged, and a new base is taken behind it."""
+    async def note_kept(self) -> None:
+        """Note durably, once, that points and log are kept where they are: a later start misses what is not there."""
         if not self.log_is_noted:
             self.log_is_noted = await kept_log.note(self.parts.options, self.parts.journal)
+        if not self.points_are_noted:
+            self.points_are_noted = await kept_points.note(self.parts.options, self.parts.catalog)
+
+    async def audit_journal(self) -> None:
+        """Look at the journal's new segments; new damage is logged, and a new base is taken behind it."""
         known, self.last_audit = set(self.last_audit), await self.parts.journal.audit()
         damage = [found for found in self.last_audit if found.severity is Severity.REFUSED and found not in known]
         for finding in damage:

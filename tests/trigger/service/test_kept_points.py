@@ -1,0 +1,56 @@
+"""Where points were kept once, and neither catalog nor storage knows of one, the check refuses; else it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from connectors.memory import MemoryStorage, World
+from tests.simulation.virtual import inline
+from tests.trigger.catalog.test_reconcile import Stage
+from trigger.catalog.catalog import Catalog
+from trigger.model import Severity
+from trigger.service import kept_points
+
+
+def options(state: Path, storage: str = "/srv/points") -> Any:
+    return SimpleNamespace(state_folder=state, storage=SimpleNamespace(folder=Path(storage)))
+
+
+async def empty() -> Stage:
+    """Give a catalog and a storage as an operator finds them beneath a mount point."""
+    return Stage(await Catalog.open(":memory:", run=inline), World())
+
+
+def test_points_are_missed_only_where_there_were_some(tmp_path: Path) -> None:
+    async def act() -> None:
+        here, mounted, bare = options(tmp_path), await empty(), await empty()
+        assert not await kept_points.note(here, mounted.catalog)
+        assert await kept_points.look(here, mounted.catalog, mounted.storage) is None, "a first start"
+        await mounted.sealed(1)
+        assert await kept_points.note(here, mounted.catalog)
+        assert await kept_points.note(here, mounted.catalog)
+        assert await kept_points.look(here, mounted.catalog, mounted.storage) is None
+        assert await kept_points.look(here, mounted.catalog, MemoryStorage(World())) is None, "of which reconcile says"
+        assert await kept_points.look(here, bare.catalog, mounted.storage) is None, "a lost catalog, which is made anew"
+        missing = await kept_points.look(here, bare.catalog, bare.storage)
+        assert missing is not None
+        assert (missing.severity, missing.subject) == (Severity.REFUSED, "storage")
+        assert missing.message.endswith("points were kept in /srv/points")
+        assert "mount" in missing.remedy
+        assert kept_points.BEGIN_ANEW in missing.remedy
+
+    asyncio.run(act())
+
+
+def test_who_knows_of_points_from_an_old_catalog_misses_them_without_a_note(tmp_path: Path) -> None:
+    async def act() -> None:
+        here, bare = options(tmp_path), await empty()
+        assert await kept_points.look(here, bare.catalog, bare.storage) is None
+        missing = await kept_points.look(here, bare.catalog, bare.storage, known=True, anyway="believe it")
+        assert missing is not None
+        assert missing.remedy.endswith("if they are really gone: believe it")
+
+    asyncio.run(act())
