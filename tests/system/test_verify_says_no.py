@@ -49,7 +49,8 @@ on_both = pytest.mark.parametrize("bank", [BTRFS, "directory"], indirect=True)
 @pytest.fixture(scope="module")
 def bank(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     """Give a cluster with checksums, whose accounts are found by a hash index too; its service runs."""
-    with deployment(15, getattr(request, "param", "directory"), initdb=["--data-checksums"]) as here:
+    storage = getattr(request, "param", "directory")
+    with deployment(15, storage, initdb=["--data-checksums"], autovacuum="off") as here:  # which writes pages anew
         here.cluster.sql("CREATE TABLE account (id int PRIMARY KEY, balance int)")
         here.cluster.sql("CREATE INDEX account_hash ON account USING hash (id)")
         here.cluster.sql("INSERT INTO account SELECT n, 100 FROM generate_series(1, 5000) n; CHECKPOINT")

@@ -114,7 +114,11 @@ async def opened(dsn: str) -> psycopg.AsyncConnection[Any]:
         except psycopg.OperationalError as error:
             refusals.append(error)
         else:
-            await connection.set_autocommit(True)
+            try:
+                await connection.set_autocommit(True)
+            except BaseException:
+                await connection.close()
+                raise
             return connection
     if len(refusals) == 1:
         raise refusals[0]
