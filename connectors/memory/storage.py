@@ -141,6 +141,11 @@ class MemoryStorage:
         progress("clone", 1, 1)
         return clone
 
+    async def lack(self, point: str) -> str:  # noqa: ARG002 - the same for each
+        """Find nothing: each was kept at once."""
+        await asyncio.sleep(0)
+        return ""
+
     async def clones(self) -> list[Clone]:
         """Give all clones."""
         await asyncio.sleep(0)

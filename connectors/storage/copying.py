@@ -1,7 +1,7 @@
 """Copies a tree of files: shared where nothing changed, by reflink where that works, else byte for byte.
 
-Everything here blocks; call it in a thread. Files that vanish, shrink or grow meanwhile are normal: the tree is
-that of a running database, and its log repairs what the copy caught halfway.
+Everything here blocks; call it in a thread. Files that vanish, shrink or grow meanwhile are normal where the tree is
+that of a running database, whose log repairs what the copy caught halfway; in a copy of it nothing may.
 
 The owner of the tree may put a link in the place of any folder at any moment, also in an earlier copy of it. So each
 step goes from an open folder to the next one by its name, and no link is followed: nothing is read, written or
@@ -42,10 +42,15 @@ class Seen(NamedTuple):
     inode: int
     device: int
 
+    @classmethod
+    def of(cls, now: os.stat_result) -> Seen:
+        """Give what a file looks like by its status."""
+        return cls(now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino, now.st_dev)
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """What every file of a tree looked like when it was copied; lines of JSON, the time of the start first."""
+    """What every file and link of a tree looked like when it was copied; lines of JSON, the time of the start first."""
 
     began_at: datetime
     files: dict[str, Seen]
@@ -75,6 +80,16 @@ class Manifest:
         trusted_before_ns = to_microseconds(self.began_at.astimezone(UTC)) * 1000 - _CLOCK_MARGIN_NS
         return self.files.get(name) == seen and max(seen.modified_ns, seen.changed_ns) < trusted_before_ns
 
+    def missed(self, look: Callable[[str], Seen | None]) -> Iterator[str]:
+        """Give the files that the copy does not have, or not whole; `look` gives what one looks like in it now.
+
+        One that grew or shrank while it was copied has another size than it had before, and its time all the same.
+        """
+        for name, listed in self.files.items():
+            now = look(name)
+            if now is None or (now.size != listed.size and now.modified_ns != listed.modified_ns):
+                yield name
+
 
 @dataclass
 class Copier:
@@ -87,6 +102,8 @@ class Copier:
     """What the files looked like when `earlier` was made."""
     compare: bool = False
     """Compare content before a file is shared."""
+    living: bool = True
+    """Whether files may vanish from the tree meanwhile; from one that nobody writes to, none may."""
     require_room: Callable[[int], None] = lambda _: None
     """Raises where that many bytes more would be too much."""
     stop: threading.Event = field(default_factory=threading.Event)
@@ -127,7 +144,7 @@ class Copier:
             self._require_going_on()
             name = f"{place.inside}{last}"
             if not self.leaves_out(name):
-                with contextlib.suppress(_Vanished), _whole_name(name):
+                with contextlib.suppress(*[_Vanished] if self.living else []), _whole_name(name):
                     self._entry(entry, place, name)
         _keep_attributes(place.target, before)
 
@@ -139,6 +156,8 @@ class Copier:
             os.symlink(link, entry.name, dir_fd=place.target)
             if os.geteuid() == 0:
                 os.chown(entry.name, before.st_uid, before.st_gid, dir_fd=place.target, follow_symlinks=False)
+            self.seen[name] = Seen.of(before)
+            self.bytes_done += before.st_size
         elif entry.is_dir(follow_symlinks=False):
             with contextlib.ExitStack() as open_folders:
                 with _may_vanish():
@@ -159,8 +178,7 @@ class Copier:
     def _file(self, source: int, place: _Place, last: str) -> None:
         name = f"{place.inside}{last}"
         before = os.fstat(source)
-        seen = Seen(before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, before.st_dev)
-        self.seen[name] = seen
+        seen = self.seen[name] = Seen.of(before)
         if not self._share(source, place, name, seen):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             copy = os.open(last, flags, 0o600, dir_fd=place.target)
@@ -280,7 +298,7 @@ def _whole_name(name: str) -> Iterator[None]:
         raise
 
 
-class _Vanished(Exception):  # noqa: N818 - not an error: the database removed a file while it was looked at
+class _Vanished(OSError):  # noqa: N818 - no error in a living tree: the database removed a file while it was looked at
     """A file of the source is there no more."""
 
 
@@ -290,7 +308,7 @@ def _may_vanish() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ESTALE):
-            raise _Vanished from error
+            raise _Vanished(error.errno, error.strerror, error.filename) from error
         raise
 
 

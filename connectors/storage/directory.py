@@ -26,7 +26,7 @@ from functools import partial
 from glob import escape
 from pathlib import Path
 
-from connectors.storage.copying import Copier, Manifest, can_reflink
+from connectors.storage.copying import Copier, Manifest, Seen, can_reflink
 from connectors.storage.sections import DirectoryOptions
 from connectors.storage.shelf import (
     MENDING,
@@ -228,22 +228,46 @@ class DirectoryStorage:
         found = self._shelf.tagged(point, _look)
         if not found.complete:
             raise StorageError(f"no whole snapshot of {point}", hint=MENDING, retryable=False)
-        sizes = [_listed(Path(kept.location)) for kept in found.snapshots]
-        total = sum(sum(seen.size for seen in manifest.files.values()) for manifest in sizes if manifest)
+        lists = [(Path(kept.location), _required_list(Path(kept.location))) for kept in found.snapshots]
+        total = sum(seen.size for _, listed in lists for seen in listed.files.values())
         shares = Capability.INSTANT_CLONE in self.capabilities
         self._shelf.require_free(0 if shares else total)
         if stop.is_set():  # whoever asked for it may have removed it already
             raise StorageError(f"clone {name} was given up before it was begun")
         clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots], identity)
         try:
-            copier = Copier(stop=stop, told=lambda done: told(done, total))
-            for kept, (_, path) in zip(found.snapshots, clone.paths, strict=True):
-                copier.copy(Path(kept.location), path)
+            copier = Copier(stop=stop, told=lambda done: told(done, total), living=False)
+            for (kept, listed), (_, path) in zip(lists, clone.paths, strict=True):
+                self._copy_whole(kept, listed, path, copier, point)
         except BaseException:
             with contextlib.suppress(OSError):
                 remove_tree(folder)
             raise
         return clone
+
+    def _copy_whole(self, kept: Path, listed: Manifest, target: Path, copier: Copier, point: str) -> None:
+        """Copy a snapshot with all that its list names; raises `StorageError` where it lacks that, or is removed.
+
+        A removal takes the sidecar first, so a point that has it after the copy had all its files until then.
+        """
+        copier.seen = {}
+        try:
+            copier.copy(kept, target)
+            missed = next(listed.missed(copier.seen.get), "")
+        finally:  # whatever failed, it did so because of that
+            if not self._shelf.tagged(point, _look).complete:
+                raise StorageError(f"point {point} went, or cannot be read any more, while it was copied")
+        if missed:
+            raise _not_whole(_without(kept, missed), kept)
+
+    async def lack(self, point: str) -> str:
+        """Give the first file that a point's copies do not have, or not whole, by the lists beside them."""
+        with as_storage_error(f"look into {self._shelf.point_folder(point)}"):
+            return await self._threads.run(partial(self._lack, point))
+
+    def _lack(self, point: str) -> str:
+        shown = self._shelf.tagged(point, _look).snapshots
+        return next(filter(None, (_lack(Path(kept.location)) for kept in shown)), "")
 
     async def clones(self) -> list[Clone]:
         """Give all clones."""
@@ -267,29 +291,58 @@ class DirectoryStorage:
 
 def _look(kept: Snapshot) -> Snapshot | None:
     """Give a snapshot if it is there; the sidecar is written last, so what it names was whole."""
-    return kept if stat.S_ISDIR(_mode(Path(kept.location), follow=True)) else None
+    root = _status(Path(kept.location), follow=True)
+    return kept if root is not None and stat.S_ISDIR(root.st_mode) else None
 
 
 def _is_whole(copy: Path) -> bool:
-    """Whether a copy has every file that the list beside it names, which is written when the copy is done.
+    """Whether a copy has all that the list beside it names; raises `OSError` where that cannot be looked at."""
+    return not _lack(copy)
+
+
+def _lack(copy: Path) -> str:
+    """Give what a copy does not have of what the list beside it names, which is written when the copy is done.
 
     Raises `OSError` where that cannot be looked at.
     """
-    manifest = Manifest.read(_manifest_of(copy))
-    if manifest is None or not stat.S_ISDIR(_mode(copy)):
-        return False
-    return all(_mode(copy / name) for name in manifest.files)
+    listed = Manifest.read(_manifest_of(copy))
+    if listed is None:
+        return _without_list(copy)
+    if (root := _status(copy)) is None or not stat.S_ISDIR(root.st_mode):
+        return f"{copy} is not there"
+    missed = next(listed.missed(lambda name: Seen.of(now) if (now := _status(copy / name)) else None), "")
+    return _without(copy, missed) if missed else ""
 
 
-def _mode(path: Path, *, follow: bool = False) -> int:
-    """Give the mode of what lies at a path; 0 where nothing does.
+def _without(copy: Path, missed: str) -> str:
+    return f"{copy / missed} is not there, or not as it was copied"
+
+
+def _without_list(copy: Path) -> str:
+    return f"the list of its files, {_manifest_of(copy)}, is missing or damaged"
+
+
+def _required_list(copy: Path) -> Manifest:
+    """Give the list beside a copy, without which nobody knows whether it is whole; raises `StorageError`."""
+    if (listed := Manifest.read(_manifest_of(copy))) is None:
+        raise _not_whole(_without_list(copy), copy)
+    return listed
+
+
+def _not_whole(why: str, copy: Path) -> StorageError:
+    hint = f"bring that back, or move {copy.parent} away and run `trigpoint reconcile`: restores begin before it then"
+    return StorageError(f"the snapshot is not whole: {why}", hint=hint, retryable=False)
+
+
+def _status(path: Path, *, follow: bool = False) -> os.stat_result | None:
+    """Give the status of what lies at a path; None where nothing does.
 
     Raises `OSError` where that cannot be looked at, which the questions of `Path` take for no.
     """
     try:
-        return path.stat(follow_symlinks=follow).st_mode
+        return path.stat(follow_symlinks=follow)
     except (FileNotFoundError, NotADirectoryError):
-        return 0
+        return None
 
 
 def _manifest_of(copy: Path) -> Path:

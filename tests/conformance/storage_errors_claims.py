@@ -1,10 +1,14 @@
-"""What every storage that keeps files must do where its disk does not give what stands on it."""
+"""What every storage that keeps files must do where its disk does not give what stands on it, or it is lost."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 
-from tests.conformance.storage_claims import TAG, A, B
+import pytest
+
+from tests.conformance.storage_claims import TAG, A, B, silent
 from tests.conformance.storage_rigs import FileRig, names
 from trigger.errors import StorageError
 
@@ -20,3 +24,54 @@ async def what_cannot_be_read_is_not_taken_for_gone(rig: FileRig) -> None:
         (A, TAG, True),
         (B, TAG, True),
     ]
+
+
+async def what_came_back_without_a_file_is_not_whole(rig: FileRig) -> None:
+    storage = rig.driver()
+    rig.write(rig.volumes[0], "folder/row", "one")
+    for point in (A, B):
+        await storage.snapshot(rig.volumes, point, TAG)
+    assert await rig.driver().lack(A) == ""
+    with rig.away(A):
+        assert [found.point for found in await rig.driver().tagged()] == [B]
+    assert await rig.driver().lack(A) == ""
+    rig.lose(A, rig.volumes[0], "folder/row")
+    whole = [found.point for found in await rig.driver().tagged() if found.complete]
+    assert whole == [B] or "folder/row" in await rig.driver().lack(A), "and it would be sealed again"
+    assert await rig.driver().lack(B) == ""
+
+
+async def a_snapshot_without_a_file_gives_no_clone(rig: FileRig) -> None:
+    storage = rig.driver()
+    rig.write(rig.volumes[0], "folder/row", "one")
+    await storage.snapshot(rig.volumes, A, TAG)
+    rig.lose(A, rig.volumes[0], "folder/row")
+    with pytest.raises(StorageError):
+        await storage.clone(A, "copy", silent)
+    assert await storage.clones() == []
+
+
+async def a_point_that_goes_while_it_is_cloned_gives_a_whole_clone_or_none(rig: FileRig) -> None:
+    storage, volume = rig.driver(), rig.volumes[0]
+    rows = {f"row-{number:03}": "one" for number in range(100)}
+    for key, value in rows.items():
+        rig.write(volume, key, value)
+    await storage.snapshot(rig.volumes[:1], A, TAG)
+    cloning = asyncio.create_task(storage.clone(A, "copy", silent))
+    while not await rig.driver().clones() and not cloning.done():  # noqa: ASYNC110 - as another process sees it
+        await asyncio.sleep(0.001)
+    await rig.driver().delete(A)
+    try:
+        clone = await cloning
+    except StorageError:
+        assert await storage.clones() == []
+    else:
+        assert rig.holds(clone, volume) == rows
+
+
+LOSSES: list[Callable[[FileRig], Awaitable[None]]] = [
+    what_cannot_be_read_is_not_taken_for_gone,
+    what_came_back_without_a_file_is_not_whole,
+    a_snapshot_without_a_file_gives_no_clone,
+    a_point_that_goes_while_it_is_cloned_gives_a_whole_clone_or_none,
+]

@@ -86,6 +86,21 @@ class FileRig:
         sidecar.write_bytes(sidecar.read_bytes().replace(b"before", b"behind"))
 
     @contextlib.contextmanager
+    def away(self, point: str) -> Iterator[None]:
+        """Let nothing of a point be there for a while."""
+        folder = self.folder / tag_name(point)
+        folder.rename(self.root / "away")
+        yield
+        (self.root / "away").rename(folder)
+
+    def lose(self, point: str, volume: Volume, key: str) -> None:
+        """Lose a file of a snapshot; where the filesystem keeps it closed, it is opened for that."""
+        kept = self.folder / tag_name(point) / volume.name
+        if self.make_volume is make_subvolume:
+            subprocess.run(["btrfs", "property", "set", str(kept), "ro", "false"], check=True, capture_output=True)
+        (kept / key).unlink()
+
+    @contextlib.contextmanager
     def unreadable(self, point: str) -> Iterator[None]:
         """Let nothing be read for a while of what stands beside the snapshots of a point, nor what btrfs says of it."""
         folder, asked = self.folder / tag_name(point), libbtrfsutil.is_subvolume

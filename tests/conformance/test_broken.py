@@ -57,6 +57,19 @@ class TakesAReadErrorForNothing(DirectoryStorage):
             return [Tagged(point, None, (), complete=False) for point in self._shelf.points()]
 
 
+class BelievesWhatCameBack(DirectoryStorage):
+    async def lack(self, point: str) -> str:
+        found = next(found for found in await self.tagged() if found.point == point)
+        return "" if found.complete else "not every volume is there"
+
+
+class ClonesWhatIsLeft(DirectoryStorage):
+    def _copy_whole(self, kept: Path, listed: Manifest, target: Path, copier: Copier, point: str) -> None:
+        copier.living = True
+        with patch.object(copier, "told", lambda _: time.sleep(0.005)):
+            copier.copy(kept, target)
+
+
 class CutsAgainWhenRepeated(DirectoryStorage):
     async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         await self.delete(point)
@@ -191,6 +204,9 @@ BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[No
     (ForgetsTheTag, storage_claims.a_tag_comes_back_as_it_was_given_from_the_storage_alone),
     (KeepsTheTagInItsHead, storage_claims.a_tag_comes_back_as_it_was_given_from_the_storage_alone),
     (TakesAReadErrorForNothing, storage_errors_claims.what_cannot_be_read_is_not_taken_for_gone),
+    (BelievesWhatCameBack, storage_errors_claims.what_came_back_without_a_file_is_not_whole),
+    (ClonesWhatIsLeft, storage_errors_claims.a_snapshot_without_a_file_gives_no_clone),
+    (ClonesWhatIsLeft, storage_errors_claims.a_point_that_goes_while_it_is_cloned_gives_a_whole_clone_or_none),
     (CutsAgainWhenRepeated, storage_claims.the_same_point_twice_is_the_same_snapshot),
     (CallsTheUnfinishedComplete, storage_claims.what_a_crash_left_is_shown_as_unfinished_and_deleted),
     (ClonesByHardLink, storage_claims.what_is_written_to_a_clone_reaches_neither_snapshot_nor_volume),

@@ -13,7 +13,7 @@ import pytest
 
 from connectors.storage.directory import DirectoryStorage
 from tests.conformance.storage_claims import EVERY, FILES
-from tests.conformance.storage_errors_claims import what_cannot_be_read_is_not_taken_for_gone
+from tests.conformance.storage_errors_claims import LOSSES
 from tests.conformance.storage_rigs import FileRig, MemoryRig, Rig, btrfs, directory
 from tests.fixtures.volumes import loop_volume
 
@@ -42,7 +42,7 @@ FILE_RIGS: dict[str, tuple[str, Callable[[Path], FileRig]]] = {
 
 
 def _cases() -> list[Any]:
-    kept = (*EVERY, *FILES, what_cannot_be_read_is_not_taken_for_gone)
+    kept = (*EVERY, *FILES, *LOSSES)
     marks = {"tmp_path": (), "xfs_volume": (pytest.mark.volume,), "btrfs_volume": (pytest.mark.volume,)}
     cases = [pytest.param("memory", claim, id=f"memory-{claim.__name__}") for claim in EVERY]
     for name, (place, _) in FILE_RIGS.items():

@@ -40,13 +40,24 @@ async def give_up_before(first: RecoveryPoint, catalog: Catalog, storage: Storag
     """
     if first.state is not State.SEALED:
         raise CatalogError(f"point {first.number} is {first.state}", hint="name a sealed point: trigpoint list")
-    older = [point for point in await catalog.bases() if point.number < first.number]
-    pinned = {clone.point for clone in await storage.clones()}
-    going = [point for point in older if point.id not in pinned]
-    for point in () if dry_run else going:
-        await expire(catalog, storage, point)
-    kept = [point.number for point in older if point.id in pinned]
-    return GivenUp(tuple(point.number for point in going), tuple(kept))
+    going: list[int] = []
+    kept: list[int] = []
+    for point in [point for point in await catalog.bases() if point.number < first.number]:
+        if await is_cloned(storage, point):
+            kept.append(point.number)
+            continue
+        going.append(point.number)
+        if not dry_run:
+            await expire(catalog, storage, point)
+    return GivenUp(tuple(going), tuple(kept))
+
+
+async def is_cloned(storage: Storage, point: RecoveryPoint) -> bool:
+    """Whether there is a clone of a point, or one is being made, by whatever process.
+
+    It is asked right before each removal: a restore may begin while others are removed.
+    """
+    return any(clone.point == point.id for clone in await storage.clones())
 
 
 async def expire(catalog: Catalog, storage: Storage, point: RecoveryPoint) -> RecoveryPoint:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from trigger.catalog.catalog import Catalog
 from trigger.errors import JournalError, StorageError
-from trigger.keep.expire import GivenUp, expire, give_up_before, release_log
+from trigger.keep.expire import GivenUp, expire, give_up_before, is_cloned, release_log
 from trigger.keep.retention import Leads, thin
 from trigger.model import Extent, RecoveryPoint, Space, State
 from trigger.ports import Journal, Storage
@@ -167,6 +167,8 @@ class Room:
         gone: list[RecoveryPoint] = []
         for point in points:
             try:
+                if point.state is State.SEALED and await is_cloned(self._storage, point):
+                    continue  # a restore began meanwhile
                 gone.append(await expire(self._catalog, self._storage, point))
             except StorageError as error:
                 self.trouble = str(error)

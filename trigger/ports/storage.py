@@ -118,6 +118,17 @@ class Storage(Protocol):
         """
         ...
 
+    async def lack(self, point: str) -> str:
+        """Give what is missing, or damaged, in the snapshots that `tagged` shows of a point; "" for nothing.
+
+        Here each is looked at closely, as far as the storage can tell what belongs to it, and that may last; `tagged`
+        believes what stands beside them.
+
+        Raises:
+            StorageError: that cannot be looked at.
+        """
+        ...
+
     async def delete(self, point: str) -> None:
         """Remove the snapshots and the tag of a point; nothing to remove is no error."""
         ...
@@ -125,13 +136,15 @@ class Storage(Protocol):
     async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
         """Make a writable copy of a point's snapshots under `name` (made by us: lower-case letters, digits, `-`).
 
-        It bears `identity` from its first moment in `clones` on, so that whoever made it tells it from one that was
-        there before, or came later under the same name.
+        It is in `clones`, for every process, before the first byte is copied, and bears `identity` from that moment on,
+        so that whoever made it tells it from one that was there before, or came later under the same name. It holds all
+        that the snapshots held: where some of that is missing, or the point is removed meanwhile, there is no clone.
 
         It need not be on stable storage yet: what a restore makes of it is synced as a whole at the end.
 
         Raises:
-            StorageError: no such point, the name is taken, or no room; nothing is left behind.
+            StorageError: no such point, it is not whole or went meanwhile, the name is taken, or no room; nothing is
+                left behind.
         """
         ...
 
