@@ -36,6 +36,7 @@ _WORDS = {
     "unreadable": "with a damaged tag, which could not be written anew",
     "phantoms": "failed, since gone from the storage",
     "regained": "sealed again, since back in the storage",
+    "incomplete": "failed as gone and back in the storage, but not whole, left alone (the log says what is missing)",
     "expired": "removed as was begun",
     "strange": "of another cluster or with an unreadable tag, left alone (`trigpoint reconcile` names them)",
     "stuck": "that the storage does not let go of, tried again",
@@ -61,6 +62,8 @@ class Reconciliation:
     """Sealed in the catalog, gone from the storage: now failed, loudly."""
     regained: list[str] = field(default_factory=list)
     """Had failed as gone from the storage, and are whole there again: sealed again, with their commits."""
+    incomplete: list[str] = field(default_factory=list)
+    """Had failed likewise, and part of them is there: left alone until the rest is, and looked at again then."""
     expired: list[str] = field(default_factory=list)
     """Were being removed: now gone."""
     strange: list[str] = field(default_factory=list)
@@ -202,8 +205,11 @@ async def _settle_point(
         case State.EXPIRING if await _remove(storage, point.id, done):
             await catalog.change(point, State.EXPIRED)
             done.expired.append(point.id)
-        case State.FAILED if point.failure == GONE:
-            if found is not None and _is_whole(found, point):
+        case State.FAILED if point.failure == GONE and found is not None:
+            if why := await _lack(storage, point, found):
+                log.warning("point %d is back in the storage, and not whole: %s", point.number, why)
+                done.incomplete.append(point.id)
+            else:
                 done.regained.append(point.id)
                 await _settle_point(catalog, storage, await catalog.regain(point), found, done)
         case State.FAILED | State.EXPIRED if found is not None:
@@ -215,6 +221,16 @@ def _is_whole(found: Tagged, point: RecoveryPoint) -> bool:
     """Whether the storage shows every snapshot of a point, whole; its tag may be damaged."""
     shown = {kept.volume for kept in found.snapshots}
     return found.complete or (found.tag is None and {kept.volume for kept in point.snapshots} <= shown)
+
+
+async def _lack(storage: Storage, point: RecoveryPoint, found: Tagged) -> str:
+    """Give what is missing of a point that was gone, looked at closely: whoever brings it back may not be done yet."""
+    if not _is_whole(found, point):
+        return "not every volume is there, whole"
+    try:
+        return await storage.lack(point.id)
+    except StorageError as error:
+        return str(error)
 
 
 async def _mend(catalog: Catalog, storage: Storage, point: RecoveryPoint, done: Reconciliation) -> None:
