@@ -111,7 +111,7 @@ class MemoryRecovery:
         """Start the server of a clone that was stopped."""
         await asyncio.sleep(0)
         if clone.name not in self._world.stopped:
-            raise RestoreError(f"{clone.name} was never brought up")
+            raise RestoreError(f"{clone.name} was never brought up, or made ready to take production's place")
         self._world.restored[clone.name] = again = self._world.stopped.pop(clone.name)
         return again.running
 
@@ -168,10 +168,11 @@ class MemoryRecovery:
         return await self.at_work([Volume(volume, str(path)) for volume, path in clone.paths])
 
     async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:  # noqa: ARG002 - the port's
-        """Refuse for a clone that runs; there is no configuration to give back."""
+        """Refuse for a clone that runs, and let no other be started; there is no configuration to give back."""
         await asyncio.sleep(0)
         if clone.name in self._world.restored:
             raise RestoreError(f"{clone.name} still runs", hint="stop it first")
+        self._world.stopped.pop(clone.name, None)
 
 
 def _stops(entry: Entry, target: Target) -> tuple[bool, bool]:

@@ -244,6 +244,26 @@ def test_the_service_goes_on_after_a_killed_restore_was_finished_and_after_it_wa
     bank.now = go_on(here, bank.now)
 
 
+@kills_of("bank", ["directory"])
+def test_a_clone_that_was_made_ready_in_part_is_not_started_on_productions_files_and_can_be_put_in_place(
+    bank: Bank,
+) -> None:
+    here = bank.here
+    here.trigpoint("restore", *bank.restore[1:3], "--name", "early")
+    put = ("restore", "--in-place", "--from-clone", "early", "--yes")
+    kill(here, "after-link", *put)
+    (link,) = (here.root / "snapshots" / "clones" / "early" / "data" / "pg_tblspc").iterdir()
+    assert link.readlink() == here.root / "space"
+    refused = here.trigpoint("clones", "start", "early", check=False)
+    assert refused.returncode == RestoreError.exit_code
+    assert "clone early cannot be started: it was made ready to take production's place" in refused.stderr
+    require_in_place(here, bank.now)
+    here.trigpoint(*put)
+    require_in_place(here, bank.before)
+    undo(here)
+    require_in_place(here, bank.now)
+
+
 @kills_of("bank", ["btrfs"])
 def test_a_swap_whose_clone_was_dropped_is_not_finished_but_taken_back(bank: Bank) -> None:
     here = bank.here

@@ -58,7 +58,8 @@ class Recovery(Protocol):
     async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
         """Start the stopped server of a clone as it was left; with `listen` it is reached there too, with a password.
 
-        Raises `RestoreError` where it was never brought up, or does not come up.
+        Raises `RestoreError` where it was never brought up, `release` was begun with it, its server would write into
+        files that are not the clone's, or it does not come up.
         """
         ...
 
@@ -108,7 +109,8 @@ class Recovery(Protocol):
         """Make a stopped clone fit to take the place of the cluster it was made of.
 
         It gets back the configuration, and the links into `volumes`, as its snapshot had them, and what isolated it
-        is taken away; so it works only where the volumes lie. Repeating the call changes nothing. Raises
-        `RestoreError` where its server still runs, or what was put aside is not there.
+        is taken away; so it works only where the volumes lie. Repeating the call changes nothing, and finishes one
+        that was cut off: from its first change on the clone's server is not started any more. Raises `RestoreError`
+        where its server still runs, or what was put aside is not there.
         """
         ...

@@ -38,7 +38,7 @@ from connectors.databases.postgres.clone.access import Access, find_home
 from connectors.databases.postgres.clone.files import Relation
 from connectors.databases.postgres.clone.inside import empty
 from connectors.databases.postgres.clone.isolation import Isolated, Placement
-from connectors.databases.postgres.clone.release import release
+from connectors.databases.postgres.clone.release import release, require_startable
 from connectors.databases.postgres.clone.sandbox import relations
 from connectors.databases.postgres.clone.scrub import scrub
 from connectors.databases.postgres.clone.state import State, owner_of
@@ -64,7 +64,6 @@ _PROGRAM_SECONDS = 60.0
 _SYNC_SECONDS = 600.0
 _NEXT_XID = "SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())"
 _REPLAYING = re.compile(r"redo in progress, elapsed time: .*, current LSN: ([0-9A-F]+/[0-9A-F]+)")
-_LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+)\+00")
 
 
 class PostgresRecovery:
@@ -213,6 +212,7 @@ class PostgresRecovery:
         data = self._data(clone)
         if data is None:
             raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
+        await asyncio.to_thread(require_startable, data, clone)
         state = State.read(data)
         programs = self._programs_for(isolation.major_of(data))
         isolated = Isolated(data, owner_of(data), programs.major, ())
@@ -390,7 +390,7 @@ class PostgresRecovery:
             system=facts.system,
             timeline=facts.timeline,
             replayed=str(Lsn(lineage.forks[-1][1])),
-            last_commit_at=time.isoformat() if time else _last_commit_at(words),
+            last_commit_at=time.isoformat() if time else stops.told_by(words),
             notes=(*([removed] if isolated.slots else []), *facts.notes),
             next_xid=facts.next_xid,
             incarnation=replay.target.history.incarnation,
@@ -493,8 +493,3 @@ def _visible_log(isolated: Isolated, staged: Path, replay: Replay) -> Path:
                 except NotOursError as error:
                     raise RestoreError(f"in the staged log {staged}: {error.message}", hint=error.remedy) from None
     return isolated.folder / _HISTORIES
-
-
-def _last_commit_at(words: str) -> str:
-    found = _LAST_COMMIT.findall(words)
-    return f"{found[-1]}+00:00" if found else ""

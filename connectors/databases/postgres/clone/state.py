@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.clone.isolation import OWN_FOLDER, write
-from connectors.databases.postgres.log.files import text_inside
+from connectors.databases.postgres.log.files import entered, text_inside
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import RestoreError
 from trigger.replay import Running
@@ -56,6 +58,14 @@ class State:
     def is_in(cls, data: Path) -> bool:
         """Whether a data directory is a clone's that was brought up, and was not made fit for production since."""
         return (data / OWN_FOLDER / cls.FILE).exists()
+
+    @classmethod
+    def remove(cls, data: Path) -> None:
+        """Take it out of a data directory for good: what lies there is no clone any more that can be started."""
+        with contextlib.suppress(FileNotFoundError), entered(data / OWN_FOLDER) as folder:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(cls.FILE, dir_fd=folder)
+            os.fsync(folder)
 
     @classmethod
     def read(cls, data: Path) -> State:

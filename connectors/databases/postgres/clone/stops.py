@@ -8,6 +8,7 @@ behind the last commit, and a replay that stops there has the files.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from contextlib import aclosing
 from datetime import datetime
@@ -19,6 +20,8 @@ from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.waldump import Stretch, WalDump, parse_ended
 from connectors.databases.postgres.lsn import Lsn
 from trigger.replay import Replay, Target
+
+_LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+)\+00")
 
 
 async def before_removals(
@@ -65,6 +68,12 @@ async def time_of(dump: WalDump, staged: Path, target: Target, stop: Stop | None
             ended = parse_ended(line)
             return ended.time if ended is not None and ended.start == at else None
     return None
+
+
+def told_by(words: str) -> str:
+    """Give the time of the last commit of a replay as the server's own words have it, in ISO-8601; "" without any."""
+    found = _LAST_COMMIT.findall(words)
+    return f"{found[-1]}+00:00" if found else ""
 
 
 def _from(staged: Path, timeline: int, at: Lsn) -> Stretch | None:

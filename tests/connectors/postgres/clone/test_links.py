@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -13,10 +14,12 @@ from types import ModuleType
 import pytest
 
 from connectors.databases.postgres import lsn
-from connectors.databases.postgres.clone import isolation
+from connectors.databases.postgres.clone import archiving, isolation
 from connectors.databases.postgres.clone.isolation import Isolated, Placement, Spot
-from connectors.databases.postgres.clone.release import release
+from connectors.databases.postgres.clone.release import release, require_startable
+from connectors.databases.postgres.clone.state import State
 from tests.fixtures.volumes import plain_folder
+from trigger import failpoint
 from trigger.errors import RestoreError
 from trigger.model import Bracket, Volume
 from trigger.ports import Clone
@@ -32,6 +35,7 @@ WRITTEN = f"{2:08X}{0:08X}{6:08X}"
 HISTORY = lsn.history("111", 1)
 BRACKET = Bracket(Position(HISTORY, 1), Position(HISTORY, 2), {"label": "START WAL LOCATION: 0/1 (file x)"})
 PLACEMENT = Placement(Spot("main", "data"), None, ())
+WITH_LOG = Placement(Spot("main", "data"), Spot("main", "log"), ())
 
 
 class Site:
@@ -50,19 +54,31 @@ class Site:
         for one in (self.copy, *self.copy.rglob("*")):
             os.chown(one, NOBODY, NOBODY)
         self.clone = Clone("one", "point", (("main", self.copy),), datetime.now(UTC))
-        self.volumes = [Volume("main", str(self.volume))]
+        self.volumes, self.placement = [Volume("main", str(self.volume))], PLACEMENT
 
     def isolate(self, bracket: Bracket | None = BRACKET) -> Isolated:
         return isolation.isolate(self.clone, PLACEMENT, self.volumes, bracket)
 
     def release(self) -> None:
-        release(self.data, self.clone, PLACEMENT, self.volumes, WRITTEN)
+        release(self.data, self.clone, self.placement, self.volumes, WRITTEN)
+
+    def bring_up_with_links(self) -> None:
+        """Give the clone a log and a tablespace beside its data, and what a server that came up leaves."""
+        (self.volume / "log").mkdir()
+        (self.copy / "log" / "archive_status").mkdir(parents=True)
+        (self.copy / "space").mkdir()
+        self.lead("pg_wal", self.volume / "log")
+        self.lead("pg_tblspc/16384", self.volume / "space")
+        self.isolate(None)
+        for name in (SEGMENT, WRITTEN, "00000002.history"):
+            (self.copy / "log" / name).touch()
+        (self.data / isolation.OWN_FOLDER / State.FILE).write_text("{}")
 
     def lead(self, name: str, target: Path | str) -> None:
         """Put a link in the place of a folder of the clone's data."""
         if (self.data / name).exists():
             for entry in sorted((self.data / name).rglob("*"), reverse=True):
-                entry.rmdir()
+                entry.unlink() if entry.is_symlink() else entry.rmdir()
             (self.data / name).rmdir()
         (self.data / name).symlink_to(target)
 
@@ -144,19 +160,69 @@ def test_the_archiver_is_told_nothing_behind_a_link(site: Site) -> None:
 
 
 def test_what_leads_into_the_clone_or_its_volume_leads_back_into_production(site: Site) -> None:
-    (site.copy / "log" / "archive_status").mkdir(parents=True)
-    (site.copy / "space").mkdir()
-    site.lead("pg_wal", site.volume / "log")
-    site.lead("pg_tblspc/16384", site.volume / "space")
-    site.isolate(None)
+    site.bring_up_with_links()
     assert (site.data / "pg_wal").readlink() == site.copy / "log"
-    for name in (SEGMENT, WRITTEN, "00000002.history"):
-        (site.copy / "log" / name).touch()
     for _ in range(2):
         site.release()
         assert (site.data / "pg_wal").readlink() == site.volume / "log"
         assert (site.data / "pg_tblspc" / "16384").readlink() == site.volume / "space"
     assert (site.copy / "log" / "archive_status" / f"{SEGMENT}.done").exists()
+
+
+@pytest.mark.parametrize("links", [1, 2, None], ids=["after a link", "after all links", "while the archiver is told"])
+def test_a_clone_that_is_released_in_part_is_not_started_and_can_be_released_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch, links: int | None
+) -> None:
+    site.bring_up_with_links()
+    require_startable(site.data, site.clone)
+    left = itertools.count(1)
+
+    def end(name: str = "after-link") -> None:
+        if name == "after-link" and (links is None or next(left) == links):
+            raise SystemExit
+
+    with monkeypatch.context() as cut_off:
+        if links is None:
+            cut_off.setattr(archiving, "tell", lambda *_: end())
+        else:
+            cut_off.setattr(failpoint, "hook", end)
+        with pytest.raises(SystemExit):
+            site.release()
+    assert (site.data / "pg_tblspc" / "16384").readlink() == site.volume / "space" or links == 1
+    with pytest.raises(RestoreError, match="clone one cannot be started: it was made ready") as refused:
+        require_startable(site.data, site.clone)
+    assert "trigpoint restore --in-place --from-clone one" in refused.value.hint
+    assert "trigpoint clones drop one" in refused.value.hint
+    site.release()
+    assert (site.data / "pg_wal").readlink() == site.volume / "log"
+    assert (site.data / "pg_tblspc" / "16384").readlink() == site.volume / "space"
+    assert not (site.data / isolation.OWN_FOLDER).exists()
+
+
+def test_a_clone_that_is_not_released_at_all_can_still_be_started(site: Site) -> None:
+    """As where production's pg_wal was moved, and nobody knows yet where to."""
+    site.bring_up_with_links()
+    site.placement = WITH_LOG
+    before = {link: link.readlink() for link in site.data.rglob("*") if link.is_symlink()}
+    (site.volume / "log").rename(site.volume / "moved")
+    (site.volume / "log").symlink_to(site.volume / "moved")
+    with pytest.raises(RestoreError, match="what production has not archived yet cannot be told"):
+        site.release()
+    assert {link: link.readlink() for link in before} == before
+    require_startable(site.data, site.clone)
+
+
+@pytest.mark.parametrize("name", ["pg_wal", "pg_tblspc", "base", "pg_tblspc/16385"])
+@pytest.mark.parametrize("way", range(4), ids=["straight", "by dots", "by another link", "into production"])
+def test_a_clone_whose_folder_leads_out_of_it_is_not_started(site: Site, name: str, way: int) -> None:
+    site.bring_up_with_links()
+    target = [*out_of(site), site.volume / "space"][way]
+    if (site.data / name).is_symlink():
+        (site.data / name).unlink()
+    site.lead(name, target)
+    with pytest.raises(RestoreError, match=f"cannot be started: its {name} leads to {target}"):
+        require_startable(site.data, site.clone)
+    assert site.untouched()
 
 
 @pytest.mark.parametrize("module", [isolation, release_module])
