@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from connectors.storage import libbtrfsutil
+from connectors.storage.removal import remove_copies, remove_tree
 from connectors.storage.sections import BtrfsOptions
 from connectors.storage.shelf import (
     MENDING,
@@ -31,7 +32,6 @@ from connectors.storage.shelf import (
     as_storage_error,
     is_inside,
     nearest_existing,
-    remove_tree,
     require_names,
 )
 from connectors.storage.sidecar import Sidecar
@@ -176,7 +176,7 @@ class BtrfsStorage:
     def _delete(self, point: str) -> None:
         if (folder := self._shelf.present(point)) is not None:
             self._shelf.forget(point)
-            _remove(folder)
+            remove_copies(folder, _remove)
             self._deleted_at = time.monotonic()
 
     async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
@@ -199,7 +199,7 @@ class BtrfsStorage:
                 libbtrfsutil.create_snapshot(Path(kept.location), path, read_only=False)
         except BaseException:
             with contextlib.suppress(OSError):
-                _remove(self._shelf.clone_folder(name))
+                remove_copies(self._shelf.clone_folder(name), _remove)
             raise
         return clone
 
@@ -215,7 +215,7 @@ class BtrfsStorage:
     async def drop_clone(self, name: str) -> None:
         """Remove a clone."""
         with as_storage_error(f"removal of the clone {name}", denied=_DELETION_DENIED):
-            await self._threads.run(lambda: _remove(self._shelf.present_clone(name)), alone=f"clone {name}")
+            await self._threads.run(partial(self._shelf.drop_clone, name, _remove), alone=f"clone {name}")
 
     async def space(self) -> Space:
         """Give the room that is left."""
@@ -274,11 +274,9 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder, the subvolumes in it first; nothing to remove is no error."""
-    if not folder.exists():
-        return
-    for found in folder.iterdir():
-        if found.is_dir() and not found.is_symlink() and libbtrfsutil.is_subvolume(found):
-            libbtrfsutil.delete_subvolume(found, recursive=libbtrfsutil.nested(found) != [])
-    remove_tree(folder)
+def _remove(copy: Path) -> None:
+    """Remove a subvolume with those in it, or a mere folder."""
+    if libbtrfsutil.is_subvolume(copy):
+        libbtrfsutil.delete_subvolume(copy, recursive=libbtrfsutil.nested(copy) != [])
+    else:
+        remove_tree(copy)

@@ -27,6 +27,7 @@ from glob import escape
 from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, Seen, can_reflink
+from connectors.storage.removal import remove_tree
 from connectors.storage.sections import DirectoryOptions
 from connectors.storage.shelf import (
     MENDING,
@@ -34,7 +35,6 @@ from connectors.storage.shelf import (
     as_storage_error,
     is_inside,
     nearest_existing,
-    remove_tree,
     require_names,
 )
 from connectors.storage.sidecar import Sidecar
@@ -277,7 +277,7 @@ class DirectoryStorage:
     async def drop_clone(self, name: str) -> None:
         """Remove a clone."""
         with as_storage_error(f"removal of the clone {name}"):
-            await self._threads.run(lambda: remove_tree(self._shelf.present_clone(name)), alone=f"clone {name}")
+            await self._threads.run(partial(self._shelf.drop_clone, name, remove_tree), alone=f"clone {name}")
 
     async def space(self) -> Space:
         """Give the room that is left."""

@@ -5,6 +5,7 @@
                             <volume>            the snapshot: a folder, or a subvolume
     <folder>/clones/<name>/clone.json           which point it came from, when, and its identity
                            <volume>             the writable copy
+    <folder>/clones/.<name>.dropped             likewise, of a clone whose removal was begun
 
 A sidecar is replaced by a rename of a flushed file, so it is the old one or the new one and never neither; one
 that is damaged, or cannot be read, counts as missing. The snapshots beside it are shown all the same, as far as they
@@ -21,7 +22,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +29,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from connectors.storage import claims, sealed
+from connectors.storage.removal import remove_copies, remove_tree
 from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
 from trigger.errors import StorageError, remedy
+from trigger.failpoint import reached
 from trigger.lock import lock
 from trigger.model import Finding, Severity, Snapshot, Space, Volume, is_point_id, tag_name
 from trigger.ports import Clone, Tagged
@@ -38,6 +40,7 @@ from trigger.trusted import NotOursError, require_no_link, sync_folder, why_not_
 
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_DROPPED = ".dropped"
 _PREFIX = tag_name("")
 _OUTER_POINTS = 2
 """The oldest and the newest one, which thinning leaves."""
@@ -292,6 +295,9 @@ class Shelf:
         folder = self.clone_folder(name)
         self.require_ours(folder.parent)
         make_folder(folder.parent)
+        if os.path.lexists(_dropped(folder)):
+            hint = "drop it to its end first, or choose another name"
+            raise StorageError(f"the clone {name} is being dropped", hint=hint, retryable=False)
         draft = self._fresh_draft(folder)
         _make_one(draft)
         content = {"point": point, "volumes": list(volumes), "created_at": datetime.now(UTC).isoformat()}
@@ -304,7 +310,7 @@ class Shelf:
                 raise
             hint = "drop it first, or choose another name"
             raise StorageError(f"the clone {name} exists already", hint=hint, retryable=False) from None
-        return self._clone(folder)
+        return self._clone(folder, name)
 
     def _fresh_draft(self, folder: Path) -> Path:
         """Give where a clone's folder is made ready, with nothing there."""
@@ -312,32 +318,43 @@ class Shelf:
         remove_tree(draft)
         return draft
 
-    def present_clone(self, name: str) -> Path:
-        """Give where a clone lies, for its removal; raises `NotOursError` where that is not ours."""
+    def drop_clone(self, name: str, remove: Callable[[Path], None]) -> None:
+        """Remove a clone, its copies by `remove`; before the first of it goes it bears the name of one that is dropped.
+
+        Raises `NotOursError` where it is not ours. Doing it again goes on with it.
+        """
         folder = self.clone_folder(name)
-        self.require_ours(folder.parent, folder)
+        dropped = _dropped(folder)
+        self.require_ours(folder.parent, folder, dropped)
         self._fresh_draft(folder)
-        return folder
+        remove_copies(dropped, remove)
+        with contextlib.suppress(FileNotFoundError):  # nothing is there, or another began with it at this moment
+            folder.rename(dropped)
+            sync_folder(folder.parent)
+            reached("after-drop-begun")
+        remove_copies(dropped, remove)
 
     def clones(self) -> list[Clone]:
-        """Give all clones, the unfinished too."""
+        """Give all clones, the unfinished too, and what is left of those that are dropped."""
         folder = self.clones_folder
         if not folder.exists():
             return []
         clones = []
         for found in sorted(folder.iterdir()):
-            if _CLONE_NAME.fullmatch(found.name):
+            name = found.name.removeprefix(".").removesuffix(_DROPPED)
+            if _CLONE_NAME.fullmatch(name) and found.name in (name, f".{name}{_DROPPED}"):
                 with contextlib.suppress(FileNotFoundError):  # it is being removed at this moment
-                    clones.append(self._clone(found))
+                    clones.append(self._clone(found, name))
         return clones
 
-    def _clone(self, folder: Path) -> Clone:
+    def _clone(self, folder: Path, name: str) -> Clone:
         content = sealed.read(folder / "clone.json") or {}
         volumes = content.get("volumes", [])
         since = content.get("created_at")
         created_at = datetime.fromisoformat(since) if since else datetime.fromtimestamp(folder.stat().st_mtime, UTC)
         paths = tuple((volume, folder / volume) for volume in volumes)
-        return Clone(folder.name, content.get("point", ""), paths, created_at, content.get("identity", ""))
+        identity, dropped = content.get("identity", ""), folder.name != name
+        return Clone(name, content.get("point", ""), paths, created_at, identity, dropped)
 
     def space(self) -> Space:
         """Give the room that is left on the filesystem of the folder."""
@@ -416,6 +433,11 @@ def require_names(volumes: Sequence[Volume]) -> None:
             raise StorageError(f"not a name for a volume: {name!r}", hint=hint, retryable=False)
 
 
+def _dropped(folder: Path) -> Path:
+    """Give where a clone lies once its removal was begun."""
+    return folder.with_name(f".{folder.name}{_DROPPED}")
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder that a clone's server can pass through, with its parents."""
     if not folder.exists():
@@ -462,10 +484,3 @@ def as_storage_error(doing: str, *, denied: str = "run as root, or as the owner 
 def _words(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
     return f"{error.strerror or error}{where}"
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a folder with all it holds; what is not there, or is removed by another meanwhile, is no error."""
-    while os.path.lexists(folder):
-        with contextlib.suppress(FileNotFoundError):  # each time it comes as far as another has
-            shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""What every storage that keeps files must do where its disk does not give what stands on it, or it is lost."""
+"""What every storage that keeps files must do where its disk does not give what stands on it, loses it, or keeps it."""
 
 from __future__ import annotations
 
@@ -69,9 +69,33 @@ async def a_point_that_goes_while_it_is_cloned_gives_a_whole_clone_or_none(rig: 
         assert rig.holds(clone, volume) == rows
 
 
+async def a_clone_whose_removal_is_cut_off_is_whole_to_nobody_and_removed_by_the_next(rig: FileRig) -> None:
+    storage = rig.driver()
+    for volume in rig.volumes:
+        rig.write(volume, "row", "one")
+    await storage.snapshot(rig.volumes, A, TAG)
+    clone = await storage.clone(A, "copy", silent, identity="first")
+    with rig.removal_cut_off(), pytest.raises(StorageError):
+        await storage.drop_clone("copy")
+    for looked in (storage, rig.driver()):
+        (left,) = await looked.clones()
+        assert (left.name, left.point, left.identity, left.dropped) == ("copy", A, "first", True)
+    with rig.removal_cut_off(), pytest.raises(StorageError):
+        await storage.drop_clone("copy")
+    assert [(left.name, left.dropped) for left in await storage.clones()] == [("copy", True)]
+    assert not [path for _, path in clone.paths if path.exists()], "what knows the paths takes it for whole"
+    with pytest.raises(StorageError):
+        await storage.clone(A, "copy", silent)
+    await rig.driver().drop_clone("copy")
+    assert await storage.clones() == []
+    again = await storage.clone(A, "copy", silent)
+    assert (again.dropped, rig.holds(again, rig.volumes[0])) == (False, {"row": "one"})
+
+
 LOSSES: list[Callable[[FileRig], Awaitable[None]]] = [
     what_cannot_be_read_is_not_taken_for_gone,
     what_came_back_without_a_file_is_not_whole,
     a_snapshot_without_a_file_gives_no_clone,
     a_point_that_goes_while_it_is_cloned_gives_a_whole_clone_or_none,
+    a_clone_whose_removal_is_cut_off_is_whole_to_nobody_and_removed_by_the_next,
 ]

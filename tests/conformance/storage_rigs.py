@@ -120,6 +120,24 @@ class FileRig:
             file.rmdir()
             (self.root / file.name).rename(file)
 
+    @contextlib.contextmanager
+    def removal_cut_off(self) -> Iterator[None]:
+        """Let no more go for a while than the files of one folder, or one subvolume."""
+        delete = libbtrfsutil.delete_subvolume
+        gone: list[Path] = []
+
+        def one(path: Path, **options: bool) -> None:
+            if gone:
+                refuse(path)
+            gone.append(path)
+            delete(path, **options)
+
+        def refuse(path: object, **_: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+        with patch.object(libbtrfsutil, "delete_subvolume", one), patch.object(os, "rmdir", refuse):
+            yield
+
 
 @dataclass
 class MemoryRig:

@@ -19,6 +19,7 @@ from connectors.hosts import local as local_module
 from connectors.hosts.local import LocalAgent
 from connectors.storage.copying import Copier, Manifest, Seen
 from connectors.storage.directory import DirectoryStorage
+from connectors.storage.removal import remove_tree
 from connectors.syncfs import flush
 from tests.conformance import agent_claims, storage_claims, storage_errors_claims
 from tests.conformance.agent_rigs import LocalAgentRig
@@ -138,6 +139,14 @@ class LeavesAFailedClone(DirectoryStorage):
         return await super().clone(point, name, progress, identity=identity)
 
 
+class RemovesACloneWhereItLies(DirectoryStorage):
+    async def drop_clone(self, name: str) -> None:
+        try:
+            remove_tree(self._shelf.clone_folder(name))
+        except OSError as error:
+            raise StorageError(str(error)) from error
+
+
 class DeletesWhatBeginsLikeOurs(DirectoryStorage):
     async def delete(self, point: str) -> None:
         for found in self._shelf.folder.glob(f"{tag_name(point)}*"):
@@ -217,6 +226,10 @@ BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[No
     (OverwritesAClone, storage_claims.the_name_of_a_clone_is_taken_once),
     (ForgetsWhoseACloneIs, storage_claims.a_clone_bears_the_identity_that_it_was_made_with),
     (LeavesAFailedClone, storage_claims.a_clone_that_fails_leaves_nothing_behind),
+    (
+        RemovesACloneWhereItLies,
+        storage_errors_claims.a_clone_whose_removal_is_cut_off_is_whole_to_nobody_and_removed_by_the_next,
+    ),
     (DeletesWhatBeginsLikeOurs, storage_claims.what_is_not_ours_is_neither_listed_nor_deleted),
     (ListsWhatBeginsLikeOurs, storage_claims.what_is_not_ours_is_neither_listed_nor_deleted),
     (TrustsTheModificationTime, storage_claims.a_change_that_hides_its_time_is_in_the_next_snapshot),

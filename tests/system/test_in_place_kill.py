@@ -244,6 +244,22 @@ def test_the_service_goes_on_after_a_killed_restore_was_finished_and_after_it_wa
     bank.now = go_on(here, bank.now)
 
 
+@kills_of("bank", ["btrfs"])
+def test_a_removal_that_was_killed_leaves_nothing_that_counts_as_a_clone(bank: Bank) -> None:
+    here = bank.here
+    here.trigpoint("restore", *bank.restore[1:3], "--name", "early")
+    kill(here, "after-drop-begun", "clones", "drop", "--yes", "early")
+    listed = here.trigpoint("clones")
+    assert "trigpoint clones drop early goes on with it" in listed.stdout + listed.stderr
+    assert [clone["state"] for clone in here.ask("clones")] == ["being dropped"]
+    for refused in (("clones", "start", "early"), ("restore", "--in-place", "--from-clone", "early", "--yes")):
+        done = here.trigpoint(*refused, check=False)
+        assert done.returncode == RestoreError.exit_code
+        assert "clone early is being dropped" in done.stderr
+    here.trigpoint("clones", "drop", "--yes", "early")
+    require_nothing_left(here, [])
+
+
 @kills_of("bank", ["directory"])
 def test_a_clone_that_was_made_ready_in_part_is_not_started_on_productions_files_and_can_be_put_in_place(
     bank: Bank,

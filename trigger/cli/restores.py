@@ -253,8 +253,12 @@ def list_by_default(context: typer.Context, config: Config = None, as_json: Json
 @clones.command("list")
 def list_clones(config: Config = None, as_json: Json = False) -> None:
     """List the clones: what each holds, whether its server runs, how to reach it."""
+    from trigger.restore.clones import CloneState
+
     found, swaps = at(options(config), _clones_and_swaps)
     show_clones(found, as_json=as_json)
+    for name in () if as_json else [one.name for one in found if one.state is CloneState.DROPPED]:
+        show.note(f"clone {name} is being dropped, or that was cut off; trigpoint clones drop {name} goes on with it")
     for number, (swap, instead) in () if as_json else enumerate(swaps, 1):
         later = next((later for later, _ in swaps[number:] if later.finished), None)
         show.note(f"{swap.target} {_became(swap, later, instead)}")

@@ -48,6 +48,8 @@ class Clone:
     created_at: datetime
     identity: str = ""
     """What it was made with, which tells it from any other of its name; "" for one of an earlier version."""
+    dropped: bool = False
+    """Whether its removal was begun, and goes on or was cut off: what is left of it is not whole."""
 
 
 class Storage(Protocol):
@@ -149,11 +151,15 @@ class Storage(Protocol):
         ...
 
     async def clones(self) -> list[Clone]:
-        """Give all clones, the unfinished too."""
+        """Give all clones, the unfinished too; as dropped what is left of one that `drop_clone` did not end with."""
         ...
 
     async def drop_clone(self, name: str) -> None:
-        """Remove a clone with all it holds; nothing to remove is no error."""
+        """Remove a clone with all it holds; nothing to remove is no error.
+
+        Durably before the first of it goes nothing lies where its copies were, and `clones` shows it as dropped, to
+        everybody, until all of it is gone; its name is taken as long. Repeating the call goes on with it.
+        """
         ...
 
     async def space(self) -> Space:

@@ -57,6 +57,8 @@ class CloneState(StrEnum):
     """Whoever made it died on the way, or nothing is written about it; it can only be dropped.
 
     What is written down goes by itself while the service runs; see `leftovers`."""
+    DROPPED = "being dropped"
+    """Its removal was begun, and goes on or was cut off; `drop` goes on with it."""
     GONE = "gone"
     """It is written down, and the storage does not have it."""
 
@@ -92,6 +94,8 @@ async def clones(site: Site) -> list[CloneStatus]:
 async def _state(clone: Clone | None, note: Written | None, recovery: Recovery) -> CloneState:
     if note is not None and note.busy:
         return CloneState.RESTORING
+    if clone is not None and clone.dropped:
+        return CloneState.DROPPED
     if note is None or not note.finished or not _is_about(note, clone):
         return CloneState.UNFINISHED
     if clone is None:
@@ -129,7 +133,7 @@ async def start(name: str, site: Site, listen: Address | None = None) -> CloneSt
         if listen is None:
             return status
         await stop(name, site)
-    running = await site.recovery.resume(await _whole(name, site), listen)
+    running = await site.recovery.resume(await whole(name, site), listen)
     record = replace(status.record, conninfo=running.conninfo)
     await asyncio.to_thread(clone_records.finish, site.records_folder, record)
     return await status_of(name, site)
@@ -142,12 +146,16 @@ async def stop(name: str, site: Site) -> CloneStatus:
         RestoreError: there is no such clone, or it does not stop.
     """
     if (await status_of(name, site)).state is CloneState.RUNNING:
-        await site.recovery.stop(await _whole(name, site))
+        await site.recovery.stop(await whole(name, site))
     return await status_of(name, site)
 
 
-async def _whole(name: str, site: Site) -> Clone:
-    return next(clone for clone in await site.storage.clones() if clone.name == name)
+async def whole(name: str, site: Site) -> Clone:
+    """Give a clone by its name; raises `RestoreError` where the storage has none, or drops it."""
+    for clone in await site.storage.clones():
+        if clone.name == name and not clone.dropped:
+            return clone
+    raise RestoreError(f"the clone {name} is gone from the storage")
 
 
 async def drop(name: str, site: Site) -> None:

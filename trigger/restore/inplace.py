@@ -19,7 +19,7 @@ from trigger.ports import Clone, Progress
 from trigger.position import History
 from trigger.replay import Target
 from trigger.restore.clone_records import CloneRecord, new_name
-from trigger.restore.clones import CloneState, CloneStatus, Site, remove_after, status_of
+from trigger.restore.clones import CloneState, CloneStatus, Site, remove_after, status_of, whole
 from trigger.restore.histories import known_histories
 from trigger.restore.losses import Losses, Replaced, behind_clone, behind_replaced, behind_target, replaced
 from trigger.restore.obstacles import copy_of, immovable, obstacles, require_at_rest, require_none
@@ -168,7 +168,7 @@ async def _proven(name: str, site: Site) -> tuple[CloneRecord, Clone]:
             f"clone {name} is {status.state}, so nobody knows what it holds",
             hint=f"drop it (trigpoint clones drop {name}), and restore in place without it",
         )
-    return status.record, await _clone(name, site)
+    return status.record, await whole(name, site)
 
 
 async def _of_clone(record: CloneRecord, clone: Clone, site: Site) -> list[Finding]:
@@ -201,7 +201,7 @@ _ANEW = "restore in place without it: a new clone has what is needed"
 
 async def _ready(name: str, target: str, site: Site) -> Swap:
     """Stop a proven clone, make it fit to be production, and give the swap, checked but not begun."""
-    clone = await _clone(name, site)
+    clone = await whole(name, site)
     copies = dict(clone.paths)
     began = site.clock.now().strftime(TIME)
     places = tuple(Place.of(volume.path, began, str(copies[volume.name])) for volume in site.volumes)
@@ -218,10 +218,3 @@ async def _ready(name: str, target: str, site: Site) -> Swap:
     reached("after-release")
     told = described(lineage) if lineage is not None else ""
     return Swap(began, target, name, places, finished=False, identity=clone.identity, lineage=told)
-
-
-async def _clone(name: str, site: Site) -> Clone:
-    for clone in await site.storage.clones():
-        if clone.name == name:
-            return clone
-    raise RestoreError(f"the clone {name} is gone from the storage")

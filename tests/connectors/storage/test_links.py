@@ -102,6 +102,15 @@ def test_behind_a_link_in_the_place_of_a_clone_nothing_is_made_or_removed(level:
     assert seen(moved) == before
 
 
+def test_behind_a_link_in_the_place_of_a_clone_that_is_being_dropped_nothing_is_removed(house: House) -> None:
+    moved = house.replace_by_link(house.folder / "clones" / "one")
+    (house.folder / "clones" / "one").rename(house.folder / "clones" / ".one.dropped")
+    before = seen(moved)
+    with pytest.raises(StorageError, match="is a symbolic link"):
+        house.do(house.storage.drop_clone("one"))
+    assert seen(moved) == before
+
+
 @pytest.mark.parametrize("name", ["point.json", "point.new"])
 def test_a_sidecar_that_is_a_link_is_replaced_and_what_it_leads_to_stays_as_it_is(name: str, house: House) -> None:
     victim, sidecar = house.root / "victim", house.folder / tag_name(A) / name

@@ -6,7 +6,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from connectors.storage.shelf import Shelf, remove_tree
+from connectors.storage.removal import remove_tree
+from connectors.storage.shelf import Shelf
 
 
 def shelf(folder: Path) -> Shelf:

@@ -21,6 +21,7 @@ from trigger.ports import Clone
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, clone_name
 from trigger.restore.clones import CloneState, clones, drop, start, stop
+from trigger.restore.inplace import put_in_place
 from trigger.restore.leftovers import clear
 from trigger.restore.restore import restore
 
@@ -104,6 +105,27 @@ def test_a_killed_restore_is_found_as_unfinished_and_dropped(tmp_path: Path, pla
         await what_the_killed_one_made(it)
         (status,) = await clones(it.site)
         assert (status.state, status.record and status.record.target) == (CloneState.UNFINISHED, target.description)
+        await drop("one", it.site)
+        assert nothing_left(it)
+
+    run(tmp_path, story)
+
+
+def test_a_clone_that_is_being_dropped_is_neither_started_nor_put_in_place_and_is_dropped_to_its_end(
+    tmp_path: Path,
+) -> None:
+    async def story(it: Bank) -> None:
+        await restore(await two_points(it), it.site, progress=quiet, name="one")
+        await stop("one", it.site)
+        clone, held = it.world.clones["one"]
+        it.world.clones["one"] = replace(clone, dropped=True), held  # as a removal leaves it that was cut off
+        (status,) = await clones(it.site)
+        assert (status.state, status.record and status.record.name) == (CloneState.DROPPED, "one")
+        for act in (start("one", it.site), put_in_place("one", it.site, progress=quiet)):
+            with pytest.raises(RestoreError, match="clone one is being dropped") as refused:
+                await act
+            assert "trigpoint clones drop one" in refused.value.hint
+        assert (await stop("one", it.site)).state is CloneState.DROPPED
         await drop("one", it.site)
         assert nothing_left(it)
 
