@@ -29,6 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from connectors.storage import claims, sealed
+from connectors.storage.place import Place
 from connectors.storage.removal import remove_copies, remove_tree
 from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
 from trigger.errors import StorageError, remedy
@@ -41,7 +42,6 @@ from trigger.trusted import NotOursError, require_no_link, sync_folder, why_not_
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DROPPED = ".dropped"
-_PREFIX = tag_name("")
 _OUTER_POINTS = 2
 """The oldest and the newest one, which thinning leaves."""
 MENDING = "where only its tag is damaged, `trigpoint reconcile` writes that anew"
@@ -54,7 +54,10 @@ _POINT_MODE = 0o700  # what is in it belongs to the owner of the data, who could
 
 
 class Shelf:
-    """The folder of one storage: its names, sidecars and room. Everything here blocks; call it in a thread."""
+    """The folder of one storage: its names, sidecars and room. Everything here blocks; call it in a thread.
+
+    Every call raises `StorageError` while the folder is away, if it was seen before, or a point of it is named.
+    """
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class Shelf:
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
         self._needed_bytes = 0
-        self._was_there = False
+        self._place = Place(folder)
         self._claim_wanted = False
         self._holder = ""
         self._claim: int | None = None
@@ -90,7 +93,7 @@ class Shelf:
         """
         self._claim_wanted, self._holder = True, holder
         self._require_folder_possible()
-        if not self._ever_used():
+        if not self._place.is_used():
             return
         try:
             self._take_claim()
@@ -103,7 +106,7 @@ class Shelf:
         with self._claiming:  # the kernel refuses a second descriptor of our own, too
             if self._claim is not None or not self._claim_wanted:
                 return
-            held = lock(self.folder / "lock")
+            held = lock(self._place.lock)
             taken = self.claimed_by_another(self._holder)
             if held is None or taken is not None:
                 taken = taken or self._taken()
@@ -111,12 +114,13 @@ class Shelf:
                     os.close(held)
                 raise StorageError(taken.message, hint=taken.remedy, retryable=False)
             claims.note(held, self._holder)
+            self._place.hold(held)
             self._keep(held)
             self._close_points()
 
     def claimed_by_another(self, holder: str) -> Finding | None:
         """Give whose the folder is, where it was claimed for another than `holder`; see port `Storage`."""
-        other = claims.another(self.folder / "lock", holder)
+        other = claims.another(self._place.lock, holder)
         return self._taken(f": that of the catalog {other}", _GIVEN_UP) if other else None
 
     def _taken(self, whose: str = "", given_up: str = "") -> Finding:
@@ -149,11 +153,6 @@ class Shelf:
             if (found := why_not_ours(place)) is not None:
                 raise found
 
-    def _ever_used(self) -> bool:
-        if not self.folder.exists():
-            return False
-        return (self.folder / "lock").exists() or any(_is_ours(found.name) for found in self.folder.iterdir())
-
     def _require_folder_possible(self) -> None:
         if (refused := self.refused()) is not None:
             raise StorageError(refused.message, hint=refused.remedy, retryable=False)
@@ -185,7 +184,7 @@ class Shelf:
         """Give where a point lies if there is anything, for a change; raises `NotOursError` where that is not ours."""
         folder = self.point_folder(point)
         self.require_ours(folder)
-        return folder if folder.exists() else None
+        return folder if self._place.is_there() and folder.exists() else None
 
     def make_point(self, point: str) -> Path:
         """Make the folder of a new point."""
@@ -197,7 +196,7 @@ class Shelf:
     @property
     def clones_folder(self) -> Path:
         """Where all clones lie."""
-        return self.folder / "clones"
+        return self._place.clones
 
     def clone_folder(self, name: str) -> Path:
         """Give where a clone lies; raises `StorageError` for what is no clone's name."""
@@ -207,20 +206,8 @@ class Shelf:
         return self.clones_folder / name
 
     def points(self) -> list[str]:
-        """Give the id of everything that bears one of our names, oldest first.
-
-        Raises:
-            StorageError: the folder was there before and is gone; points would seem lost, and new ones would be
-                made on whatever filesystem lies beneath.
-        """
-        was_there = self._was_there  # asked first: somebody may make the folder between two looks
-        if not self.folder.exists():
-            if was_there:
-                raise StorageError(f"{self.folder} is gone", hint="mount its filesystem again")
-            return []
-        self._was_there = True
-        names = (found.name for found in self.folder.iterdir())
-        return sorted(name[len(_PREFIX) :] for name in names if _is_ours(name))
+        """Give the id of everything that bears one of our names, oldest first."""
+        return self._place.points() if self._place.is_there() else []
 
     def read(self, point: str) -> Sidecar | None:
         """Give a point's sidecar; None where it is missing or damaged."""
@@ -261,6 +248,7 @@ class Shelf:
 
     def retag(self, point: str, tag: str) -> None:
         """Replace the tag of a point, or write it anew; raises `StorageError` where there is no snapshot."""
+        self._place.require_used()
         sidecar = self.read(point)
         snapshots = sidecar.snapshots if sidecar else self._untagged(point)
         if not snapshots:
@@ -280,6 +268,7 @@ class Shelf:
 
     def tagged(self, point: str, look: Callable[[Snapshot], Snapshot | None]) -> Tagged:
         """Give what there is of one point; `look` gives a snapshot as it is, None if it is not there whole."""
+        self._place.require_used()
         sidecar = self.read(point)
         if sidecar is None:
             return Tagged(point, None, self._untagged(point), complete=False)
@@ -326,6 +315,7 @@ class Shelf:
         folder = self.clone_folder(name)
         dropped = _dropped(folder)
         self.require_ours(folder.parent, folder, dropped)
+        self._place.is_there()
         self._fresh_draft(folder)
         remove_copies(dropped, remove)
         with contextlib.suppress(FileNotFoundError):  # nothing is there, or another began with it at this moment
@@ -337,7 +327,7 @@ class Shelf:
     def clones(self) -> list[Clone]:
         """Give all clones, the unfinished too, and what is left of those that are dropped."""
         folder = self.clones_folder
-        if not folder.exists():
+        if not (self._place.is_there() and folder.exists()):
             return []
         clones = []
         for found in sorted(folder.iterdir()):
@@ -394,6 +384,7 @@ class Shelf:
         Raises:
             StorageError: it would be too much, or another holds the folder.
         """
+        self._place.is_there()
         free, _ = self._room()
         self._require_room()
         try:
@@ -418,10 +409,6 @@ class Shelf:
 
 class _NoRoomError(StorageError):
     """There is less free than is wanted."""
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith(_PREFIX) and is_point_id(name[len(_PREFIX) :])
 
 
 def require_names(volumes: Sequence[Volume]) -> None:

@@ -138,6 +138,22 @@ class FileRig:
         with patch.object(libbtrfsutil, "delete_subvolume", one), patch.object(os, "rmdir", refuse):
             yield
 
+    @contextlib.contextmanager
+    def unmounted(self, *beneath: str) -> Iterator[None]:
+        """Take the storage away for a while, as what is not mounted; in its place lies an empty folder, or files."""
+        aside = self.root / "mounted elsewhere"
+        self.folder.rename(aside)
+        if beneath:
+            self.folder.mkdir()
+            for name in filter(None, beneath):
+                (self.folder / name).touch()
+        yield
+        for name in filter(None, beneath):
+            (self.folder / name).unlink()
+        if beneath:
+            self.folder.rmdir()
+        aside.rename(self.folder)
+
 
 @dataclass
 class MemoryRig:

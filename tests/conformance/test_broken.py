@@ -21,7 +21,7 @@ from connectors.storage.copying import Copier, Manifest, Seen
 from connectors.storage.directory import DirectoryStorage
 from connectors.storage.removal import remove_tree
 from connectors.syncfs import flush
-from tests.conformance import agent_claims, storage_claims, storage_errors_claims
+from tests.conformance import agent_claims, storage_claims, storage_errors_claims, storage_unmounted_claims
 from tests.conformance.agent_rigs import LocalAgentRig
 from tests.conformance.storage_rigs import directory
 from tests.fixtures.volumes import failing_volume
@@ -203,6 +203,18 @@ class RaisesWhatItLikes(DirectoryStorage):
         await super().retag(point, tag)
 
 
+class TakesWhatIsAwayForDeleted(DirectoryStorage):
+    async def delete(self, point: str) -> None:
+        if self._shelf.point_folder(point).exists():
+            await super().delete(point)
+
+
+class TakesAnyFolderForItsOwn(DirectoryStorage):
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self._shelf._place.is_there = folder.exists  # type: ignore[method-assign]
+
+
 class HoldsUpTheLoop(DirectoryStorage):
     async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
         time.sleep(0.6)  # noqa: ASYNC251 - that is the point
@@ -239,6 +251,8 @@ BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[No
     (TakesNoNoticeOfRoom, storage_claims.no_snapshot_is_made_while_too_little_is_free),
     (ClaimsToBeAtomic, storage_claims.an_atomic_snapshot_holds_no_write_without_those_flushed_before_it),
     (RaisesWhatItLikes, storage_claims.a_tag_without_a_snapshot_is_refused),
+    (TakesWhatIsAwayForDeleted, storage_unmounted_claims.what_is_away_is_not_taken_for_empty),
+    (TakesAnyFolderForItsOwn, storage_unmounted_claims.what_is_away_is_not_taken_for_empty),
     (HoldsUpTheLoop, storage_claims.the_loop_goes_on_while_a_snapshot_is_made),
 ]
 

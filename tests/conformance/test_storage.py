@@ -15,6 +15,7 @@ from connectors.storage.directory import DirectoryStorage
 from tests.conformance.storage_claims import EVERY, FILES
 from tests.conformance.storage_errors_claims import LOSSES
 from tests.conformance.storage_rigs import FileRig, MemoryRig, Rig, btrfs, directory
+from tests.conformance.storage_unmounted_claims import what_is_away_is_not_taken_for_empty
 from tests.fixtures.volumes import loop_volume
 
 _numbers = itertools.count()
@@ -42,7 +43,7 @@ FILE_RIGS: dict[str, tuple[str, Callable[[Path], FileRig]]] = {
 
 
 def _cases() -> list[Any]:
-    kept = (*EVERY, *FILES, *LOSSES)
+    kept = (*EVERY, *FILES, *LOSSES, what_is_away_is_not_taken_for_empty)
     marks = {"tmp_path": (), "xfs_volume": (pytest.mark.volume,), "btrfs_volume": (pytest.mark.volume,)}
     cases = [pytest.param("memory", claim, id=f"memory-{claim.__name__}") for claim in EVERY]
     for name, (place, _) in FILE_RIGS.items():

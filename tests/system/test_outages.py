@@ -260,11 +260,23 @@ def test_a_snapshot_deleted_behind_our_back_is_a_phantom_and_its_commit_still_co
 def test_a_storage_that_is_not_mounted_is_refused_at_start_and_no_point_is_given_up(deployed: Deployment) -> None:
     made = _commit(deployed)[0]
     deployed.settle()
-    assert deployed.stop() == 0
     before = _sealed(deployed)
     folder, elsewhere = deployed.root / "snapshots", deployed.root / "elsewhere"
     folder.rename(elsewhere)
     folder.mkdir()  # a mount point with nothing mounted on it
+    for refusing, words in (
+        (
+            ["expire", str(before[0]["number"]), "--yes"],
+            f"what was kept in {folder} is gone hint: mount its filesystem",
+        ),
+        (["restore", "--to-xid", str(made)], "hint: mount "),
+    ):
+        refused = deployed.trigpoint(*refusing, check=False)
+        assert refused.returncode == 6, refused.stdout
+        assert words in " ".join(refused.stderr.split())
+    assert any(f"what was kept in {folder} is gone" in trouble for trouble in deployed.status()["troubles"])
+    assert deployed.stop() == 0
+    assert _sealed(deployed) == before
     for command in ("check", "run", "run"):
         refused = deployed.trigpoint(command, check=False)
         words = " ".join((refused.stdout + refused.stderr).split())

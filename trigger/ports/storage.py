@@ -56,6 +56,10 @@ class Storage(Protocol):
     """Makes, tags, lists, clones and deletes snapshots of a fixed group of volumes, addressed by point id.
 
     Every snapshot bears its tag in the storage itself, so that a catalog can be rebuilt from storage alone.
+
+    A storage that is away, such as a filesystem that is not mounted, is never taken for an empty one: once it was
+    there, every call but `check` and the claims raises `StorageError` until it is back, and whoever asks for the tag or
+    a clone of a point is refused so in any case, since somebody knows that there was one.
     """
 
     name: str

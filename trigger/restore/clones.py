@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.reconcile import look
 from trigger.errors import RestoreError, TrigpointError
-from trigger.model import Address, Volume
+from trigger.model import Address, Severity, Volume
 from trigger.ports import Clock, Clone, Journal, Recovery, Storage
 from trigger.restore import clone_records
 from trigger.restore.clone_records import CloneRecord, Written, clone_name
@@ -109,12 +110,18 @@ def _is_about(note: Written, clone: Clone | None) -> bool:
 
 
 async def status_of(name: str, site: Site) -> CloneStatus:
-    """Give one clone as it is now; raises `RestoreError` where there is none, or a living process is making it."""
+    """Give one clone as it is now; raises `RestoreError` where there is none, or a living process is making it.
+
+    Likewise where it seems gone since the storage shows nothing at all: mostly that is not mounted.
+    """
     status = next((status for status in await clones(site) if status.name == clone_name(name)), None)
     if status is None:
         raise RestoreError(f"there is no clone {name}", hint="trigpoint clones lists them")
     if status.state is CloneState.RESTORING:
         raise RestoreError(f"clone {name} is being made", hint="stop that restore (Ctrl-C); it cleans up by itself")
+    away = await look(site.catalog, site.storage) if status.state is CloneState.GONE else None
+    if away is not None and away.severity is Severity.REFUSED:
+        raise RestoreError(away.message, hint=away.remedy)
     return status
 
 

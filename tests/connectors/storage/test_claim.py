@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -40,6 +42,15 @@ def shelf_in(folder: Path, budget: int = 9) -> Shelf:
 
 def remount(mount: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", mount], check=True, timeout=30)
+
+
+@contextlib.contextmanager
+def not_mounted(mount: Path) -> Iterator[None]:
+    subprocess.run(["umount", "--lazy", mount], check=True, timeout=30)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "loop", mount.with_name("image"), mount], check=True, timeout=30)
 
 
 def test_a_claim_makes_no_folder_and_the_first_snapshot_makes_and_holds_it(tmp_path: Path, volume: Volume) -> None:
@@ -111,6 +122,31 @@ def test_a_storage_that_was_there_and_is_gone_is_not_made_anew_for_its_claim(tmp
     with pytest.raises(StorageError, match="is gone"), shelf.making():
         pass
     assert not folder.exists()
+
+
+@pytest.mark.volume
+def test_nothing_is_deleted_from_a_claimed_storage_while_it_is_not_mounted(volume: Volume) -> None:
+    with loop_volume("ext4", 64) as mount:
+        storage, another = storage_in(mount), storage_in(mount)
+
+        async def main() -> None:
+            await storage.claim()
+            for point in (A, B):
+                await storage.snapshot([volume], point, "tag")
+            with not_mounted(mount):
+                for call in (
+                    partial(storage.delete, A),
+                    storage.space,
+                    partial(another.clone, A, "copy", lambda *_: None),
+                ):
+                    with pytest.raises(StorageError, match=f"kept in {mount} is gone; mount its filesystem again"):
+                        await call()
+                assert list(mount.iterdir()) == []
+            await storage.delete(A)
+            assert [found.point for found in await another.tagged()] == [B]
+            await storage.close()
+
+        asyncio.run(main())
 
 
 def test_a_storage_stays_its_services_while_that_is_down_until_its_catalog_is_gone(

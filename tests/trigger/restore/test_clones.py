@@ -65,6 +65,23 @@ def test_a_clone_is_stopped_and_started_again_with_what_it_held(tmp_path: Path) 
     run(tmp_path, story)
 
 
+def test_a_clone_is_not_forgotten_while_the_storage_shows_nothing_at_all(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        await restore(await two_points(it), it.site, progress=quiet, name="one")
+        kept, made = dict(it.world.kept), dict(it.world.clones)
+        it.world.kept.clear()  # as of what is not mounted
+        it.world.clones.clear()
+        for act in (start, stop, drop):
+            with pytest.raises(RestoreError, match="shows no snapshot at all") as refused:
+                await act("one", it.site)
+            assert "mount the storage's filesystem" in refused.value.hint
+        it.world.kept.update(kept)
+        it.world.clones.update(made)
+        assert (await stop("one", it.site)).state is CloneState.STOPPED
+
+    run(tmp_path, story)
+
+
 def test_a_clone_of_which_nothing_is_written_is_shown_as_unfinished_and_can_be_dropped(tmp_path: Path) -> None:
     async def story(it: Bank) -> None:
         await two_points(it)
