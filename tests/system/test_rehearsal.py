@@ -37,13 +37,17 @@ def test_a_rehearsal_before_the_first_start_proves_what_it_did_and_leaves_nothin
         name = f"test-{secrets.token_hex(4)}"
         here.config.write_text(here.config.read_text().replace('name = "test"', f'name = "{name}"', 1))
         here.cluster.sql("CREATE TABLE t (v int PRIMARY KEY)")
-        here.trigpoint("check")
         before = made(here)
+        here.trigpoint("check")
+        here.trigpoint("explain")
+        assert not here.state.exists()
         done = here.ask("check", "--rehearse")["rehearsal"]
         assert done["verification"]["passed"]
         assert all(held for _, held, _ in done["verification"]["checks"])
         assert min(done["protected_seconds"], done["point_seconds"], done["proof_seconds"]) > 0
         assert made(here) == before
+        assert not here.state.exists()
+        assert not (here.root / "snapshots").exists()
         assert not list(sockets_folder(name).parent.glob(f"{name}*"))
 
 

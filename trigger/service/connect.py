@@ -99,7 +99,8 @@ async def connect(
 ) -> Parts:
     """Give the parts that `options` name; nothing is changed in the world but the state folder.
 
-    With `only_look` a state folder that somebody else could change is no error: the pre-flight check says it.
+    With `only_look` nothing is changed there either, and one that is not there, or that somebody else could change, is
+    no error: the pre-flight check says it.
     `suffix` keeps what is made in the cluster apart from what a service makes there. Whoever asks for the `past` is not
     given an empty catalog where there are points; like him who only looks, he makes none. `anew` is the file of a
     catalog that is to take the place of the configured one.
@@ -112,9 +113,10 @@ async def connect(
         CatalogError: the catalog cannot be opened, or was lost.
     """
     know_places()
-    host.make_passage(options.state_folder)
-    if not only_look and (alien := why_not_ours(options.state_folder)) is not None:
-        raise ConfigError(f"state_folder: {alien.message}", hint=alien.remedy)
+    if not only_look:
+        host.make_passage(options.state_folder)
+        if (alien := why_not_ours(options.state_folder)) is not None:
+            raise ConfigError(f"state_folder: {alien.message}", hint=alien.remedy)
     volumes = options.volume_list
     database = driver("database", options.database.driver)(options.database, suffix)
     database.claim(str(options.catalog_path))
@@ -122,7 +124,7 @@ async def connect(
     database.lies_at(layout)
     storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
     file = anew or options.catalog_path
-    none_yet = (only_look or past) and not file.exists() and os.access(file.parent, os.W_OK)
+    none_yet = (only_look or past) and _is_yet_to_be_made(file, options.state_folder)
     catalog = await Catalog.open(":memory:" if none_yet else file, upgrade=upgrade, place=options.catalog_path)
     try:
         if past:
@@ -132,7 +134,9 @@ async def connect(
         journal.look_into(partial(newest_copy, catalog, volumes, layout.log))
         recovery = driver("recovery", options.database.driver)(options.restore, database, layout, volumes, options.name)
         agents = [driver("agent", options.agent.driver)(options.agent, gethostname(), options.state_folder)]
-        if answered:  # and fits: another cluster that answers there now must not make us forget where ours lies
+        if (
+            answered and not only_look
+        ):  # and fits: another cluster that answers there now must not make us forget where ours lies
             files = layout_files(options)
             if await storage.claimed_by_another(str(options.catalog_path)) is not None:
                 files = files[:1]  # beside another's snapshots lies the layout of another cluster
@@ -142,6 +146,12 @@ async def connect(
         raise
     sources = database.sources()
     return Parts(options, volumes, layout, database, sources, agents, storage, catalog, journal, recovery)
+
+
+def _is_yet_to_be_made(file: Path, state_folder: Path) -> bool:
+    """Whether there is no catalog yet, and one could be made; where it could not, opening it says why."""
+    folder = file.parent
+    return not file.exists() and (os.access(folder, os.W_OK) or (folder == state_folder and not folder.exists()))
 
 
 async def refuse_lost(catalog: Catalog, storage: Storage) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from trigger.config.options import CatalogOptions, Options
 from trigger.errors import TrigpointError
@@ -53,7 +54,7 @@ async def rehearse(options: Options, progress: Progress) -> Rehearsal:
     """
     apart = _apart(options)
     clock = asyncio.get_running_loop().time
-    async with alone(apart, suffix=SUFFIX) as parts, _gone_at_the_end(parts):
+    async with _no_folders_left(apart), alone(apart, suffix=SUFFIX) as parts, _gone_at_the_end(parts):
         await preflight(parts, force=False)
         began = clock()
         progress("protect", 0, 0)
@@ -133,6 +134,17 @@ def _missing(service: Service) -> str:
 
 
 @contextlib.asynccontextmanager
+async def _no_folders_left(apart: Options) -> AsyncIterator[None]:
+    """Remove at the end the folders that were made above ours, unless something lies in them by then."""
+    above = (*apart.state_folder.parents, *apart.storage.folder.parents)
+    made = await asyncio.to_thread(lambda: [folder for folder in above if not folder.exists()])
+    try:
+        yield
+    finally:
+        await to_its_end(asyncio.to_thread(_remove_empty, made))
+
+
+@contextlib.asynccontextmanager
 async def _gone_at_the_end(parts: Parts) -> AsyncIterator[None]:
     """Remove at the end what was made in the cluster, in the storage, and in folders of its own, while it is ours."""
     try:
@@ -158,3 +170,9 @@ def _remove(apart: Options) -> None:
     for folder in (apart.state_folder, apart.storage.folder):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
