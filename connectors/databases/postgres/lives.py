@@ -71,6 +71,8 @@ class Lives:
     """Who writes into these folders."""
     refuse_another: Callable[[str], Awaitable[None]] = _refuse_none
     _newest: dict[str, int] = field(default_factory=dict)
+    _reasons: dict[str, str] = field(default_factory=dict)
+    """Why the newest life of each was begun, where that was here."""
     _looked: set[str] = field(default_factory=set)
     _confirmed: History | None = None
     _ends: dict[History, int] = field(default_factory=dict)
@@ -135,7 +137,7 @@ class Lives:
             known = await self._known_of(history)
             if known.end > system.flushed:  # it went on meanwhile, maybe
                 system = await self._still(dsn, system)
-            if await self._contradiction(dsn, system, history, known):
+            if reason := await self._contradiction(dsn, system, history, known):
                 past = await timeline_history(dsn, system.timeline, self.deadline_seconds)
                 try:
                     history = await self._in_thread(partial(self._begin_anew, history, past))
@@ -143,8 +145,9 @@ class Lives:
                     raise SourceError(
                         f"the log is another one by now, and cannot be given a folder: {error}"
                     ) from error
+                self._reasons[history.system] = reason
             self._confirmed = history
-            return Present(history, system.flushed)
+            return Present(history, system.flushed, self._reasons.get(history.system, ""))
 
     async def _look(self, system: str) -> None:
         """Take note of the incarnations that the journal has folders of; where its disk does not answer, next time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tests.connectors.postgres.test_lives_servers import (
     confirmed,
     insert,
     known_of,
+    present,
     put_back,
     received,
     saved,
@@ -94,8 +96,11 @@ def test_a_restore_of_a_life_that_was_left_is_not_taken_for_the_future_of_the_on
 
     put_back(cluster, replaced)  # the restore is undone
     insert(cluster)
-    again = confirmed(knowing(first, second, third), cluster)
+    undone = knowing(first, second, third)
+    again = confirmed(undone, cluster)
     assert (again.branch, again.incarnation) == (1, 3), "what was restored does not stand on it"
+    seen = "may stand on .*/1[+]1, and not on .*/1[+]2, before " if how == "recognised" else "the log ends at .* before"
+    assert re.search(seen, present(undone, cluster).reason), "so is said what the log of the one before contradicts"
     assert confirmed(Lives(folders=folders), cluster) == again
 
 

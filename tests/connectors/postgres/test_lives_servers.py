@@ -25,7 +25,7 @@ from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import minimal_environment
-from connectors.databases.postgres.stream.copyboth import identify
+from connectors.databases.postgres.stream.copyboth import Present, identify
 from connectors.databases.postgres.stream.physical import read_log
 from connectors.databases.postgres.stream.source import PostgresSource
 from tests.connectors.postgres.reading import everything, opened
@@ -161,11 +161,15 @@ def received(cluster: Cluster, folders: LogFolders, history: History | None = No
 
 
 def confirmed(lives: Lives, cluster: Cluster, known: Known | None = None) -> History:
-    async def run() -> History:
+    if known is not None:
+        lives.saw(known.commit)
+    return present(lives, cluster, known.through if known else None).history
+
+
+def present(lives: Lives, cluster: Cluster, through: Position | None = None) -> Present:
+    async def run() -> Present:
         async with asyncio.timeout(LIMIT_SECONDS):
-            if known is not None:
-                lives.saw(known.commit)
-            return (await lives.confirm(dsn_of(cluster), known.through if known else None)).history
+            return await lives.confirm(dsn_of(cluster), through)
 
     return asyncio.run(run())
 

@@ -54,6 +54,8 @@ class Present(NamedTuple):
 
     history: History
     flushed: Lsn
+    reason: str = ""
+    """What showed that its log is not that of the incarnation before; "" where that is not known any more."""
 
 
 class Told(NamedTuple):

@@ -11,6 +11,7 @@ import psycopg
 
 from connectors.databases.postgres.encoding import shared_text
 from connectors.databases.postgres.lsn import Lsn
+from connectors.databases.postgres.stream.copyboth import Present
 from trigger.errors import SourceError
 from trigger.position import Lineage, Position
 
@@ -140,6 +141,12 @@ async def synchronous(connection: psycopg.AsyncConnection[Any], prefix: str) -> 
     )
 
 
+_OTHER_LIFE = (
+    "as where an older copy of the cluster was put back, a restore in place brought back what an earlier life of it had"
+    " or was taken back after that, or pg_resetwal was run"
+)
+
+
 async def drop(connection: psycopg.AsyncConnection[Any], name: str) -> bool:
     """Remove the slot; False where there was none."""
     try:
@@ -149,14 +156,16 @@ async def drop(connection: psycopg.AsyncConnection[Any], name: str) -> bool:
     return True
 
 
-def resume(after: Position | None, lineage: Lineage, confirmed: Lsn, flushed: Lsn, made: str = "") -> tuple[Lsn, str]:
+def resume(
+    after: Position | None, lineage: Lineage, confirmed: Lsn, present: Present, made: str = ""
+) -> tuple[Lsn, str]:
     """Give where commits are seen again, and why that is not right behind `after` ("" where it is).
 
     Args:
         after: the last settled position; None the first time.
         lineage: the server's present history and its past.
         confirmed: what the slot says was acknowledged; commits before it are gone.
-        flushed: how far the server's log reaches.
+        present: how far the server's log reaches, and what showed that it is another one than before.
         made: why the slot had to be made anew; "" where it was there.
     """
     if after is None:
@@ -168,15 +177,15 @@ def resume(after: Position | None, lineage: Lineage, confirmed: Lsn, flushed: Ls
             f"the cluster was replaced: its system identifier was {after.history.system}, is {here.system}",
         )
     if after.history.incarnation != here.incarnation:
-        other = "an older copy of the cluster was put back, or pg_resetwal was run"
-        return confirmed, f"the log is not the one that {after} lies in: {other}"
+        seen = f": {present.reason};" if present.reason else ","
+        return confirmed, f"the log is not the one that {after} lies in{seen} {_OTHER_LIFE}"
     if after.history.branch != here.branch:
         moved = f"the timeline changed from {after.history.branch} to {here.branch}"
         return Lsn(max(confirmed, lineage.shared(after) or 0)), "; ".join(filter(None, [moved, made]))
-    if after.at > flushed:
+    if after.at > present.flushed:
         return (
             confirmed,
-            f"the log ends at {flushed}, before what was settled ({after.place}): the cluster is an older copy",
+            f"the log ends at {present.flushed}, before what was settled ({after.place}): the cluster is an older copy",
         )
     if made or confirmed > after.at:
         ahead = f"the slot goes on at {confirmed}, and no commit behind {after.place} is known to be settled"

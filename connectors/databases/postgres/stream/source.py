@@ -150,7 +150,7 @@ class PostgresSource:
         lineage = await self._within(stream.lineage(present.history))
         publications, useless = await self._publish(side)
         confirmed, made = await self._slot(side, stream, useless, present.flushed)
-        behind, reason = slot.resume(after, lineage, confirmed, present.flushed, made)
+        behind, reason = slot.resume(after, lineage, confirmed, present, made)
         await self._start(stream, behind, publications)
         self._lineage = lineage  # with the place: a place of one history told of another makes a life that never was
         self._forked_at = lineage.forks[-1][1] if lineage.forks else 0

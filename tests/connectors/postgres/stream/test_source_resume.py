@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from connectors.databases.postgres.lsn import Lsn, full_xid
+from connectors.databases.postgres.stream.copyboth import Present
 from connectors.databases.postgres.stream.slot import resume, slot_name
 from trigger.position import History, Lineage, Position
 
@@ -40,9 +41,20 @@ def at(lsn: int, timeline: int = 3, system: str = "s") -> Position:
 def test_a_stream_resumes_where_nothing_is_lost_or_else_says_why(
     after: Position | None, confirmed: int, made: str, behind: int, reason: str
 ) -> None:
-    found, why = resume(after, HERE, Lsn(confirmed), Lsn(400), made)
+    found, why = resume(after, HERE, Lsn(confirmed), Present(HERE.history, Lsn(400)), made)
     assert found == behind
     assert (reason in why) if reason else why == ""
+
+
+def test_where_another_life_of_the_log_goes_on_it_is_said_what_was_seen_and_no_cause_is_made_up() -> None:
+    again = Lineage(History("postgres", "s", 1, 3))
+    seen = "timeline 1 may stand on s/1+1, and not on s/1+2, before 0/64"
+    for told in ("", seen):
+        found, why = resume(at(300), again, Lsn(50), Present(again.history, Lsn(400), told))
+        assert found == 50
+        assert (f"lies in: {told}; as where" if told else "lies in, as where") in why
+        assert "an older copy of the cluster was put back" in why
+        assert "restore in place" in why
 
 
 @pytest.mark.parametrize("near", [5 << 32, (5 << 32) + 3, (6 << 32) - 1, (6 << 32) + 2**31])
