@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import multiprocessing
 import os
 import pwd
 import subprocess
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -61,28 +65,119 @@ def test_a_full_disk_refuses_a_seal_whole_and_the_next_one_succeeds_when_there_i
         asyncio.run(work(volume))
 
 
+def fill(volume: Path) -> None:
+    """Leave no byte free."""
+    with (volume / "to the last byte").open("ab", buffering=0) as file:
+        for size in (1 << 20, 4096, 512):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(os.urandom(size))
+        with contextlib.suppress(OSError):
+            os.fsync(file.fileno())
+
+
+async def give_up(catalog: Catalog, point: RecoveryPoint) -> None:
+    await catalog.change(point, State.EXPIRING)
+    await catalog.change(point, State.EXPIRED)
+
+
 def test_points_are_given_up_on_a_full_disk_and_what_that_needed_is_laid_by_again_when_there_is_room() -> None:
     async def work(volume: Path) -> None:
         ballast, reserve = volume / "ballast", volume / "catalog.db.reserve"
-        ballast.write_bytes(os.urandom(4 << 20))
         catalog = await Catalog.open(volume / "catalog.db")
         whole = reserve.stat().st_size
+        ballast.write_bytes(os.urandom(20 << 20))
         done, _ = await seal_until_refused(catalog)
-        with contextlib.suppress(OSError), (volume / "to the last byte").open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(512))
+        fill(volume)
         for point in done[:-1]:
-            await catalog.change(point, State.EXPIRING)
-            await catalog.change(point, State.EXPIRED)
+            await give_up(catalog, point)
         assert [point.number for point in await catalog.points(states={State.SEALED})] == [done[-1].number]
-        assert reserve.stat().st_size < whole
-        await catalog.close()
+        assert 0 < reserve.stat().st_size < whole
         ballast.unlink()
-        await (await Catalog.open(volume / "catalog.db")).close()
+        await catalog.give_back(1)
         assert reserve.stat().st_size == whole
+        await catalog.close()
 
-    with loop_volume("ext4", 24) as volume:
+    with loop_volume("ext4", 40) as volume:
         asyncio.run(work(volume))
+
+
+def busy_until_killed(where: Path, pipe: Connection) -> None:
+    """Seal, give up and look, whatever comes of it; tells that it began, and what fails for anything but room."""
+
+    async def work() -> None:
+        catalog = await Catalog.open(where)
+        points = [await sealed(catalog, number, [record(number * 1000)]) for number in range(1, 30)]
+        pipe.send("begun")
+        for number in itertools.count(100):
+            for act in (
+                sealed(catalog, number, [record(number * 1000)]),
+                catalog.change(points[number % len(points)], State.EXPIRING),
+                catalog.points(limit=3),
+            ):
+                try:
+                    await act
+                except CatalogError as error:
+                    if "no room left" not in error.message:
+                        pipe.send(error.message)
+            await asyncio.sleep(0.02)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(("kind", "megabytes"), [("ext4", 40), ("btrfs", 256)])
+def test_a_disk_that_fills_ends_nobody_and_a_catalog_whose_process_was_killed_there_can_be_read(
+    kind: str, megabytes: int
+) -> None:
+    with loop_volume(kind, megabytes) as volume:
+        where, reserve = volume / "catalog.db", volume / "catalog.db.reserve"
+        ours, its = multiprocessing.Pipe()
+        other = multiprocessing.get_context("fork").Process(target=busy_until_killed, args=(where, its))
+        other.start()
+        try:
+            assert ours.poll(60)
+            assert ours.recv() == "begun"
+            for _ in range(8):
+                fill(volume)
+                time.sleep(0.2)
+            assert other.is_alive(), f"it ended with {other.exitcode}"
+            assert not ours.poll(), ours.recv()
+        finally:
+            other.kill()
+            other.join(30)
+        left = reserve.stat().st_size
+
+        async def look_and_give_up() -> None:
+            fill(volume)
+            catalog = await Catalog.open(where)
+            assert len(await catalog.points()) >= 29
+            assert reserve.stat().st_size == left, "who only looks needs none of it"
+            last = await catalog.latest()
+            assert last is not None
+            with catalog.reserve.for_an_operator():
+                await give_up(catalog, last)
+            os.truncate(reserve, 0)
+            fill(volume)
+            assert (await catalog.point(last.number)).state is State.EXPIRED
+            with pytest.raises(CatalogError, match="no room left"):
+                await catalog.fail(await opened(catalog, 9_000), os.urandom(1 << 20).hex())
+            await catalog.close()
+
+        asyncio.run(look_and_give_up())
+
+
+def test_two_processes_work_with_a_catalog_where_each_has_it_to_itself() -> None:
+    async def work(where: Path) -> None:
+        catalogs = [await Catalog.open(where) for _ in range(2)]
+        for number in range(1, 30):
+            await sealed(catalogs[number % 2], number, [record(number * 1000)])
+            assert [len(await catalog.points()) for catalog in catalogs] == [number, number]
+        assert not Path(f"{where}-shm").exists()
+        for catalog in catalogs:
+            await catalog.close()
+
+    with loop_volume("btrfs", 128) as volume:
+        asyncio.run(work(volume / "catalog.db"))
 
 
 def test_a_new_catalog_on_a_full_disk_is_refused() -> None:

@@ -79,7 +79,8 @@ class Catalog:
         self._owns_engine = owns_engine
         self._thread = ThreadPoolExecutor(1, "catalog") if run is None else None
         self._run = run or self._on_thread
-        self._reserve = Reserve(self.file) if self.file is not None and self.file == self.place else None
+        self.reserve = Reserve(self.file if self.file == self.place else None)
+        """The room on its disk that is kept for giving points up."""
         self._inode: tuple[int, int] | None = None
         self._copy_is_kept = False
 
@@ -129,24 +130,14 @@ class Catalog:
             if self.file is not None:
                 schema.create_file(self.file)
                 self._inode = schema.inode(self.file)
-            have = self._in_spite_of_a_full_disk(self._version)
+            have = self._version()
             if have is None or have >= schema.VERSION:
                 upgrade = contextlib.nullcontext(enter_result=True)
             if have != schema.VERSION:
                 with upgrade as may:
                     self._upgrade(self._version(), may=may)  # somebody else may have brought it up meanwhile
             self._copy_is_kept = self.file is not None and migrations.has_copies(self.file)
-            if self._reserve is not None:
-                self._reserve.fill()
-
-    def _in_spite_of_a_full_disk(self, work: Callable[[], T]) -> T:
-        """Give what `work` gives, for which pieces of the reserve are given up while the disk is full."""
-        while True:
-            try:
-                return work()
-            except DBAPIError as error:
-                if not schema.is_full(error) or self._reserve is None or not self._reserve.give_piece():
-                    raise
+            self.reserve.fill()
 
     def _version(self) -> int | None:
         with self._transaction(writes=False) as connection:
@@ -178,13 +169,15 @@ class Catalog:
         return await self._run(partial(self._transact, work, writes=True, makes_room=makes_room))
 
     def _transact(self, work: Callable[[Connection], T], *, writes: bool, makes_room: bool = False) -> T:
-        def once() -> T:
-            with self._transaction(writes=writes) as connection:
-                return work(connection)
-
         with schema.translated(self.where):
             self._require_same_file()
-            return self._in_spite_of_a_full_disk(once) if makes_room else once()
+            while True:
+                try:
+                    with self._transaction(writes=writes) as connection:
+                        return work(connection)
+                except DBAPIError as error:
+                    if not schema.is_full(error) or not self.reserve.give_piece(makes_room=makes_room):
+                        raise
 
     def _require_same_file(self) -> None:
         # SQLite would go on writing, without any error, to a file that has no name any more.
@@ -318,7 +311,11 @@ class Catalog:
         return len(old)
 
     async def give_back(self, pages: int) -> int:
-        """Give so many pages of a file of which very many are free back to the filesystem; gives how many went."""
+        """Give so many pages of a file of which very many are free back to the filesystem; gives how many went.
+
+        What was used of the reserve is laid by again before that, where there is the room.
+        """
+        await self._run(self.reserve.fill)
         if not await self._read(pruning.may_give_back):
             return 0
         return await self._write(partial(pruning.give_back, pages=pages))

@@ -15,6 +15,7 @@ from pathlib import Path
 from sqlalchemy import Connection, text
 
 from trigger.catalog.schema import VERSION, gaps, histories, metadata, reached, schema_version, version
+from trigger.catalog.sqlite import connect_to
 from trigger.errors import CatalogError
 from trigger.trusted import sync_folder
 
@@ -157,7 +158,7 @@ def keep_copy(file: Path, have: int) -> None:
 
 
 def _back_up(file: Path, copy: Path) -> None:
-    with contextlib.closing(sqlite3.connect(file)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+    with contextlib.closing(connect_to(file)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
         source.backup(target)
 
 

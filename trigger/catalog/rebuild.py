@@ -16,7 +16,6 @@ import dataclasses
 import logging
 import os
 import re
-import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,7 +23,8 @@ from pathlib import Path
 
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.reconcile import Reconciliation
-from trigger.catalog.schema import BUSY_TIMEOUT_SECONDS, translated
+from trigger.catalog.schema import translated
+from trigger.catalog.sqlite import connect_to
 from trigger.errors import CatalogError, DamagedError
 from trigger.failpoint import reached
 from trigger.model import Gap, Outcome, RecoveryPoint, State
@@ -158,7 +158,7 @@ async def _known_of_old(path: Path) -> tuple[Known, str]:
 def _make_whole(file: Path) -> None:
     """Let a SQLite file hold all by itself, durably; raises `CatalogError` where another process keeps it from that."""
     with translated(str(file)):
-        with contextlib.closing(sqlite3.connect(file, timeout=BUSY_TIMEOUT_SECONDS)) as connection:
+        with contextlib.closing(connect_to(file)) as connection:
             busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
             raise CatalogError("another process reads it", hint="wait until that has ended", retryable=True)

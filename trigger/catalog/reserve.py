@@ -2,7 +2,8 @@
 
 Catalog and journal often share a disk. What gives up old points, and the log that only they needed, has to note it
 first; where not a page can be written, the remedy would be shut in with the trouble. So a file of some megabytes lies
-beside the catalog, and is cut shorter, piece by piece, by what needs it.
+beside the catalog, and is cut shorter, piece by piece, by what needs it. Half of it is kept for an operator: what gives
+points up by itself, while something goes on to fill the disk, must not leave him nothing.
 """
 
 from __future__ import annotations
@@ -14,19 +15,30 @@ from pathlib import Path
 
 PIECE_BYTES = 1 << 20
 """More than the largest step of giving points up writes; less than a segment of log, which would take it else."""
-PIECES = 4
+PIECES = 8
+KEPT_PIECES = 4
+"""Only for an operator who gives points up; as much as SQLite's log grows before it begins anew."""
 
 
 class Reserve:
-    """The reserve of the catalog in `file`.
+    """The reserve of the catalog in `file`; there is none without one.
 
     On a filesystem that promises no room to a file that is allocated (with compression, say) it is of no use, and does
     no harm.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None) -> None:
         self._catalog = file
-        self._path = file.with_name(f"{file.name}.reserve")
+        self._is_an_operators = False
+
+    @contextlib.contextmanager
+    def for_an_operator(self) -> Iterator[None]:
+        """Let all of it be given inside the block, for whatever is written there: an operator gives points up."""
+        outside, self._is_an_operators = self._is_an_operators, True
+        try:
+            yield
+        finally:
+            self._is_an_operators = outside
 
     def fill(self) -> None:
         """Make it whole, if there is the room, and as much again; never raises."""
@@ -36,18 +48,25 @@ class Reserve:
             if lacking > 0 and disk.f_bavail * disk.f_frsize >= 2 * lacking:
                 os.posix_fallocate(descriptor, 0, PIECES * PIECE_BYTES)
 
-    def give_piece(self) -> bool:
-        """Give one piece back to the disk; False where there is none left."""
+    def give_piece(self, *, makes_room: bool) -> bool:
+        """Give a piece back to the disk, for what `makes_room` or for an operator; False where none is left for it."""
+        if not (makes_room or self._is_an_operators):
+            return False
+        kept = 0 if self._is_an_operators else KEPT_PIECES * PIECE_BYTES
         with contextlib.suppress(OSError), self._opened() as descriptor:
             left = os.fstat(descriptor).st_size
-            os.ftruncate(descriptor, max(0, left - PIECE_BYTES))
-            return left > 0
+            if left > kept:
+                os.ftruncate(descriptor, max(kept, left - PIECE_BYTES))
+                return True
         return False
 
     @contextlib.contextmanager
     def _opened(self, flags: int = 0) -> Iterator[int]:
         """Give its descriptor; a file that root makes belongs to whom the catalog belongs to."""
-        descriptor = os.open(self._path, flags | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        if self._catalog is None:
+            raise FileNotFoundError
+        path = self._catalog.with_name(f"{self._catalog.name}.reserve")
+        descriptor = os.open(path, flags | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             if flags and os.geteuid() == 0:
                 owner = self._catalog.stat()

@@ -1,6 +1,6 @@
 """The catalog's tables, how they came to be, and the database that serves them.
 
-SQLite serves them by default and PostgreSQL can; what is SQLite's alone stands in `_prepare_sqlite` and below.
+SQLite serves them by default, and how it opens its file is told by `sqlite`; PostgreSQL can.
 
 Commits have no rows of their own. A row of `blocks` holds up to a thousand (see `packing`), so that 10^8 commits are
 10^5 rows, and finds them by range: place in the log, number in the name, commit time. Ranges of one kind overlap
@@ -49,14 +49,12 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
+from trigger.catalog import sqlite
 from trigger.errors import CatalogError, DamagedError, TrigpointError
 from trigger.trusted import sync_folder
 
 VERSION = 2
 """The version of the tables below; how older ones are brought to it is told by `migrations`."""
-
-BUSY_TIMEOUT_SECONDS = 5.0
-"""How long a call waits for another process that is writing."""
 
 BIGINT_MAX = (1 << 63) - 1
 BIGINT_MIN = -(1 << 63)
@@ -196,9 +194,16 @@ def _server_engine(url: URL) -> Engine:
 def _sqlite_engine(url: URL) -> Engine:
     in_memory = url.database in (None, "", ":memory:")
     options: dict[str, Any] = {"poolclass": StaticPool} if in_memory else {"pool_size": 1, "max_overflow": 1}
-    arguments = {"check_same_thread": False, "timeout": BUSY_TIMEOUT_SECONDS}
-    engine = create_engine(url, connect_args=arguments, **options)
-    event.listen(engine, "connect", _prepare_sqlite)
+    engine = create_engine(url, **options)
+    file = sqlite_file(engine)
+    alone = file is not None and sqlite.must_be_alone(file)
+
+    def connect(_dialect: object, _entry: object, database: list[str], options: dict[str, Any]) -> sqlite3.Connection:
+        return sqlite.opened(*database, alone=alone, **options)
+
+    event.listen(engine, "do_connect", connect)
+    if file is not None:
+        event.listen(engine, "checkin", sqlite.let_go)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -272,14 +277,6 @@ def size_bytes(connection: Connection) -> int:
     return sum(int(connection.scalar(each, {"name": table.name}) or 0) for table in metadata.sorted_tables)
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    connection.isolation_level = None  # transactions begin and end where we say, not where the driver guesses
-    if connection.execute("PRAGMA page_count").fetchone() == (0,):  # it can be said of a new file only
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
 def _begin_sqlite(connection: Connection) -> None:
     # A writer takes the write lock at once: one that read first could lose it to another and fail half way.
     writes = connection.get_execution_options().get("writes", False)
@@ -289,10 +286,11 @@ def _begin_sqlite(connection: Connection) -> None:
 _RETRYABLE_STATES = ("40001", "40P01", "53100", "53300", "57P01", "57P02", "57P03")
 """PostgreSQL's codes for: conflict, deadlock, disk full, too many connections, and three kinds of shutting down."""
 
-_SQLITE_WORDS = {
-    "SQLITE_FULL": (
+_NO_ROOM = ("SQLITE_FULL", sqlite.NO_ROOM_TO_SHARE)
+_SQLITE_WORDS: dict[str | tuple[str, ...], tuple[str, str, bool]] = {
+    _NO_ROOM: (
         "no room left",
-        "free some space on its filesystem, or give up old points: `trigpoint expire` goes through",
+        "free some space on its filesystem, or give up old points: `trigpoint expire`",
         True,
     ),
     "SQLITE_READONLY": (
@@ -315,8 +313,8 @@ _DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")
 
 
 def is_full(error: DBAPIError) -> bool:
-    """Whether SQLite found no room on its disk; so it is too where the file that its readers share cannot be made."""
-    return getattr(error.orig, "sqlite_errorname", "") in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+    """Whether SQLite found no room on its disk."""
+    return str(getattr(error.orig, "sqlite_errorname", "")).startswith(_NO_ROOM)
 
 
 @contextlib.contextmanager

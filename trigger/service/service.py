@@ -413,7 +413,8 @@ async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, A
                 return {"point": data(await _take_one(parts, _note(request)))}
             case "expire":
                 if not request.get("dry_run"):  # which changes nothing
-                    await reconcile(parts.catalog, parts.storage)
+                    with parts.catalog.reserve.for_an_operator():
+                        await reconcile(parts.catalog, parts.storage)
                 return {"expired": data(await give_up(_room(parts), request))}
             case other:
                 raise TrigpointError(f"only a running service answers {other!r}", hint="start it: trigpoint run")

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 
 from tests.fixtures.volumes import run
 from tests.trigger.catalog.test_catalog import BASE_US, at, opened, proven, record, sealed, with_catalog
-from trigger.catalog import migrations, schema
+from trigger.catalog import migrations, schema, sqlite
 from trigger.catalog.catalog import Catalog, make_engine
 from trigger.errors import CatalogError
 from trigger.model import State
@@ -344,7 +344,7 @@ def test_a_truncated_catalog_is_named_as_damaged(tmp_path: Path) -> None:
 def test_a_catalog_that_another_process_holds_is_a_retryable_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "BUSY_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_SECONDS", 0.1)
     where = tmp_path / "catalog.db"
 
     async def work(catalog: Catalog) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from connectors.databases.postgres.lsn import Lsn
 from trigger import failpoint
-from trigger.catalog import schema
+from trigger.catalog import schema, sqlite
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.point_index import Missed
 from trigger.catalog.rebuild import Known, Rebuilt, known, rebuild, take_over
@@ -352,7 +352,7 @@ def in_a_place_where_none_can_be(path: Path) -> Iterator[str]:
 def test_a_catalog_that_may_be_whole_and_cannot_be_read_is_not_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[[Path], AbstractContextManager[str]]
 ) -> None:
-    monkeypatch.setattr(schema, "BUSY_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_SECONDS", 0.1)
     path = tmp_path / "catalog.sqlite"
     sealed = asyncio.run(written(path))
     with made(path) as remedy, pytest.raises(CatalogError) as refused:
