@@ -58,6 +58,11 @@ class NoLog:
         await asyncio.sleep(0)
         return []
 
+    async def lacks_room(self) -> Finding | None:
+        """Give that nothing needs room."""
+        await asyncio.sleep(0)
+        return None
+
     async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:  # noqa: ARG002 - the port's
         """Put nothing into the folder."""
         await asyncio.sleep(0)

@@ -33,6 +33,9 @@ _COMMIT = (
 """A commit whose record in the catalog does not pack well: 1,920 random characters."""
 
 
+HELD_UP = "the journal is held up"
+
+
 class House:
     """A deployment whose catalog, journal and storage lie on tiny volumes of their own."""
 
@@ -312,9 +315,18 @@ def test_a_journal_that_cannot_be_written_is_shown_points_go_on_and_no_log_is_lo
     marker = f"during-{fault.replace(' ', '-')}"
     _mark(house, marker)
     house.deployed.wait_for(lambda: _newest_sealed(house) > before, "a point while there is no journal")
+    house.deployed.wait_for(lambda: HELD_UP in "; ".join(house.deployed.status()["troubles"]), "the trouble")
+    assert f"ERROR {HELD_UP}" in " ".join(house.deployed.log.read_text().split())
+    if fault == "full":
+        assert "has no room for more log" in " ".join(house.deployed.trigpoint("check", check=False).stdout.split())
+        refused = house.deployed.trigpoint("restore", "--to-marker", marker, "--dry-run", check=False)
+        assert "has no room for more log" in (words := " ".join(refused.stderr.split())), words
+        assert "`trigpoint expire` lets go of" in words
+        assert "has no room for more log" in house.deployed.trigpoint("find", "--marker", marker, check=False).stdout
     heal(house, "journal")
     _switch_segments(house)
     house.require_all_well()
+    assert f"{HELD_UP}, and commits since then may not be restorable: over" in house.deployed.log.read_text()
     _assert_comes_back(house, marker)
 
 

@@ -64,7 +64,17 @@ class Journal(Protocol):
         ...
 
     async def audit(self) -> list[Finding]:
-        """Look at what is new since the last audit; gives all that is wrong: missing, truncated, foreign, flipped."""
+        """Look at what is new since the last audit; gives all that is wrong: missing, truncated, foreign, flipped.
+
+        Log that is held no more is refused; a warning is what keeps log from coming, or from being looked at, by now.
+        """
+        ...
+
+    async def lacks_room(self) -> Finding | None:
+        """Give that no more log finds room where it is kept, and the remedy; None while it does, or nobody knows.
+
+        Nothing that runs is asked: it is told beside a journal that runs elsewhere, and where none does.
+        """
         ...
 
     async def stage(self, replay: Replay, folder: Path, progress: Progress) -> int:

@@ -163,7 +163,11 @@ class _Known:
             lineage = await self.journal.lineage(target.history)
             found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=start, left=left)
         except (JournalError, RestoreError) as error:
-            return _Way(f"{'not yet restorable' if error.retryable else 'it cannot be restored'}: {error.message}")
+            if not error.retryable:
+                return _Way(f"it cannot be restored: {error.message}")
+            lack = await self.journal.lacks_room()
+            why = [error.message, *([lack.message, lack.remedy] if lack else [])]
+            return _Way(f"not yet restorable: {'; '.join(why)}")
         if self.left_out is not None and (missing := await self.left_out(found.base)):
             return _Way(f"it cannot be restored: {missing[0].message}")
         number = found.base.number

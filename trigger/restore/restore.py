@@ -19,7 +19,7 @@ from pathlib import Path
 from trigger.errors import RestoreError, StorageError
 from trigger.failpoint import reached
 from trigger.model import State
-from trigger.ports import Clone, Progress
+from trigger.ports import Clone, Journal, Progress
 from trigger.position import At, History, Position
 from trigger.replay import Running, Target
 from trigger.restore import clone_records, log_search
@@ -94,12 +94,23 @@ async def prepare(target: Target, site: Site, *, wait_seconds: float = JOURNAL_W
             rate = site.replay_bytes_per_second
             found = plan(target, bases, extents, lineage, rate, file_start=file_start, left=left)
         except RestoreError as error:
-            if not error.retryable or loop.time() >= deadline:
+            if not error.retryable:
                 raise
+            if loop.time() >= deadline:
+                raise await _held_up(error, site.journal) from error
         else:
             require_none(await left_out(found.base, site.recovery, site.volumes))
             return found
         await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _held_up(error: RestoreError, journal: Journal) -> RestoreError:
+    """Give the refusal of a target that the journal may still come to, with what keeps it from that."""
+    lack = await journal.lacks_room()
+    if lack is None:
+        return error
+    hint = f"{lack.message}; {lack.remedy}. Then {error.hint}"
+    return RestoreError(error.message, hint=hint, retryable=True)
 
 
 async def restore(target: Target, site: Site, *, progress: Progress, name: str = "") -> Report:

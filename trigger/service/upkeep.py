@@ -35,6 +35,8 @@ ROOM_SHARE = 0.5
 """How often it is looked whether snapshots must go: a tenth of a small budget may last no longer; and how much of the
 time their removal may take, since commits wait for it."""
 AUDIT_SECONDS = 5.0
+HINDERED_SECONDS = 10.0
+"""How long something keeps log from the journal before that is a trouble."""
 PLACES_SECONDS = 10.0
 CLONES_SECONDS = 10.0
 PRUNE_SECONDS = 10.0
@@ -59,6 +61,8 @@ class Upkeep:
     troubles: dict[str, str] = field(default_factory=dict)
     """What is not done at present, or not in order, and why."""
     last_audit: Sequence[Finding] = ()
+    hindered_since: float | None = None
+    """Since when, by the loop's clock, the journal's audits tell of what keeps log from it; None while they do not."""
     behind: Behind = field(default_factory=Behind)
     log_is_noted: bool = False
     points_are_noted: bool = False
@@ -158,13 +162,14 @@ class Upkeep:
             log.warning("removed clone %s, which a restore left that was killed", name)
         self.show("an unfinished clone stays", "; ".join(stay))
 
-    def show(self, what: str, why: str) -> None:
+    def show(self, what: str, why: str, level: int = logging.WARNING) -> None:
         """Show in the status why something is not done at present; "" for nothing any more."""
         if not why:
-            self.troubles.pop(what, None)
+            if self.troubles.pop(what, None) is not None and level > logging.WARNING:
+                log.warning("%s: over", what)
             return
         if what not in self.troubles:  # once, not every second
-            log.warning("%s: %s", what, why)
+            log.log(level, "%s: %s", what, why)
         self.troubles[what] = why
 
     def _note_long_replays(self, what: str, replay: int) -> None:
@@ -187,12 +192,21 @@ class Upkeep:
     async def audit_journal(self) -> None:
         """Look at the journal's new segments; new damage is logged, and a new base is taken behind it."""
         known, self.last_audit = set(self.last_audit), await self.parts.journal.audit()
+        self._note_hindrance([found for found in self.last_audit if found.severity is Severity.WARNING])
         damage = [found for found in self.last_audit if found.severity is Severity.REFUSED and found not in known]
         for finding in damage:
             log.error("%s: %s; %s", finding.subject, finding.message, finding.remedy)
         if damage:
             self.room.known_log.look_again()
             await self._new_base(f"the journal is damaged: {damage[0].message}")
+
+    def _note_hindrance(self, found: Sequence[Finding]) -> None:
+        """Show what keeps log from the journal once it has lasted: a receiver that connects again is no trouble yet."""
+        now = asyncio.get_running_loop().time()
+        self.hindered_since = None if not found else now if self.hindered_since is None else self.hindered_since
+        lasts = self.hindered_since is not None and now - self.hindered_since >= HINDERED_SECONDS
+        why = "; ".join(f"{each.subject}: {each.message}; {each.remedy}" for each in found) if lasts else ""
+        self.show("the journal is held up, and commits since then may not be restorable", why, logging.ERROR)
 
     async def _new_base(self, note: str) -> None:
         """Ask for a point from which a replay begins here, not at the last checkpoint, however long ago that was."""

@@ -11,15 +11,16 @@ from typing import Any, cast
 import pytest
 
 from connectors.memory import SEGMENT_BYTES, MemoryJournal
+from tests.simulation.virtual import VirtualLoop
 from tests.trigger.keep.test_expire import POINTS, Shelves, play
 from trigger.config.options import CatalogOptions, PointOptions
 from trigger.errors import JournalError
-from trigger.model import State
+from trigger.model import Finding, Severity, State
 from trigger.position import Position
 from trigger.protect.agenda import Agenda
 from trigger.protect.qualify import Rules
 from trigger.protect.window import Window
-from trigger.service.upkeep import GIVE_BACK_PAGES, LONG_SECONDS, PRUNE_POINTS, PRUNE_ROUNDS, Upkeep
+from trigger.service.upkeep import GIVE_BACK_PAGES, HINDERED_SECONDS, LONG_SECONDS, PRUNE_POINTS, PRUNE_ROUNDS, Upkeep
 
 OLD_LOG = "old log is not let go of"
 
@@ -102,6 +103,39 @@ def test_log_is_let_go_of_once_at_start_and_again_when_points_went() -> None:
         assert upkeep.troubles == {}
 
     keep_up(act)
+
+
+@pytest.mark.parametrize("seconds", [HINDERED_SECONDS - 1, 60])
+def test_what_keeps_log_from_the_journal_is_an_error_and_a_trouble_once_it_lasts(
+    seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    finding = Finding("pg_receivewal", Severity.WARNING, "the log is not received: no space left", "make room")
+
+    async def main() -> None:
+        found: list[Finding] = []
+
+        async def audit() -> list[Finding]:
+            return [*found]
+
+        parts: Any = SimpleNamespace(journal=SimpleNamespace(audit=audit))
+        upkeep = Upkeep(parts, cast("Any", None), cast("Any", None), cast("Any", None), log_is_noted=True)
+        acts = dict(upkeep.acts())
+        auditing = asyncio.create_task(acts.pop("audit"))
+        for left_out in acts.values():
+            left_out.close()
+        await asyncio.sleep(1)
+        found.append(finding)
+        await asyncio.sleep(seconds)
+        lasts = seconds > HINDERED_SECONDS
+        assert [finding.message in why for why in upkeep.troubles.values()] == [True] * lasts
+        found.clear()
+        await asyncio.sleep(10)
+        assert not upkeep.troubles
+        auditing.cancel()
+        held_up = [(each.levelname, each.getMessage().endswith(": over")) for each in caplog.records]
+        assert held_up == [("ERROR", False), ("WARNING", True)] * lasts
+
+    VirtualLoop().run(main())
 
 
 class Pruned:

@@ -8,6 +8,7 @@ of the cluster put back, another cluster in its place after pg_upgrade) goes on 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 from pathlib import Path
@@ -39,6 +40,7 @@ class LogFolders:
         self.segment_bytes = segment_bytes
         """Of the present cluster; that of another life may be another."""
         self.threads = Threads("journal")
+        self.path = path
         self._owner = owner
         self._first = SegmentFolder(path, _segment_bytes(path, segment_bytes), owner)
         self._later: dict[tuple[str, int], SegmentFolder] = {}
@@ -50,6 +52,14 @@ class LogFolders:
             return all(entry.name == _OF_EACH_DISK for entry in self._first.path.iterdir())
         except FileNotFoundError:
             return True
+
+    def free_bytes(self) -> int | None:
+        """Give how much more finds room in the journal's own folder; None where that is not there."""
+        try:
+            room = os.statvfs(self._first.path)
+        except OSError:
+            return None
+        return room.f_bavail * room.f_frsize
 
     def of(self, history: History) -> SegmentFolder:
         """Give the folder of the log that a history lies in; it need not be there yet. Blocks on small files."""

@@ -31,6 +31,12 @@ from trigger.ports import Copies, Progress
 from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Replay
 
+_GIVE_BACK = "mount the folder, and give it to us"
+_MAKE_ROOM = (
+    "make room on its filesystem, or give up what is too old: `trigpoint expire` lets go of the log that only older"
+    " points need"
+)
+
 
 class Feed(Protocol):
     """What brings the log into the folder."""
@@ -109,8 +115,9 @@ class PostgresJournal:
         self._copies = copies
 
     async def check(self) -> list[Finding]:
-        """Give what a pre-flight check has to say of where the log is to come from; changes nothing."""
-        return await self._feed.check(self._folders.segment_bytes)
+        """Give what a pre-flight check has to say of where the log is to come from, and go; changes nothing."""
+        lack = await self.lacks_room()
+        return [*await self._feed.check(self._folders.segment_bytes), *([lack] if lack else [])]
 
     async def run(self) -> None:
         """Keep the log until cancelled; where another life of it begins, in another folder from there on.
@@ -241,14 +248,28 @@ class PostgresJournal:
 
     async def audit(self) -> list[Finding]:
         """Give all that is wrong with the segments by now, and what hinders the feed at present."""
-        found = self._feed.findings()
-        for segments in await self._folders.threads.run(self._folders.all):
+        lack = await self.lacks_room()
+        found = [*self._feed.findings(), *([lack] if lack else [])]
+        try:
+            folders = await self._folders.threads.run(self._folders.all)
+        except OSError as error:
+            message = f"the journal folder cannot be looked into: {error}"
+            return [*found, Finding("audit", Severity.WARNING, message, _GIVE_BACK)]
+        for segments in folders:
             try:
                 found += await self._audit_of(segments).run()
             except (OSError, JournalError) as error:
                 message = f"the segments in {segments.path} cannot be looked at: {error}"
-                found.append(Finding("audit", Severity.WARNING, message, "mount the folder, and give it to us"))
+                found.append(Finding("audit", Severity.WARNING, message, _GIVE_BACK))
         return found
+
+    async def lacks_room(self) -> Finding | None:
+        """Give that another segment finds no room, by the filesystem; see port `Journal`."""
+        free, wanted = await self._folders.threads.run(self._folders.free_bytes), self._folders.segment_bytes
+        if free is None or free >= wanted:
+            return None
+        message = f"{self._folders.path} has no room for more log: {free} bytes are free, a segment takes {wanted}"
+        return Finding("journal", Severity.WARNING, message, _MAKE_ROOM)
 
     def _audit_of(self, segments: SegmentFolder) -> Audit:
         if segments.path not in self._audits:
