@@ -305,7 +305,7 @@ def test_a_journal_that_is_not_mounted_is_refused_at_start_and_none_is_begun_ben
         refused = deployed.trigpoint(command, check=False)
         words = " ".join((refused.stdout + refused.stderr).split())
         assert refused.returncode == 3, words
-        assert f"{folder} is empty, and log was kept there" in words
+        assert f"no journal lies in {folder}, and log was kept there" in words
         assert "mount its filesystem" in words
     assert list(folder.iterdir()) == []
     folder.rmdir()

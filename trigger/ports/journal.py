@@ -45,9 +45,10 @@ class Journal(Protocol):
         ...
 
     async def is_void(self) -> bool:
-        """Whether nothing at all lies where it is kept: it never ran, or its filesystem is not mounted.
+        """Whether nothing that `run` keeps lies where it is kept: it never ran, or its filesystem is not mounted.
 
-        Once `run` was at work something lies there, log or not. Raises `JournalError` where that cannot be looked at.
+        Once `run` was at work something lies there, log or not; what is put there for a restore, or for a look at the
+        past, does not count. Raises `JournalError` where that cannot be looked at.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Whether the journal's filesystem is there: where log was kept once, something lies at every later start."""
+"""Whether the journal's filesystem is there: where log was kept once, a journal lies at every later start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trigger.trusted import read_text, replace_file
 
 LOOK_SECONDS = 10.0
 """How long a disk may take to show whether anything lies on it."""
-_REMEDY = "mount its filesystem, or bring the log there; if that is really gone: trigpoint run --force"
+_REMEDY = "mount its filesystem, or bring all of the journal there; if that is really gone: trigpoint run --force"
 
 
 def _file(options: Options) -> Path:
@@ -29,7 +29,7 @@ def _noted(options: Options) -> str:
 
 
 async def note(options: Options, journal: Journal) -> bool:
-    """Note durably that the journal is kept where it is, once anything lies there; gives whether that is so.
+    """Note durably that the journal is kept where it is, once it lies there; gives whether that is so.
 
     Raises:
         JournalError: nobody can look there.
@@ -43,7 +43,7 @@ async def note(options: Options, journal: Journal) -> bool:
 
 
 async def look(options: Options, journal: Journal) -> Finding | None:
-    """Give what stands in the way where log was kept and nothing lies there; None for nothing. Changes nothing."""
+    """Give what stands in the way where log was kept and no journal lies there; None for nothing. Changes nothing."""
     if not (noted := await asyncio.to_thread(_noted, options)):
         return None
     try:
@@ -57,4 +57,5 @@ async def look(options: Options, journal: Journal) -> Finding | None:
     if not void:
         return None
     there = "there" if noted == str(options.journal_folder) else f"in {noted}"
-    return Finding("journal", Severity.REFUSED, f"{options.journal_folder} is empty, and log was kept {there}", _REMEDY)
+    message = f"no journal lies in {options.journal_folder}, and log was kept {there}"
+    return Finding("journal", Severity.REFUSED, message, _REMEDY)

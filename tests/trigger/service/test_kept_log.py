@@ -42,11 +42,11 @@ def test_log_is_missed_only_where_there_was_some(tmp_path: Path) -> None:
         missing = await kept_log.look(here, journal)
         assert missing is not None
         assert (missing.severity, missing.subject) == (Severity.REFUSED, "journal")
-        assert missing.message == "/srv/journal is empty, and log was kept there"
+        assert missing.message == "no journal lies in /srv/journal, and log was kept there"
         assert "mount its filesystem" in missing.remedy
         moved = await kept_log.look(options(tmp_path, "/new"), journal)
         assert moved is not None
-        assert moved.message == "/new is empty, and log was kept in /srv/journal"
+        assert moved.message == "no journal lies in /new, and log was kept in /srv/journal"
         journal.void = None
         unseen = await kept_log.look(here, journal)
         assert unseen is not None

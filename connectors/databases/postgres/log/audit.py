@@ -86,6 +86,17 @@ class Audit:
         async with self.between_segments:
             await self._segments.threads.run(self._kept)  # where that cannot be, the next `run` says so
 
+    def was_begun(self) -> bool:
+        """Whether that file is there: what anybody else puts into the folder, as for a replay, is no log that is kept.
+
+        Blocks; raises `OSError` where that cannot be told.
+        """
+        try:
+            (self._segments.path / _STATE_FILE).lstat()
+        except FileNotFoundError:
+            return False
+        return True
+
     async def run(self) -> list[Finding]:
         """Look at the segments that are new since the last audit, and whether the others are still there, and whole.
 

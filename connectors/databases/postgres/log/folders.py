@@ -22,8 +22,6 @@ from trigger.position import History
 from trigger.trusted import sync_folder
 
 _NAME_LENGTH = 24
-_OF_EACH_DISK = "lost+found"
-"""What lies on a new ext4 (mke2fs(8))."""
 _NAME = re.compile(r"([0-9]{1,20})\+([0-9]{1,9})")
 
 
@@ -45,13 +43,6 @@ class LogFolders:
         self._first = SegmentFolder(path, _segment_bytes(path, segment_bytes), owner)
         self._later: dict[tuple[str, int], SegmentFolder] = {}
         self._guard = threading.Lock()
-
-    def is_void(self) -> bool:
-        """Whether nothing lies in the journal's own folder, or it is not there. Blocks on small files."""
-        try:
-            return all(entry.name == _OF_EACH_DISK for entry in self._first.path.iterdir())
-        except FileNotFoundError:
-            return True
 
     def free_bytes(self) -> int | None:
         """Give how much more finds room in the journal's own folder; None where that is not there."""

@@ -140,11 +140,14 @@ class PostgresJournal:
         return self._feed.begun or bool(await self.extents())
 
     async def is_void(self) -> bool:
-        """Whether nothing at all lies in the journal's own folder, or that is not there; see port `Journal`."""
+        """Whether `run` left its mark in the folder of no life of the log; see port `Journal`."""
         try:
-            return await self._folders.threads.run(self._folders.is_void)
+            return await self._folders.threads.run(self._is_void)
         except OSError as error:
             raise JournalError(f"the journal folder cannot be looked into: {error}", hint=remedy(error)) from error
+
+    def _is_void(self) -> bool:
+        return not any(self._audit_of(segments).was_begun() for segments in self._folders.all())
 
     async def catch_up(self) -> None:
         """Bring what an archive has by now, as where the service does not run; see port `Journal`."""

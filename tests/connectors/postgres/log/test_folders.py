@@ -128,6 +128,33 @@ def test_once_a_journal_was_kept_its_folder_is_void_only_where_that_is_gone(fold
     asyncio.run(run())
 
 
+def test_what_a_look_or_a_restore_puts_where_no_log_is_kept_makes_no_journal_of_it(folder: Path) -> None:
+    (folder / "archive" / "00000002.history").write_text("1\t0/100\tno recovery target specified\n")
+    (folder / "snapshot" / "pg_wal").mkdir(parents=True)
+    (folder / "snapshot" / "pg_wal" / "00000003.history").write_text("1\t0/100\tno recovery target specified\n")
+
+    reader = ArchiveReader(f"cp {folder}/archive/%f %p", Server())
+
+    async def present() -> History:
+        return OLD
+
+    async def copies(_: History) -> tuple[Path, Path] | None:
+        return folder / "snapshot", Path("pg_wal")
+
+    async def run() -> None:
+        folders = LogFolders(folder / "journal", SMALL)
+        unmounted = PostgresJournal(folders, reader, present, lambda _: None, lambda: OLD)
+        unmounted.look_into(copies)
+        for timeline in (2, 3):
+            assert (await unmounted.lineage(history("111", timeline))).forks == ((1, 0x100),)
+        assert {found.name for found in (folder / "journal").iterdir()} == {"00000002.history", "00000003.history"}
+        assert await unmounted.is_void()
+        put(folder / "journal", 111, 4)  # as for a replay
+        assert await unmounted.is_void()
+
+    asyncio.run(run())
+
+
 def test_the_log_of_the_present_life_stays_while_its_first_base_is_made(folder: Path) -> None:
     put(folder / "journal", 111, *range(1, 6))
     folders = LogFolders(folder / "journal", SMALL)
