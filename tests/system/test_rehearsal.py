@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from connectors.databases.postgres.assembly import sockets_folder
+from tests.fixtures.preloaded import CHECKOUT
 from tests.fixtures.service import Deployment, deployment
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -90,6 +92,26 @@ def test_what_a_rehearsal_that_was_killed_left_goes_with_the_next_one_or_by_rele
             return
         assert "rehearsed: protected after" in here.trigpoint("check", "--rehearse").stdout
         assert made(here) == before
+
+
+def test_a_rehearsal_that_was_killed_while_it_cleared_up_stands_in_the_way_of_none() -> None:
+    with deployment(16, "directory") as here:
+        here.trigpoint("check")
+        before = made(here)
+        killed = subprocess.run(
+            [sys.executable, "-m", "trigger", "check", "--rehearse", "--config", str(here.config)],
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "TRIGPOINT_FAILPOINT": "rehearsal-cleared:kill"},
+            capture_output=True,
+            timeout=120,
+        )
+        assert killed.returncode == -signal.SIGKILL
+        left = here.state / "rehearsal"
+        assert (left / "catalog.sqlite").exists(), "which knows of points that are gone"
+        assert (left / "journal.begun").exists()
+        shutil.rmtree(left / "journal")
+        assert "rehearsed: protected after" in here.trigpoint("check", "--rehearse").stdout
+        assert [*made(here)[:2], []] == before
+        assert made(here)[2] == ["layout.json"], "which a check keeps where it finds something"
 
 
 def test_a_rehearsal_that_is_refused_since_another_one_is_at_work_takes_nothing_from_it() -> None:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
+LOCK = "lock"
+"""The file in the state folder that whoever works there alone holds."""
 _LINE_LIMIT = 1 << 20
 _ANSWER_LIMIT = 64 << 20
 _REQUEST_SECONDS = 10.0
@@ -48,7 +50,7 @@ def socket_path(state_folder: Path) -> Path:
 def if_free(state_folder: Path) -> Iterator[bool]:
     """Hold the state folder if no other process does, and it is there and ours; gives whether it is held."""
     try:
-        held = lock(state_folder / "lock") if state_folder.is_dir() else None
+        held = lock(state_folder / LOCK) if state_folder.is_dir() else None
     except (NotOursError, OSError):
         held = None
     try:
@@ -67,7 +69,7 @@ def only_one(state_folder: Path, *, passing: str = "") -> Iterator[None]:
     """
     make_passage(state_folder)
     try:
-        held = lock(state_folder / "lock")
+        held = lock(state_folder / LOCK)
     except NotOursError as error:
         raise ConfigError(f"state_folder: {error.message}", hint=error.remedy) from error
     if held is None:

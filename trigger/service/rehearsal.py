@@ -15,11 +15,13 @@ from pathlib import Path
 
 from trigger.config.options import CatalogOptions, Options
 from trigger.errors import TrigpointError
+from trigger.failpoint import reached
 from trigger.model import RecoveryPoint, Severity, State, Verification
 from trigger.ports import Progress
 from trigger.restore.clones import to_its_end
 from trigger.restore.verify import verify
 from trigger.service.connect import Parts
+from trigger.service.control import LOCK, if_free
 from trigger.service.service import Service, alone, begin, preflight, work
 
 SUFFIX = "_rehearsal"
@@ -45,8 +47,8 @@ class Rehearsal:
 async def rehearse(options: Options, progress: Progress) -> Rehearsal:
     """Give how it went to protect what `options` name, to take a point, to restore it and to prove it.
 
-    What was made for it is gone when this ends, on an error and on a cancellation too; what a kill leaves is taken up
-    and removed by the next rehearsal. It costs what a first start costs: a checkpoint and, where the storage copies, a
+    What was made for it is gone when this ends, on an error and on a cancellation too; what a kill leaves is removed
+    before the next rehearsal begins. It costs what a first start costs: a checkpoint and, where the storage copies, a
     copy of the volumes.
 
     Raises:
@@ -54,7 +56,10 @@ async def rehearse(options: Options, progress: Progress) -> Rehearsal:
     """
     apart = _apart(options)
     clock = asyncio.get_running_loop().time
+    killed = await asyncio.to_thread(_forget_killed, apart)
     async with _no_folders_left(apart), alone(apart, suffix=SUFFIX) as parts, _gone_at_the_end(parts):
+        if killed:
+            await _clear(parts)
         await preflight(parts, force=False)
         began = clock()
         progress("protect", 0, 0)
@@ -67,6 +72,23 @@ async def rehearse(options: Options, progress: Progress) -> Rehearsal:
                 raise TrigpointError(f"the point of the rehearsal failed: {point.failure}")
             verification = await _proven(point, parts, progress)
         return Rehearsal(protected - began, taken - protected, clock() - taken, verification)
+
+
+def _forget_killed(apart: Options) -> bool:
+    """Remove what a rehearsal that was killed knew, unless one is at work; gives whether there was one.
+
+    Its catalog and notes would miss snapshots and log that it had removed already. What it made is still found where it
+    is: in the cluster, and in the storage.
+    """
+    if not (apart.state_folder.exists() or apart.storage.folder.exists()):
+        return False
+    with if_free(apart.state_folder) as free:
+        for entry in apart.state_folder.iterdir() if free else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+    return True
 
 
 def _apart(options: Options) -> Options:
@@ -150,11 +172,20 @@ async def _gone_at_the_end(parts: Parts) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await to_its_end(_clear(parts), "what the rehearsal made is removed")
+        await to_its_end(_end(parts), "what the rehearsal made is removed")
+
+
+async def _end(parts: Parts) -> None:
+    await _clear(parts)
+    reached("rehearsal-cleared")
+    await asyncio.to_thread(_remove, parts.options)
 
 
 async def _clear(parts: Parts) -> None:
-    """Remove it all; slots first, for which the server keeps log. What cannot go is told, and goes next time."""
+    """Remove what a rehearsal made in the cluster and in the storage; slots first, for which the server keeps log.
+
+    What cannot go is told, and goes next time.
+    """
     try:
         await parts.database.remove()
     finally:
@@ -163,7 +194,6 @@ async def _clear(parts: Parts) -> None:
             await parts.storage.drop_clone(clone.name)
         for found in await parts.storage.tagged():
             await parts.storage.delete(found.point)
-        await asyncio.to_thread(_remove, parts.options)
 
 
 def _remove(apart: Options) -> None:
