@@ -329,6 +329,10 @@ class Mark:
         return tuple(position for position in known if position is not None)
 
 
+GONE = "its snapshot is gone from the storage"
+"""The failure of a point that was sealed, and why a sealed one is no base."""
+
+
 @dataclass(frozen=True, slots=True)
 class RecoveryPoint:
     """A commit (or a moment), the proofs that it was on disk, and the snapshots that hold it.

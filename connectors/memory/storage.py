@@ -12,6 +12,7 @@ from connectors.memory.world import Kept, World
 from trigger.errors import StorageError
 from trigger.model import (
     Finding,
+    RecoveryPoint,
     Severity,
     Snapshot,
     Space,
@@ -121,6 +122,16 @@ class MemoryStorage:
             Tagged(point, kept.tag, tuple(snapshot for snapshot, _ in kept.cuts.values()), kept.complete)
             for point, kept in sorted(self._world.kept.items())
         ]
+
+    async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        """Give those of which it does not keep every cut."""
+        await asyncio.sleep(0)
+        kept = self._world.kept
+        return {
+            point.id
+            for point in points
+            if point.id not in kept or any(one.volume not in kept[point.id].cuts for one in point.snapshots)
+        }
 
     async def delete(self, point: str) -> None:
         """Forget the snapshots and the tag of a point."""

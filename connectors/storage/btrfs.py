@@ -24,10 +24,10 @@ from functools import partial
 from pathlib import Path
 
 from connectors.storage import libbtrfsutil
+from connectors.storage.glance import absent
 from connectors.storage.removal import remove_copies, remove_tree
 from connectors.storage.sections import BtrfsOptions
 from connectors.storage.shelf import (
-    MENDING,
     Shelf,
     as_storage_error,
     is_inside,
@@ -37,7 +37,7 @@ from connectors.storage.shelf import (
 from connectors.storage.sidecar import Sidecar
 from connectors.threads import Threads
 from trigger.errors import StorageError
-from trigger.model import Finding, Layout, Severity, Snapshot, Space, Volume
+from trigger.model import Finding, Layout, RecoveryPoint, Severity, Snapshot, Space, Volume
 from trigger.ports import Capability, Clone, Progress, Tagged
 
 _COUNTED_SECONDS = 5.0
@@ -168,6 +168,11 @@ class BtrfsStorage:
         with as_storage_error(f"look into {self._shelf.folder}"):
             return await self._threads.run(lambda: [self._shelf.tagged(point, _look) for point in self._shelf.points()])
 
+    async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        """Give the ids of those of `points` of which a snapshot is not there, at a glance."""
+        with as_storage_error(f"look into {self._shelf.folder}"):
+            return await self._threads.run(partial(absent, points, self._shelf.point_folder))
+
     async def delete(self, point: str) -> None:
         """Remove the snapshots and the tag of a point, the tag first; their space comes back some time later."""
         with as_storage_error(f"deletion of {point}", denied=_DELETION_DENIED):
@@ -189,9 +194,7 @@ class BtrfsStorage:
 
     def _clone(self, point: str, name: str, identity: str) -> Clone:
         self._shelf.clone_folder(name)
-        found = self._shelf.tagged(point, _look)
-        if not found.complete:
-            raise StorageError(f"no whole snapshot of {point}", hint=MENDING, retryable=False)
+        found = self._shelf.whole(point, _look)
         self._shelf.require_free()
         clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots], identity)
         try:

@@ -27,10 +27,10 @@ from glob import escape
 from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, Seen, can_reflink
+from connectors.storage.glance import absent
 from connectors.storage.removal import remove_tree
 from connectors.storage.sections import DirectoryOptions
 from connectors.storage.shelf import (
-    MENDING,
     Shelf,
     as_storage_error,
     is_inside,
@@ -41,7 +41,7 @@ from connectors.storage.sidecar import Sidecar
 from connectors.syncfs import flush, open_folder, syncfs
 from connectors.threads import Threads
 from trigger.errors import StorageError
-from trigger.model import Finding, Layout, Severity, Snapshot, Space, Volume
+from trigger.model import Finding, Layout, RecoveryPoint, Severity, Snapshot, Space, Volume
 from trigger.ports import Capability, Clone, Progress, Tagged
 
 
@@ -199,6 +199,11 @@ class DirectoryStorage:
         with as_storage_error(f"look into {self._shelf.folder}"):
             return await self._threads.run(lambda: [self._shelf.tagged(point, _look) for point in self._shelf.points()])
 
+    async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        """Give the ids of those of `points` of which a snapshot is not there, at a glance."""
+        with as_storage_error(f"look into {self._shelf.folder}"):
+            return await self._threads.run(partial(absent, points, self._shelf.point_folder))
+
     async def delete(self, point: str) -> None:
         """Remove the copies and the tag of a point, the tag first."""
         with as_storage_error(f"deletion of {point}"):
@@ -225,9 +230,7 @@ class DirectoryStorage:
         self, point: str, name: str, identity: str, told: Callable[[int, int], None], stop: threading.Event
     ) -> Clone:
         folder = self._shelf.clone_folder(name)
-        found = self._shelf.tagged(point, _look)
-        if not found.complete:
-            raise StorageError(f"no whole snapshot of {point}", hint=MENDING, retryable=False)
+        found = self._shelf.whole(point, _look)
         lists = [(Path(kept.location), _required_list(Path(kept.location))) for kept in found.snapshots]
         total = sum(seen.size for _, listed in lists for seen in listed.files.values())
         shares = Capability.INSTANT_CLONE in self.capabilities

@@ -44,7 +44,8 @@ _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DROPPED = ".dropped"
 _OUTER_POINTS = 2
 """The oldest and the newest one, which thinning leaves."""
-MENDING = "where only its tag is damaged, `trigpoint reconcile` writes that anew"
+_MENDING = "only its tag is damaged, which `trigpoint reconcile` writes anew"
+_GONE = "if it was moved, put it back where it was; without it a restore starts from another point"
 _NOT_A_FOLDER_REMEDY = "move it away, or mend the link and mount what it points to; or correct storage.folder"
 _EACH_ITS_OWN = "each service needs a storage.folder of its own; two would remove what the other makes"
 _GIVEN_UP = "; where that one is given up for good, move its catalog away"
@@ -274,6 +275,14 @@ class Shelf:
             return Tagged(point, None, self._untagged(point), complete=False)
         found = tuple(seen for kept in sidecar.snapshots if (seen := look(kept)) is not None)
         return Tagged(point, sidecar.tag, found, complete=len(found) == len(sidecar.snapshots))
+
+    def whole(self, point: str, look: Callable[[Snapshot], Snapshot | None]) -> Tagged:
+        """Give what there is of a point, as `tagged`; raises `StorageError` where that is not known to be all of it."""
+        found = self.tagged(point, look)
+        if not found.complete:
+            hint = _MENDING if found.tag is None and found.snapshots else _GONE
+            raise StorageError(f"no whole snapshot of {point}", hint=hint, retryable=False)
+        return found
 
     def begin_clone(self, name: str, point: str, volumes: Sequence[str], identity: str) -> Clone:
         """Make the folder of a clone, with what says where it comes from and whose it is: both or neither.

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from tests.conformance.storage_claims import TAG, A, B, silent
-from tests.conformance.storage_rigs import FileRig, names
+from tests.conformance.storage_claims import TAG, A, B, C, every, silent
+from tests.conformance.storage_rigs import FileRig, Rig, names
 from trigger.errors import StorageError
+from trigger.model import EPOCH, Cause, Mark, RecoveryPoint, Snapshot, State
+from trigger.position import History, Position
+
+
+def _sealed(point: str, snapshots: Sequence[Snapshot]) -> RecoveryPoint:
+    mark = Mark(Position(History("memory", "1", 1), 1))
+    return RecoveryPoint(point, 1, State.SEALED, Cause.START, (mark,), EPOCH, snapshots=tuple(snapshots))
+
+
+@every
+async def what_was_taken_off_it_is_told_at_a_glance(rig: Rig) -> None:
+    storage = rig.driver()
+    points = [_sealed(point, await storage.snapshot(rig.volumes, point, TAG)) for point in (A, B, C)]
+    assert await storage.absent(points) == await storage.absent([]) == set()
+    await storage.delete(A)
+    rig.lose_a_volume(B)
+    assert await rig.driver().absent(points) == {A, B}
+    for point in (A, B):
+        with pytest.raises(StorageError, match="no whole snapshot") as refused:
+            await storage.clone(point, "copy", silent)
+        assert "reconcile" not in refused.value.hint, "nothing of it can be mended"
 
 
 async def what_cannot_be_read_is_not_taken_for_gone(rig: FileRig) -> None:

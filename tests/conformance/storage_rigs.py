@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,10 @@ class Rig(Protocol):
 
     def damage_tag(self, point: str) -> None:
         """Flip something in the tag of a point."""
+        ...
+
+    def lose_a_volume(self, point: str) -> None:
+        """Take the snapshot of one of the volumes of a point away, and nothing else."""
         ...
 
 
@@ -84,6 +89,13 @@ class FileRig:
     def damage_tag(self, point: str) -> None:
         sidecar = self.folder / tag_name(point) / "point.json"
         sidecar.write_bytes(sidecar.read_bytes().replace(b"before", b"behind"))
+
+    def lose_a_volume(self, point: str) -> None:
+        copy = self.folder / tag_name(point) / "wal"
+        if self.make_volume is make_subvolume:
+            libbtrfsutil.delete_subvolume(copy, recursive=False)
+        else:
+            shutil.rmtree(copy)
 
     @contextlib.contextmanager
     def away(self, point: str) -> Iterator[None]:
@@ -181,6 +193,9 @@ class MemoryRig:
 
     def damage_tag(self, point: str) -> None:
         self.world.kept[point].tag = None
+
+    def lose_a_volume(self, point: str) -> None:
+        del self.world.kept[point].cuts["wal"]
 
 
 def make_subvolume(path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.conformance.storage_rigs import directory
 from tests.fixtures.volumes import failing_volume
 from trigger.errors import AgentError, StorageError
 from trigger.lock import lock
-from trigger.model import Flush, Snapshot, Volume, tag_name
+from trigger.model import Flush, RecoveryPoint, Snapshot, Volume, tag_name
 from trigger.ports import Capability, Clone, Progress, Tagged
 
 CAUGHT = (AssertionError, pytest.fail.Exception, KeyError)
@@ -69,6 +69,11 @@ class ClonesWhatIsLeft(DirectoryStorage):
         copier.living = True
         with patch.object(copier, "told", lambda _: time.sleep(0.005)):
             copier.copy(kept, target)
+
+
+class TakesAFolderForWholeSnapshots(DirectoryStorage):
+    async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        return {point.id for point in points if not self._shelf.point_folder(point.id).exists()}
 
 
 class CutsAgainWhenRepeated(DirectoryStorage):
@@ -228,6 +233,7 @@ BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[No
     (BelievesWhatCameBack, storage_errors_claims.what_came_back_without_a_file_is_not_whole),
     (ClonesWhatIsLeft, storage_errors_claims.a_snapshot_without_a_file_gives_no_clone),
     (ClonesWhatIsLeft, storage_errors_claims.a_point_that_goes_while_it_is_cloned_gives_a_whole_clone_or_none),
+    (TakesAFolderForWholeSnapshots, storage_errors_claims.what_was_taken_off_it_is_told_at_a_glance),
     (CutsAgainWhenRepeated, storage_claims.the_same_point_twice_is_the_same_snapshot),
     (CallsTheUnfinishedComplete, storage_claims.what_a_crash_left_is_shown_as_unfinished_and_deleted),
     (ClonesByHardLink, storage_claims.what_is_written_to_a_clone_reaches_neither_snapshot_nor_volume),

@@ -18,7 +18,7 @@ from tests.simulation.truth import Key
 from tests.simulation.wire import Violation, require
 from trigger.catalog import reconcile, tag
 from trigger.catalog.catalog import Catalog, Found
-from trigger.model import Changes, Commit, CommitRecord, Gap, Mark, Outcome, RecoveryPoint, State
+from trigger.model import GONE, Changes, Commit, CommitRecord, Gap, Mark, Outcome, RecoveryPoint, State
 from trigger.ports import Break
 from trigger.position import History, Position
 
@@ -318,14 +318,14 @@ def check_agreement(
             point.state is not State.SEALED or point.id in simulation.world.kept or point.id in excused,
             f"P5: point {point.number} is a phantom",
         )
-        gone = point.state is State.FAILED and point.failure == reconcile.GONE
+        gone = point.state is State.FAILED and point.failure == GONE
         require(
             not gone or point.id in simulation.lost_snapshots,
             f"P5: point {point.number} is said to be gone, but nobody took its snapshot",
         )
     for kept in simulation.world.kept:
         owner = by_id.get(kept)
-        reported = owner is not None and owner.failure == reconcile.GONE
+        reported = owner is not None and owner.failure == GONE
         sealed = owner is not None and owner.state is State.SEALED
         require(sealed or reported or kept in stuck, f"P5: the snapshot {kept} is an orphan of {owner}")
 

@@ -257,6 +257,31 @@ def test_a_snapshot_deleted_behind_our_back_is_a_phantom_and_its_commit_still_co
     assert deployed.stop() == 0
 
 
+def test_a_snapshot_that_goes_while_the_service_runs_is_shown_and_promised_to_nobody(deployed: Deployment) -> None:
+    _, wanted = _commit(deployed, 2)
+    deployed.settle()
+    plan = deployed.ask("restore", "--to-xid", str(wanted), "--dry-run")["base"]
+    number, before = plan["number"], [finding["message"] for finding in deployed.ask("check")]
+    folder, elsewhere = deployed.root / "snapshots" / f"trg-{plan['id']}", deployed.root / "moved"
+    folder.rename(elsewhere)
+    gone = f"of point {number} a snapshot is gone from the storage"
+    deployed.wait_for(lambda: any(gone in one for one in deployed.status()["troubles"]), "the trouble")
+    assert [finding["message"] for finding in deployed.ask("check") if finding["message"] not in before] == [gone]
+    (found,) = deployed.ask("find", "--xid", str(wanted))
+    assert found["base"] not in (None, number)
+    said = deployed.trigpoint("restore", "--to-xid", str(wanted), "--dry-run").stdout
+    assert f"not       point {number}: its snapshot is gone from the storage" in said
+    report = deployed.ask("restore", "--to-xid", str(wanted), "--name", "without")
+    assert report["base"] == found["base"]
+    assert f"point {number} is nearer, and left out: its snapshot is gone from the storage" in report["notes"]
+    assert max(_holds(report["conninfo"])) == wanted
+    deployed.trigpoint("clones", "drop", "--yes", "without")
+    elsewhere.rename(folder)
+    deployed.wait_for(lambda: not any(gone in one for one in deployed.status()["troubles"]), "the end of the trouble")
+    assert deployed.ask("restore", "--to-xid", str(wanted), "--dry-run")["base"]["number"] == number
+    assert deployed.stop() == 0
+
+
 def test_a_storage_that_is_not_mounted_is_refused_at_start_and_no_point_is_given_up(deployed: Deployment) -> None:
     made = _commit(deployed)[0]
     deployed.settle()

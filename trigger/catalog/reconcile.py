@@ -14,8 +14,9 @@ from functools import partial
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.presence import MOUNT, is_whole, nothing_of, shows_nothing
 from trigger.errors import StorageError, TrigpointError
-from trigger.model import CommitRecord, Finding, RecoveryPoint, Severity, State
+from trigger.model import GONE, CommitRecord, Finding, RecoveryPoint, Severity, State
 from trigger.ports import Storage, Tagged
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,6 @@ LARGE = 200
 """A tag of more commits is read and written off the event loop: it takes half a second for a hundred thousand."""
 _LEAST_CHARACTERS = 8
 """So little of a tag may a commit take."""
-GONE = "its snapshot is gone from the storage"
-
 
 _WORDS = {
     "adopted": "taken over from the storage",
@@ -78,10 +77,6 @@ class Reconciliation:
         """Give how many points were dealt with in which way, for people; never a list that grows with them."""
         counted = ((len(getattr(self, name)), what) for name, what in _WORDS.items())
         return "; ".join(f"{count} {'point' if count == 1 else 'points'} {what}" for count, what in counted if count)
-
-
-_NOTHING = "the storage shows no snapshot at all, and in the catalog {} sealed"
-_MOUNT = "mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss"
 
 
 ONLY_IT_KNEW = "failed and expired points, missed commits, open gaps, results of verifications"
@@ -136,8 +131,8 @@ async def reconcile(
     in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
     in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
     sealed = sum(point.state is State.SEALED for point in in_catalog.values())
-    if _shows_nothing(sealed, len(in_storage)) and not accept_loss:
-        raise StorageError(_nothing_of(sealed), hint=_MOUNT)
+    if shows_nothing(sealed, len(in_storage)) and not accept_loss:
+        raise StorageError(nothing_of(sealed), hint=MOUNT)
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
     for pruned in sorted(await catalog.pruned_among(in_storage.keys() - in_catalog.keys())):
@@ -151,28 +146,6 @@ async def reconcile(
     if done:
         log.warning("reconciled: %s", done.words())
     return done
-
-
-async def look(catalog: Catalog, storage: Storage) -> Finding | None:
-    """Give why `reconcile` would refuse to make catalog and storage agree, as each start does; None where it would not.
-
-    Of a storage that cannot be read it says nothing.
-    """
-    sealed = (await catalog.totals()).points.get(State.SEALED, 0)
-    try:
-        if _shows_nothing(sealed, (await storage.space()).snapshots):
-            return Finding("storage", Severity.REFUSED, _nothing_of(sealed), _MOUNT)
-    except StorageError:
-        pass
-    return None
-
-
-def _shows_nothing(sealed: int, in_storage: int) -> bool:
-    return sealed > 0 and not in_storage
-
-
-def _nothing_of(sealed: int) -> str:
-    return _NOTHING.format("one point is" if sealed == 1 else f"{sealed} points are")
 
 
 async def _concerned(catalog: Catalog, in_storage: Collection[str]) -> list[RecoveryPoint]:
@@ -197,7 +170,7 @@ async def _settle_point(
                 await catalog.fail(point, INTERRUPTED)
                 done.failed.append(point.id)
         case State.SEALED if found is None or not found.complete:
-            if found is not None and _is_whole(found, point):
+            if found is not None and is_whole(found, point):
                 await _mend(catalog, storage, point, done)
             else:
                 await catalog.fail(point, GONE)
@@ -217,15 +190,9 @@ async def _settle_point(
                 done.removed.append(point.id)
 
 
-def _is_whole(found: Tagged, point: RecoveryPoint) -> bool:
-    """Whether the storage shows every snapshot of a point, whole; its tag may be damaged."""
-    shown = {kept.volume for kept in found.snapshots}
-    return found.complete or (found.tag is None and {kept.volume for kept in point.snapshots} <= shown)
-
-
 async def _lack(storage: Storage, point: RecoveryPoint, found: Tagged) -> str:
     """Give what is missing of a point that was gone, looked at closely: whoever brings it back may not be done yet."""
-    if not _is_whole(found, point):
+    if not is_whole(found, point):
         return "not every volume is there, whole"
     try:
         return await storage.lack(point.id)

@@ -304,7 +304,7 @@ async def _locate(chosen: Options, database: str | None, history: str | None, wa
         await require_known(database, parts)
         whole = partial(left_out, recovery=parts.recovery, volumes=parts.volumes)
         where: dict[str, Any] = {"stream": database, "history": history, "left_out": whole, **wanted}
-        return await locate(parts.catalog, parts.journal, **where)
+        return await locate(parts.catalog, parts.journal, storage=parts.storage, **where)
 
 
 def _show_found(found: list[Location]) -> None:

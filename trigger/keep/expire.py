@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.presence import away
 from trigger.errors import CatalogError
 from trigger.failpoint import reached
-from trigger.model import RecoveryPoint, State
+from trigger.model import GONE, RecoveryPoint, State
 from trigger.ports import Journal, Storage
 from trigger.position import History, Position
 
@@ -35,14 +36,17 @@ async def give_up_before(first: RecoveryPoint, catalog: Catalog, storage: Storag
     Commits before `first` keep their record and cannot be restored any more. May be repeated.
 
     Raises:
-        CatalogError: `first` is not sealed, so that nothing would be left to restore from.
+        CatalogError: `first` is not sealed, or its snapshot is gone, so that nothing would be left to restore from.
         StorageError: a snapshot could not be removed; its point is expiring, and goes with the next pass.
     """
     if first.state is not State.SEALED:
         raise CatalogError(f"point {first.number} is {first.state}", hint="name a sealed point: trigpoint list")
+    bases = await catalog.bases()
+    if first.id in await away(bases, catalog, storage):
+        raise CatalogError(f"point {first.number}: {GONE}", hint="name a point that is there: trigpoint check")
     going: list[int] = []
     kept: list[int] = []
-    for point in [point for point in await catalog.bases() if point.number < first.number]:
+    for point in [point for point in bases if point.number < first.number]:
         if await is_cloned(storage, point):
             kept.append(point.number)
             continue
@@ -70,7 +74,10 @@ async def expire(catalog: Catalog, storage: Storage, point: RecoveryPoint) -> Re
 
 
 async def release_log(catalog: Catalog, journal: Journal) -> int:
-    """Give how many journal segments were deleted because no kept point needs them, whatever history it is of."""
+    """Give how many journal segments were deleted because no kept point needs them, whatever history it is of.
+
+    A point whose snapshot is gone is one of them while it is sealed: it may come back, and needs its log then.
+    """
     oldest: dict[History, Position] = {}
     for mark in (mark for point in await catalog.bases() for mark in point.marks):
         for start in (mark.replay_from, mark.log_from):

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.presence import away
 from trigger.errors import JournalError, StorageError
 from trigger.keep.expire import GivenUp, expire, give_up_before, is_cloned, release_log
 from trigger.keep.retention import Leads, thin
@@ -149,6 +150,8 @@ class Room:
         if not self._is_needed(space):
             return gone
         bases = await self._catalog.bases()
+        gone_by_itself = await away(bases, self._catalog, self._storage)
+        bases = [base for base in bases if base.id not in gone_by_itself]  # what leads from them is not had by now
         wanted, most = self._wanted(space, len(bases))
         pinned = {clone.point for clone in await self._storage.clones()}
         judged = [base.id for base in bases], wanted, most, replay_limit_bytes, pinned, self.known_log.extents

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from trigger.model import Finding, Snapshot, Space, Volume
+from trigger.model import Finding, RecoveryPoint, Snapshot, Space, Volume
 from trigger.ports.progress import Progress
 
 
@@ -132,6 +132,16 @@ class Storage(Protocol):
 
         Raises:
             StorageError: that cannot be looked at.
+        """
+        ...
+
+    async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        """Give the ids of those of `points` of which a snapshot is not there, at a glance: none is looked into.
+
+        So it may be asked often; only `tagged` says whether what is there is whole.
+
+        Raises:
+            StorageError: that cannot be looked at, which is never taken for gone.
         """
         ...
 

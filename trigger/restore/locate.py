@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple
 
 from trigger.catalog.catalog import Catalog, Found
-from trigger.errors import JournalError, PositionError, RestoreError
+from trigger.catalog.presence import away
+from trigger.errors import JournalError, PositionError, RestoreError, StorageError
 from trigger.model import CommitRecord, Extent, Finding, Gap, Logged, Outcome, RecoveryPoint
-from trigger.ports import Journal
+from trigger.ports import Journal, Storage
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
@@ -71,6 +72,7 @@ async def locate(
     stream: str | None = None,
     history: str | None = None,
     left_out: LeftOut | None = None,
+    storage: Storage | None = None,
 ) -> list[Location]:
     """Give what holds the commits that bear a name or marker, or that lie at a place or time.
 
@@ -87,6 +89,7 @@ async def locate(
         history: only what lies in this one and its past, as a restore takes its name; in the present ones, and for a
             commit in any that was left, if None.
         left_out: gives what the snapshots of a base do not hold; without it they are taken to hold everything.
+        storage: says which snapshots are there; without it all are taken to be.
 
     Raises:
         RestoreError: not exactly one of the four was given, or nothing is known of the history.
@@ -98,6 +101,7 @@ async def locate(
     if journal.replays:
         await journal.catch_up()
     known = replace(await _known(stream, history, catalog, journal), left_out=left_out)
+    known = await _with_what_is_there(known, catalog, storage) if storage is not None else known
     places = _places(place, known.logs) if place is not None else {}
     whole: list[Name] = []
     if place is not None:
@@ -130,7 +134,7 @@ async def locate(
         of = f" of {known.logs[0].history} and its past" if history is not None else ""
         log = None if name is None or stream is not None else "read" if unread else "kept"
         told = [_unknown(await _nowhere(known, of, log))]
-    there = {base.number for base in known.bases}
+    there = {base.number for base in known.bases if not known.unseen and base.id not in known.away}
     return [replace(one, snapshot=one.point if one.point in there else None) for one in (*told, *unread)]
 
 
@@ -153,15 +157,21 @@ class _Known:
     journal: Journal
     extents: Sequence[Extent]
     left_out: LeftOut | None = None
+    away: Collection[str] = ()
+    """The ids of the bases whose snapshots are not there."""
+    unseen: str = ""
+    """Why nobody can say which are there; "" where that can be said."""
 
     async def way(self, target: Target, catalog: Catalog) -> _Way:
         """Give how a target is brought back, or why it is not."""
         if not self.journal.replays:
             return _Way("no log is kept of this database: only points can be brought back, as they were cut")
+        if self.unseen:
+            return _Way(f"it cannot be restored: {self.unseen}")
         left, start = await is_left(target, catalog, self.journal), self.journal.file_start
         try:
             lineage = await self.journal.lineage(target.history)
-            found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=start, left=left)
+            found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=start, left=left, away=self.away)
         except (JournalError, RestoreError) as error:
             if not error.retryable:
                 return _Way(f"it cannot be restored: {error.message}")
@@ -170,17 +180,20 @@ class _Known:
             return _Way(f"not yet restorable: {'; '.join(why)}")
         if self.left_out is not None and (missing := await self.left_out(found.base)):
             return _Way(f"it cannot be restored: {missing[0].message}")
-        number = found.base.number
+        number, beside = found.base.number, "".join(f"; {one}" for one in found.without)
         if found.as_cut:
-            return _Way(f"the snapshot of point {number} ends with it", number, self._before(target, lineage))
-        return _Way(f"a replay from point {number} brings it back", number, number)
+            return _Way(f"the snapshot of point {number} ends with it{beside}", number, self._before(target, lineage))
+        return _Way(f"a replay from point {number} brings it back{beside}", number, number)
 
     def _before(self, target: Target, lineage: Lineage) -> int | None:
         """Give the newest point that holds nothing at or behind a target's place."""
         ceilings = [
             (mark.ceiling.at, base.number)
             for base in self.bases
-            if (mark := base.mark_in(target.history)) and mark.ceiling and lineage.includes(mark.ceiling)
+            if base.id not in self.away
+            and (mark := base.mark_in(target.history))
+            and mark.ceiling
+            and lineage.includes(mark.ceiling)
         ]
         return max((one for one in ceilings if target.at is None or one[0] <= target.at), default=(0, None))[1]
 
@@ -234,6 +247,13 @@ async def _known(stream: str | None, history: str | None, catalog: Catalog, jour
         present = [await meant(history, catalog, journal)]
     logs = [await past(one, journal) for one in present]
     return _Known(logs, await catalog.bases(), await catalog.gaps(), journal, await journal.extents())
+
+
+async def _with_what_is_there(known: _Known, catalog: Catalog, storage: Storage) -> _Known:
+    try:
+        return replace(known, away=await away(known.bases, catalog, storage))
+    except StorageError as error:
+        return replace(known, unseen=str(error))
 
 
 def _places(place: str, logs: Sequence[Lineage]) -> dict[str, int]:

@@ -9,13 +9,13 @@ the journal holds the log from there to the target without a hole.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
 from trigger.errors import RestoreError
-from trigger.model import Extent, Mark, RecoveryPoint, State, to_microseconds
+from trigger.model import GONE, Extent, Mark, RecoveryPoint, State, to_microseconds
 from trigger.position import At, History, Lineage, Place, Position
 from trigger.replay import Replay, Target
 from trigger.restore.histories import based_beside, options
@@ -80,6 +80,11 @@ class Plan:
         return notes
 
     @property
+    def without(self) -> list[str]:
+        """Give the newer bases that would have served, one sentence each, were their snapshots there."""
+        return [f"point {one.number} is nearer, and left out: {GONE}" for one in self.passed_over if one.reason == GONE]
+
+    @property
     def replay(self) -> Replay:
         """What leads a clone of the base to the target."""
         mark, held = self.mark, self.mark.holds_at_most
@@ -103,7 +108,8 @@ class Plan:
             lines.append(f"journal   {_size(self.log_bytes)} from {self.log_from.place}")
         lines += [f"beside    {note}" for note in self.beside]
         lines.append(f"estimate  {_size(self.replay_bytes)} to replay, about {self.estimate_seconds:.1f} s")
-        lines += [f"not       point {number}: {reason}" for number, reason in self.passed_over[:_SHOWN]]
+        told = sorted(self.passed_over, key=lambda one: one.reason != GONE)
+        lines += [f"not       point {number}: {reason}" for number, reason in told[:_SHOWN]]
         if len(self.passed_over) > _SHOWN:
             lines.append(f"          and {len(self.passed_over) - _SHOWN} more")
         return lines
@@ -118,6 +124,7 @@ def plan(
     *,
     file_start: FileStart = unfiled,
     left: bool = False,
+    away: Collection[str] = (),
 ) -> Plan:
     """Give the cheapest way to `target`, which starts from the newest base that fits.
 
@@ -131,14 +138,16 @@ def plan(
         replay_bytes_per_second: how fast this machine replays, measured; above 0.
         file_start: where the file of the log that holds a position begins; a log is read from there.
         left: the database has gone on in another history, so the journal comes no further in this one.
+        away: the ids of points whose snapshots are not there at present; none of them is a base.
 
     Raises:
         RestoreError: the target lies outside the lineage, before the first base, beyond the journal, or behind a
             hole in it; the message names the bound and what can be restored instead. It is retryable where the
             journal may still come to the target.
     """
+    there = [base for base in bases if base.id not in away]
     if target.point:
-        return _by_itself(target, bases, replay_bytes_per_second, file_start)
+        return _by_itself(target, there, replay_bytes_per_second, file_start)
     _require_lineage(target, lineage)
     held = _held(extents, lineage, file_start)
     needed = _last_held(held) if target.is_latest else _needed(target)
@@ -146,19 +155,26 @@ def plan(
     holes: list[tuple[RecoveryPoint, Stretch]] = []
     for base in sorted(bases, key=lambda base: _newest_first(base, target.history)):
         mark = base.mark_in(target.history)
-        if mark is not None and _ends_at(base, mark, target) and lineage.includes(mark.floor):
-            return _as_it_is(base, target, replay_bytes_per_second, passed)
-        if mark is None or (reason := _unfit(base, mark, target, lineage)):
+        exact = mark is not None and _ends_at(base, mark, target) and lineage.includes(mark.floor)
+        if mark is None or (reason := "" if exact else _unfit(base, mark, target, lineage)):
             passed.append(PassedOver(base.number, reason if mark else "it holds nothing of that database"))
             continue
         begin = file_start(mark.log_from)
-        if hole := _first_hole(held, Stretch(begin, max(needed, _limit(mark, target)))):
+        hole = None if exact else _first_hole(held, Stretch(begin, max(needed, _limit(mark, target))))
+        if hole:
             holes.append((base, hole))
-            passed.append(PassedOver(base.number, f"the log between {_between(hole, lineage)} is missing"))
+        if hole or base.id in away:
+            reason = f"the log between {_between(hole, lineage)} is missing" if hole else GONE
+            passed.append(PassedOver(base.number, reason))
             continue
+        if exact:
+            return _as_it_is(base, target, replay_bytes_per_second, passed)
         log = Stretch(begin, _end(target, held, begin))
         return _replayed(base, target, log, replay_bytes_per_second, passed)
-    raise _refusal(target, bases, lineage, held, holes, left=left)
+    refused = _refusal(target, there, lineage, held, holes, left=left)
+    if gone := [str(one.number) for one in passed if one.reason == GONE][:_SHOWN]:
+        refused.message += f"; it could be done from point {', '.join(gone)}, but {GONE}: if it was moved, put it back"
+    raise refused
 
 
 def own(point: RecoveryPoint) -> Target:
@@ -174,7 +190,7 @@ def _by_itself(target: Target, bases: Sequence[RecoveryPoint], rate: float, file
     """
     base = next((base for base in bases if base.id == target.point and base.state is State.SEALED), None)
     if base is None:
-        raise RestoreError(f"{target.description} is not there any more", hint="see trigpoint list")
+        raise RestoreError(f"{target.description} is not there any more", hint="see trigpoint list, trigpoint check")
     bracket = _mark(base, target.history).bracket
     if bracket is None:
         return _as_it_is(base, target, rate, ())

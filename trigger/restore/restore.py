@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+from trigger.catalog.presence import away, is_gone
 from trigger.errors import RestoreError, StorageError
 from trigger.failpoint import reached
-from trigger.model import State
 from trigger.ports import Clone, Journal, Progress
 from trigger.position import At, History, Position
 from trigger.replay import Running, Target
@@ -59,7 +59,7 @@ class Report:
     """How long each step took, in order: clone, stage, replay, prove."""
     checks: tuple[tuple[str, bool, str], ...]
     notes: tuple[str, ...]
-    """What a clone cannot have."""
+    """Which nearer points were left out since their snapshots are gone, and what a clone cannot have."""
 
 
 @dataclass(slots=True)
@@ -74,25 +74,31 @@ class Raised:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-async def prepare(target: Target, site: Site, *, wait_seconds: float = JOURNAL_WAIT_SECONDS) -> Plan:
+async def prepare(
+    target: Target, site: Site, *, wait_seconds: float = JOURNAL_WAIT_SECONDS, without: Collection[str] = ()
+) -> Plan:
     """Give the plan for `target` and change nothing; what `--dry-run` prints.
 
-    A target that the journal has not come to yet is waited for, no longer than `wait_seconds`.
+    A target that the journal has not come to yet is waited for, no longer than `wait_seconds`. What starts from a
+    point whose snapshot the storage does not show, or from one `without` which it is to go (ids), is no plan.
 
     Raises:
         RestoreError: the target cannot be reached, or what it starts from does not hold all of the cluster; the message
             says precisely why not.
         JournalError, CatalogError: the journal or the catalog cannot be read.
+        StorageError: the storage cannot be looked at, or shows nothing at all.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + wait_seconds
     while True:
         lineage, file_start = await site.journal.lineage(target.history), site.journal.file_start
         bases, extents = await site.catalog.bases(), await site.journal.extents()
-        left = await is_left(target, site.catalog, site.journal)
+        left, gone = await is_left(target, site.catalog, site.journal), await away(bases, site.catalog, site.storage)
         try:
             rate = site.replay_bytes_per_second
-            found = plan(target, bases, extents, lineage, rate, file_start=file_start, left=left)
+            found = plan(
+                target, bases, extents, lineage, rate, file_start=file_start, left=left, away=gone.union(without)
+            )
         except RestoreError as error:
             if not error.retryable:
                 raise
@@ -126,15 +132,17 @@ async def restore(target: Target, site: Site, *, progress: Progress, name: str =
         TrigpointError: it cannot be done or was not proven; nothing is left behind. So after a cancellation.
     """
     name = clone_name(name) if name else new_name("clone")
+    lost: list[str] = []
     while True:
-        found = await prepare(target, site)
+        found = await prepare(target, site, without=lost)
         await require_room(found, site)
         try:
             return await _restored(found, site, name, progress)
         except StorageError:
-            if not await _expired(found, site):
+            if not await is_gone(found.base, site.catalog, site.storage):
                 raise
-            log.info("point %d expired while it was to be cloned; planning anew", found.base.number)
+            lost.append(found.base.id)
+            log.warning("point %d went while it was to be cloned; planning anew", found.base.number)
 
 
 async def _restored(found: Plan, site: Site, name: str, progress: Progress) -> Report:
@@ -144,11 +152,6 @@ async def _restored(found: Plan, site: Site, name: str, progress: Progress) -> R
         await asyncio.to_thread(clone_records.remove_folder, up.log_folder)  # replayed; the clone goes on without it
         await asyncio.to_thread(clone_records.finish, site.records_folder, _record(up, site, checks))
     return _report(up, checks)
-
-
-async def _expired(found: Plan, site: Site) -> bool:
-    """Whether the base went away between the plan and the clone; the next plan has another, so this ends."""
-    return (await site.catalog.point(found.base.id)).state is not State.SEALED
 
 
 @contextlib.asynccontextmanager
@@ -256,7 +259,7 @@ def _report(up: Raised, checks: tuple[tuple[str, bool, str], ...]) -> Report:
         replay_bytes=up.plan.replay_bytes,
         seconds=up.seconds,
         checks=checks,
-        notes=(*up.plan.beside, *up.running.notes),
+        notes=(*up.plan.beside, *up.plan.without, *up.running.notes),
     )
 
 
@@ -268,7 +271,7 @@ def _record(up: Raised, site: Site, checks: tuple[tuple[str, bool, str], ...]) -
         created_at=site.clock.now(),
         conninfo=up.running.conninfo,
         data_directory=str(up.running.data_directory),
-        notes=(*up.plan.beside, *up.running.notes),
+        notes=(*up.plan.beside, *up.plan.without, *up.running.notes),
         history=str(up.running.history),
         stands_at=str(Position(up.plan.target.history, up.running.replayed)),
         checks=checks,

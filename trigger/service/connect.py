@@ -17,7 +17,8 @@ from stat import S_IFREG
 
 from trigger import host
 from trigger.catalog.catalog import Catalog, Upgrade
-from trigger.catalog.reconcile import look, lost
+from trigger.catalog.presence import look
+from trigger.catalog.reconcile import lost
 from trigger.config.drivers import driver, know_places
 from trigger.config.options import Options
 from trigger.errors import AgentError, CatalogError, ConfigError, DatabaseError, StorageError, remedy
@@ -131,7 +132,7 @@ async def connect(
             await refuse_lost(catalog, storage)
         database.recognise(await catalog.seen())
         journal = driver("journal", options.journal.driver)(options.journal, database, layout, options.journal_folder)
-        journal.look_into(partial(newest_copy, catalog, volumes, layout.log))
+        journal.look_into(partial(newest_copy, catalog, storage, volumes, layout.log))
         recovery = driver("recovery", options.database.driver)(options.restore, database, layout, volumes, options.name)
         agents = [driver("agent", options.agent.driver)(options.agent, gethostname(), options.state_folder)]
         if (
@@ -161,16 +162,19 @@ async def refuse_lost(catalog: Catalog, storage: Storage) -> None:
 
 
 async def newest_copy(
-    catalog: Catalog, volumes: Sequence[Volume], path: Path, history: History
+    catalog: Catalog, storage: Storage, volumes: Sequence[Volume], path: Path, history: History
 ) -> tuple[Path, Path] | None:
     """Give (a volume's snapshot, where in it), of what lies at a path of production, as it was last in a history.
 
-    None where no point that is one instant was sealed there.
+    None where no point that is one instant was sealed there, or none of those has its snapshots.
     """
     roots = {volume.name: Path(volume.path).resolve() for volume in volumes}
     within = [name for name, root in roots.items() if path.is_relative_to(root)]
     volume = max(within, key=lambda name: len(roots[name].parts), default="")
-    for base in reversed(await catalog.bases()):
+    bases, gone = await catalog.bases(), set[str]()
+    with contextlib.suppress(StorageError):  # of one that cannot be looked at, each that is looked into says so
+        gone = await storage.absent(bases)
+    for base in reversed([base for base in bases if base.id not in gone]):
         mark = base.mark_in(history)
         if mark is None or mark.ceiling is None or mark.ceiling.history != history or mark.bracket is not None:
             continue

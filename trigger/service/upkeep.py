@@ -1,7 +1,7 @@
 """What is done every so often beside the main path, and what of it is not done at present.
 
 Snapshots are thinned and old log is let go of, checkpoints are asked for, the journal is audited, and it is looked
-whether the cluster still lies where it is protected.
+whether the cluster still lies where it is protected, and the snapshots where they are kept.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from trigger.catalog.presence import Watch
 from trigger.errors import DatabaseError, TrigpointError
 from trigger.keep.expire import release_log
 from trigger.keep.retention import longest_replay
@@ -69,6 +70,9 @@ class Upkeep:
     """Whether a later start knows that they are kept where they are."""
     log_may_go: bool = True
     """Whether points went since log was last let go of; before a first time nobody knows."""
+    replaced: int = 0
+    """The newest point for which a new base was asked for, since its snapshot was gone."""
+    shown: Watch = field(default_factory=Watch)
 
     def acts(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """Give everything that is to run for ever, by name."""
@@ -79,6 +83,7 @@ class Upkeep:
         yield "audit", self._every(AUDIT_SECONDS, self.audit_journal, "the journal is not audited")
         yield "streams", self._every(WATCH_SECONDS, self.watch_streams, "it is not known how far the streams are")
         yield "old points", self._every(PRUNE_SECONDS, self.prune, "what expired long ago stays in the catalog")
+        yield "snapshots", self._every(WATCH_SECONDS, self.watch_snapshots, "it is not known what snapshots are there")
         yield "clones", self._every(CLONES_SECONDS, self.clear_clones, "what killed restores left is not removed")
         yield "places", self._every(PLACES_SECONDS, self.watch_places, "it is not known where the cluster lies")
 
@@ -131,7 +136,9 @@ class Upkeep:
             self.log_may_go = True
         what = "the restore objective is not kept"
         if gone or what in self.troubles:
-            self._note_long_replays(what, longest_replay(await self.parts.catalog.bases()))
+            bases = await self.parts.catalog.bases()
+            there = [base for base in bases if base.number not in self.shown.gone]
+            self._note_long_replays(what, longest_replay(there))
 
     async def release_log(self) -> None:
         """Let go of log that no kept point needs: beside thinning, which must not wait for the journal's disk."""
@@ -154,6 +161,15 @@ class Upkeep:
             if await catalog.prune(before, PRUNE_POINTS) < PRUNE_POINTS:
                 break
         await catalog.give_back(GIVE_BACK_PAGES)
+
+    async def watch_snapshots(self) -> None:
+        """Show the sealed points whose snapshots are gone; where the newest one's is, a new base is taken."""
+        await self.shown.look(self.parts.catalog, self.parts.storage)
+        self.show("snapshots are gone", self.shown.trouble)
+        base = self.agenda.base
+        if base is not None and base.number in self.shown.gone and base.number != self.replaced:
+            self.replaced = base.number
+            await self._new_base(f"the snapshot of point {base.number} is gone")
 
     async def clear_clones(self) -> None:
         """Remove what restores left that were killed; where somebody else's server works in it, show that."""

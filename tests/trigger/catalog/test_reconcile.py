@@ -11,11 +11,11 @@ import pytest
 
 from connectors.memory import Kept, MemoryStorage, World
 from tests.simulation.virtual import VirtualLoop, inline
-from trigger.catalog import reconcile, tag
+from trigger.catalog import presence, reconcile, tag
 from trigger.catalog.catalog import Catalog
-from trigger.catalog.reconcile import GONE, INTERRUPTED, Reconciliation
+from trigger.catalog.reconcile import INTERRUPTED, Reconciliation
 from trigger.errors import StorageError
-from trigger.model import Cause, CommitRecord, Mark, Outcome, RecoveryPoint, Severity, State, Volume, point_id
+from trigger.model import GONE, Cause, CommitRecord, Mark, Outcome, RecoveryPoint, Severity, State, Volume, point_id
 from trigger.position import History, Name, Position
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -259,7 +259,7 @@ def test_a_storage_that_shows_nothing_is_believed_by_the_operators_word_alone(po
     async def act(stage: Stage) -> None:
         made = [await stage.sealed(number + 1) for number in range(points)]
         stage.world.kept.clear()
-        finding = await reconcile.look(stage.catalog, stage.storage)
+        finding = await presence.look(stage.catalog, stage.storage)
         assert finding is not None
         assert "--accept-loss" in finding.remedy
         with pytest.raises(StorageError, match="shows no snapshot at all") as refused:
@@ -268,7 +268,7 @@ def test_a_storage_that_shows_nothing_is_believed_by_the_operators_word_alone(po
         assert [await stage.state(point) for point in made] == [State.SEALED] * points
         done = await reconcile.reconcile(stage.catalog, stage.storage, accept_loss=True)
         assert done.phantoms == [point.id for point in made]
-        assert await reconcile.look(stage.catalog, stage.storage) is None
+        assert await presence.look(stage.catalog, stage.storage) is None
 
     play(act)
 

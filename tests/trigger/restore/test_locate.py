@@ -55,6 +55,27 @@ def test_a_coalesced_commit_lies_between_two_points(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
+def test_nothing_is_promised_of_a_snapshot_that_is_gone(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        first = await it.point()
+        it.commit()
+        second = await it.point()
+        commit = it.commit()
+        third = await it.point()
+        for point in (second, third):
+            it.world.kept.pop(point.id)
+        found = await only(it, name=commit.name, storage=it.site.storage)
+        assert (found.where, found.base, found.after) == (Where.POINT, first.number, first.number)
+        assert (found.point, found.snapshot) == (third.number, None)
+        it.world.kept.clear()
+        found = await only(it, name=commit.name, storage=it.site.storage)
+        assert (found.base, found.snapshot) == (None, None)
+        assert "cannot be restored: the storage shows no snapshot at all" in found.reason
+
+    run(tmp_path, story)
+
+
 def test_a_missed_commit_is_in_a_gap_with_its_reason(tmp_path: Path) -> None:
     async def story(it: Bank) -> None:
         first = it.commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -21,7 +22,7 @@ from trigger.model import (
 )
 from trigger.position import History, Lineage, Name, Position
 from trigger.replay import Target
-from trigger.restore.planner import HeldLog, Plan, plan
+from trigger.restore.planner import HeldLog, Plan, own, plan
 
 SEGMENT = 0x1000
 HISTORY = History("postgres", "7", 1)
@@ -64,8 +65,14 @@ def before(lsn: int, history: History = HISTORY) -> Target:
     return Target(history, Lsn(lsn), False, "before commit 77")
 
 
-def make(target: Target, *bases: RecoveryPoint, extents: tuple[Extent, ...] = WHOLE, left: bool = False) -> Plan:
-    return plan(target, bases, extents, LINEAGE, 1000.0, file_start=file_start, left=left)
+def make(
+    target: Target,
+    *bases: RecoveryPoint,
+    extents: tuple[Extent, ...] = WHOLE,
+    left: bool = False,
+    away: Collection[str] = (),
+) -> Plan:
+    return plan(target, bases, extents, LINEAGE, 1000.0, file_start=file_start, left=left, away=away)
 
 
 def test_the_newest_base_that_ends_before_the_commit_record_is_chosen() -> None:
@@ -76,6 +83,30 @@ def test_the_newest_base_that_ends_before_the_commit_record_is_chosen() -> None:
     assert (found.replay_from, found.replay_to, found.log_from) == (at(0x1000), 0x3030, at(0x2F00))
     assert (found.log_bytes, found.replay_bytes) == (0x3030 - 0x2000, 0x3030 - 0x1000)
     assert found.estimate_seconds == pytest.approx(0x2030 / 1000)
+
+
+def test_a_base_whose_snapshot_is_gone_is_passed_over_and_named() -> None:
+    oldest, older, nearest = base(1, 0x2000, 0x2100), base(2, 0x2800, 0x2900), base(3, 0x2F00, 0x3000)
+    ended, late = base(4, 0x3030, 0x3030), base(5, 0x3100, 0x3200)
+    away = {one.id for one in (older, nearest, ended, late)}
+    found = make(commit(0x3000, 0x3030), oldest, older, nearest, ended, late, away=away)
+    assert (found.base.number, found.as_cut) == (1, False)
+    gone = "its snapshot is gone from the storage"
+    assert [number for number, reason in found.passed_over if reason == gone] == [4, 3, 2]
+    assert found.without == [f"point {number} is nearer, and left out: {gone}" for number in (4, 3, 2)]
+    newer = [base(number, 0x4000, 0x4100 + number) for number in range(6, 16)]
+    found = make(commit(0x3000, 0x3030), oldest, nearest, *newer, away=away)
+    assert "not       point 3: its snapshot is gone from the storage" in found.describe(), (
+        "though there are many others"
+    )
+    early = (Extent(HISTORY, Lsn(0x3000), Lsn(0x9000)),)
+    with pytest.raises(RestoreError, match="is missing on the way") as refused:
+        make(commit(0x3000, 0x3030), oldest, nearest, late, extents=early, away=away)
+    assert "could be done" not in str(refused.value), "nor could it be from that one"
+    with pytest.raises(RestoreError, match=f"early enough .*; it could be done from point 3, 2, but {gone}"):
+        make(commit(0x3000, 0x3030), older, nearest, late, away=away - {late.id})
+    with pytest.raises(RestoreError, match="is not there any more"):
+        make(own(nearest), nearest, away=away)
 
 
 def test_a_snapshot_that_ends_exactly_at_the_commit_is_used_as_it_is() -> None:

@@ -16,7 +16,7 @@ from tests.fixtures.bank import Bank, Breaking, nothing_left, quiet, run, two_po
 from trigger.errors import JournalError, RestoreError, StorageError
 from trigger.keep.expire import expire
 from trigger.model import Cause
-from trigger.ports import Capability
+from trigger.ports import Capability, Clone, Progress
 from trigger.position import Name
 from trigger.restore.clones import Site, drop
 from trigger.restore.restore import prepare, restore
@@ -48,6 +48,50 @@ def test_every_commit_of_a_history_comes_back_exactly(tmp_path: Path) -> None:
         assert nothing_left(it)
 
     run(tmp_path, story)
+
+
+class LosesWhileItClones(MemoryStorage):
+    """A storage that loses a snapshot after a plan was made with it."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.world = world
+        self.loses: list[str] = []
+
+    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+        for lost in self.loses:
+            self.world.kept.pop(lost, None)
+        return await super().clone(point, name, progress, identity=identity)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_restore_goes_on_without_a_base_whose_snapshot_is_gone_and_says_so(late: bool, tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        points = []
+        for _ in range(3):
+            it.commit()
+            points.append(await it.point())
+        wanted = it.commit()
+        it.commit()
+        await it.point()
+        assert isinstance(it.site.storage, LosesWhileItClones)
+        if late:
+            it.site.storage.loses = [point.id for point in points[1:]]
+        else:
+            it.world.kept.pop(points[2].id)
+        target = await it.resolve(Named(name=wanted.name))
+        report = await restore(target, it.site, progress=quiet, name="one")
+        assert report.base == points[0 if late else 1].number
+        assert it.held("one") == it.at_or_before(wanted)
+        left_out = points[1:] if late else points[2:]
+        gone = "is nearer, and left out: its snapshot is gone from the storage"
+        assert list(report.notes[: len(left_out)]) == [f"point {one.number} {gone}" for one in reversed(left_out)]
+        it.world.kept.clear()
+        for asked in (prepare(target, it.site), restore(target, it.site, progress=quiet)):
+            with pytest.raises(StorageError, match="shows no snapshot at all"):
+                await asked
+
+    run(tmp_path, story, LosesWhileItClones)
 
 
 def test_a_copy_that_is_not_one_instant_comes_back_exactly_too(tmp_path: Path) -> None:

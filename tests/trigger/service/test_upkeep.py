@@ -167,3 +167,31 @@ def test_points_that_expired_long_ago_go_from_the_catalog_a_bounded_number_at_a_
     assert catalog.asked == [(now - timedelta(days=1), PRUNE_POINTS)] * calls
     assert catalog.given_back == [GIVE_BACK_PAGES]
     assert CatalogOptions().keep_expired_seconds == 30 * 86_400
+
+
+def test_points_whose_snapshots_are_gone_are_shown_and_the_newest_is_replaced_once() -> None:
+    async def act(shelves: Shelves) -> None:
+        async def checkpoint() -> None:
+            """Do as if."""
+
+        database = SimpleNamespace(checkpoint=checkpoint)
+        parts: Any = SimpleNamespace(catalog=shelves.catalog, storage=shelves.storage, database=database)
+        points = [await shelves.sealed_at(number, number * 1000) for number in (1, 2, 3)]
+        agenda = Agenda(PointOptions(), points[-1])
+        upkeep = Upkeep(parts, Window((), {}, Rules(()).judge), agenda, shelves.room)
+        await upkeep.watch_snapshots()
+        assert upkeep.troubles == {}
+        older = shelves.world.kept.pop(points[0].id)
+        await upkeep.watch_snapshots()
+        (why,) = upkeep.troubles.values()
+        assert why.startswith("of point 1 a snapshot is gone from the storage; put back what was moved")
+        assert not agenda.demands, "the newest base stands"
+        newest = shelves.world.kept.pop(points[2].id)
+        for _ in range(2):
+            await upkeep.watch_snapshots()
+        assert [demand.note for demand in agenda.demands] == ["the snapshot of point 3 is gone"]
+        shelves.world.kept |= {points[0].id: older, points[2].id: newest}
+        await upkeep.watch_snapshots()
+        assert upkeep.troubles == {}
+
+    play(act)

@@ -1,0 +1,138 @@
+"""Whether the storage shows what the catalog promises: the snapshots of sealed points. Nothing is changed by it.
+
+They may go while nobody looks, by hand or with a filesystem. A storage that shows none of them at all is more likely
+not mounted than emptied, and nobody is told then that they are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from trigger.catalog.catalog import Catalog
+from trigger.errors import StorageError
+from trigger.model import Finding, RecoveryPoint, Severity, State
+from trigger.ports import Storage, Tagged
+
+AT_ONCE = 100
+"""How many points a watch looks at: reading them from the catalog takes ten milliseconds, for which a seal waits."""
+_NAMED = 5
+_NOTHING = "the storage shows no snapshot at all, and in the catalog {} sealed"
+MOUNT = "mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss"
+_BACK = (
+    "put back what was moved, and it serves again; what is gone for good is given up by the next start, and its commits"
+    " are restored from the points before"
+)
+
+
+def shows_nothing(sealed: int, in_storage: int) -> bool:
+    """Whether so many points are sealed and the storage shows nothing of ours."""
+    return sealed > 0 and not in_storage
+
+
+def nothing_of(sealed: int) -> str:
+    """Give in words that the storage shows none of so many sealed points."""
+    return _NOTHING.format("one point is" if sealed == 1 else f"{sealed} points are")
+
+
+def is_whole(found: Tagged, point: RecoveryPoint) -> bool:
+    """Whether the storage shows every snapshot of a point, whole; its tag may be damaged."""
+    shown = {kept.volume for kept in found.snapshots}
+    return found.complete or (found.tag is None and {kept.volume for kept in point.snapshots} <= shown)
+
+
+async def missing(points: Sequence[RecoveryPoint], catalog: Catalog, storage: Storage) -> set[str]:
+    """Give the ids of those of `points` of which a snapshot is gone, though they are sealed still.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    absent = await storage.absent(points)
+    return {point.id for point in await catalog.having(absent) if point.state is State.SEALED} if absent else set()
+
+
+async def away(bases: Sequence[RecoveryPoint], catalog: Catalog, storage: Storage) -> set[str]:
+    """Give what `missing` gives of all sealed points.
+
+    Raises:
+        StorageError: it cannot be looked at, or shows none of them.
+    """
+    found = await missing(bases, catalog, storage)
+    if found and len(found) == len(bases):
+        raise StorageError(nothing_of(len(bases)), hint=MOUNT)
+    return found
+
+
+async def is_gone(point: RecoveryPoint, catalog: Catalog, storage: Storage) -> bool:
+    """Whether a point of which no clone could be made is none to restore from: expired, or not whole any more.
+
+    What the storage does not let be looked at is not taken for gone. Raises `CatalogError`.
+    """
+    if (await catalog.point(point.id)).state is not State.SEALED:
+        return True
+    try:
+        return not any(found.point == point.id and is_whole(found, point) for found in await storage.tagged())
+    except StorageError:
+        return False
+
+
+async def look(catalog: Catalog, storage: Storage) -> Finding | None:
+    """Give which sealed points the storage does not show; refused where a start would be. None where all are there.
+
+    Of a storage that cannot be read it says nothing.
+    """
+    bases = await catalog.bases()
+    try:
+        if shows_nothing(len(bases), (await storage.space()).snapshots):
+            return Finding("storage", Severity.REFUSED, nothing_of(len(bases)), MOUNT)
+        gone = await missing(bases, catalog, storage)
+    except StorageError:
+        return None
+    if not gone:
+        return None
+    return Finding("storage", Severity.WARNING, words([point.number for point in bases if point.id in gone]), _BACK)
+
+
+def words(numbers: Collection[int]) -> str:
+    """Give in words that the snapshots of some points are gone; never a list that grows with them."""
+    named = ", ".join(map(str, sorted(numbers)[:_NAMED]))
+    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+    return f"of {'point' if len(numbers) == 1 else 'points'} {named}{more} a snapshot is gone from the storage"
+
+
+class Watch:
+    """Looks again and again which sealed points the storage shows, `AT_ONCE` at a time, the newest first."""
+
+    def __init__(self) -> None:
+        self._below: int | None = None
+        self._turn = 0
+        self._gone: dict[int, int] = {}
+        """The numbers of those that are gone, and in which turn that was seen last."""
+
+    @property
+    def gone(self) -> Collection[int]:
+        """The numbers of the points that were gone when they were looked at last."""
+        return self._gone.keys()
+
+    @property
+    def trouble(self) -> str:
+        """What is gone, and what to do; "" for nothing."""
+        return f"{words(self.gone)}; {_BACK}" if self._gone else ""
+
+    async def look(self, catalog: Catalog, storage: Storage) -> None:
+        """Look at the next ones.
+
+        Raises:
+            StorageError: it cannot be looked at, or shows nothing at all.
+            CatalogError: the catalog cannot be read.
+        """
+        page = await catalog.points(states={State.SEALED}, limit=AT_ONCE, before_number=self._below)
+        gone = await missing(page, catalog, storage)
+        if gone and len(gone) == len(page) and not (await storage.space()).snapshots:
+            raise StorageError(nothing_of((await catalog.totals()).points[State.SEALED]), hint=MOUNT)
+        for point in page:
+            self._gone.pop(point.number, None)
+        self._gone |= {point.number: self._turn for point in page if point.id in gone}
+        self._below = page[-1].number if len(page) == AT_ONCE else None
+        if self._below is None:  # a turn is done: what was not seen again in it is sealed no more
+            self._gone = {number: turn for number, turn in self._gone.items() if turn == self._turn}
+            self._turn += 1
