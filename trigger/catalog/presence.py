@@ -70,7 +70,8 @@ async def is_gone(point: RecoveryPoint, catalog: Catalog, storage: Storage) -> b
     if (await catalog.point(point.id)).state is not State.SEALED:
         return True
     try:
-        return not any(found.point == point.id and is_whole(found, point) for found in await storage.tagged())
+        shown = any(found.point == point.id and is_whole(found, point) for found in await storage.tagged())
+        return not shown or bool(await storage.lack(point.id))
     except StorageError:
         return False
 

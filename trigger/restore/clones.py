@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trigger.catalog.catalog import Catalog
-from trigger.catalog.reconcile import look
+from trigger.catalog.presence import look
 from trigger.errors import RestoreError, TrigpointError
 from trigger.model import Address, Severity, Volume
 from trigger.ports import Clock, Clone, Journal, Recovery, Storage
