@@ -28,7 +28,7 @@ from trigger.position import History
 from trigger.protect.logs import Logs
 from trigger.restore.clones import Site
 from trigger.restore.swap import mixed
-from trigger.service import costs, kept_log, kept_points, surroundings
+from trigger.service import costs, kept, surroundings
 from trigger.shape import data
 from trigger.trusted import replace_file, why_not_ours
 
@@ -252,7 +252,7 @@ async def check(parts: Parts) -> list[Finding]:
     findings += [taken for taken in claims if taken is not None]
     if claims[-1] is None:
         findings += await _agreement(parts)
-    if (unseen := await kept_log.look(parts.options, parts.journal)) is not None:
+    if (unseen := await kept.missed_log(parts.options, parts.journal)) is not None:
         findings.append(unseen)
     findings += await parts.journal.check()
     findings.append(await asyncio.to_thread(_cost, parts))
@@ -272,7 +272,7 @@ async def _agreement(parts: Parts) -> list[Finding]:
         seen = (
             await look(parts.catalog, parts.storage),
             await lost(parts.catalog, parts.storage),
-            await kept_points.look(parts.options, parts.catalog, parts.storage),
+            await kept.missed_points(parts.options, parts.catalog, parts.storage),
         )
         return [finding for finding in seen if finding is not None]
     return []

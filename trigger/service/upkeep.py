@@ -25,7 +25,7 @@ from trigger.protect.agenda import Agenda
 from trigger.protect.behind import Behind
 from trigger.protect.window import Window
 from trigger.restore.leftovers import clear
-from trigger.service import kept_log, kept_points
+from trigger.service import kept
 from trigger.service.connect import Parts, keep_layout, layout_files
 
 log = logging.getLogger(__name__)
@@ -201,9 +201,9 @@ class Upkeep:
     async def note_kept(self) -> None:
         """Note durably, once, that points and log are kept where they are: a later start misses what is not there."""
         if not self.log_is_noted:
-            self.log_is_noted = await kept_log.note(self.parts.options, self.parts.journal)
+            self.log_is_noted = await kept.note_log(self.parts.options, self.parts.journal)
         if not self.points_are_noted:
-            self.points_are_noted = await kept_points.note(self.parts.options, self.parts.catalog)
+            self.points_are_noted = await kept.note_points(self.parts.options, self.parts.catalog)
 
     async def audit_journal(self) -> None:
         """Look at the journal's new segments; new damage is logged, and a new base is taken behind it."""

@@ -11,7 +11,7 @@ from connectors.memory import MemoryJournal, NoLog, World
 from trigger.errors import JournalError
 from trigger.model import Severity
 from trigger.ports import Journal
-from trigger.service import kept_log
+from trigger.service import kept
 
 
 class Shown(MemoryJournal):
@@ -32,23 +32,23 @@ def options(state: Path, journal: str = "/srv/journal") -> Any:
 def test_log_is_missed_only_where_there_was_some(tmp_path: Path) -> None:
     async def act() -> None:
         journal, here = Shown(World()), options(tmp_path)
-        assert not await kept_log.note(here, journal)
-        assert await kept_log.look(here, journal) is None, "a first start, or the state folder was lost with it"
+        assert not await kept.note_log(here, journal)
+        assert await kept.missed_log(here, journal) is None, "a first start, or the state folder was lost with it"
         journal.void = False
-        assert await kept_log.note(here, journal)
-        assert await kept_log.note(here, journal)
-        assert await kept_log.look(here, journal) is None
+        assert await kept.note_log(here, journal)
+        assert await kept.note_log(here, journal)
+        assert await kept.missed_log(here, journal) is None
         journal.void = True
-        missing = await kept_log.look(here, journal)
+        missing = await kept.missed_log(here, journal)
         assert missing is not None
         assert (missing.severity, missing.subject) == (Severity.REFUSED, "journal")
         assert missing.message == "no journal lies in /srv/journal, and log was kept there"
         assert "mount its filesystem" in missing.remedy
-        moved = await kept_log.look(options(tmp_path, "/new"), journal)
+        moved = await kept.missed_log(options(tmp_path, "/new"), journal)
         assert moved is not None
         assert moved.message == "no journal lies in /new, and log was kept in /srv/journal"
         journal.void = None
-        unseen = await kept_log.look(here, journal)
+        unseen = await kept.missed_log(here, journal)
         assert unseen is not None
         assert (unseen.severity, unseen.remedy) == (Severity.WARNING, "mend the disk")
 
@@ -64,9 +64,9 @@ def test_a_disk_that_hangs_keeps_nobody_waiting_for_ever(tmp_path: Path, monkeyp
     async def act() -> None:
         journal = Shown(World())
         journal.void = False
-        await kept_log.note(options(tmp_path), journal)
-        monkeypatch.setattr(kept_log, "LOOK_SECONDS", 0.05)
-        found = await kept_log.look(options(tmp_path), Hanging(World()))
+        await kept.note_log(options(tmp_path), journal)
+        monkeypatch.setattr(kept, "LOOK_SECONDS", 0.05)
+        found = await kept.missed_log(options(tmp_path), Hanging(World()))
         assert found is not None
         assert (found.severity, "does not show" in found.message) == (Severity.WARNING, True)
 
@@ -86,7 +86,7 @@ def test_the_journals_in_memory_say_so_too(tmp_path: Path) -> None:
         running.cancel()
         assert not await journal.is_void()
         assert not await none.is_void(), "it misses nothing"
-        assert await kept_log.note(options(tmp_path), none)
-        assert await kept_log.look(options(tmp_path), none) is None
+        assert await kept.note_log(options(tmp_path), none)
+        assert await kept.missed_log(options(tmp_path), none) is None
 
     asyncio.run(act())

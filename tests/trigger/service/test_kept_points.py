@@ -12,7 +12,7 @@ from tests.simulation.virtual import inline
 from tests.trigger.catalog.test_reconcile import Stage
 from trigger.catalog.catalog import Catalog
 from trigger.model import Severity
-from trigger.service import kept_points
+from trigger.service import kept
 
 
 def options(state: Path, storage: str = "/srv/points") -> Any:
@@ -27,20 +27,20 @@ async def empty() -> Stage:
 def test_points_are_missed_only_where_there_were_some(tmp_path: Path) -> None:
     async def act() -> None:
         here, mounted, bare = options(tmp_path), await empty(), await empty()
-        assert not await kept_points.note(here, mounted.catalog)
-        assert await kept_points.look(here, mounted.catalog, mounted.storage) is None, "a first start"
+        assert not await kept.note_points(here, mounted.catalog)
+        assert await kept.missed_points(here, mounted.catalog, mounted.storage) is None, "a first start"
         await mounted.sealed(1)
-        assert await kept_points.note(here, mounted.catalog)
-        assert await kept_points.note(here, mounted.catalog)
-        assert await kept_points.look(here, mounted.catalog, mounted.storage) is None
-        assert await kept_points.look(here, mounted.catalog, MemoryStorage(World())) is None, "of which reconcile says"
-        assert await kept_points.look(here, bare.catalog, mounted.storage) is None, "a lost catalog, which is made anew"
-        missing = await kept_points.look(here, bare.catalog, bare.storage)
+        assert await kept.note_points(here, mounted.catalog)
+        assert await kept.note_points(here, mounted.catalog)
+        assert await kept.missed_points(here, mounted.catalog, mounted.storage) is None
+        assert await kept.missed_points(here, mounted.catalog, MemoryStorage(World())) is None, "reconcile says it"
+        assert await kept.missed_points(here, bare.catalog, mounted.storage) is None, "made anew"
+        missing = await kept.missed_points(here, bare.catalog, bare.storage)
         assert missing is not None
         assert (missing.severity, missing.subject) == (Severity.REFUSED, "storage")
         assert missing.message.endswith("points were kept in /srv/points")
         assert "mount" in missing.remedy
-        assert kept_points.BEGIN_ANEW in missing.remedy
+        assert kept.BEGIN_ANEW in missing.remedy
 
     asyncio.run(act())
 
@@ -48,8 +48,8 @@ def test_points_are_missed_only_where_there_were_some(tmp_path: Path) -> None:
 def test_who_knows_of_points_from_an_old_catalog_misses_them_without_a_note(tmp_path: Path) -> None:
     async def act() -> None:
         here, bare = options(tmp_path), await empty()
-        assert await kept_points.look(here, bare.catalog, bare.storage) is None
-        missing = await kept_points.look(here, bare.catalog, bare.storage, known=True, anyway="believe it")
+        assert await kept.missed_points(here, bare.catalog, bare.storage) is None
+        missing = await kept.missed_points(here, bare.catalog, bare.storage, known=True, anyway="believe it")
         assert missing is not None
         assert missing.remedy.endswith("if they are really gone: believe it")
 
