@@ -182,7 +182,8 @@ def test_what_a_snapshot_lost_without_a_wrong_checksum_is_found_and_its_file_is_
     file = file_of(bank, relation)
     with damaged(bank, point, file, damage):
         checks = verified(bank, point)
-    lost = [seen for what, (held, seen) in checks.items() if "all files are there and whole" in what and not held]
+    words = ("all files are there and whole", "restore and look")  # the latter where it is not even copied
+    lost = [seen for what, (held, seen) in checks.items() if any(each in what for each in words) and not held]
     assert any(file in seen for seen in lost), checks
 
 
