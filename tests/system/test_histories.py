@@ -88,7 +88,7 @@ def assert_found_and_delivered(deployed: Deployment, told: Told) -> None:
             rows = connection.execute("SELECT word FROM said ORDER BY id").fetchall()
         delivered.append(tuple(row[0] for row in rows))
         deployed.trigpoint("clones", "drop", "--yes", "found")
-    assert told.all in delivered
+    assert told.all in delivered, found
 
 
 def assert_each_has_one_outcome(deployed: Deployment, told: list[Told], history: str) -> None:

@@ -40,6 +40,7 @@ def test_what_belongs_to_another_service_is_refused_by_check_as_by_run_while_tha
         here.start()
         second, snapshots = second_of(here), here.root / "snapshots"
         here.trigpoint("check")
+        here.wait_for((snapshots / "layout.json").exists, "where the cluster lies, beside the snapshots too")
         layout = (snapshots / "layout.json").read_bytes()
         claimed = f"another trigpoint makes points in {snapshots}: that of the catalog {here.state / 'catalog.sqlite'}"
         for _ in range(2):
