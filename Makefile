@@ -29,10 +29,10 @@ help: ## list what there is to do
 demo: .venv/.demo ## from nothing to a restored, proven commit, in under two minutes
 	@$(BIN)/trigpoint demo $(ARGS)
 
-test: packages lint ## everything that must be green, in about half an hour on 2 cores
+test: packages lint ## everything that must be green, in about 25 minutes on 2 cores
 	@$(PYTEST) -n 5 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-quick: lint ## lint, types, unit tests and simulation, in about three minutes on 2 cores
+quick: lint ## lint, types, unit tests and simulation, in about two minutes on 2 cores
 	@$(PYTEST) -n 2 --dist worksteal -m "not slow and not server and not volume" tests/test_*.py tests/trigger tests/connectors tests/simulation $(ARGS)
 
 lint: .venv/.dev ## style and types

@@ -217,6 +217,7 @@ def test_a_volume_that_an_older_snapshot_of_itself_takes_the_place_of_while_the_
         cluster.start()
         lost = tell(cluster, "two", "three")
         deployed.settle()
+        deployed.wait_for(lambda: all(_is_kept(deployed, one) for one in lost), "the journal to have it all")
         cluster.stop()
         _btrfs("delete", cluster.data)
         _btrfs("snapshot", aside, cluster.data)
@@ -230,6 +231,11 @@ def test_a_volume_that_an_older_snapshot_of_itself_takes_the_place_of_while_the_
         for told in (before[0], lost[0], after[0]):
             assert_found_and_delivered(deployed, told)
         assert deployed.stop() == 0
+
+
+def _is_kept(deployed: Deployment, told: Told) -> bool:
+    """Whether the log is there that a restore of it takes: who keeps it tries again after a while, once it was cut."""
+    return all(one["base"] is not None for one in deployed.ask("find", "--xid", str(told.xid)))
 
 
 def _btrfs(*words: str | Path) -> None:
