@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, options
+from trigger.cli.arguments import AcceptLoss, Config, Json, options
 from trigger.cli.connected import in_order
 from trigger.errors import StorageError
 from trigger.model import State
@@ -32,9 +32,7 @@ _BEHIND = (
 
 @app.command("rebuild")
 def rebuild(
-    accept_loss: Annotated[
-        bool, typer.Option("--accept-loss", help="Believe a storage that shows no snapshot at all.")
-    ] = False,
+    accept_loss: AcceptLoss = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:

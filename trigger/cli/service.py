@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, Yes, confirm, given_text, options, point_reference
+from trigger.cli.arguments import AcceptLoss, Config, Json, Yes, confirm, given_text, options, point_reference
 from trigger.cli.connected import in_order, until_ended
 from trigger.errors import ConfigError, TrigpointError
 from trigger.service.control import NotRunningError, ask
@@ -183,9 +183,7 @@ def _ago(then: str | None, now: datetime) -> str | None:
 
 
 def reconcile(
-    accept_loss: Annotated[
-        bool, typer.Option("--accept-loss", help="Believe a storage that shows no snapshot at all.")
-    ] = False,
+    accept_loss: AcceptLoss = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
