@@ -27,7 +27,7 @@ from glob import escape
 from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, Seen, can_reflink
-from connectors.storage.glance import absent
+from connectors.storage.glance import absent, status
 from connectors.storage.removal import remove_tree
 from connectors.storage.sections import DirectoryOptions
 from connectors.storage.shelf import (
@@ -294,7 +294,7 @@ class DirectoryStorage:
 
 def _look(kept: Snapshot) -> Snapshot | None:
     """Give a snapshot if it is there; the sidecar is written last, so what it names was whole."""
-    root = _status(Path(kept.location), follow=True)
+    root = status(Path(kept.location), follow=True)
     return kept if root is not None and stat.S_ISDIR(root.st_mode) else None
 
 
@@ -311,9 +311,9 @@ def _lack(copy: Path) -> str:
     listed = Manifest.read(_manifest_of(copy))
     if listed is None:
         return _without_list(copy)
-    if (root := _status(copy)) is None or not stat.S_ISDIR(root.st_mode):
+    if (root := status(copy)) is None or not stat.S_ISDIR(root.st_mode):
         return f"{copy} is not there"
-    missed = next(listed.missed(lambda name: Seen.of(now) if (now := _status(copy / name)) else None), "")
+    missed = next(listed.missed(lambda name: Seen.of(now) if (now := status(copy / name)) else None), "")
     return _without(copy, missed) if missed else ""
 
 
@@ -335,17 +335,6 @@ def _required_list(copy: Path) -> Manifest:
 def _not_whole(why: str, copy: Path) -> StorageError:
     hint = f"bring that back, or move {copy.parent} away and run `trigpoint reconcile`: restores begin before it then"
     return StorageError(f"the snapshot is not whole: {why}", hint=hint, retryable=False)
-
-
-def _status(path: Path, *, follow: bool = False) -> os.stat_result | None:
-    """Give the status of what lies at a path; None where nothing does.
-
-    Raises `OSError` where that cannot be looked at, which the questions of `Path` take for no.
-    """
-    try:
-        return path.stat(follow_symlinks=follow)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def _manifest_of(copy: Path) -> Path:

@@ -1,7 +1,8 @@
-"""Which points lack a snapshot, seen at a glance: whether something lies in its place, whatever it is."""
+"""What lies at a path, seen at a glance; and which points lack a snapshot, whatever else lies in its place."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,12 +15,15 @@ def absent(points: Sequence[RecoveryPoint], folder_of: Callable[[str], Path]) ->
     Blocks; raises `OSError` where that cannot be looked at.
     """
     places = ((point.id, folder_of(point.id) / kept.volume) for point in points for kept in point.snapshots)
-    return {point for point, place in places if not _lies_at(place)}
+    return {point for point, place in places if status(place) is None}
 
 
-def _lies_at(place: Path) -> bool:
+def status(path: Path, *, follow: bool = False) -> os.stat_result | None:
+    """Give the status of what lies at a path; None where nothing does.
+
+    Raises `OSError` where that cannot be looked at, which the questions of `Path` take for no.
+    """
     try:
-        place.lstat()
+        return path.stat(follow_symlinks=follow)
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return None

@@ -135,9 +135,8 @@ async def connect(
         journal.look_into(partial(newest_copy, catalog, storage, volumes, layout.log))
         recovery = driver("recovery", options.database.driver)(options.restore, database, layout, volumes, options.name)
         agents = [driver("agent", options.agent.driver)(options.agent, gethostname(), options.state_folder)]
-        if (
-            answered and not only_look
-        ):  # and fits: another cluster that answers there now must not make us forget where ours lies
+        # It answered, and fits: another cluster that answers there now must not make us forget where ours lies.
+        if answered and not only_look:
             files = layout_files(options)
             if await storage.claimed_by_another(str(options.catalog_path)) is not None:
                 files = files[:1]  # beside another's snapshots lies the layout of another cluster
