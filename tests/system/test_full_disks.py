@@ -21,7 +21,7 @@ from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import server_owner
 from tests.fixtures import judge
 from tests.fixtures.service import Deployment, deployment
-from tests.fixtures.volumes import loop_volume
+from tests.fixtures.volumes import loop_volume, mount_again
 from trigger.catalog.catalog import Catalog
 
 pytestmark = [pytest.mark.server, pytest.mark.volume, pytest.mark.slow]
@@ -72,9 +72,7 @@ class House:
 
     def mount_again(self, what: str) -> None:
         """Repair a volume: unmount it, and mount it as it is on its disk."""
-        mount = self.volumes[what]
-        subprocess.run(["umount", str(mount)], check=True, timeout=30)
-        subprocess.run(["mount", "-o", "loop", str(mount.parent / "image"), str(mount)], check=True, timeout=30)
+        mount_again(self.volumes[what])
 
     def take_away(self, what: str) -> None:
         """Let root own a folder, and nobody else look into it."""
