@@ -18,10 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; expected errors are printed, errors of the program keep their trace."""
     _open_what_was_closed()
     _escape_what_cannot_be_said()
-    from trigger.cli.cli import Abort, UsageError, app
+    from trigger.cli.cli import Abort, UsageError, program
 
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="trigpoint", standalone_mode=False)
+        code = program(
+            args=None if arguments is None else list(arguments), prog_name="trigpoint", standalone_mode=False
+        )
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from trigger.cli import arguments, catalog, configuration, in_place, log, points, restores, rules, service, setup
 from trigger.errors import ConfigError
@@ -100,3 +101,6 @@ app.command("release")(service.release)
 app.add_typer(catalog.app, name="catalog")
 app.add_typer(rules.app, name="rules")
 app.add_typer(configuration.app, name="config")
+
+program = get_command(app)
+"""What runs the command line: the options of all commands as they were read from their functions, once."""

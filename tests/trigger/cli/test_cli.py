@@ -16,7 +16,6 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
-from typer.main import get_command
 
 from trigger import __main__ as program
 from trigger import errors
@@ -230,7 +229,7 @@ def test_an_expected_error_is_a_message_and_its_exit_code(
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli, "program", fail)
     assert program.main([]) == code
     assert capsys.readouterr().err == words
 
@@ -240,7 +239,7 @@ def test_an_error_of_the_program_keeps_its_trace(error: Exception, monkeypatch: 
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli, "program", fail)
     with pytest.raises(type(error)):
         program.main([])
 
@@ -321,7 +320,7 @@ def test_every_field_of_an_answer_is_in_its_reference() -> None:
 def test_every_command_that_prints_json_says_in_the_reference_what_it_prints() -> None:
     described = {name for command, _ in json_reference.SHAPES for name in command.split(", ")}
     described = {name.partition(" --")[0] for name in described} | set(json_reference.OBJECTS)
-    assert set(_printing_json(get_command(cli.app))) | {"demo"} == described
+    assert set(_printing_json(cli.program)) | {"demo"} == described
 
 
 def _printing_json(command: Any, words: tuple[str, ...] = ()) -> Iterator[str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.main import get_command
 
 from connectors.databases.postgres.lsn import Lsn
 from trigger.cli import arguments, cli, service, show
@@ -306,6 +305,6 @@ def test_every_command_that_reads_a_configuration_is_known_by_its_name_where_it_
         options = {option for one in getattr(command, "params", ()) for option in one.opts}
         return "--config" in options or any(reads(one) for one in below.values())
 
-    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = cli.program.commands  # type: ignore[attr-defined]
     known = {name for name in commands if show._READS_IT.match(f"trigpoint {name} x")}
     assert known == {name for name, one in commands.items() if reads(one)} - {"config"}

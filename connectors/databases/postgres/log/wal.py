@@ -400,7 +400,7 @@ def _aligned(count: int) -> int:
 def checksum_holds(record: bytes) -> bool:
     """Whether a whole record passes its CRC-32C, which covers its data first and then its header."""
     header = record[: _RECORD.size]
-    return _crc32c(header[:-4], _crc32c(record[_RECORD.size :])) == int(_RECORD.unpack(header)[5])
+    return crc32c(header[:-4], crc32c(record[_RECORD.size :])) == int(_RECORD.unpack(header)[5])
 
 
 def _table() -> tuple[int, ...]:
@@ -415,7 +415,8 @@ def _table() -> tuple[int, ...]:
 _CRC_TABLE = _table()
 
 
-def _crc32c(data: bytes, crc: int = 0) -> int:
+def crc32c(data: bytes, crc: int = 0) -> int:
+    """Give the checksum (CRC-32C) that PostgreSQL puts on records and control file; `crc` is of what is before."""
     crc ^= 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ _CRC_TABLE[(crc ^ byte) & 0xFF]

@@ -37,7 +37,7 @@ class Log:
         body = bytes((length + index) % 251 for index in range(length))
         begin = self._after_header(self.position)
         head = struct.pack("=IIQBB2x", 24 + length, 700, self.previous, info, manager)
-        data = head + struct.pack("=I", wal._crc32c(head, wal._crc32c(body))) + body
+        data = head + struct.pack("=I", wal.crc32c(head, wal.crc32c(body))) + body
         self._write(data, 0)
         self.previous = START + begin
         self.position = (self.position + 7) & ~7
@@ -79,7 +79,7 @@ class Log:
 
 
 def test_the_checksum_is_crc_32c() -> None:
-    assert wal._crc32c(b"123456789") == 0xE3069283
+    assert wal.crc32c(b"123456789") == 0xE3069283
 
 
 @given(
