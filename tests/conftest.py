@@ -12,18 +12,21 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from connectors.databases.postgres.programs import find_programs
+from tests.fixtures.volumes import ground, own_ground
 from trigger.errors import ConfigError
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")  # a busy machine is no fault of what is tested
 
 LEFT_OUT = pytest.StashKey[Counter[str]]()
+OPEN = pytest.StashKey[ExitStack]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +35,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="leave out, and name at the end, what this machine cannot run; without it such tests fail",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all processes of a run their ground, before pytest chooses where temporary folders lie."""
+    config.stash[OPEN] = stack = ExitStack()
+    if not hasattr(config, "workerinput"):  # a worker has it from who started it
+        stack.enter_context(own_ground())
+        config.option.basetemp = config.option.basetemp or str(ground() / "t")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[OPEN].close()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres.programs import as_owner
-from tests.fixtures.volumes import plain_folder
+from tests.fixtures.volumes import ground, plain_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 BANK = "/var/tmp/bank"
@@ -77,7 +77,7 @@ def script(found: list[Step], mark: str) -> str:
 
 def play(clone: Path, home: Path, user: tuple[int, int] | None) -> list[str]:
     """Run the README of a clone as `user` (user and group id; oneself if None); gives what went otherwise."""
-    bank = f"/var/tmp/trg-readme-{secrets.token_hex(4)}"
+    bank = str(ground() / f"trg-readme-{secrets.token_hex(4)}")
     found = steps((clone / "README.md").read_text().replace(BANK, bank))
     assert len(found) > 8, "the README has lost its commands"
     mark = secrets.token_hex(8)
