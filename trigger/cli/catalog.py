@@ -86,7 +86,7 @@ async def _rebuild(chosen: Options, *, accept_loss: bool) -> Rebuilt:
     from trigger.catalog.rebuild import known, take_over
     from trigger.catalog.rebuild import rebuild as make_anew
     from trigger.catalog.reconcile import reconcile
-    from trigger.service.service import opened
+    from trigger.service.connect import opened
 
     async def fill(file: Path, old: Known) -> tuple[Reconciliation, Known]:
         async with opened(chosen, anew=file) as parts:

@@ -27,7 +27,7 @@ def at(chosen: Options, act: Callable[[Parts], Awaitable[T]], *, by_itself: bool
 
     Signals end it in order, as `until_ended` says. What must be done `by_itself` is refused while a service runs.
     """
-    from trigger.service.service import alone, opened
+    from trigger.service.connect import alone, opened
 
     async def connected() -> T:
         async with (alone if by_itself else opened)(chosen, past=True) as parts:

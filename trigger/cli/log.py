@@ -100,7 +100,7 @@ def _stretch(one: Read) -> str:
 async def _commits(chosen: Options, middle: datetime, aside: timedelta, limit: int, history: str | None) -> Around:
     from trigger.restore.histories import meant
     from trigger.restore.log_search import around
-    from trigger.service.service import opened
+    from trigger.service.connect import opened
 
     async with opened(chosen, past=True) as parts:
         if await parts.catalog.latest() is None:

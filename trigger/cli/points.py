@@ -38,8 +38,8 @@ T = TypeVar("T")
 async def catalog(chosen: Options) -> AsyncIterator[Catalog]:
     """Hold the catalog of a configuration; raises `CatalogError` where there is none yet, or it was lost."""
     from trigger.catalog.catalog import Catalog
+    from trigger.service.connect import opened as connected
     from trigger.service.control import if_free
-    from trigger.service.service import opened as connected
 
     if not chosen.catalog_path.exists():
         lost = chosen.storage.folder.is_dir() and any(chosen.storage.folder.iterdir())
@@ -298,7 +298,7 @@ def find(
 async def _locate(chosen: Options, database: str | None, history: str | None, wanted: dict[str, Any]) -> list[Location]:
     from trigger.restore.locate import locate
     from trigger.restore.obstacles import left_out
-    from trigger.service.service import opened
+    from trigger.service.connect import opened
 
     async with opened(chosen, past=True) as parts:
         await require_known(database, parts)

@@ -201,9 +201,9 @@ def reconcile(
 
 async def _reconcile(chosen: Options, *, accept_loss: bool) -> Any:
     from trigger.catalog.reconcile import reconcile as settle
-    from trigger.service import service
+    from trigger.service.connect import alone
 
-    async with service.alone(chosen) as parts:
+    async with alone(chosen) as parts:
         names = [source.name for source in parts.sources]
         return await settle(parts.catalog, parts.storage, accept_loss=accept_loss, streams=names)
 
@@ -237,9 +237,9 @@ def release(
 
 
 async def _release(chosen: Options, *, unused: bool) -> list[str]:
-    from trigger.service import service
+    from trigger.service.connect import alone, opened
 
-    async with service.opened(chosen) if unused else service.alone(chosen) as parts:
+    async with opened(chosen) if unused else alone(chosen) as parts:
         try:
             return await parts.database.remove(unused=unused)
         except asyncio.CancelledError as error:
@@ -266,12 +266,12 @@ def clear(
 
 
 async def _clear(chosen: Options, volume: str) -> None:
-    from trigger.service import service
+    from trigger.service.connect import alone
 
     names = [known.name for known in chosen.volumes]
     if volume not in names:
         raise ConfigError(f"there is no volume {volume!r}", hint=f"the volumes are {', '.join(names)}")
-    async with service.alone(chosen) as parts:
+    async with alone(chosen) as parts:
         for agent in parts.agents:
             await agent.clear(volume)
 

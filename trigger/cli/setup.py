@@ -264,7 +264,7 @@ def _show_rehearsal(done: Rehearsal, findings: list[Finding], *, as_json: bool) 
 
 async def _check(chosen: Options) -> list[Finding]:
     from trigger.service.connect import check as check_parts
-    from trigger.service.service import opened
+    from trigger.service.connect import opened
 
     async with opened(chosen, only_look=True) as parts:
         return await check_parts(parts)
@@ -277,7 +277,7 @@ def explain(config: Config = None, as_json: Json = False) -> None:
 
 
 async def _explain(chosen: Options) -> list[Finding]:
-    from trigger.service.service import opened
+    from trigger.service.connect import opened
 
     async with opened(chosen, only_look=True) as parts:
         return await parts.database.explain()

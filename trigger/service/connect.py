@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +29,7 @@ from trigger.protect.logs import Logs
 from trigger.restore.clones import Site
 from trigger.restore.swap import mixed
 from trigger.service import costs, kept, surroundings
+from trigger.service.control import if_free, only_one
 from trigger.shape import data
 from trigger.trusted import replace_file, why_not_ours
 
@@ -146,6 +147,33 @@ async def connect(
         raise
     sources = database.sources()
     return Parts(options, volumes, layout, database, sources, agents, storage, catalog, journal, recovery)
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    options: Options, *, only_look: bool = False, past: bool = False, anew: Path | None = None
+) -> AsyncIterator[Parts]:
+    """Hold the parts of a service, connected (see `connect`); they are let go of at the end."""
+    upgrade = if_free(options.state_folder)
+    parts = await connect(options, only_look=only_look, upgrade=upgrade, past=past, anew=anew)
+    try:
+        yield parts
+    finally:
+        await parts.close()
+
+
+@contextlib.asynccontextmanager
+async def alone(options: Options, *, suffix: str = "", past: bool = False) -> AsyncIterator[Parts]:
+    """Hold the state folder and the parts; raises `ConfigError` where another process holds the folder.
+
+    `suffix` and `past` as in `connect`.
+    """
+    with only_one(options.state_folder, passing="another rehearsal" if suffix else ""):
+        parts = await connect(options, suffix=suffix, past=past)
+        try:
+            yield parts
+        finally:
+            await parts.close()
 
 
 def _is_yet_to_be_made(file: Path, state_folder: Path) -> bool:

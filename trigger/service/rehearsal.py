@@ -20,9 +20,9 @@ from trigger.model import RecoveryPoint, Severity, State, Verification
 from trigger.ports import Progress
 from trigger.restore.clones import to_its_end
 from trigger.restore.verify import verify
-from trigger.service.connect import Parts
+from trigger.service.connect import Parts, alone
 from trigger.service.control import LOCK, if_free
-from trigger.service.service import Service, alone, begin, preflight, work
+from trigger.service.service import Service, begin, preflight, work
 
 SUFFIX = "_rehearsal"
 """What the slots and publications of a rehearsal bear behind the prefix of the service's own."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 from trigger.catalog.reconcile import reconcile
@@ -27,8 +26,8 @@ from trigger.protect.agenda import Agenda
 from trigger.protect.pipeline import Protected, agenda_of, protect, take
 from trigger.protect.qualify import Rules
 from trigger.protect.window import Collected, Window
-from trigger.service.connect import Parts, SystemClock, check, connect, keep_layout, layout_files
-from trigger.service.control import if_free, only_one, serve
+from trigger.service.connect import Parts, SystemClock, alone, check, keep_layout, layout_files
+from trigger.service.control import serve
 from trigger.service.detached import Detached
 from trigger.service.ending import Ending
 from trigger.service.upkeep import Upkeep
@@ -220,33 +219,6 @@ async def leave_nothing_undone(parts: Parts) -> None:
             await reconcile(parts.catalog, parts.storage)
     except (TrigpointError, OSError) as error:
         log.warning("not reconciled at the end, the next start does it: %s", error)
-
-
-@contextlib.asynccontextmanager
-async def opened(
-    options: Options, *, only_look: bool = False, past: bool = False, anew: Path | None = None
-) -> AsyncIterator[Parts]:
-    """Hold the parts of a service, connected (see `connect`); they are let go of at the end."""
-    upgrade = if_free(options.state_folder)
-    parts = await connect(options, only_look=only_look, upgrade=upgrade, past=past, anew=anew)
-    try:
-        yield parts
-    finally:
-        await parts.close()
-
-
-@contextlib.asynccontextmanager
-async def alone(options: Options, *, suffix: str = "", past: bool = False) -> AsyncIterator[Parts]:
-    """Hold the state folder and the parts; raises `ConfigError` where another process holds the folder.
-
-    `suffix` and `past` as in `connect`.
-    """
-    with only_one(options.state_folder, passing="another rehearsal" if suffix else ""):
-        parts = await connect(options, suffix=suffix, past=past)
-        try:
-            yield parts
-        finally:
-            await parts.close()
 
 
 async def preflight(parts: Parts, *, force: bool) -> None:
