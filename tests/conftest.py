@@ -46,6 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.basetemp = config.option.basetemp or str(ground() / "t")
 
 
+def pytest_report_header() -> str:
+    return f"files of tests lie in {ground()}"
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[OPEN].close()
 
