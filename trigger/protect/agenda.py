@@ -15,7 +15,7 @@ from datetime import datetime
 from cronsim import CronSim
 
 from trigger.config.options import PointOptions
-from trigger.model import Cause, Mark, RecoveryPoint
+from trigger.model import Cause, Mark, RecoveryPoint, State
 from trigger.position import Position, distance
 from trigger.protect.qualify import Due, Pace
 
@@ -32,10 +32,11 @@ LONGEST_RETRY_SECONDS = 600.0
 
 @dataclass(slots=True)
 class Demand:
-    """Somebody asked for a point; `answer` gets it, sealed or failed."""
+    """Somebody asked for a point; `answer` gets it, sealed or failed, or sealed only where that one insists."""
 
     note: str
     answer: asyncio.Future[RecoveryPoint]
+    insists: bool = False
 
 
 @dataclass(slots=True)
@@ -219,12 +220,20 @@ class Agenda:
             self._opens, self._failures = opens, 0
             self.not_before = min(self.not_before, self._failed_at + self.options.retry_seconds)
 
-    def ask(self, note: str) -> asyncio.Future[RecoveryPoint]:
-        """Put a demand on the agenda, which is tried at once; gives where the answer will be."""
+    def ask(self, note: str, *, insists: bool = False) -> asyncio.Future[RecoveryPoint]:
+        """Put a demand on the agenda, which is tried at once; gives where the answer will be.
+
+        One that `insists` stays on it until a point is sealed, however many rounds fail before.
+        """
         self.retry()
-        demand = Demand(note, asyncio.get_running_loop().create_future())
+        demand = Demand(note, asyncio.get_running_loop().create_future(), insists)
         self.demands.append(demand)
         return demand.answer
+
+    @property
+    def wants_base(self) -> bool:
+        """Whether a point has to be there before what is committed can be restored: one was insisted on."""
+        return any(demand.insists for demand in (*self.demands, *self._in_round))
 
     @property
     def note(self) -> str:
@@ -232,8 +241,10 @@ class Agenda:
         return "; ".join(demand.note for demand in self._in_round if demand.note)
 
     def _answer(self, point: RecoveryPoint) -> None:
-        """Give the point to everybody who had asked before its round began."""
-        for demand in self._in_round:
-            if not demand.answer.done():
+        """Give the point to everybody who had asked before its round began; a failed one is none to who insists."""
+        asked, self._in_round = self._in_round, []
+        for demand in asked:
+            if demand.insists and point.state is not State.SEALED:
+                self.demands.append(demand)
+            elif not demand.answer.done():
                 demand.answer.set_result(point)
-        self._in_round.clear()

@@ -90,7 +90,8 @@ class Service:
     @property
     def protects(self) -> bool:
         """Whether what is committed from now on can be restored: a base stands, and no stream has left its log."""
-        return self.agenda.base is not None and not self.agenda.open_gap and not self.window.breaks
+        agenda = self.agenda
+        return agenda.base is not None and not (agenda.open_gap or agenda.wants_base or self.window.breaks)
 
     async def status(self) -> dict[str, Any]:
         """Give what an operator wants to know first, as JSON values; what cannot be read is null, and said why."""

@@ -225,12 +225,12 @@ class Upkeep:
         self.show("the journal is held up, and commits since then may not be restorable", why, logging.ERROR)
 
     async def _new_base(self, note: str) -> None:
-        """Ask for a point from which a replay begins here, not at the last checkpoint, however long ago that was."""
+        """Insist on a point from which a replay begins here, not at the last checkpoint, however long ago that was."""
         try:
             await self.parts.database.checkpoint()
         except DatabaseError as error:
             log.warning("no checkpoint was made, so the next point's replay begins at the last one: %s", error)
-        self.agenda.ask(note)
+        self.agenda.ask(note, insists=True)
         self.window.wake()
 
     async def watch_streams(self) -> None:

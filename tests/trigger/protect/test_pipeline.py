@@ -289,6 +289,22 @@ def test_whoever_asks_is_never_answered_with_a_point_of_before() -> None:
     Stage().play(act)
 
 
+def test_a_base_that_has_to_be_there_is_tried_until_it_is_whatever_rounds_fail_before() -> None:
+    async def act(stage: Stage) -> None:
+        stage.when("before snapshot", StorageError("read-only"))
+        answer = stage.agenda.ask("the journal is damaged", insists=True)
+        asked = stage.agenda.ask("before the upgrade")
+        stage.window.wake()
+        assert (await asked).state is State.FAILED
+        assert stage.agenda.wants_base
+        async with asyncio.timeout(60):
+            point = await answer
+        assert (point.state, point.cause, point.note) == (State.SEALED, Cause.DEMAND, "the journal is damaged")
+        assert not stage.agenda.wants_base
+
+    Stage().play(act)
+
+
 def test_a_cancelled_round_is_undone_by_the_next_start() -> None:
     async def act(stage: Stage) -> None:
         stage.when("after snapshot", lambda: asyncio.sleep(60))

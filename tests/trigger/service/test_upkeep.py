@@ -190,6 +190,7 @@ def test_points_whose_snapshots_are_gone_are_shown_and_the_newest_is_replaced_on
         for _ in range(2):
             await upkeep.watch_snapshots()
         assert [demand.note for demand in agenda.demands] == ["the snapshot of point 3 is gone"]
+        assert agenda.wants_base, "until one is sealed"
         shelves.world.kept |= {points[0].id: older, points[2].id: newest}
         await upkeep.watch_snapshots()
         assert upkeep.troubles == {}
