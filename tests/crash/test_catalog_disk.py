@@ -11,6 +11,7 @@ import pwd
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -178,6 +179,47 @@ def test_two_processes_work_with_a_catalog_where_each_has_it_to_itself() -> None
 
     with loop_volume("btrfs", 128) as volume:
         asyncio.run(work(volume / "catalog.db"))
+
+
+def _look(where: Path, seconds: float) -> tuple[int, int]:
+    """Look into a catalog again and again; gives how often that was, and how often it was not let."""
+
+    async def work() -> tuple[int, int]:
+        good = bad = 0
+        end = time.monotonic() + seconds
+        catalog = await Catalog.open(where)
+        while time.monotonic() < end:
+            try:
+                await catalog.points(limit=3)
+                good += 1
+            except CatalogError:
+                bad += 1
+        await catalog.close()
+        return good, bad
+
+    return asyncio.run(work())
+
+
+def test_processes_that_wait_at_once_for_a_catalog_that_is_had_alone_do_not_keep_each_other_from_it() -> None:
+    async def nothing(_catalog: Catalog) -> None:
+        pass
+
+    with loop_volume("btrfs", 128) as volume, ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as others:
+        with_catalog(nothing, where := volume / "catalog.db")
+        counts = list(others.map(_look, [where] * 4, [6.0] * 4))
+    assert all(good > 10 and not bad for good, bad in counts), counts
+
+
+def test_a_catalog_that_is_had_alone_on_a_filesystem_mounted_read_only_says_what_it_wants() -> None:
+    async def seal_one(catalog: Catalog) -> None:
+        await sealed(catalog, 1, [record(100)])
+
+    with loop_volume("btrfs", 128) as volume:
+        with_catalog(seal_one, volume / "catalog.db")
+        subprocess.run(["mount", "-o", "remount,ro", str(volume)], check=True, timeout=30)
+        with pytest.raises(CatalogError, match="cannot be locked") as caught:
+            with_catalog(seal_one, volume / "catalog.db")
+        assert "read-write" in caught.value.hint
 
 
 def test_a_new_catalog_on_a_full_disk_is_refused() -> None:

@@ -306,6 +306,7 @@ _SQLITE_WORDS: dict[str | tuple[str, ...], tuple[str, str, bool]] = {
     "SQLITE_CANTOPEN": ("it cannot be opened", "its folder must exist and be writable for the service's user", False),
     "SQLITE_PERM": ("permission denied", "give the service's user the right to its file and folder", False),
     "SQLITE_AUTH": ("permission denied", "give the service's user the right to its file and folder", False),
+    "SQLITE_IOERR_LOCK": ("it cannot be locked", "mount it read-write, on a filesystem that has locks", True),
     "SQLITE_IOERR": ("its disk failed", "look at the kernel's log and at the filesystem's free space", True),
 }
 _DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")

@@ -8,6 +8,7 @@ finds no room, nobody maps anything: whoever has a transaction has the file to i
 from __future__ import annotations
 
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from trigger.host import mount_of, read_mounts
 
 BUSY_TIMEOUT_SECONDS = 5.0
 """How long a call waits for another process that is writing, or has the file to itself."""
+
+_PAUSE_SECONDS = 0.005
 
 NO_ROOM_TO_SHARE = "SQLITE_IOERR_SHMSIZE"
 """SQLite's name of the error where the file that is mapped cannot be made as long as it has to be."""
@@ -42,12 +45,29 @@ def opened(database: str, *, alone: bool, **options: Any) -> sqlite3.Connection:
 
     It is alone too where there is no room to share the file. `options` are those of `sqlite3.connect`.
     """
-    try:
-        return _opened(database, alone=alone, **options)
-    except sqlite3.OperationalError as error:
-        if alone or getattr(error, "sqlite_errorname", "") != NO_ROOM_TO_SHARE:
-            raise
-    return _opened(database, alone=True, **options)
+    if not alone:
+        try:
+            return _opened(database, alone=False, **options)
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorname", "") != NO_ROOM_TO_SHARE:
+                raise
+    return _opened_alone(database, **options)
+
+
+def _opened_alone(database: str, **options: Any) -> sqlite3.Connection:
+    """Give a connection that has the file to itself; who waits for that holds nothing.
+
+    SQLite asks for the file in two steps, and would keep the first while it waits for the second: of two who wait, each
+    would have what the other wants, and whoever came later would join them.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            return _opened(database, alone=True, **options | {"timeout": 0})
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY" or time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _opened(database: str, *, alone: bool, **options: Any) -> sqlite3.Connection:
