@@ -1,7 +1,8 @@
 """The audit of a journal's chain: every complete segment is looked at once, and what was found is remembered.
 
 A segment is damaged where it is not whole, does not say what its name says, belongs to another cluster, or holds a
-record that fails its checksum. Headers are read here, records by PostgreSQL's own `pg_waldump`.
+record that fails its checksum. Headers are read here, records by PostgreSQL's own `pg_waldump`. A record that fills
+segments whole is looked at with the one that it ends in, which is what is called damaged then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from connectors.databases.postgres.log.segments import MISSING, SegmentFolder
-from connectors.databases.postgres.log.wal import SegmentName, page_faults, page_header
+from connectors.databases.postgres.log.wal import SegmentName, is_filled, page_faults, page_header
 from connectors.databases.postgres.log.waldump import Stretch, WalDump
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import JournalError
@@ -69,6 +70,8 @@ class _New(NamedTuple):
     """What its headers say against it."""
     dump: WalDump | None
     stretch: Stretch
+    is_filled: bool
+    """Whether one record fills it, which can be looked at only with the segment that it ends in."""
 
 
 class Audit:
@@ -173,9 +176,9 @@ class Audit:
         new = await self._segments.threads.run(partial(self._look_at_headers, state, name))
         if new is not None:
             why = new.why
-            if not why and new.dump is not None:
+            if not why and new.dump is not None and not new.is_filled:
                 why = await new.dump.fault(new.stretch)
-            await self._segments.threads.run(partial(self._note, state, name, why))
+            await self._segments.threads.run(partial(self._note, state, name, new, why))
 
     def _look_at_headers(self, state: _State, name: SegmentName) -> _New | None:
         """Say of a segment what its headers do, and how to look at its records; None where it need not be looked at."""
@@ -190,20 +193,28 @@ class Audit:
         for number in range(known.following, name.number):
             state.damaged[SegmentName(name.timeline, number).text(size)] = MISSING
         start, folder = name.start(size), self._segments.file(name).parent
-        before = SegmentName(name.timeline, name.number - 1)
-        follows = known.following == name.number and known.resume and self._segments.file(before).parent == folder
+        follows = known.following == name.number and known.resume and self._lies_in(folder, name, known.resume)
         begin = Lsn(known.resume if follows else start)
         stretch = Stretch(folder, name.timeline, size, begin, Lsn(start + size))
-        return _New(self._headers(state, name), self._dump(), stretch)
+        with self._segments.slices(name) as segment:
+            return _New(self._headers(state, name), self._dump(), stretch, is_filled(segment))
 
-    def _note(self, state: _State, name: SegmentName, why: str) -> None:
+    def _lies_in(self, folder: Path, name: SegmentName, begin: int) -> bool:
+        """Whether all segments from `begin` up to a segment lie in its folder."""
+        before = (name._replace(number=each) for each in range(begin // self._segments.segment_bytes, name.number))
+        return all(file.parent == folder and file.exists() for file in map(self._segments.file, before))
+
+    def _note(self, state: _State, name: SegmentName, new: _New, why: str) -> None:
         """Note what is wrong with a segment, "" for nothing, and from where on the next one is looked at."""
         known, text = state.timelines[name.timeline], name.text(self._segments.segment_bytes)
         state.damaged.pop(text, None)
         if why:
             state.damaged[text] = why
         known.following = name.number + 1
-        known.resume = 0 if why else self._segments.tail(name).end
+        if why:
+            known.resume = 0
+        elif not new.is_filled:
+            known.resume = self._segments.tail(name).end
 
     def _headers(self, state: _State, name: SegmentName) -> str:
         """Give what the size and the page headers of a segment say against it; "" for nothing."""

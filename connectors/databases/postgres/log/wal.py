@@ -229,6 +229,19 @@ def _follow(segment: Slices, start: Lsn, limit: int, position: int) -> Tail:
     return Tail(Lsn(start + records[-1][0]) if records else None, Lsn(start + position))
 
 
+def is_filled(segment: Slices) -> bool:
+    """Whether one record fills a segment whole: it began before, ends behind, and no other begins here."""
+    left = 0
+    for offset in range(0, len(segment), PAGE_BYTES):
+        header = page_header(segment[offset : offset + 64])
+        if header is None or (offset and header.remaining_bytes != left):
+            return False
+        left = header.remaining_bytes - (PAGE_BYTES - header.header_bytes)
+        if left <= 0:
+            return False
+    return True
+
+
 def records(pages: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Give of each whole record where it begins and ends, and its bytes; behind damage it goes on with the next page.
 
