@@ -122,6 +122,10 @@ class RestoreError(TrigpointError):
     exit_code = 9
 
 
+class TooEarlyError(RestoreError):
+    """A target lies before every point that a restore could start from."""
+
+
 class VerifyError(TrigpointError):
     """A restored point is not what it should be."""
 

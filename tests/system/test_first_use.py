@@ -33,6 +33,7 @@ def test_what_init_writes_protects_the_cluster_and_brings_a_commit_back(unknown:
     assert f'driver = "{unknown.storage}"' in unknown.config.read_text()
     unknown.trigpoint("check")
     unknown.start()
+    assert unknown.ask("verify", "1")["passed"], "no earlier one leads to what the first was taken for"
     for number in range(COMMITS):
         unknown.cluster.sql(f"INSERT INTO sold (n) VALUES ({number})", "shop")
     unknown.trigpoint("point")  # where each costs log, init lets points be rare

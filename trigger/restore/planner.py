@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
-from trigger.errors import RestoreError
+from trigger.errors import RestoreError, TooEarlyError
 from trigger.model import GONE, Extent, Mark, RecoveryPoint, State, to_microseconds
 from trigger.position import At, History, Lineage, Place, Position
 from trigger.replay import Replay, Target
@@ -458,7 +458,7 @@ def _refusal(
         early = [base for base in bases if base.state is State.SEALED and not _too_late(base, target.time)]
         if others := based_beside(early, lineage):
             hint = f"points of other histories are early enough: {options(others)}; of {lineage.history} {hint}"
-    return RestoreError(f"no recovery point is early enough for {target.description}: {what}", hint=hint)
+    return TooEarlyError(f"no recovery point is early enough for {target.description}: {what}", hint=hint)
 
 
 def _beyond(target: Target, lineage: Lineage, last: Place | None, needed: Place, *, left: bool) -> RestoreError:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 
 from trigger.config.options import VerifyAssertion
-from trigger.errors import TrigpointError
+from trigger.errors import TooEarlyError, TrigpointError
 from trigger.model import RecoveryPoint, Verification
 from trigger.ports import Progress
 from trigger.replay import Target
@@ -41,7 +41,8 @@ async def verify(
 
     For a point that was taken for a commit the restore goes to that commit: it must be there, the next must not.
     Where the planner goes there from an older base, the point's own snapshot is brought up and looked at by itself
-    too, since it is what later commits are restored from.
+    too, since it is what later commits are restored from. So is nothing else of the first point, where that stands for
+    no commit: no base leads to the moment at which it was due.
 
     Args:
         wanted: a sealed point, or any target.
@@ -61,10 +62,13 @@ async def verify(
         async with asyncio.timeout(deadline_seconds):
             target = await _target(wanted, site)
             words = target.description
-            found = await prepare(target, site)
-            async for check in _looked_at(found, site, assertions, progress):
-                checks.append(check)  # noqa: PERF401 - a deadline keeps what was seen before it
-            if point is not None and found.base.id != point.id:
+            found = await _way_to(target, point, site)
+            if found is not None:
+                async for check in _looked_at(found, site, assertions, progress):
+                    checks.append(check)  # noqa: PERF401 - a deadline keeps what was seen before it
+            elif point is not None:
+                words = f"{own(point).description} alone, since no earlier one leads to {words}"
+            if point is not None and (found is None or found.base.id != point.id):
                 async for check in _looked_at_by_itself(point, site, progress):
                     checks.append(check)  # noqa: PERF401 - likewise
     except TimeoutError:
@@ -82,6 +86,16 @@ async def _target(wanted: RecoveryPoint | Target, site: Site) -> Target:
     if isinstance(wanted, Target):
         return wanted
     return await resolve(Named(point=wanted.id), site.catalog, site.journal)
+
+
+async def _way_to(target: Target, point: RecoveryPoint | None, site: Site) -> Plan | None:
+    """Give the plan for a target; None where no base is early enough for a point, and no commit depends on that."""
+    try:
+        return await prepare(target, site)
+    except TooEarlyError:
+        if point is None or point.commit is not None:
+            raise
+    return None
 
 
 async def _looked_at(
