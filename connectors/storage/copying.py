@@ -37,6 +37,7 @@ class Seen(NamedTuple):
     """What a file looked like when it was copied."""
 
     size: int
+    """How long the copy is: that of a file that grew or shrank meanwhile is as long as it came out."""
     modified_ns: int
     changed_ns: int
     inode: int
@@ -83,7 +84,8 @@ class Manifest:
     def missed(self, look: Callable[[str], Seen | None]) -> Iterator[str]:
         """Give the files that the copy does not have, or not whole; `look` gives what one looks like in it now.
 
-        One that grew or shrank while it was copied has another size than it had before, and its time all the same.
+        In lists of earlier versions the size is that of before the copy. One that grew or shrank meanwhile has another,
+        and its time all the same, where the copy's filesystem keeps it.
         """
         for name, listed in self.files.items():
             now = look(name)
@@ -156,7 +158,8 @@ class Copier:
             os.symlink(link, entry.name, dir_fd=place.target)
             if os.geteuid() == 0:
                 os.chown(entry.name, before.st_uid, before.st_gid, dir_fd=place.target, follow_symlinks=False)
-            self.seen[name] = Seen.of(before)
+            made = os.stat(entry.name, dir_fd=place.target, follow_symlinks=False)
+            self.seen[name] = Seen.of(before)._replace(size=made.st_size)
             self.bytes_done += before.st_size
         elif entry.is_dir(follow_symlinks=False):
             with contextlib.ExitStack() as open_folders:
@@ -186,6 +189,7 @@ class Copier:
                 if not self._reflink(source, copy):
                     self._bytes(source, copy, before.st_size)
                 _keep_attributes(copy, before)
+                self.seen[name] = seen._replace(size=os.fstat(copy).st_size)
             finally:
                 os.close(copy)
         self.bytes_done += before.st_size

@@ -10,10 +10,12 @@ from unittest.mock import patch
 
 import pytest
 
-from connectors.storage.copying import Copier
+from connectors.storage.copying import Copier, Manifest
 from connectors.storage.directory import DirectoryStorage
 from tests.connectors.storage.test_directory import POINTS, House
+from tests.fixtures.volumes import loop_volume
 from trigger.errors import StorageError
+from trigger.model import tag_name
 
 FILES = [f"file-{number}" for number in range(5)]
 
@@ -105,11 +107,9 @@ def test_a_snapshot_that_is_not_whole_any_more_says_so_and_gives_no_clone(
     assert asyncio.run(made.storage.clones()) == []
 
 
-@pytest.mark.parametrize("bytes_now", [0, 3, 9_000])
-def test_a_file_that_the_database_cut_short_or_extended_while_it_was_copied_is_whole(
-    bytes_now: int, tmp_path: Path
-) -> None:
-    made = House(tmp_path)
+def require_whole_when_it_changes(root: Path, bytes_now: int) -> None:
+    """A file that had 5,000 bytes and has `bytes_now` when it is copied is in a whole snapshot, and in the clone."""
+    made = House(root)
     (made.source / "file").write_bytes(b"x" * 5_000)
 
     def share(self: Copier, source: int, copy: int) -> bool:
@@ -123,8 +123,51 @@ def test_a_file_that_the_database_cut_short_or_extended_while_it_was_copied_is_w
     assert made.kept(0, "file").stat().st_size == bytes_now
     assert asyncio.run(made.storage.lack(POINTS[0])) == ""
     clone(made.storage)
-    copy = tmp_path / "storage" / "clones" / "copy" / "data" / "file"
+    copy = root / "storage" / "clones" / "copy" / "data" / "file"
     assert copy.read_bytes() == made.kept(0, "file").read_bytes()
+
+
+@pytest.mark.parametrize("bytes_now", [0, 3, 9_000])
+def test_a_file_that_the_database_cut_short_or_extended_while_it_was_copied_is_whole(
+    bytes_now: int, tmp_path: Path
+) -> None:
+    require_whole_when_it_changes(tmp_path, bytes_now)
+
+
+@pytest.mark.volume
+@pytest.mark.parametrize("bytes_now", [0, 3, 9_000])
+def test_such_a_file_is_whole_on_a_filesystem_that_keeps_whole_seconds(bytes_now: int, tmp_path: Path) -> None:
+    with loop_volume("ext4", 16, "loop", "-I", "128") as volume:
+        (tmp_path / "storage").symlink_to(volume)
+        require_whole_when_it_changes(tmp_path, bytes_now)
+
+
+@pytest.mark.volume
+def test_what_is_lost_of_a_copy_that_was_cut_short_is_said_on_a_filesystem_that_keeps_whole_seconds(
+    tmp_path: Path,
+) -> None:
+    with loop_volume("ext4", 16, "loop", "-I", "128") as volume:
+        (tmp_path / "storage").symlink_to(volume)
+        require_whole_when_it_changes(tmp_path, 3)
+        storage = DirectoryStorage(tmp_path / "storage", wanted_free_bytes=0)
+        kept = tmp_path / "storage" / tag_name(POINTS[0]) / "data" / "file"
+        kept.write_text("xx")
+        assert "file" in asyncio.run(storage.lack(POINTS[0]))
+
+
+def test_a_list_that_names_sizes_of_before_the_copy_is_believed_by_the_time(tmp_path: Path) -> None:
+    """So does that of an earlier version."""
+    made = house(tmp_path)
+    file = made.kept(0, f"folder/{FILES[0]}")
+    beside = made.kept(0, "").with_name("data.manifest")
+    listed = Manifest.read(beside)
+    assert listed is not None
+    seen = listed.files[f"folder/{FILES[0]}"]
+    Manifest(listed.began_at, {**listed.files, f"folder/{FILES[0]}": seen._replace(size=5_000)}).write(beside)
+    assert asyncio.run(made.storage.lack(POINTS[0])) == ""
+    clone(made.storage)
+    os.utime(file)
+    assert FILES[0] in asyncio.run(made.storage.lack(POINTS[0]))
 
 
 def test_what_vanishes_from_production_is_no_loss(tmp_path: Path) -> None:
