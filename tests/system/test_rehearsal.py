@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,44 @@ def test_a_rehearsal_that_is_refused_since_another_one_is_at_work_takes_nothing_
         here.start()
         assert here.ask("list", "--gaps") == []
         assert here.stop() == 0
+
+
+def entries(folder: Path) -> list[tuple[str, int]]:
+    """Give all that lies in a folder, at any depth, and when each was changed."""
+    return sorted((str(one), one.lstat().st_ctime_ns) for one in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("what", ["state", "snapshots"])
+def test_what_another_service_keeps_in_the_folder_of_rehearsals_is_left_and_refused(what: str) -> None:
+    """As a configuration of an earlier version may have it."""
+    with deployment(16, "directory") as here, deployment(16, "directory") as other:
+        kept = other.state if what == "state" else other.root / "snapshots"
+        place = (here.state if what == "state" else here.root / "snapshots") / "rehearsal"
+        other.start()
+        other.settle()
+        assert other.stop() == 0
+        place.parent.mkdir(parents=True)
+        kept.rename(place)
+        before = entries(place)
+        assert before
+        refused = here.trigpoint("check", "--rehearse", check=False)
+        assert refused.returncode == 2
+        assert f"{place} is the folder of rehearsals, and what lies in it is of none" in refused.stderr
+        assert entries(place) == before
+        assert made(here)[0] == []
+
+
+def test_snapshots_that_another_service_has_claimed_outlast_a_rehearsal_that_was_killed_there() -> None:
+    with deployment(16, "directory") as here, deployment(16, "directory") as other:
+        other.start()
+        other.settle()
+        assert other.stop() == 0
+        place = here.root / "snapshots" / "rehearsal"
+        place.parent.mkdir()
+        (other.root / "snapshots").rename(place)
+        (place / "of-a-rehearsal").touch()
+        before = {path for path, _ in entries(place)}
+        refused = here.trigpoint("check", "--rehearse", check=False)
+        assert refused.returncode == 6
+        assert f"another trigpoint makes points in {place}: that of the catalog {other.state}" in refused.stderr
+        assert {path for path, _ in entries(place)} >= before

@@ -33,6 +33,9 @@ from trigger.config.sections import (
 from trigger.errors import ConfigError
 from trigger.model import EPOCH, Volume
 
+REHEARSAL = "rehearsal"
+"""The folder of rehearsals, in that for state and in that for snapshots."""
+
 
 class VolumeOptions(Section):
     """One directory tree that holds part of the cluster."""
@@ -182,6 +185,18 @@ class Options(Section):
             for volume in self.volumes:
                 if path.is_relative_to(volume.path):
                     raise ValueError(f"{what}: {path} lies inside the protected volume {volume.name} ({volume.path})")
+        return self
+
+    @model_validator(mode="after")
+    def _what_we_write_is_no_rehearsals(self) -> Options:
+        for what, folder in (
+            ("state_folder", self.state_folder),
+            ("storage.folder", self.storage.folder),
+            ("catalog.path", self.catalog_path.parent),
+            ("journal.folder", self.journal_folder),
+        ):
+            if folder.name == REHEARSAL:
+                raise ValueError(f"{what}: {folder}: must not be called {REHEARSAL}: what a rehearsal makes lies there")
         return self
 
     @model_validator(mode="after")

@@ -163,13 +163,13 @@ async def opened(
 
 
 @contextlib.asynccontextmanager
-async def alone(options: Options, *, suffix: str = "", past: bool = False) -> AsyncIterator[Parts]:
+async def alone(options: Options, *, past: bool = False) -> AsyncIterator[Parts]:
     """Hold the state folder and the parts; raises `ConfigError` where another process holds the folder.
 
-    `suffix` and `past` as in `connect`.
+    `past` as in `connect`.
     """
-    with only_one(options.state_folder, passing="another rehearsal" if suffix else ""):
-        parts = await connect(options, suffix=suffix, past=past)
+    with only_one(options.state_folder):
+        parts = await connect(options, past=past)
         try:
             yield parts
         finally:

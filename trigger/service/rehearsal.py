@@ -2,6 +2,9 @@
 
 A rehearsal has a state folder, snapshots, slots and publications of its own. So it can be held before the first start
 and beside a running service, and what it passes works: every program, right and connection of the real thing was used.
+
+Its folders lie in those of the service. That they are called so proves nothing: each bears a mark from before anything
+else lies in it until nothing else does, and where there is none, nothing is removed.
 """
 
 from __future__ import annotations
@@ -13,20 +16,23 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trigger.config.options import CatalogOptions, Options
-from trigger.errors import TrigpointError
+from trigger.config.options import REHEARSAL, CatalogOptions, Options
+from trigger.errors import ConfigError, TrigpointError
 from trigger.failpoint import reached
+from trigger.host import make_passage
 from trigger.model import RecoveryPoint, Severity, State, Verification
 from trigger.ports import Progress
 from trigger.restore.clones import to_its_end
 from trigger.restore.verify import verify
-from trigger.service.connect import Parts, alone
-from trigger.service.control import LOCK, if_free
+from trigger.service.connect import Parts, connect
+from trigger.service.control import LOCK, only_one
 from trigger.service.service import Service, begin, preflight, work
+from trigger.trusted import sync_folder
 
 SUFFIX = "_rehearsal"
 """What the slots and publications of a rehearsal bear behind the prefix of the service's own."""
-_FOLDER = "rehearsal"
+_MARK = "of-a-rehearsal"
+_MARKED = "Made by trigpoint check --rehearse. The next one removes all that lies in this folder.\n"
 READY_SECONDS = 120.0
 _POLL_SECONDS = 0.1
 
@@ -52,15 +58,14 @@ async def rehearse(options: Options, progress: Progress) -> Rehearsal:
     copy of the volumes.
 
     Raises:
+        ConfigError: in a folder that it would have as its own lies something else, which is left as it is.
         TrigpointError: it could not be done; the error is that of the part which failed.
     """
     apart = _apart(options)
     clock = asyncio.get_running_loop().time
-    killed = await asyncio.to_thread(_forget_killed, apart)
-    async with _no_folders_left(apart), alone(apart, suffix=SUFFIX) as parts, _gone_at_the_end(parts):
-        if killed:
-            await _clear(parts)
+    async with _no_folders_left(apart), _of_its_own(apart) as parts:
         await preflight(parts, force=False)
+        await asyncio.to_thread(_mark, apart.storage.folder)
         began = clock()
         progress("protect", 0, 0)
         async with _at_work(await begin(parts)) as service:
@@ -74,32 +79,70 @@ async def rehearse(options: Options, progress: Progress) -> Rehearsal:
         return Rehearsal(protected - began, taken - protected, clock() - taken, verification)
 
 
+@contextlib.asynccontextmanager
+async def _of_its_own(apart: Options) -> AsyncIterator[Parts]:
+    """Hold the parts of a rehearsal in folders of its own, rid of what one that was killed had left.
+
+    What is made with them is removed at the end.
+    """
+    await asyncio.to_thread(_require_own, apart.state_folder, LOCK)
+    await asyncio.to_thread(_require_own, apart.storage.folder)
+    with only_one(apart.state_folder, passing="another rehearsal"):
+        killed = await asyncio.to_thread(_forget_killed, apart)
+        parts = await connect(apart, suffix=SUFFIX)
+        try:
+            async with _gone_at_the_end(parts):
+                if killed:
+                    await _clear(parts)
+                yield parts
+        finally:
+            await parts.close()
+
+
+def _require_own(folder: Path, *besides: str) -> None:
+    """Raise `ConfigError` where anything but what is called `besides` lies in a folder that bears no mark."""
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if found.difference(besides) and _MARK not in found:
+        raise ConfigError(
+            f"{folder} is the folder of rehearsals, and what lies in it is of none",
+            hint="move it away, or, if a rehearsal of an earlier version was killed, remove it;"
+            " a service that keeps it there needs another folder",
+        )
+
+
+def _mark(folder: Path, *besides: str) -> None:
+    """Make a folder a rehearsal's own; raises `ConfigError` as `_require_own`."""
+    _require_own(folder, *besides)
+    make_passage(folder)
+    (folder / _MARK).write_text(_MARKED)  # that it is there counts, whatever it says: so it is there at once
+    sync_folder(folder)
+
+
+def _is_marked(folder: Path) -> bool:
+    return (folder / _MARK).exists()
+
+
 def _forget_killed(apart: Options) -> bool:
-    """Remove what a rehearsal that was killed knew, unless one is at work; gives whether there was one.
+    """Take the state folder, and remove what a rehearsal that was killed knew; gives whether there was one.
 
     Its catalog and notes would miss snapshots and log that it had removed already. What it made is still found where it
     is: in the cluster, and in the storage.
     """
-    if not (apart.state_folder.exists() or apart.storage.folder.exists()):
-        return False
-    with if_free(apart.state_folder) as free:
-        for entry in apart.state_folder.iterdir() if free else ():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != LOCK:
-                entry.unlink()
-    return True
+    killed = _is_marked(apart.state_folder) or _is_marked(apart.storage.folder)
+    _mark(apart.state_folder, LOCK)
+    _empty(apart.state_folder, LOCK)
+    return killed
 
 
 def _apart(options: Options) -> Options:
     """Give options whose state and snapshots lie apart from those of the service."""
     return options.model_copy(
         update={
-            "name": f"{options.name}-{_FOLDER}",
-            "state_folder": options.state_folder / _FOLDER,
+            "name": f"{options.name}-{REHEARSAL}",
+            "state_folder": options.state_folder / REHEARSAL,
             "catalog": CatalogOptions(),
             "journal": options.journal.model_copy(update={"folder": None}),
-            "storage": options.storage.model_copy(update={"folder": options.storage.folder / _FOLDER}),
+            "storage": options.storage.model_copy(update={"folder": options.storage.folder / REHEARSAL}),
         }
     )
 
@@ -184,22 +227,42 @@ async def _end(parts: Parts) -> None:
 async def _clear(parts: Parts) -> None:
     """Remove what a rehearsal made in the cluster and in the storage; slots first, for which the server keeps log.
 
-    What cannot go is told, and goes next time.
+    What cannot go is told, and goes next time; so does a storage that another holds, or that was claimed for another.
     """
     try:
         await parts.database.remove()
     finally:
-        for clone in await parts.storage.clones():
-            await parts.recovery.stop(clone)
-            await parts.storage.drop_clone(clone.name)
-        for found in await parts.storage.tagged():
-            await parts.storage.delete(found.point)
+        if await asyncio.to_thread(_is_marked, parts.options.storage.folder):
+            await parts.storage.claim(str(parts.options.catalog_path))
+            await _clear_storage(parts)
+
+
+async def _clear_storage(parts: Parts) -> None:
+    for clone in await parts.storage.clones():
+        await parts.recovery.stop(clone)
+        await parts.storage.drop_clone(clone.name)
+    for found in await parts.storage.tagged():
+        await parts.storage.delete(found.point)
 
 
 def _remove(apart: Options) -> None:
-    for folder in (apart.state_folder, apart.storage.folder):
-        with contextlib.suppress(FileNotFoundError):
+    """Remove both folders as far as they are marked; the mark goes when nothing else lies there, but for the lock."""
+    for folder, lock in ((apart.storage.folder, ()), (apart.state_folder, (LOCK,))):
+        if _is_marked(folder):
+            _empty(folder, *lock)
+            (folder / _MARK).unlink()
             shutil.rmtree(folder)
+
+
+def _empty(folder: Path, *besides: str) -> None:
+    """Remove all that lies in a folder, but its mark and what is called `besides`."""
+    for entry in folder.iterdir():
+        if entry.name in (_MARK, *besides):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
