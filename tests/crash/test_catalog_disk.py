@@ -10,17 +10,20 @@ import os
 import pwd
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from connectors.memory import MemoryJournal, MemoryStorage, World
 from tests.fixtures.volumes import loop_volume
 from tests.trigger.catalog.test_catalog import at, opened, proven, record, sealed, with_catalog
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.reserve import KEPT_PIECES, PIECE_BYTES, for_an_operator
 from trigger.errors import CatalogError
+from trigger.keep.room import Room
 from trigger.model import RecoveryPoint, State
 
 pytestmark = pytest.mark.volume
@@ -103,6 +106,45 @@ def test_points_are_given_up_on_a_full_disk_and_what_that_needed_is_laid_by_agai
         asyncio.run(work(volume))
 
 
+class Slow(MemoryStorage):
+    """One that shows every point, and takes its time to remove one."""
+
+    def __init__(self) -> None:
+        super().__init__(World(), budget=50)
+        self.removing, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        return set()
+
+    async def delete(self, point: str) -> None:
+        self.removing.set()
+        await self.may_go_on.wait()
+
+
+def test_what_goes_on_while_an_operator_gives_points_up_gets_nothing_of_what_is_kept_for_him() -> None:
+    async def work(volume: Path) -> None:
+        reserve, storage = volume / "catalog.db.reserve", Slow()
+        catalog = await Catalog.open(volume / "catalog.db")
+        for number in range(1, 4):
+            await sealed(catalog, number, [record(number * 1000)])
+        other = await opened(catalog, 9_000)
+        os.truncate(reserve, KEPT_PIECES * PIECE_BYTES)  # as thinning leaves it
+        giving_up = asyncio.create_task(Room(catalog, storage, MemoryJournal(World())).give_up_before(3))
+        await storage.removing.wait()
+        fill(volume)
+        left = reserve.stat().st_size
+        with pytest.raises(CatalogError, match="no room left"):
+            await catalog.fail(other, os.urandom(1 << 20).hex())
+        assert reserve.stat().st_size == left
+        storage.may_go_on.set()
+        assert (await giving_up).points == (1, 2)
+        assert [point.number for point in await catalog.points(states={State.EXPIRED})] == [2, 1]
+        await catalog.close()
+
+    with loop_volume("ext4", 40) as volume:
+        asyncio.run(work(volume))
+
+
 def busy_until_killed(where: Path, pipe: Connection) -> None:
     """Seal, give up and look, whatever comes of it; tells that it began, and what fails for anything but room."""
 
@@ -155,7 +197,7 @@ def test_a_disk_that_fills_ends_nobody_and_a_catalog_whose_process_was_killed_th
             assert reserve.stat().st_size == left, "who only looks needs none of it"
             last = await catalog.latest()
             assert last is not None
-            with catalog.reserve.for_an_operator():
+            with for_an_operator():
                 await give_up(catalog, last)
             os.truncate(reserve, 0)
             fill(volume)

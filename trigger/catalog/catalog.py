@@ -17,6 +17,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -61,7 +62,7 @@ class Run(Protocol):
     """Runs a piece of synchronous work somewhere and gives what it gave."""
 
     def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
-        """Run `work` to its end, even where the caller is cancelled."""
+        """Run `work` to its end, even where the caller is cancelled, with the caller's context variables."""
         ...
 
 
@@ -123,7 +124,7 @@ class Catalog:
             self._thread.shutdown(wait=False)
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, copy_context().run, work)
 
     def _prepare(self, upgrade: Upgrade) -> None:
         with schema.translated(self.where):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 PIECE_BYTES = 1 << 20
@@ -18,6 +19,19 @@ PIECE_BYTES = 1 << 20
 PIECES = 8
 KEPT_PIECES = 4
 """Only for an operator who gives points up; as much as SQLite's log grows before it begins anew."""
+
+_is_an_operators = ContextVar("is_an_operators", default=False)
+"""A word of the task at hand: what the service does beside an operator's call is not his."""
+
+
+@contextlib.contextmanager
+def for_an_operator() -> Iterator[None]:
+    """Let all of a reserve be given for what is written inside the block, and for nothing that goes on beside it."""
+    token = _is_an_operators.set(True)
+    try:
+        yield
+    finally:
+        _is_an_operators.reset(token)
 
 
 class Reserve:
@@ -29,16 +43,6 @@ class Reserve:
 
     def __init__(self, file: Path | None) -> None:
         self._catalog = file
-        self._is_an_operators = False
-
-    @contextlib.contextmanager
-    def for_an_operator(self) -> Iterator[None]:
-        """Let all of it be given inside the block, for whatever is written there: an operator gives points up."""
-        outside, self._is_an_operators = self._is_an_operators, True
-        try:
-            yield
-        finally:
-            self._is_an_operators = outside
 
     def fill(self) -> None:
         """Make it whole, if there is the room, and as much again; never raises."""
@@ -50,9 +54,10 @@ class Reserve:
 
     def give_piece(self, *, makes_room: bool) -> bool:
         """Give a piece back to the disk, for what `makes_room` or for an operator; False where none is left for it."""
-        if not (makes_room or self._is_an_operators):
+        is_an_operators = _is_an_operators.get()
+        if not (makes_room or is_an_operators):
             return False
-        kept = 0 if self._is_an_operators else KEPT_PIECES * PIECE_BYTES
+        kept = 0 if is_an_operators else KEPT_PIECES * PIECE_BYTES
         with contextlib.suppress(OSError), self._opened() as descriptor:
             left = os.fstat(descriptor).st_size
             if left > kept:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.presence import away
+from trigger.catalog.reserve import for_an_operator
 from trigger.errors import CatalogError
 from trigger.failpoint import reached
 from trigger.model import GONE, RecoveryPoint, State
@@ -52,7 +53,8 @@ async def give_up_before(first: RecoveryPoint, catalog: Catalog, storage: Storag
             continue
         going.append(point.number)
         if not dry_run:
-            await expire(catalog, storage, point)
+            with for_an_operator():
+                await expire(catalog, storage, point)
     return GivenUp(tuple(going), tuple(kept))
 
 

@@ -215,8 +215,7 @@ class Room:
         Raises: as `expire.give_up_before`; and `JournalError` where the log cannot be let go of, which can wait.
         """
         async with self._one_at_a_time:  # what it is called is read in here: thinning may just have taken it
-            with self._catalog.reserve.for_an_operator():
-                point = await self._catalog.point(first)
-                given_up = await give_up_before(point, self._catalog, self._storage, dry_run=dry_run)
+            point = await self._catalog.point(first)
+            given_up = await give_up_before(point, self._catalog, self._storage, dry_run=dry_run)
         segments = 0 if dry_run else await release_log(self._catalog, self._journal)
         return replace(given_up, segments=segments)

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from trigger.catalog.reconcile import reconcile
+from trigger.catalog.reserve import for_an_operator
 from trigger.config.options import Options
 from trigger.errors import JournalError, PreflightError, TrigpointError
 from trigger.keep.expire import GivenUp
@@ -386,7 +387,7 @@ async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, A
                 return {"point": data(await _take_one(parts, _note(request)))}
             case "expire":
                 if not request.get("dry_run"):  # which changes nothing
-                    with parts.catalog.reserve.for_an_operator():
+                    with for_an_operator():
                         await reconcile(parts.catalog, parts.storage)
                 return {"expired": data(await give_up(_room(parts), request))}
             case other:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trigger.catalog.reserve import KEPT_PIECES, PIECES, Reserve
+from trigger.catalog.reserve import KEPT_PIECES, PIECES, Reserve, for_an_operator
 
 
 def given(reserve: Reserve, *, makes_room: bool) -> int:
@@ -21,16 +21,16 @@ def test_what_gives_points_up_by_itself_gets_half_and_an_operator_all_that_is_le
     reserve.fill()
     assert not given(reserve, makes_room=False)
     assert given(reserve, makes_room=True) == PIECES - KEPT_PIECES
-    with reserve.for_an_operator():
+    with for_an_operator():
         assert given(reserve, makes_room=False) == KEPT_PIECES
     assert not given(reserve, makes_room=True)
     reserve.fill()
-    with reserve.for_an_operator():
+    with for_an_operator():
         assert given(reserve, makes_room=True) == PIECES
 
 
 def test_a_catalog_without_a_file_of_its_own_has_none() -> None:
     reserve = Reserve(None)
     reserve.fill()
-    with reserve.for_an_operator():
+    with for_an_operator():
         assert not given(reserve, makes_room=True)
