@@ -282,6 +282,24 @@ def test_a_snapshot_that_goes_while_the_service_runs_is_shown_and_promised_to_no
     assert deployed.stop() == 0
 
 
+def test_what_was_put_back_once_the_service_had_stopped_is_named_and_serves_after_a_reconcile(
+    deployed: Deployment,
+) -> None:
+    _, wanted = _commit(deployed, 2)
+    deployed.settle()
+    lost = deployed.ask("restore", "--to-xid", str(wanted), "--dry-run")["base"]
+    folder, elsewhere = deployed.root / "snapshots" / f"trg-{lost['id']}", deployed.root / "moved"
+    folder.rename(elsewhere)
+    assert deployed.stop() == 0
+    elsewhere.rename(folder)
+    told = [(one["message"], one["remedy"]) for one in deployed.ask("check") if "failed as gone" in one["message"]]
+    assert [message for message, _ in told] == [f"point {lost['number']} failed as gone, and lies in the storage again"]
+    assert told[0][1].startswith("`trigpoint reconcile`")
+    assert deployed.ask("restore", "--to-xid", str(wanted), "--dry-run")["base"]["number"] != lost["number"]
+    deployed.trigpoint("reconcile")
+    assert deployed.ask("restore", "--to-xid", str(wanted), "--dry-run")["base"]["number"] == lost["number"]
+
+
 def test_a_storage_that_is_not_mounted_is_refused_at_start_and_no_point_is_given_up(deployed: Deployment) -> None:
     made = _commit(deployed)[0]
     deployed.settle()

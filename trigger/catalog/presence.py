@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from trigger.catalog.catalog import Catalog
 from trigger.errors import StorageError
-from trigger.model import Finding, RecoveryPoint, Severity, State
+from trigger.model import GONE, Finding, RecoveryPoint, Severity, State
 from trigger.ports import Storage, Tagged
 
 AT_ONCE = 100
@@ -18,9 +18,11 @@ AT_ONCE = 100
 _NAMED = 5
 _NOTHING = "the storage shows no snapshot at all, and in the catalog {} sealed"
 MOUNT = "mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss"
+TAKES_BACK = "`trigpoint reconcile`, or a start of the service, takes back those that are whole"
+"""What of points that failed as gone lies in the storage again."""
 _BACK = (
-    "put back what was moved, and it serves again; what is gone for good is given up by the next start, and its commits"
-    " are restored from the points before"
+    "put back what was moved, and it serves again, but where the service was stopped or started since, or failed at a"
+    f" point: {TAKES_BACK}. What is gone for good is given up then, and its commits are restored from the points before"
 )
 
 
@@ -62,6 +64,30 @@ async def away(bases: Sequence[RecoveryPoint], catalog: Catalog, storage: Storag
     return found
 
 
+async def back(catalog: Catalog, storage: Storage) -> list[RecoveryPoint]:
+    """Give the points that failed as gone, and of which the storage shows every snapshot again; reads each tag for it.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    there = {found.point: found for found in await storage.tagged()}
+    known = await catalog.having(there)
+    return [point for point in known if point.failure == GONE and is_whole(there[point.id], point)]
+
+
+async def look_back(catalog: Catalog, storage: Storage) -> Finding | None:
+    """Give which points failed as gone and lie in the storage again: nothing is restored from them. None for none.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    if not (found := await back(catalog, storage)):
+        return None
+    lies = "lies" if len(found) == 1 else "lie"
+    message = f"{_named([point.number for point in found])} failed as gone, and {lies} in the storage again"
+    return Finding("storage", Severity.WARNING, message, TAKES_BACK)
+
+
 async def is_gone(point: RecoveryPoint, catalog: Catalog, storage: Storage) -> bool:
     """Whether a point of which no clone could be made is none to restore from: expired, or not whole any more.
 
@@ -95,9 +121,13 @@ async def look(catalog: Catalog, storage: Storage) -> Finding | None:
 
 def words(numbers: Collection[int]) -> str:
     """Give in words that the snapshots of some points are gone; never a list that grows with them."""
+    return f"of {_named(numbers)} a snapshot is gone from the storage"
+
+
+def _named(numbers: Collection[int]) -> str:
     named = ", ".join(map(str, sorted(numbers)[:_NAMED]))
     more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-    return f"of {'point' if len(numbers) == 1 else 'points'} {named}{more} a snapshot is gone from the storage"
+    return f"{'point' if len(numbers) == 1 else 'points'} {named}{more}"
 
 
 class Watch:

@@ -14,7 +14,7 @@ from functools import partial
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
-from trigger.catalog.presence import MOUNT, is_whole, nothing_of, shows_nothing
+from trigger.catalog.presence import MOUNT, TAKES_BACK, is_whole, nothing_of, shows_nothing
 from trigger.errors import StorageError, TrigpointError
 from trigger.model import GONE, CommitRecord, Finding, RecoveryPoint, Severity, State
 from trigger.ports import Storage, Tagged
@@ -86,7 +86,6 @@ _ANEW = (
     " their tags, also while the cluster is down, and so does a start. What lies behind what tags know of a stream is"
     " read again then, or becomes a gap where the server has let go of it"
 )
-_BACK = "`trigpoint reconcile`, or a start of the service, takes back those that are whole"
 
 
 async def lost(catalog: Catalog, storage: Storage) -> Finding | None:
@@ -101,7 +100,7 @@ async def lost(catalog: Catalog, storage: Storage) -> Finding | None:
     known = await catalog.having(there)
     if back := [point for point in known if point.failure == GONE]:
         words = f"in {catalog.place} no point is sealed, and the storage has {len(back)} that failed as gone from it"
-        return Finding("catalog", Severity.WARNING, words, _BACK)
+        return Finding("catalog", Severity.WARNING, words, TAKES_BACK)
     if strays := there - {point.id for point in known}:
         words = f"{catalog.place} knows of no point, and the storage has {len(strays)}: it was lost"
         return Finding("catalog", Severity.WARNING, f"{words}, and with it {ONLY_IT_KNEW}", _ANEW)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from typing import NamedTuple
 
 from trigger.catalog.catalog import Catalog, Found
@@ -16,6 +17,7 @@ from trigger.ports import Journal, Storage
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
+from trigger.restore.bases import planned
 from trigger.restore.histories import based_beside, meant, naming, options, past
 from trigger.restore.planner import plan
 from trigger.restore.target import at_commit, at_time, is_left, up_to
@@ -157,6 +159,8 @@ class _Known:
     journal: Journal
     extents: Sequence[Extent]
     left_out: LeftOut | None = None
+    storage: Storage | None = None
+    """Says which snapshots are there."""
     away: Collection[str] = ()
     """The ids of the bases whose snapshots are not there."""
     unseen: str = ""
@@ -171,7 +175,17 @@ class _Known:
         left, start = await is_left(target, catalog, self.journal), self.journal.file_start
         try:
             lineage = await self.journal.lineage(target.history)
-            found = plan(target, self.bases, self.extents, lineage, 1.0, file_start=start, left=left, away=self.away)
+            plan_from = partial(
+                plan,
+                target,
+                extents=self.extents,
+                lineage=lineage,
+                replay_bytes_per_second=1.0,
+                file_start=start,
+                left=left,
+                away=self.away,
+            )
+            found = await planned(plan_from, self.bases, catalog, self.storage)
         except (JournalError, RestoreError) as error:
             if not error.retryable:
                 return _Way(f"it cannot be restored: {error.message}")
@@ -251,7 +265,7 @@ async def _known(stream: str | None, history: str | None, catalog: Catalog, jour
 
 async def _with_what_is_there(known: _Known, catalog: Catalog, storage: Storage) -> _Known:
     try:
-        return replace(known, away=await away(known.bases, catalog, storage))
+        return replace(known, storage=storage, away=await away(known.bases, catalog, storage))
     except StorageError as error:
         return replace(known, unseen=str(error))
 

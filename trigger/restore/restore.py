@@ -23,6 +23,7 @@ from trigger.ports import Clone, Journal, Progress
 from trigger.position import At, History, Position
 from trigger.replay import Running, Target
 from trigger.restore import clone_records, log_search
+from trigger.restore.bases import planned
 from trigger.restore.clone_records import CloneRecord, clone_name, new_name
 from trigger.restore.clones import Site, remove_after
 from trigger.restore.obstacles import left_out, require_none
@@ -94,11 +95,18 @@ async def prepare(
         lineage, file_start = await site.journal.lineage(target.history), site.journal.file_start
         bases, extents = await site.catalog.bases(), await site.journal.extents()
         left, gone = await is_left(target, site.catalog, site.journal), await away(bases, site.catalog, site.storage)
+        plan_from = partial(
+            plan,
+            target,
+            extents=extents,
+            lineage=lineage,
+            replay_bytes_per_second=site.replay_bytes_per_second,
+            file_start=file_start,
+            left=left,
+            away=gone.union(without),
+        )
         try:
-            rate = site.replay_bytes_per_second
-            found = plan(
-                target, bases, extents, lineage, rate, file_start=file_start, left=left, away=gone.union(without)
-            )
+            found = await planned(plan_from, bases, site.catalog, site.storage)
         except RestoreError as error:
             if not error.retryable:
                 raise

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from trigger.catalog.catalog import Catalog, Found
+from trigger.catalog.presence import TAKES_BACK
 from trigger.errors import DatabaseError, JournalError, RestoreError
-from trigger.model import CommitRecord, Extent, Outcome, RecoveryPoint, State, from_microseconds
+from trigger.model import GONE, CommitRecord, Extent, Outcome, RecoveryPoint, State, from_microseconds
 from trigger.ports import Database, Journal
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
@@ -288,7 +289,8 @@ def _require_there(point: RecoveryPoint) -> None:
     if point.state in (State.OPEN, State.FAILED):
         raise RestoreError(
             f"point {point.number} is {point.state}{': ' + point.failure if point.failure else ''}",
-            hint="name the commit instead (--to-xid); it can be restored from an earlier point",
+            hint="name the commit instead (--to-xid); it can be restored from an earlier point"
+            + (f". Where its snapshot lies in the storage again: {TAKES_BACK}" if point.failure == GONE else ""),
         )
 
 

@@ -17,7 +17,7 @@ from stat import S_IFREG
 
 from trigger import host
 from trigger.catalog.catalog import Catalog, Upgrade
-from trigger.catalog.presence import look
+from trigger.catalog.presence import look, look_back
 from trigger.catalog.reconcile import lost
 from trigger.config.drivers import driver, know_places
 from trigger.config.options import Options
@@ -298,7 +298,7 @@ async def _agreement(parts: Parts) -> list[Finding]:
     with contextlib.suppress(StorageError):
         seen = (
             await look(parts.catalog, parts.storage),
-            await lost(parts.catalog, parts.storage),
+            await lost(parts.catalog, parts.storage) or await look_back(parts.catalog, parts.storage),
             await kept.missed_points(parts.options, parts.catalog, parts.storage),
         )
         return [finding for finding in seen if finding is not None]

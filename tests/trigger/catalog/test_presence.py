@@ -72,6 +72,24 @@ def test_of_a_storage_that_shows_nothing_nobody_is_told_that_points_are_gone(poi
     play(act)
 
 
+def test_the_check_names_the_points_that_failed_as_gone_and_lie_in_the_storage_again() -> None:
+    async def act(stage: Stage) -> None:
+        lost, other, _ = [await stage.sealed(number) for number in (1, 2, 3)]
+        away = {point.id: stage.world.kept.pop(point.id) for point in (lost, other)}
+        await stage.reconcile()
+        assert await presence.look_back(stage.catalog, stage.storage) is None
+        stage.world.kept |= {lost.id: away[lost.id], other.id: Kept(("data",))}
+        found = await presence.look_back(stage.catalog, stage.storage)
+        assert found is not None
+        assert (found.severity, found.subject) == (Severity.WARNING, "storage")
+        assert found.message == "point 1 failed as gone, and lies in the storage again", "of the other one a part"
+        assert "trigpoint reconcile" in found.remedy
+        await stage.reconcile()
+        assert await presence.look_back(stage.catalog, stage.storage) is None
+
+    play(act)
+
+
 def test_the_check_names_the_points_whose_snapshots_are_gone_and_not_all_of_very_many() -> None:
     async def act(stage: Stage) -> None:
         points: list[RecoveryPoint] = [await stage.sealed(number) for number in range(1, 10)]

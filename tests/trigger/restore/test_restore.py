@@ -13,12 +13,14 @@ import pytest
 
 from connectors.memory import MemoryRecovery, MemoryStorage, World
 from tests.fixtures.bank import Bank, Breaking, nothing_left, quiet, run, two_points
+from trigger.catalog.reconcile import reconcile
 from trigger.errors import JournalError, RestoreError, StorageError
 from trigger.keep.expire import expire
 from trigger.model import Cause
 from trigger.ports import Capability, Clone, Progress
 from trigger.position import Name
 from trigger.restore.clones import Site, drop
+from trigger.restore.locate import locate
 from trigger.restore.restore import prepare, restore
 from trigger.restore.target import Named, resolve
 
@@ -92,6 +94,33 @@ def test_a_restore_goes_on_without_a_base_whose_snapshot_is_gone_and_says_so(lat
                 await asked
 
     run(tmp_path, story, LosesWhileItClones)
+
+
+def test_a_refusal_names_a_point_that_had_failed_as_gone_and_would_do_now_that_it_is_back(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        lost = await it.point()
+        wanted = it.commit()
+        it.commit()
+        await it.point()
+        away = it.world.kept.pop(lost.id)
+        await reconcile(it.catalog, it.site.storage)
+        target = await it.resolve(Named(name=wanted.name))
+        back = f"it could be done from point {lost.number}, which failed as gone and lies in the storage again"
+        for again in (False, True):
+            it.world.kept |= {lost.id: away} if again else {}
+            with pytest.raises(RestoreError, match="early enough") as refused:
+                await prepare(target, it.site)
+            (found,) = await locate(it.catalog, it.site.journal, name=wanted.name, storage=it.site.storage)
+            for said in (refused.value.message, found.reason):
+                assert (back in said) == again
+        with pytest.raises(RestoreError, match="its snapshot is gone") as refused:
+            await it.resolve(Named(point=lost.id))
+        assert "trigpoint reconcile" in refused.value.hint
+        await reconcile(it.catalog, it.site.storage)
+        assert (await prepare(target, it.site)).base.number == lost.number
+
+    run(tmp_path, story)
 
 
 def test_a_copy_that_is_not_one_instant_comes_back_exactly_too(tmp_path: Path) -> None:
