@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 
 from connectors.storage import libbtrfsutil
-from connectors.storage.glance import absent
 from connectors.storage.removal import remove_copies, remove_tree
 from connectors.storage.sections import BtrfsOptions
 from connectors.storage.shelf import (
@@ -171,7 +170,7 @@ class BtrfsStorage:
     async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
         """Give the ids of those of `points` of which a snapshot is not there, at a glance."""
         with as_storage_error(f"look into {self._shelf.folder}"):
-            return await self._threads.run(partial(absent, points, self._shelf.point_folder))
+            return await self._threads.run(partial(self._shelf.absent, points))
 
     async def delete(self, point: str) -> None:
         """Remove the snapshots and the tag of a point, the tag first; their space comes back some time later."""
@@ -206,8 +205,10 @@ class BtrfsStorage:
             raise
         return clone
 
-    async def lack(self, point: str) -> str:  # noqa: ARG002 - the same for each
-        """Find nothing: what is shown was cut in one step, and is closed since."""
+    async def lack(self, point: str) -> str:
+        """Find nothing, where it can be looked at: what is shown was cut in one step, and is closed since."""
+        with as_storage_error(f"look into {self._shelf.point_folder(point)}"):
+            await self._threads.run(partial(self._shelf.tagged, point, _look))
         return ""
 
     async def clones(self) -> list[Clone]:

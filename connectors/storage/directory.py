@@ -27,7 +27,7 @@ from glob import escape
 from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, Seen, can_reflink
-from connectors.storage.glance import absent, status
+from connectors.storage.glance import status
 from connectors.storage.removal import remove_tree
 from connectors.storage.sections import DirectoryOptions
 from connectors.storage.shelf import (
@@ -202,7 +202,7 @@ class DirectoryStorage:
     async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
         """Give the ids of those of `points` of which a snapshot is not there, at a glance."""
         with as_storage_error(f"look into {self._shelf.folder}"):
-            return await self._threads.run(partial(absent, points, self._shelf.point_folder))
+            return await self._threads.run(partial(self._shelf.absent, points))
 
     async def delete(self, point: str) -> None:
         """Remove the copies and the tag of a point, the tag first."""

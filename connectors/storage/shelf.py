@@ -29,13 +29,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from connectors.storage import claims, sealed
+from connectors.storage.glance import status
 from connectors.storage.place import Place
 from connectors.storage.removal import remove_copies, remove_tree
 from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
 from trigger.errors import StorageError, remedy
 from trigger.failpoint import reached
 from trigger.lock import lock
-from trigger.model import Finding, Severity, Snapshot, Space, Volume, is_point_id, tag_name
+from trigger.model import Finding, RecoveryPoint, Severity, Snapshot, Space, Volume, is_point_id, tag_name
 from trigger.ports import Clone, Tagged
 from trigger.trusted import NotOursError, require_no_link, sync_folder, why_not_ours
 
@@ -275,6 +276,13 @@ class Shelf:
             return Tagged(point, None, self._untagged(point), complete=False)
         found = tuple(seen for kept in sidecar.snapshots if (seen := look(kept)) is not None)
         return Tagged(point, sidecar.tag, found, complete=len(found) == len(sidecar.snapshots))
+
+    def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        """Give the ids of those of `points` of which a snapshot is not there, whatever else lies in its place."""
+        places = [(point.id, self.point_folder(point.id) / kept.volume) for point in points for kept in point.snapshots]
+        gone = {point for point, place in places if status(place) is None}
+        self._place.is_there()  # asked last: what went away while each was looked for is not gone
+        return gone
 
     def whole(self, point: str, look: Callable[[Snapshot], Snapshot | None]) -> Tagged:
         """Give what there is of a point, as `tagged`; raises `StorageError` where that is not known to be all of it."""

@@ -15,7 +15,8 @@ from trigger.model import EPOCH, Cause, Mark, RecoveryPoint, Snapshot, State
 from trigger.position import History, Position
 
 
-def _sealed(point: str, snapshots: Sequence[Snapshot]) -> RecoveryPoint:
+def sealed(point: str, snapshots: Sequence[Snapshot]) -> RecoveryPoint:
+    """Give a sealed point with these snapshots."""
     mark = Mark(Position(History("memory", "1", 1), 1))
     return RecoveryPoint(point, 1, State.SEALED, Cause.START, (mark,), EPOCH, snapshots=tuple(snapshots))
 
@@ -23,7 +24,7 @@ def _sealed(point: str, snapshots: Sequence[Snapshot]) -> RecoveryPoint:
 @every
 async def what_was_taken_off_it_is_told_at_a_glance(rig: Rig) -> None:
     storage = rig.driver()
-    points = [_sealed(point, await storage.snapshot(rig.volumes, point, TAG)) for point in (A, B, C)]
+    points = [sealed(point, await storage.snapshot(rig.volumes, point, TAG)) for point in (A, B, C)]
     assert await storage.absent(points) == await storage.absent([]) == set()
     await storage.delete(A)
     rig.lose_a_volume(B)

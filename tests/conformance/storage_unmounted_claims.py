@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 
 import pytest
 
 from tests.conformance.storage_claims import TAG, A, B, C, silent
+from tests.conformance.storage_errors_claims import sealed
 from tests.conformance.storage_rigs import FileRig
 from trigger.errors import StorageError
+from trigger.model import RecoveryPoint
 from trigger.ports import Storage
 
 
 async def what_is_away_is_not_taken_for_empty(rig: FileRig) -> None:
     storage = rig.driver()
     await storage.claim()
-    for point in (A, B):
-        await storage.snapshot(rig.volumes, point, TAG)
+    points = [sealed(point, await storage.snapshot(rig.volumes, point, TAG)) for point in (A, B)]
     await storage.clone(A, "copy", silent)
     for beneath in ((), ("",), ("lock",)):
         with rig.unmounted(*beneath):
-            for call in (*_of_a_point(storage), *_of_all_there_is(storage, rig)):
+            for call in (*_of_a_point(storage), *_of_all_there_is(storage, rig, points)):
                 with pytest.raises(StorageError) as raised:
                     await call()
                 assert raised.value.hint.startswith("mount "), raised.value
@@ -41,8 +42,12 @@ def _of_a_point(storage: Storage) -> Iterator[Callable[[], Awaitable[object]]]:
     yield partial(storage.retag, A, "sealed")
 
 
-def _of_all_there_is(storage: Storage, rig: FileRig) -> Iterator[Callable[[], Awaitable[object]]]:
+def _of_all_there_is(
+    storage: Storage, rig: FileRig, points: Sequence[RecoveryPoint]
+) -> Iterator[Callable[[], Awaitable[object]]]:
     yield partial(storage.delete, A)
+    yield partial(storage.lack, A)
+    yield partial(storage.absent, points)
     yield partial(storage.drop_clone, "copy")
     yield partial(storage.snapshot, rig.volumes, C, TAG)
     yield from (storage.tagged, storage.clones, storage.space)

@@ -214,6 +214,12 @@ class TakesWhatIsAwayForDeleted(DirectoryStorage):
             await super().delete(point)
 
 
+class TakesWhatIsAwayForGone(DirectoryStorage):
+    async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        with patch.object(self._shelf._place, "is_there"):
+            return self._shelf.absent(points)
+
+
 class TakesAnyFolderForItsOwn(DirectoryStorage):
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, **options)
@@ -258,6 +264,7 @@ BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[No
     (ClaimsToBeAtomic, storage_claims.an_atomic_snapshot_holds_no_write_without_those_flushed_before_it),
     (RaisesWhatItLikes, storage_claims.a_tag_without_a_snapshot_is_refused),
     (TakesWhatIsAwayForDeleted, storage_unmounted_claims.what_is_away_is_not_taken_for_empty),
+    (TakesWhatIsAwayForGone, storage_unmounted_claims.what_is_away_is_not_taken_for_empty),
     (TakesAnyFolderForItsOwn, storage_unmounted_claims.what_is_away_is_not_taken_for_empty),
     (HoldsUpTheLoop, storage_claims.the_loop_goes_on_while_a_snapshot_is_made),
 ]
