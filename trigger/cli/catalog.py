@@ -75,7 +75,7 @@ async def _require_points(parts: Parts, old: Known) -> None:
     """Raise `StorageError` where points were kept, and the storage shows none: more likely it is not mounted."""
     from trigger.service import kept
 
-    known = any(point.state is State.SEALED for point in old.points.values())
+    known = sum(point.state is State.SEALED for point in old.points.values())
     anyway = "trigpoint catalog rebuild --accept-loss"
     missing = await kept.missed_points(parts.options, parts.catalog, parts.storage, known=known, anyway=anyway)
     if missing is not None:

@@ -10,6 +10,7 @@ import asyncio
 from pathlib import Path
 
 from trigger.catalog.catalog import Catalog
+from trigger.catalog.presence import nothing_of
 from trigger.config.options import Options
 from trigger.errors import JournalError
 from trigger.model import Finding, Severity, State
@@ -23,6 +24,7 @@ BEGIN_ANEW = "trigpoint run --force"
 _LOG, _POINTS = "journal.begun", "storage.begun"
 _NO_LOG = f"mount its filesystem, or bring all of the journal there; if that is really gone: {BEGIN_ANEW}"
 _NO_POINTS = "mount the filesystems of storage and catalog; if they are really gone: {}"
+_NO_SNAPSHOTS = "mount the storage's filesystem; if it is really gone: {}"
 
 
 async def note_log(options: Options, journal: Journal) -> bool:
@@ -66,7 +68,7 @@ async def missed_log(options: Options, journal: Journal) -> Finding | None:
 
 
 async def missed_points(
-    options: Options, catalog: Catalog, storage: Storage, *, known: bool = False, anyway: str = BEGIN_ANEW
+    options: Options, catalog: Catalog, storage: Storage, *, known: int = 0, anyway: str = BEGIN_ANEW
 ) -> Finding | None:
     """Give what stands in the way where points were kept and none is shown; None for nothing. Changes nothing.
 
@@ -77,7 +79,7 @@ async def missed_points(
         options: where they were.
         catalog: where it knows of a point, `reconcile` holds it against the storage.
         storage: is asked for all that it shows.
-        known: that points were kept is known from elsewhere.
+        known: so many are sealed in the catalog in whose place this one will be put.
         anyway: the command that believes that they are gone.
 
     Raises:
@@ -87,8 +89,9 @@ async def missed_points(
     totals = await catalog.totals()
     if not (noted or known) or any(totals.points.values()) or totals.pruned or await storage.tagged():
         return None
-    where = noted or str(options.storage.folder)
-    words = f"neither catalog nor storage knows of a point, and points were kept in {where}"
+    if known:
+        return Finding("storage", Severity.REFUSED, nothing_of(known), _NO_SNAPSHOTS.format(anyway))
+    words = f"neither catalog nor storage knows of a point, and points were kept in {noted}"
     return Finding("storage", Severity.REFUSED, words, _NO_POINTS.format(anyway))
 
 

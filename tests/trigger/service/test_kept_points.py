@@ -49,8 +49,9 @@ def test_who_knows_of_points_from_an_old_catalog_misses_them_without_a_note(tmp_
     async def act() -> None:
         here, bare = options(tmp_path), await empty()
         assert await kept.missed_points(here, bare.catalog, bare.storage) is None
-        missing = await kept.missed_points(here, bare.catalog, bare.storage, known=True, anyway="believe it")
+        missing = await kept.missed_points(here, bare.catalog, bare.storage, known=2, anyway="believe it")
         assert missing is not None
-        assert missing.remedy.endswith("if they are really gone: believe it")
+        assert missing.message == "the storage shows no snapshot at all, and in the catalog 2 points are sealed"
+        assert missing.remedy == "mount the storage's filesystem; if it is really gone: believe it"
 
     asyncio.run(act())
