@@ -199,11 +199,14 @@ class Upkeep:
         )
 
     async def note_kept(self) -> None:
-        """Note durably, once, that points and log are kept where they are: a later start misses what is not there."""
-        if not self.log_is_noted:
-            self.log_is_noted = await kept.note_log(self.parts.options, self.parts.journal)
+        """Note durably, once, that points and log are kept where they are: a later start misses what is not there.
+
+        Points come first: a journal that nobody can look at keeps nothing from them.
+        """
         if not self.points_are_noted:
             self.points_are_noted = await kept.note_points(self.parts.options, self.parts.catalog)
+        if not self.log_is_noted:
+            self.log_is_noted = await kept.note_log(self.parts.options, self.parts.journal)
 
     async def audit_journal(self) -> None:
         """Look at the journal's new segments; new damage is logged, and a new base is taken behind it."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-from connectors.memory import MemoryStorage, World
+import pytest
+
+from connectors.memory import MemoryJournal, MemoryStorage, World
 from tests.simulation.virtual import inline
 from tests.trigger.catalog.test_reconcile import Stage
 from trigger.catalog.catalog import Catalog
+from trigger.errors import JournalError
 from trigger.model import Severity
 from trigger.service import kept
+from trigger.service.upkeep import Upkeep
 
 
 def options(state: Path, storage: str = "/srv/points") -> Any:
@@ -41,6 +45,23 @@ def test_points_are_missed_only_where_there_were_some(tmp_path: Path) -> None:
         assert missing.message.endswith("points were kept in /srv/points")
         assert "mount" in missing.remedy
         assert kept.BEGIN_ANEW in missing.remedy
+
+    asyncio.run(act())
+
+
+def test_points_are_noted_though_nobody_can_look_at_the_journal(tmp_path: Path) -> None:
+    class Unseen(MemoryJournal):
+        async def is_void(self) -> bool:
+            raise JournalError("Input/output error")
+
+    async def act() -> None:
+        stage = await empty()
+        await stage.sealed(1)
+        parts: Any = SimpleNamespace(options=options(tmp_path), catalog=stage.catalog, journal=Unseen(stage.world))
+        nothing = cast("Any", None)
+        with pytest.raises(JournalError):
+            await Upkeep(parts, nothing, nothing, nothing).note_kept()
+        assert (tmp_path / "storage.begun").read_text() == "/srv/points"
 
     asyncio.run(act())
 
