@@ -56,10 +56,10 @@ async def away(bases: Sequence[RecoveryPoint], catalog: Catalog, storage: Storag
     """Give what `missing` gives of all sealed points.
 
     Raises:
-        StorageError: it cannot be looked at, or shows none of them.
+        StorageError: it cannot be looked at, or shows nothing at all.
     """
     found = await missing(bases, catalog, storage)
-    if found and len(found) == len(bases):
+    if found and len(found) == len(bases) and shows_nothing(len(bases), (await storage.space()).snapshots):
         raise StorageError(nothing_of(len(bases)), hint=MOUNT)
     return found
 

@@ -72,6 +72,19 @@ def test_of_a_storage_that_shows_nothing_nobody_is_told_that_points_are_gone(poi
     play(act)
 
 
+def test_a_storage_that_shows_a_part_of_each_point_does_not_show_nothing() -> None:
+    async def act(stage: Stage) -> None:
+        made = [await stage.sealed(number) for number in (1, 2)]
+        for point in made:
+            del stage.world.kept[point.id].cuts["data"]
+        assert await presence.away(made, stage.catalog, stage.storage) == {point.id for point in made}
+        found = await presence.look(stage.catalog, stage.storage)
+        assert found is not None
+        assert found.message == "of points 1, 2 a snapshot is gone from the storage", "the check says the same"
+
+    play(act)
+
+
 def test_the_check_names_the_points_that_failed_as_gone_and_lie_in_the_storage_again() -> None:
     async def act(stage: Stage) -> None:
         lost, other, _ = [await stage.sealed(number) for number in (1, 2, 3)]

@@ -40,6 +40,20 @@ def test_nothing_is_thinned_while_the_storage_shows_none_of_the_points() -> None
     play(act)
 
 
+def test_nothing_is_thinned_or_given_up_where_each_point_lacks_a_part() -> None:
+    async def act(shelves: Shelves) -> None:
+        points = [await shelves.sealed_at(number, number * 1000) for number in range(1, POINTS + 1)]
+        for kept in shelves.world.kept.values():
+            kept.cuts.clear()
+        shelves.world.free_bytes = 0
+        assert await shelves.room.make(2000) == []
+        with pytest.raises(CatalogError, match="its snapshot is gone from the storage"):
+            await give_up_before(points[-1], shelves.catalog, shelves.storage)
+        assert len(await shelves.numbers()) == POINTS
+
+    play(act)
+
+
 def test_what_is_older_than_a_point_that_is_gone_is_not_given_up_for_it() -> None:
     async def act(shelves: Shelves) -> None:
         first, second, third = [await shelves.sealed_at(number, number * SEGMENT_BYTES) for number in (2, 4, 6)]
