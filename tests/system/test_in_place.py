@@ -226,6 +226,44 @@ def test_a_clone_that_was_killed_on_its_way_into_the_place_is_put_there_by_a_sec
         assert held(here.cluster.conninfo) == [1, 2]
 
 
+def test_beside_undo_and_resume_a_dry_run_renames_nothing_and_says_what_would_go_where() -> None:
+    with a_bank(15, "directory") as here:
+        wanted = pay(here, 1, 2)
+        pay(here, 3)
+        here.settle()
+        stop(here)
+        put, data = ("restore", "--in-place", "--to-xid", wanted, "--yes"), str(here.cluster.data)
+        (place,) = here.ask(*put)["swap"]["places"]
+        taken_back = [(data, place["restored"]), (place["kept"], data)]
+        before = sorted(here.root.iterdir())
+        words = here.trigpoint("restore", "--undo", "last", "--dry-run").stdout
+        assert [f"rename    {one} to {other}" in words for one, other in taken_back] == [True, True]
+        planned = here.ask("restore", "--undo", "last", "--dry-run", "--yes")
+        assert [tuple(one.values()) for one in planned["renames"]] == taken_back
+        assert planned["refused"] == []
+        here.cluster.start()
+        assert f"the server in {data} runs" in refused(here, "restore", "--undo", "last", "--dry-run", "--yes")
+        here.cluster.stop()
+        unasked = here.trigpoint("restore", "--undo", "last", check=False)
+        assert unasked.returncode == ConfigError.exit_code
+        assert "--dry-run says what would go where" in unasked.stderr
+        assert sorted(here.root.iterdir()) == before
+        here.trigpoint("restore", "--undo", "last", "--yes")
+        assert "taken back already" in refused(here, "restore", "--undo", "last", "--dry-run")
+        here.trigpoint("aside", "drop", "--yes", planned["swap"]["name"])
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("TRIGPOINT_FAILPOINT", "after-rename:kill@1")
+            assert here.trigpoint(*put, check=False).returncode == -signal.SIGKILL
+        before = sorted(here.root.iterdir())
+        (left,) = here.ask("restore", "--resume", "last", "--dry-run")["renames"]
+        assert left["destination"] == data
+        assert len(here.ask("restore", "--undo", "last", "--dry-run")["renames"]) == 1
+        assert sorted(here.root.iterdir()) == before
+        here.trigpoint("restore", "--resume", "last")
+        here.cluster.start()
+        assert held(here.cluster.conninfo) == [1, 2]
+
+
 @contextmanager
 def served_apart(here: Deployment) -> Iterator[None]:
     """Let the server run where it sees no process but its own, as in a container, until the block ends."""

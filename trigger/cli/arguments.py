@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import time as clock
+from collections.abc import Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from ipaddress import ip_address
@@ -123,6 +124,43 @@ def _zone(name: str) -> tzinfo | None:
     with contextlib.suppress(ValueError, OSError, KeyError):
         return ZoneInfo(name)
     return None
+
+
+def given(context: typer.Context) -> list[str]:
+    """Give the options of a command line that stand there, in the order of the command's help."""
+    sources = [
+        (parameter.opts[0], context.get_parameter_source(parameter.name or "")) for parameter in context.command.params
+    ]
+    return [option for option, source in sources if source is not None and source.name == "COMMANDLINE"]
+
+
+def require_alone(context: typer.Context, option: str, *beside: str) -> None:
+    """Refuse a command line that gives an option with others than go `beside` it; raises `ConfigError`.
+
+    Whatever is accepted is done as it says: what would be passed over in silence may be what somebody relies on.
+    """
+    require_apart(context, option, [one for one in given(context) if one not in (option, *beside, "--config")])
+
+
+def require_apart(context: typer.Context, option: str, others: Sequence[str], why: str = "") -> None:
+    """Refuse a command line that gives an option with any of some others; raises `ConfigError`."""
+    there = given(context)
+    refused = ", ".join(one for one in others if one in there)
+    if option in there and refused:
+        reason = f": {why}" if why else ""
+        raise ConfigError(f"{option} does not go with {refused}{reason}", hint=f"leave out {refused}")
+
+
+def pass_on(config: Path | None, *, as_json: bool) -> None:
+    """Heed what stood before the name of an inner command, as before that of an outer one.
+
+    Raises:
+        ConfigError: something that belongs behind it.
+    """
+    if as_json:
+        raise ConfigError("--json stands before the command", hint="put it at the end")
+    if config is not None:
+        before_command.set(config)
 
 
 def transaction(text: str) -> Name:

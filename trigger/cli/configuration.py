@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, config_path, options
+from trigger.cli.arguments import Config, Json, config_path, options, require_alone
 
 app = typer.Typer(no_args_is_help=True, help="Check a configuration; show what can stand in one.")
 
@@ -50,6 +50,7 @@ class Format(StrEnum):
 
 @app.command("reference")
 def show_reference(
+    context: typer.Context,
     form: Annotated[
         Format, typer.Option("--format", help="Markdown, a manual page, a commented file; or what --json prints.")
     ] = (Format.MARKDOWN),
@@ -62,6 +63,7 @@ def show_reference(
     from trigger.config import reference
 
     if as_json:
+        require_alone(context, "--json")
         show.print_json(reference.sections())
         return
     if form is Format.JSON_SHAPES:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from trigger.cli import show
+from trigger.cli.arguments import require_alone
 from trigger.cli.connected import in_order
 from trigger.demo.place import kept
 from trigger.demo.screen import Screen
@@ -26,6 +27,7 @@ class StorageChoice(StrEnum):
 
 
 def demo(
+    context: typer.Context,
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running at the end, to play with.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End what --keep left in --folder, and remove it.")] = False,
     folder: Annotated[
@@ -47,6 +49,7 @@ def demo(
     Exit code 10 where the proof fails.
     """
     if stop:
+        require_alone(context, "--stop", "--folder")
         in_order(end(kept(folder)))
         return
     wishes = Wishes(folder, seconds, storage.value, keep)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import Config, Json, Yes, confirm, options, require_answer
+from trigger.cli.arguments import Config, Json, Yes, confirm, options, pass_on, require_answer
 from trigger.cli.connected import at, meant
-from trigger.errors import ConfigError, RestoreError
+from trigger.errors import RestoreError
 from trigger.model import Finding, Severity
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
     from trigger.restore.aside import Aside
     from trigger.restore.clones import CloneStatus
-    from trigger.restore.inplace import ClonePlan, InPlacePlan
+    from trigger.restore.inplace import ClonePlan, InPlacePlan, SwapPlan
     from trigger.restore.losses import Losses
     from trigger.restore.restore import Report
     from trigger.restore.swap import Swap
@@ -69,7 +69,7 @@ def put_clone(name: str, chosen: Options, wishes: Wishes, *, dry_run: bool) -> N
         show_swap(swap, undone=False, as_json=False)
 
 
-def _require_allowed(planned: InPlacePlan | ClonePlan) -> None:
+def _require_allowed(planned: InPlacePlan | ClonePlan | SwapPlan) -> None:
     from trigger.restore.obstacles import require_none
 
     require_none(planned.refused)
@@ -168,35 +168,24 @@ def _show_refused(refused: Sequence[Finding], *, as_json: bool) -> None:
         raise typer.Exit(RestoreError.exit_code)
 
 
-def end(undo: str | None, resume: str | None, chosen: Options, *, yes: bool, as_json: bool) -> None:
-    """Take a restore in place back, which is asked for, or finish it, and say what lies where."""
-    if undo is not None and resume is not None:
-        raise ConfigError("--undo and --resume are opposites", hint="give one of them")
-    if undo is not None:
-        swap = _take_back(undo, chosen, yes=yes)
-    else:
-        swap = at(chosen, lambda parts: _resumed(resume or "", parts), by_itself=True)
-    show_swap(swap, undone=undo is not None, as_json=as_json)
+def take_back(name: str, chosen: Options, wishes: Wishes, *, dry_run: bool) -> None:
+    """Say what goes aside, ask, and put the old state back in production's place; or only say what would go where."""
+    from trigger.restore.inplace import prepare_undo
 
-
-def _take_back(name: str, chosen: Options, *, yes: bool) -> Swap:
-    """Say what goes aside, ask, and put the old state back in production's place."""
     what = f"put back what lay in place of production of {chosen.name} before {{}}; what lies there now goes aside"
-    require_answer(what.format(f"the restore in place {name}"), yes=yes)
-    found = at(chosen, lambda parts: _undoable(name, parts), by_itself=True)
+    first = "--dry-run says what would go where; "
+    require_answer(what.format(f"the restore in place {name}"), yes=wishes.yes or dry_run, first=first)
+    planned = at(chosen, lambda parts: prepare_undo(name, parts.site), by_itself=not dry_run)
+    if dry_run:
+        _show_swap_plan(planned, chosen, as_json=wishes.as_json)
+        return
+    _require_allowed(planned)
+    found = planned.swap
     if found.finished and any(Path(path).exists() for path in found.paths):
         show.note(f"{found.target} was put there by {found.name}; all that was written since goes aside with it")
-    confirm(what.format(f"the restore in place {found.name}"), yes=yes)
-    return at(chosen, lambda parts: _undone(found.name, parts), by_itself=True)
-
-
-async def _undoable(name: str, parts: Parts) -> Swap:
-    from trigger.restore.obstacles import require_at_rest
-    from trigger.restore.swap import undoable
-
-    found = await undoable(name, parts.site)
-    await require_at_rest(parts.site)
-    return found
+    confirm(what.format(f"the restore in place {found.name}"), yes=wishes.yes)
+    swap = at(chosen, lambda parts: _undone(found.name, parts), by_itself=True)
+    show_swap(swap, undone=True, as_json=wishes.as_json)
 
 
 async def _undone(name: str, parts: Parts) -> Swap:
@@ -205,16 +194,39 @@ async def _undone(name: str, parts: Parts) -> Swap:
     return await undo(name, parts.site)
 
 
-async def _resumed(name: str, parts: Parts) -> Swap:
-    from trigger.restore.swap import cut_off, resume
+def finish(name: str, chosen: Options, wishes: Wishes, *, dry_run: bool) -> None:
+    """Finish a restore in place, which was asked for when it began; or only say what would go where."""
+    from trigger.restore.inplace import prepare_resume
 
-    if name == "last":
-        left = await cut_off(parts.site)
-        if not left:
-            hint = "trigpoint aside lists what lies beside the volumes"
-            raise RestoreError("no restore in place was cut off", hint=hint)
-        name = left[-1].name
-    return await resume(name, parts.site)
+    if dry_run:
+        planned = at(chosen, lambda parts: prepare_resume(name, parts.site))
+        _show_swap_plan(planned, chosen, as_json=wishes.as_json)
+        return
+    swap = at(chosen, lambda parts: _resumed(name, parts), by_itself=True)
+    show_swap(swap, undone=False, as_json=wishes.as_json)
+
+
+async def _resumed(name: str, parts: Parts) -> Swap:
+    from trigger.restore.swap import resumable, resume
+
+    found = await resumable(name, parts.site)
+    return await resume(found.name, parts.site)
+
+
+def _show_swap_plan(planned: SwapPlan, chosen: Options, *, as_json: bool) -> None:
+    """Print what taking a restore in place back, or finishing it, would rename and be refused for, likewise."""
+    from dataclasses import replace
+
+    planned = replace(planned, refused=_with_service(planned.refused, chosen))
+    if as_json:
+        show.print_json(planned)
+    else:
+        show.say(f"in place  {planned.swap.name}: {planned.swap.target}")
+        for source, destination in planned.renames:
+            show.say(f"rename    {source} to {destination}")
+        if not planned.renames:
+            show.say("rename    nothing: all of it is where it belongs")
+    _show_refused(planned.refused, as_json=as_json)
 
 
 def show_swap(swap: Swap, *, undone: bool, as_json: bool) -> None:
@@ -245,6 +257,8 @@ def list_by_default(context: typer.Context, config: Config = None, as_json: Json
     """List what restores in place left beside the volumes; drop what is not needed."""
     if context.invoked_subcommand is None:
         list_aside(config, as_json)
+    else:
+        pass_on(config, as_json=as_json)
 
 
 @aside.command("list")

@@ -23,7 +23,7 @@ from trigger.position import History, Name, Place, Position
 from trigger.protect.rehearse import RehearsedPoint
 from trigger.restore.aside import Aside
 from trigger.restore.clones import CloneStatus
-from trigger.restore.inplace import ClonePlan, InPlacePlan
+from trigger.restore.inplace import ClonePlan, InPlacePlan, SwapPlan
 from trigger.restore.locate import Location
 from trigger.restore.log_search import Around
 from trigger.restore.planner import Plan
@@ -115,6 +115,7 @@ SHAPES: tuple[tuple[str, Any], ...] = (
     ("restore --in-place --from-clone", {"clone": CloneStatus, "swap": Swap}),
     ("restore --in-place --from-clone --dry-run", ClonePlan),
     ("restore --undo, restore --resume", Swap),
+    ("restore --undo --dry-run, restore --resume --dry-run", SwapPlan),
     ("clones, clones list", list[CloneStatus]),
     ("clones start", list[CloneStatus]),
     ("clones stop", list[CloneStatus]),

@@ -19,6 +19,7 @@ from trigger.cli.arguments import (
     options,
     place,
     point_reference,
+    require_alone,
     time,
     transaction,
 )
@@ -66,6 +67,7 @@ def ask(chosen: Options, question: Callable[[Catalog], Awaitable[T]]) -> T:
 
 
 def list_points(
+    context: typer.Context,
     states: Annotated[
         list[State] | None, typer.Option("--state", help="Only these; may be given several times.", show_default=False)
     ] = None,
@@ -78,6 +80,7 @@ def list_points(
     """List recovery points, the newest first; expired ones only if asked for. Open gaps are always mentioned."""
     chosen = options(config)
     if gaps:
+        require_alone(context, "--gaps", "--json")
         found_gaps = ask(chosen, lambda opened: opened.gaps())
         if as_json:
             show.print_json(found_gaps)
@@ -145,7 +148,9 @@ def _show_gaps(found: list[Gap]) -> None:
 
 def show_point(
     ref: Annotated[str, typer.Argument(help="A number, an id, or the name of its snapshots (trg-…).")],
-    limit: Annotated[int, typer.Option("--limit", "-l", min=0, help="How many of its commits.")] = 20,
+    limit: Annotated[
+        int, typer.Option("--limit", "-l", min=0, help="How many of its commits; --json prints all.")
+    ] = 20,
     config: Config = None,
     as_json: Json = False,
 ) -> None:

@@ -17,10 +17,14 @@ from trigger.cli.arguments import (
     Yes,
     address,
     confirm,
+    given,
     given_text,
     options,
+    pass_on,
     place,
     point_reference,
+    require_alone,
+    require_apart,
     time,
     transaction,
 )
@@ -85,6 +89,7 @@ Resume = Annotated[
 
 
 def restore_state(
+    context: typer.Context,
     to_lsn: ToLsn = None,
     to_xid: ToXid = None,
     to_time: ToTime = None,
@@ -119,9 +124,19 @@ def restore_state(
     clone that was made before, while production ran, so that it is down for no longer than the renames take. How many
     commits will be lost is said before it asks. A cluster that another one was upgraded to, or replaced by, takes its
     place again with --replace-cluster only.
+
+    With --dry-run nothing is changed, whatever it stands beside.
     """
-    if undo is not None or resume is not None:
-        placing.end(undo, resume, options(config), yes=yes, as_json=as_json)
+    _require_heeded(context, in_place=in_place)
+    wishes = placing.Wishes(yes, replace_cluster, as_json)
+    if undo is not None:
+        placing.take_back(undo, options(config), wishes, dry_run=dry_run)
+        return
+    if resume is not None:
+        placing.finish(resume, options(config), wishes, dry_run=dry_run)
+        return
+    if from_clone is not None:
+        placing.put_clone(from_clone, options(config), wishes, dry_run=dry_run)
         return
     from trigger.restore.target import Named
 
@@ -136,29 +151,46 @@ def restore_state(
         stream=database,
         history=history if history is not None else str(timeline) if timeline is not None else None,
     )
-    if timeline is not None and history is not None:
-        raise ConfigError("--timeline and --history both name a history", hint="give one of them")
-    if from_clone is not None:
-        _require_clone_alone(named, name, in_place=in_place)
-        wishes = placing.Wishes(yes, replace_cluster, as_json)
-        placing.put_clone(from_clone, options(config), wishes, dry_run=dry_run)
-        return
     require_one_target(named)
     chosen = options(config)
     if to_lsn is not None:
         place(to_lsn, chosen)
     if in_place:
-        _restore_in_place(named, name, chosen, placing.Wishes(yes, replace_cluster, as_json), dry_run=dry_run)
+        _restore_in_place(named, chosen, wishes, dry_run=dry_run)
     elif dry_run:
         show_plan(at(chosen, lambda parts: _plan(named, parts)), as_json=as_json)
     else:
         show_report(at(chosen, lambda parts: _restore(named, name, parts)), as_json=as_json)
 
 
-def _restore_in_place(named: Named, name: str, chosen: Options, wishes: placing.Wishes, *, dry_run: bool) -> None:
+_ENDING = ("--yes", "--dry-run", "--json")
+_ALONE = (
+    ("--undo", _ENDING),
+    ("--resume", _ENDING),
+    ("--from-clone", ("--in-place", "--replace-cluster", *_ENDING)),
+)
+"""Options, and what each goes with."""
+_APART = (
+    ("--in-place", ("--name",), "a restore in place is called by its time"),
+    ("--to-point", ("--database", "--history", "--timeline"), "a point is of one history, and holds every database"),
+    ("--timeline", ("--history",), "both name a history"),
+)
+"""Options, what each does not go with, and why."""
+
+
+def _require_heeded(context: typer.Context, *, in_place: bool) -> None:
+    """Refuse a command line with an option that another one would pass over; raises `ConfigError`."""
+    for option, beside in _ALONE:
+        require_alone(context, option, *beside)
+    for option, others, why in _APART:
+        require_apart(context, option, others, why)
+    for option in () if in_place else ("--from-clone", "--replace-cluster"):
+        if option in given(context):
+            raise ConfigError(f"{option} goes with --in-place only", hint="add that, or leave it out")
+
+
+def _restore_in_place(named: Named, chosen: Options, wishes: placing.Wishes, *, dry_run: bool) -> None:
     """Restore in place, or say how it would be done."""
-    if name:
-        raise ConfigError("--name is for clones; a restore in place is called by its time", hint="leave it out")
     if dry_run:
         placing.show_plan(at(chosen, lambda parts: placing.look(named, wishes, parts)), chosen, as_json=wishes.as_json)
         return
@@ -166,15 +198,6 @@ def _restore_in_place(named: Named, name: str, chosen: Options, wishes: placing.
     if not wishes.as_json:
         show_report(report, as_json=False, clone=False)
         placing.show_swap(swap, undone=False, as_json=False)
-
-
-def _require_clone_alone(named: Named, name: str, *, in_place: bool) -> None:
-    """Refuse a command line that names a clone and something that does not go with it; raises `ConfigError`."""
-    if named.targets or name or not in_place:
-        raise ConfigError(
-            "--from-clone says which state, and goes with --in-place alone",
-            hint="trigpoint restore --in-place --from-clone NAME",
-        )
 
 
 TARGETS = "--to-lsn, --to-xid, --to-time, --to-latest, --to-point, --to-marker, --before-xid"
@@ -248,6 +271,8 @@ def list_by_default(context: typer.Context, config: Config = None, as_json: Json
     """List the clones that restores made; stop, start, drop one."""
     if context.invoked_subcommand is None:
         list_clones(config, as_json)
+    else:
+        pass_on(config, as_json=as_json)
 
 
 @clones.command("list")

@@ -39,7 +39,9 @@ def try_rules(
         Path | None, typer.Option("--record", help="Write the commits to this file, for --file.", show_default=False)
     ] = None,
     round_seconds: Annotated[float, typer.Option(min=0, help="How long one round is taken to last.")] = 0.05,
-    limit: Annotated[int, typer.Option(min=0, help="How many commits and points to show, at most.")] = 50,
+    limit: Annotated[
+        int, typer.Option(min=0, help="How many commits and points to show, at most; --json prints all.")
+    ] = 50,
     config: Config = None,
     as_json: Json = False,
 ) -> None:

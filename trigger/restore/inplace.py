@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,12 +21,23 @@ from trigger.position import History
 from trigger.replay import Target
 from trigger.restore.clone_records import CloneRecord, new_name
 from trigger.restore.clones import CloneState, CloneStatus, Site, remove_after, status_of, whole
+from trigger.restore.exchange import Place, Rename, blocked
 from trigger.restore.histories import known_histories
 from trigger.restore.losses import Losses, Replaced, behind_clone, behind_replaced, behind_target, replaced
 from trigger.restore.obstacles import copy_of, immovable, obstacles, require_at_rest, require_none
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
-from trigger.restore.swap import TIME, Place, Swap, begin, cut_off, described
+from trigger.restore.swap import (
+    TIME,
+    Swap,
+    begin,
+    cut_off,
+    described,
+    left_to_resume,
+    left_to_undo,
+    resumable,
+    undoable,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,33 @@ class ClonePlan:
     losses: Losses
     refused: tuple[Finding, ...]
     """All for which it would be refused as things are now."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapPlan:
+    """How a restore in place would be taken back, or finished, and what stands in the way."""
+
+    swap: Swap
+    renames: tuple[Rename, ...]
+    """What would be renamed, in order."""
+    refused: tuple[Finding, ...]
+    """All for which it would be refused as things are now."""
+
+
+async def prepare_undo(name: str, site: Site) -> SwapPlan:
+    """Give how a restore in place would be taken back; nothing is changed. Raises as `undoable` does."""
+    swap = await undoable(name, site)
+    return await _planned(swap, left_to_undo(swap), site)
+
+
+async def prepare_resume(name: str, site: Site) -> SwapPlan:
+    """Give how a restore in place would be finished; nothing is changed. Raises as `resumable` does."""
+    swap = await resumable(name, site)
+    return await _planned(swap, await left_to_resume(swap, site), site)
+
+
+async def _planned(swap: Swap, renames: Sequence[Rename], site: Site) -> SwapPlan:
+    return SwapPlan(swap, tuple(renames), (*await site.recovery.at_work(site.volumes), *blocked(renames)))
 
 
 async def prepare_in_place(target: Target, site: Site, *, replacing: bool = False) -> InPlacePlan:

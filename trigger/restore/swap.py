@@ -17,11 +17,11 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from trigger.errors import RestoreError, TrigpointError
 from trigger.failpoint import reached
@@ -32,6 +32,7 @@ from trigger.ports import Clone
 from trigger.position import Lineage
 from trigger.restore import clone_records
 from trigger.restore.clones import Site, remove, to_its_end
+from trigger.restore.exchange import Place, Rename, backward, carry_out, forward, waiting
 from trigger.restore.obstacles import require_at_rest
 from trigger.trusted import sync_folder
 
@@ -40,28 +41,10 @@ UNRECORDED = "a state of which no record is left"
 _DONE = "the restore in place {0} is done; trigpoint restore --undo {0} takes it back"
 TIME = "%Y%m%dT%H%M%SZ"
 """How the time is written by which a swap is called."""
+_ASIDE = "trigpoint aside lists what lies beside the volumes"
 _KEPT = re.compile(r"\.before-(\d{8}T\d{6}Z)$")
 _SWAP, _UNDONE = ".swap", ".undone"
 """How the files are called in which a swap is written down: one that stands or was cut off, and one taken back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The four paths of one volume."""
-
-    path: str
-    """Where production lies."""
-    kept: str
-    """Where the old state is kept."""
-    clone: str
-    """Where the clone's copy is until it takes the place."""
-    restored: str
-    """Where the restored state goes when the swap is undone."""
-
-    @classmethod
-    def of(cls, path: str, name: str, clone: str = "") -> Self:
-        """Give the paths of the volume at `path` in the swap called `name`."""
-        return cls(path, f"{path}.before-{name}", clone, f"{path}.restored-{name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +143,40 @@ async def resume(name: str, site: Site) -> Swap:
 
 async def _resumed(name: str, site: Site) -> Swap:
     with places_held(site):
-        swap = _named(name, await swaps(site))
+        swap = await resumable(name, site)
         await require_at_rest(site)
-        places = await _with_its_clone(swap, site)
-        _require_restored(swap, places)
-        await asyncio.to_thread(_each, places, _forward)
+        await asyncio.to_thread(carry_out, await left_to_resume(swap, site))
         done = replace(swap, finished=True)
         await asyncio.to_thread(_write, site.records_folder, done)
         await _drop_shell(swap, site)
     return done
+
+
+async def resumable(name: str, site: Site) -> Swap:
+    """Give the swap that `resume` finishes, the newest that was cut off for `last`; nothing is changed.
+
+    Raises:
+        RestoreError: there is none, or the restored state is not there any more.
+        StorageError: whose clone lies there cannot be told.
+    """
+    if name != "last":
+        swap = _named(name, await swaps(site))
+    elif left := await cut_off(site):
+        swap = left[-1]
+    else:
+        raise RestoreError("no restore in place was cut off", hint=_ASIDE)
+    _require_restored(swap, await _with_its_clone(swap, site))
+    return swap
+
+
+async def left_to_resume(swap: Swap, site: Site) -> list[Rename]:
+    """Give the renames that finish a swap, in order."""
+    return [one for place in await _with_its_clone(swap, site) for one in forward(place)]
+
+
+def left_to_undo(swap: Swap) -> list[Rename]:
+    """Give the renames that take a swap back, in order."""
+    return [one for place in swap.places[::-1] for one in backward(place)]
 
 
 async def undoable(name: str, site: Site) -> Swap:
@@ -260,7 +268,7 @@ async def _undone(name: str, site: Site) -> Swap:
     with places_held(site):
         swap = await undoable(name, site)
         await require_at_rest(site)
-        await asyncio.to_thread(_each, swap.places[::-1], _backward)
+        await asyncio.to_thread(carry_out, left_to_undo(swap))
         await asyncio.to_thread(_note_undone, swap, site.records_folder)
         await _drop_shell(swap, site)
     return swap
@@ -331,7 +339,7 @@ def _named(name: str, known: Sequence[Swap]) -> Swap:
         return known[-1]
     if name == "last":
         message = "no restore in place is there to be taken back"
-        raise RestoreError(message, hint="trigpoint aside lists what lies beside the volumes")
+        raise RestoreError(message, hint=_ASIDE)
     for swap in known:
         if swap.name == name:
             return swap
@@ -343,7 +351,7 @@ def _require_restored(swap: Swap, places: Sequence[Place]) -> None:
     """Refuse where a volume's restored state neither is in place nor can be put there; raises `RestoreError`."""
     for place, noted_of_it in zip(places, swap.places, strict=True):
         in_place = os.path.lexists(place.path) and (swap.finished or os.path.lexists(place.kept))
-        if not in_place and _aside(place) is None:
+        if not in_place and waiting(place) is None:
             lost = noted_of_it.clone
             why = f"{lost} is another clone's now" if os.path.lexists(lost) else f"{lost} does not exist"
             raise RestoreError(
@@ -360,48 +368,6 @@ def _require_kept(swap: Swap) -> None:
                 f"the old state of {place.path} is gone: {place.kept} does not exist",
                 hint="the restored state stays in place; what else was kept is of no use without it",
             )
-
-
-def _aside(place: Place) -> str | None:
-    """Give where a volume's restored state waits: in the clone, or where the undoing put it; None if it does not."""
-    return next((path for path in (place.clone, place.restored) if os.path.lexists(path)), None)
-
-
-def _forward(place: Place) -> None:
-    """Put one volume's restored state in place; what exists tells what was done already."""
-    restored = _aside(place)
-    if restored is None:
-        return
-    if not os.path.lexists(place.kept):
-        _rename(place.path, place.kept)
-    _rename(restored, place.path)
-
-
-def _backward(place: Place) -> None:
-    """Put one volume's old state back; what exists tells what was done already."""
-    if not os.path.lexists(place.kept):
-        return
-    if os.path.lexists(place.path):
-        _rename(place.path, place.restored)
-    _rename(place.kept, place.path)
-
-
-def _each(places: Sequence[Place], act: Callable[[Place], None]) -> None:
-    for place in places:
-        act(place)
-
-
-def _rename(source: str, destination: str) -> None:
-    """Rename durably; raises `RestoreError` where something is in the way."""
-    if os.path.lexists(destination):
-        raise RestoreError(f"{source} cannot be renamed: {destination} exists", hint="move it away and try again")
-    try:
-        os.rename(source, destination)  # noqa: PTH104 - the words of the system call
-        for folder in {os.path.dirname(source), os.path.dirname(destination)}:  # noqa: PTH120
-            sync_folder(Path(folder))
-    except OSError as error:
-        raise RestoreError(f"{source} cannot be renamed to {destination}: {error.strerror}") from error
-    reached("after-rename")
 
 
 def _write(folder: Path, swap: Swap) -> None:

@@ -20,7 +20,7 @@ import pytest
 from trigger import __main__ as program
 from trigger import errors
 from trigger.cli import arguments, cli, json_reference
-from trigger.cli.in_place import end
+from trigger.cli.in_place import Wishes, take_back
 from trigger.cli.restores import TARGETS, _became, drop_clones
 from trigger.config.options import Options
 from trigger.errors import ConfigError
@@ -60,16 +60,6 @@ BELOW = (
     ("rules", "test"),
     ("config", "check"),
 )
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "trigpoint.toml"
-    path.write_text(
-        f'state_folder = "{tmp_path}/state"\n[database]\nconninfo = "host={tmp_path}"\ndatabases = ["bank"]\n'
-        f'[[volumes]]\nname = "data"\npath = "{tmp_path}/data"\n[storage]\nfolder = "{tmp_path}/snapshots"\n'
-    )
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +145,7 @@ def test_completion_is_there_for_every_shell(shell: str) -> None:
         (("rules", "test", "--last", "1", "--watch", "1"), "give one of --last, --watch and --file"),
         (("rules", "test", "--file", "x", "--record", "y"), "--record does not go with --file"),
         (("clones", "start", "a", "b", "--listen", "127.0.0.1:5433"), "--listen is for one clone"),
-        (("restore", "--from-clone", "a"), "--from-clone says which state, and goes with --in-place alone"),
-        (("restore", "--in-place", "--from-clone", "a", "--to-latest"), "--from-clone says which state"),
-        (("restore", "--in-place", "--from-clone", "a", "--name", "b"), "--from-clone says which state"),
+        (("restore", "--from-clone", "a"), "--from-clone goes with --in-place only"),
         (("restore", "--in-place", "--from-clone", "a"), "this will put clone a where production of"),
         (("restore", "--in-place", "--to-latest"), "--dry-run says which commits would be lost; give --yes to"),
         (("aside", "drop", "20260501T120000Z"), "this will remove for good what lies aside of 20260501T120000Z"),
@@ -492,7 +480,7 @@ def test_of_two_restores_in_place_only_the_later_one_stands_there_if_nothing_els
 
 def test_clones_are_not_dropped_and_restores_in_place_not_taken_back_unasked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="this will put back what lay in place of production of bank"):
-        end("last", None, Options.model_construct(name="bank"), yes=False, as_json=False)
+        take_back("last", Options.model_construct(name="bank"), Wishes(False, False, False), dry_run=False)
     with pytest.raises(ConfigError, match="this will stop and remove") as refused:
         drop_clones(["one", "two"], config=tmp_path / "nothing.toml")
     assert "--yes" in refused.value.hint

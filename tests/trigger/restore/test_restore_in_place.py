@@ -21,6 +21,7 @@ from trigger.errors import RestoreError
 from trigger.model import Volume
 from trigger.restore import obstacles, swap
 from trigger.restore.clones import CloneState, Site, clones, drop
+from trigger.restore.exchange import Place, carry_out, forward
 from trigger.restore.inplace import prepare_clone, prepare_in_place, put_in_place, restore_in_place
 from trigger.restore.restore import restore
 from trigger.restore.swap import resume, swaps, undo
@@ -404,10 +405,7 @@ def test_a_btrfs_subvolume_takes_the_place_of_another(tmp_path: Path) -> None:
         (mount / "clones").mkdir()
         (mount / "copy").rename(mount / "clones" / "copy")
         assert obstacles.immovable(mount / "clones" / "copy", mount) is None
-        swap._forward(
-            swap.Place(
-                *(str(mount / name) for name in ("data", "data.before", "clones/copy", "data.restored")),
-            )
-        )
+        paths = (str(mount / name) for name in ("data", "data.before", "clones/copy", "data.restored"))
+        carry_out(forward(Place(*paths)))
         assert (mount / "data" / "state").read_text() == "copy"
         assert (mount / "data.before" / "state").read_text() == "data"

@@ -6,8 +6,8 @@ import asyncio
 import json
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import pytest
 
 from tests.fixtures.bank import Bank, quiet, two_points
 from tests.fixtures.folders import NEW, OLD, CutError, all_of, cut_at, is_cluster, states, stopped_bank
+from trigger import failpoint
 from trigger.errors import RestoreError
 from trigger.replay import Target
 from trigger.restore.aside import Kind, aside, discard
-from trigger.restore.inplace import restore_in_place
+from trigger.restore.inplace import prepare_resume, prepare_undo, restore_in_place
 from trigger.restore.swap import Swap, noted, resume, stranger, swaps, undo, undoable
 
 OTHER = "as somebody else put it there"
@@ -207,5 +208,63 @@ def test_what_was_put_there_is_still_known_after_an_undoing_was_cut_off_and_take
             assert states(it) == all_of(OLD)
             with pytest.raises(RestoreError, match="there is no restore in place called 20000101T000000Z"):
                 await undo("20000101T000000Z", it.site)
+
+    asyncio.run(story())
+
+
+def everything(folder: Path) -> list[tuple[str, str]]:
+    """Give every file below a folder with what it holds."""
+    return [(str(path), path.read_text()) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2, 3, 4])
+def test_what_a_plan_says_is_all_that_is_renamed_then_and_the_plan_changes_nothing(
+    tmp_path: Path, renames: int
+) -> None:
+    """The restore in place was cut off behind so many renames; behind 0 it was done."""
+
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            with cut_at("after-rename", renames), suppress(CutError):
+                await restored(it, await two_points(it))
+            for prepare, end, state in ((prepare_resume, resume, NEW), (prepare_undo, undo, OLD)):
+                (swap,) = await swaps(it.site)
+                before = everything(tmp_path)
+                planned = await prepare(swap.name, it.site)
+                assert everything(tmp_path) == before
+                assert (planned.swap, planned.refused) == (swap, ())
+                done: list[str] = []
+                with counted(done):
+                    await end(swap.name, it.site)
+                assert len(done) == len(planned.renames)
+                assert states(it) == all_of(state)
+
+    asyncio.run(story())
+
+
+@contextmanager
+def counted(done: list[str]) -> Iterator[None]:
+    """Note each rename of an exchange."""
+    failpoint.hook = lambda name: done.append(name) if name == "after-rename" else None
+    try:
+        yield
+    finally:
+        failpoint.hook = None
+
+
+def test_a_plan_names_all_that_is_in_the_way_of_an_exchange(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with put_back(tmp_path) as (it, (swap,)):
+            with pytest.raises(RestoreError, match="no restore in place was cut off"):
+                await prepare_resume("last", it.site)
+            it.world.at_work = {it.site.volumes[0].path}
+            for place in swap.places:
+                Path(place.restored).mkdir()
+            planned = await prepare_undo("last", it.site)
+            said = [finding.message for finding in planned.refused]
+            assert said == [
+                f"the server in {it.site.volumes[0].path} runs",
+                *(f"{place.path} cannot be renamed: {place.restored} exists" for place in swap.places[::-1]),
+            ]
 
     asyncio.run(story())
