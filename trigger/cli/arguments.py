@@ -10,11 +10,11 @@ import sys
 import time as clock
 from collections.abc import Sequence
 from contextvars import ContextVar
-from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from datetime import UTC, datetime, timedelta, timezone
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, available_timezones
 
 import typer
 
@@ -95,35 +95,59 @@ def options(given: Path | None) -> Options:
 def time(text: str) -> datetime:
     """Give the time written in `text`, aware, or the present one for `now`; raises `ConfigError` where it has no zone.
 
-    A naive time would mean another moment on the operator's laptop than on the server. The zone may be a name, as in
-    PostgreSQL's log: `2026-03-01 12:00:05.250 CET`.
+    A naive time would mean another moment on the operator's laptop than on the server. The zone may stand apart, as in
+    PostgreSQL's log, and be a name or an abbreviation: `2026-03-01 12:00:05.250 CET`, `2026-03-01 12:00:05.250 -03`.
     """
-    if text.strip() == "now":
+    written = text.strip()
+    if written == "now":
         return datetime.now(UTC)
-    moment, _, name = text.strip().rpartition(" ")
-    zone = _zone(name) if moment and name[:1].isalpha() else None
-    try:
-        parsed = datetime.fromisoformat(moment if zone is not None else text.strip())
-        parsed = parsed.replace(tzinfo=zone) if zone is not None and parsed.tzinfo is None else parsed
-    except ValueError:
+    moment, _, zone = written.rpartition(" ")
+    is_named = bool(moment) and zone[:1].isalpha()
+    parsed = None
+    with contextlib.suppress(ValueError):
+        parsed = datetime.fromisoformat(moment if is_named else re.sub(r" +(?=[+-]\d)", "", written))
+    if parsed is None or (is_named and parsed.tzinfo is not None):
         raise ConfigError(
             f"not a time: {text!r}", hint="times are ISO-8601 with a zone, such as 2026-03-01T12:00:05.25Z, or now"
-        ) from None
+        )
+    if is_named:
+        return _in_zone(parsed, zone)
     if parsed.tzinfo is None:
         raise ConfigError(
             f"the time {text!r} has no zone",
-            hint=f"add Z for UTC ({text.strip()}Z) or an offset ({text.strip()}+02:00)",
+            hint=f"add Z for UTC ({written}Z) or an offset ({written}+02:00)",
         )
     return parsed
 
 
-def _zone(name: str) -> tzinfo | None:
-    """Give the zone of a name, or of an abbreviation that this host's own zone uses; None for no such."""
+def _in_zone(moment: datetime, name: str) -> datetime:
+    """Give the moment of a local time; raises `ConfigError` where the zone does not say which one that is."""
+    found = [moment.replace(tzinfo=timezone(offset, name)) for offset in sorted(_offsets(moment, name))]
+    if len(found) == 1:
+        return found[0]
+    there = " or ".join(one.isoformat()[-len("+00:00") :] for one in found)
+    words = f"the zone {name} at {moment} may be {there}" if found else f"the zone {name!r} is not known"
+    raise ConfigError(words, hint=f"give the offset in its place, such as {(*found, moment.replace(tzinfo=UTC))[0]}")
+
+
+def _offsets(moment: datetime, name: str) -> set[timedelta]:
+    """Give how far from UTC a local time may be in a zone, or by an abbreviation; none for no such.
+
+    An abbreviation means what this host's own zone means by it, else whatever any zone means by it that year: the name
+    of a zone may be one too (CET), which summer time has no part in then.
+    """
     if name in (local := clock.tzname):  # both of it have an offset of their own, in summer and in winter
-        return timezone(timedelta(seconds=-(clock.altzone if local.index(name) else clock.timezone)), name)
-    with contextlib.suppress(ValueError, OSError, KeyError):
-        return ZoneInfo(name)
-    return None
+        return {timedelta(seconds=-(clock.altzone if local.index(name) else clock.timezone))}
+    if name in ("UTC", "GMT", "Z"):
+        return {timedelta(0)}
+    seasons = [(moment.year, 1, 1), (moment.year, 7, 1)]
+    zones = [] if "/" in name else [ZoneInfo(zone) for zone in available_timezones()]
+    there = [datetime(*season, tzinfo=zone) for zone in zones for season in seasons]
+    meant = [one for one in there if one.tzname() == name]
+    if not meant:
+        with contextlib.suppress(ValueError, OSError, KeyError):
+            meant = [moment.replace(tzinfo=ZoneInfo(name), fold=fold) for fold in (0, 1)]  # it may be there twice
+    return {offset for one in meant if (offset := one.utcoffset()) is not None}
 
 
 def given(context: typer.Context) -> list[str]:
