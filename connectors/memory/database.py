@@ -119,7 +119,7 @@ class MemoryDatabase:
         return [Finding("records", Severity.NOTE, "records that commit nothing reach no source", "catch-all points")]
 
     async def remove(self, *, unused: bool = False) -> list[str]:
-        """Drop every slot; there is none that no stream has a use for."""
+        """Drop every slot; there is none that nothing has a use for."""
         gone = [] if unused else sorted((await self._connected()).slots)
         for name in gone:
             del self._cluster.slots[name]

@@ -212,7 +212,7 @@ def release(
     yes: Yes = False,
     unused: Annotated[
         bool,
-        typer.Option("--unused", help="Only what no configured database has a use for; the service may run."),
+        typer.Option("--unused", help="Only what nothing that is configured has a use for; the service may run."),
     ] = False,
     config: Config = None,
     as_json: Json = False,
@@ -221,10 +221,11 @@ def release(
 
     Points, journal and clones stay, and what they hold can still be restored. If the service is started again later,
     the log between is recorded as a gap. The service must not run, unless only what is unused is dropped: that of
-    databases that were renamed or are not in the configuration any more.
+    databases that were renamed or are not in the configuration any more, and the slot of a journal that is read from
+    an archive by now.
     """
     chosen = options(config)
-    which = "that bears our name and no configured database has a use for" if unused else f"that {chosen.name} has made"
+    which = "that bears our name and nothing configured has a use for" if unused else f"that {chosen.name} has made"
     confirm(f"drop every slot and publication {which} in the cluster", yes=yes)
     dropped = in_order(_release(chosen, unused=unused))
     if as_json:
@@ -233,7 +234,9 @@ def release(
         for name in dropped:
             show.say(f"dropped {name}")
         if not dropped:
-            show.say("there was nothing of ours in the cluster")
+            show.say(
+                "nothing of ours in the cluster is unused" if unused else "there was nothing of ours in the cluster"
+            )
 
 
 async def _release(chosen: Options, *, unused: bool) -> list[str]:

@@ -124,8 +124,8 @@ class Database(Protocol):
     async def remove(self, *, unused: bool = False) -> list[str]:
         """Drop all that was made in the cluster, so that it keeps nothing for us any more; gives the names of it.
 
-        With `unused` only what no stream of now has a use for, as of a database that is not configured any more; a
-        service may run meanwhile.
+        With `unused` only what no stream and no journal of now has a use for, as of a database that is not configured
+        any more; a service may run meanwhile.
 
         Raises:
             SourceError, DatabaseError: part of it is in use, or the server refused; what came before is gone.

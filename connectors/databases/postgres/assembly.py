@@ -46,7 +46,7 @@ def received_journal(
 ) -> PostgresJournal:
     """Give the journal that PostgreSQL's own `pg_receivewal` keeps in `folder`."""
     programs = find_programs(places.major(layout), database.bin_directory)
-    receiver = Receiver(database.conninfo, programs, database.journal_slot, recognise=database.recognised)
+    receiver = Receiver(database.conninfo, programs, database.journal_slot(), recognise=database.recognised)
     return _journal(database, layout, folder, receiver)
 
 

@@ -23,6 +23,7 @@ from connectors.databases.postgres.log.segments import SegmentFolder
 from connectors.databases.postgres.log.wal import SegmentName
 from connectors.databases.postgres.lsn import KIND, Lsn, history
 from connectors.databases.postgres.stream.copyboth import CopyBoth, way_in
+from connectors.databases.postgres.stream.slot import slot_name
 from connectors.databases.postgres.stream.source import PostgresSource
 from connectors.threads import Threads
 from trigger.errors import ConfigError, DatabaseError, JournalError, SourceError
@@ -119,7 +120,7 @@ class Postgres:
         self._slow_deadline_seconds = slow_deadline_seconds
         self._slot_deadline_seconds = slot_deadline_seconds
         self._failover = failover
-        self.journal_slot = f"{name}_journal"
+        self._used: dict[str, str | None] = {slot_name(name, database): database for database in databases}
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self.session = 0
         self._confirmed: psycopg.AsyncConnection[Any] | None = None
@@ -146,6 +147,11 @@ class Postgres:
             )
             for database in self.databases
         ]
+
+    def journal_slot(self) -> str:
+        """Give the name of the slot for a journal that reads the server's log: from now on it has a use."""
+        self._used[name := f"{self.name}_journal"] = None
+        return name
 
     def recognise(self, seen: Collection[Seen]) -> None:
         """Take note of what is known from before; see port `Database`."""
@@ -277,7 +283,7 @@ class Postgres:
     async def remove(self, *, unused: bool = False) -> list[str]:
         """Drop all that was made in the cluster: slots, the journal's too, and publications; gives their names.
 
-        Also what bears our prefix and is of no database that is configured, unless somebody reads it; with `unused`
+        Also what bears our prefix and nothing that is configured has a use for, unless somebody reads it; with `unused`
         that alone.
 
         Raises:
@@ -415,11 +421,6 @@ class Postgres:
             return connection
         assert refusal is not None
         raise refusal
-
-    @property
-    def _used(self) -> made.Used:
-        """The slots of ours that have a use."""
-        return {**{source.slot: source.name for source in self.sources()}, self.journal_slot: None}
 
     @property
     def _any_dsn(self) -> str:

@@ -1,7 +1,7 @@
 """What was made in a cluster under our prefix and is of no use any more: found, said, and dropped.
 
-A database that is renamed, dropped from the configuration, or served under another prefix keeps its slot, for which the
-server keeps log until its disk is full.
+A database that is renamed, dropped from the configuration, or served under another prefix keeps its slot, and so does a
+journal that is read from an archive by now: the server keeps log for it until its disk is full.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _KILLED = "it was left by a rehearsal or a trial that was killed"
 
 
 Used = Mapping[str, str | None]
-"""The database that each slot in use is for; None for the journal's. A database that was renamed is another one."""
+"""The database that each slot in use is for, None for the journal's; a database that was renamed is another one."""
 
 
 class Unused(NamedTuple):
-    """A slot that bears our prefix, that is of no stream of now, and that nobody reads."""
+    """A slot that bears our prefix, that is of no stream or journal of now, and that nobody reads."""
 
     name: str
     database: str | None
@@ -142,13 +142,13 @@ async def left_behind(
 def judge(found: Collection[Unused]) -> Iterator[Finding]:
     """Say of each slot that nobody needs what it costs."""
     for one in found:
-        of = f"database {one.database}" if one.database is not None else "the journal"
-        why = _KILLED if one.killed else f"it bears our name, is of no stream that is configured ({of})"
+        of = "the journal" if one.database is None else f"a stream (database {one.database})"
+        why = f"it bears our name, is for {of}, and nothing configured has a use for it"
         yield Finding(
             f"slot {one.name}",
             Severity.WARNING,
-            f"{why}, and nobody reads it: the server keeps {one.kept_bytes or 0} bytes of log for it, and more with"
-            " every commit",
+            f"{_KILLED if one.killed else why}; nobody reads it, and the server keeps {one.kept_bytes or 0} bytes of"
+            " log for it, and more with every commit",
             "trigpoint release --unused drops it; if it is another service's that is down, start that one",
         )
 

@@ -43,7 +43,7 @@ SELECT pg_is_in_recovery(),
        (SELECT count(*) FROM pg_stat_replication WHERE application_name <> ALL (%s)),
        array(SELECT namesend(datname) FROM pg_database WHERE datallowconn AND NOT datistemplate AND datconnlimit <> -2),
        array(SELECT application_name FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid
-              WHERE s.slot_type = 'physical' AND s.slot_name <> %s),
+              WHERE s.slot_type = 'physical' AND s.slot_name <> ALL (%s)),
        array(SELECT textsend(quote_literal(gid) || ' in ' || database) FROM pg_prepared_xacts
               ORDER BY prepared LIMIT 5),
        (SELECT count(*) FROM pg_replication_slots WHERE slot_name = ANY (%s))
@@ -57,16 +57,15 @@ async def check_cluster(
     """Give the findings that concern the cluster as a whole; errors of psycopg pass through."""
     settings = dict(await (await connection.execute(_SETTINGS)).fetchall())
     role = await (await connection.execute(_ROLE)).fetchone()
-    (journal_slot,) = (one for one, database in used.items() if database is None)
     streams = {one: database for one, database in used.items() if database is not None}
-    ours, databases = list(streams), list(streams.values())
-    use = await (await connection.execute(_USE, [ours, [*ours, journal_slot], journal_slot, ours])).fetchone()
+    all_ours, ours, databases = list(used), list(streams), list(streams.values())
+    use = await (await connection.execute(_USE, [ours, all_ours, all_ours, ours])).fetchone()
     assert role is not None
     assert use is not None
     standby, slots_used, senders_used, present, standbys, prepared, slots_made = use
     findings = [
         *check_settings(settings),
-        *check_synchronous(settings["synchronous_standby_names"], [name, *ours, journal_slot]),
+        *check_synchronous(settings["synchronous_standby_names"], [name, *all_ours]),
     ]
     if standby:
         findings.append(

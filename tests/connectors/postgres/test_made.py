@@ -49,8 +49,11 @@ async def made_for(cluster: Cluster, *databases: str) -> None:
 
 
 def asked(cluster: Cluster, question: Any) -> Any:
+    """Ask as a service does whose journal reads the server's log by a slot."""
+
     async def run() -> Any:
         database = Postgres(cluster.conninfo, ["postgres"])
+        database.journal_slot()
         try:
             return await question(database)
         finally:
@@ -105,6 +108,21 @@ def test_the_slot_of_a_database_that_was_renamed_is_unused_while_the_configurati
     assert "publication trigpoint in store" in unused
     assert "slot trigpoint_postgres" in gone
     assert slots(cluster) == []
+
+
+@pytest.mark.slow
+def test_the_slot_of_a_journal_that_is_read_from_an_archive_by_now_is_unused() -> None:
+    with deployment(18, "directory") as here:
+        here.start()
+        nothing = here.trigpoint("release", "--unused", "--yes").stdout
+        assert nothing == "nothing of ours in the cluster is unused\n"
+        here.stop()
+        here.configure('[journal]\ndriver = "archive"\nrestore_command = "cp /nowhere/%f %p"\n')
+        (found,) = (one for one in here.ask("check") if one["subject"] == "slot trigpoint_journal")
+        assert (found["severity"], "release --unused" in found["remedy"]) == ("warning", True)
+        assert here.ask("release", "--unused", "--yes")["dropped"] == ["slot trigpoint_journal"]
+        assert here.trigpoint("release", "--unused", "--yes").stdout == nothing
+        assert slots(here.cluster) == ["trigpoint_postgres"]
 
 
 def test_publications_of_a_database_that_was_taken_out_are_named_though_its_slot_is_gone(cluster: Cluster) -> None:
