@@ -76,7 +76,7 @@ class Source(Protocol):
     heartbeat_seconds: float
 
     trouble: str
-    """What of a connected stream is not in order, for the operator; empty where all is."""
+    """What of a connected stream is not in order, or what its opening waits for; empty where all is in order."""
 
     async def close(self) -> None:
         """Disconnect; the slot stays. Never raises."""

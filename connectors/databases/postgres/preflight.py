@@ -46,8 +46,12 @@ SELECT pg_is_in_recovery(),
               WHERE s.slot_type = 'physical' AND s.slot_name <> ALL (%s)),
        array(SELECT textsend(quote_literal(gid) || ' in ' || database) FROM pg_prepared_xacts
               ORDER BY prepared LIMIT 5),
-       (SELECT count(*) FROM pg_replication_slots WHERE slot_name = ANY (%s))
+       (SELECT count(*) FROM pg_replication_slots
+         WHERE slot_name = ANY (%s) AND confirmed_flush_lsn IS NOT NULL AND wal_status <> 'lost')
 """
+"""The last: which slots need not be made; one that is being made has confirmed nothing yet."""
+_LASTS_SECONDS = 1.0
+"""How long a transaction is open that is worth a word."""
 _OK, _NOTE, _WARNING, _REFUSED = Severity.OK, Severity.NOTE, Severity.WARNING, Severity.REFUSED
 
 
@@ -82,6 +86,9 @@ async def check_cluster(
         findings.append(
             Finding("prepared transactions", _REFUSED, message, "COMMIT PREPARED or ROLLBACK PREPARED them")
         )
+    elif slots_made < len(ours) and (who := await slot.oldest(connection, _LASTS_SECONDS)):
+        message = f"streams open once the transactions that run have ended, of which the oldest is that of {who}"
+        findings.append(Finding("running transactions", _WARNING, message, slot.END_IT))
     findings += made.judge(await made.unused(connection, name, used))
     if standbys:
         findings.append(
@@ -455,8 +462,8 @@ LIMITS: tuple[tuple[str, str], ...] = (
         " ALTER PUBLICATION trigpoint_keyed DROP TABLE …",
     ),
     (
-        "prepared transaction",
-        "while one is in doubt, in any database, no slot can be made; check names it",
+        "transaction that stays open, or in doubt",
+        "until it has ended, in whichever database, no slot can be made; check names it, and status while one waits",
     ),
 )
 """What is true of every version beside the table above."""

@@ -354,6 +354,33 @@ def test_a_transaction_in_doubt_is_named_before_it_keeps_a_slot_from_being_made(
     with_database(cluster, act)
 
 
+def test_a_transaction_that_stays_open_is_named_until_the_slots_are_made(cluster: Cluster) -> None:
+    cluster.sql("CREATE TABLE IF NOT EXISTS t (v int)")
+
+    async def act(database: Postgres) -> None:
+        (source,) = database.sources()
+        with cluster.connect() as connection, connection.transaction():
+            connection.execute("INSERT INTO t VALUES (1)")
+            await asyncio.sleep(1.0)
+            (before,) = of(await database.check(volumes(cluster)), "running transactions")
+            opening = asyncio.create_task(source.open(None))
+            async with asyncio.timeout(20):
+                while not cluster.sql("SELECT slot_name FROM pg_replication_slots"):  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(0.05)
+            assert of(await database.check(volumes(cluster)), "running transactions") == [before]
+            assert before.severity is Severity.WARNING
+            assert f"process {connection.info.backend_pid} (postgres)" in before.message
+        await opening
+        await source.close()
+        with cluster.connect() as connection, connection.transaction():
+            connection.execute("INSERT INTO t VALUES (1)")
+            await asyncio.sleep(1.0)
+            assert not of(await database.check(volumes(cluster)), "running transactions")
+        await source.remove()
+
+    with_database(cluster, act)
+
+
 def test_a_role_without_rights_and_a_database_that_is_not_there_are_refused(cluster: Cluster) -> None:
     cluster.sql("DROP ROLE IF EXISTS weak; CREATE ROLE weak LOGIN")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import zlib
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 
+from connectors.databases.postgres.connection import connect
 from connectors.databases.postgres.encoding import shared_text
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.stream.copyboth import Present
@@ -39,11 +43,17 @@ SELECT application_name, current_setting('synchronous_standby_names')
 """
 _OLDEST = """
 SELECT textsend(what) FROM (
-    SELECT format('process %s (%s)', pid, coalesce(usename, backend_type)), xact_start
-      FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()
-    UNION ALL SELECT format('prepared transaction %L in database %s', gid, database), prepared FROM pg_prepared_xacts
-) AS running(what, since) ORDER BY since LIMIT 1
+    SELECT format('process %%s (%%s)', l.pid, coalesce(a.usename, a.backend_type)), age(l.transactionid),
+           coalesce(extract(epoch FROM clock_timestamp() - a.xact_start) >= %(seconds)s, true)
+      FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+     WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted AND l.pid <> pg_backend_pid()
+    UNION ALL SELECT format('prepared transaction %%L in database %%s', gid, database), age(transaction), true
+      FROM pg_prepared_xacts
+) AS running(what, age, lasts) WHERE lasts ORDER BY age DESC LIMIT 1
 """
+"""By the locks: in pg_stat_activity a role that may not monitor sees of others who they are, and neither id nor age."""
+END_IT = "wait for that transaction to end, or end it"
+_TELL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +118,47 @@ async def create(connection: psycopg.AsyncConnection[Any], name: str, *, failove
     try:
         row = await (await connection.execute(_CREATE.format(failover=carried).encode(), [name])).fetchone()
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:
-        oldest = await (await connection.execute(_OLDEST)).fetchone()
-        who = shared_text(oldest[0]) if oldest else "it has just ended"
+        who = await oldest(connection) or "it has just ended"
         raise SourceError(
             f"replication slot {name} was not made in time, since a running transaction must end first: {who}",
-            hint="wait for that transaction to end, or end it",
+            hint=END_IT,
         ) from error
     assert row is not None
     return Lsn.parse(row[0])
+
+
+async def oldest(connection: psycopg.AsyncConnection[Any], seconds: float = 0.0) -> str:
+    """Give whose transaction, of those open for so long or in doubt, a slot that is made waits for first; "" for none.
+
+    Where the role may not see how long one is open, it counts.
+    """
+    row = await (await connection.execute(_OLDEST, {"seconds": seconds})).fetchone()
+    return shared_text(row[0]) if row else ""
+
+
+@contextlib.asynccontextmanager
+async def telling(dsn: str, name: str, tell: Callable[[str], None]) -> AsyncIterator[None]:
+    """Tell, while the slot is made in the block, for which transaction that waits, and "" at the end.
+
+    The connection on which it is made waits itself, so another one is asked.
+    """
+    watching = asyncio.create_task(_watch(dsn, name, tell))
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+        tell("")
+
+
+async def _watch(dsn: str, name: str, tell: Callable[[str], None]) -> None:
+    await asyncio.sleep(_TELL_SECONDS)  # mostly it is made by then
+    with contextlib.suppress(psycopg.Error):
+        async with await connect(dsn) as connection:
+            while True:
+                who = await oldest(connection)
+                tell(f"replication slot {name} is made once this has ended: {who}; {END_IT}" if who else "")
+                await asyncio.sleep(_TELL_SECONDS)
 
 
 async def awaited(connection: psycopg.AsyncConnection[Any]) -> str:

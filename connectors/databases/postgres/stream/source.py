@@ -74,8 +74,8 @@ class PostgresSource:
 
     Attributes:
         duplicates_suppressed: commits that the server sent again and that were not delivered again.
-        trouble: why the list of tables whose updates are published could not be refreshed last time, or what holds
-            commits back, or "".
+        trouble: what the slot waits for while it is made, why the list of tables whose updates are published could not
+            be refreshed last time, or what holds commits back, or "".
     """
 
     def __init__(
@@ -228,11 +228,17 @@ class PostgresSource:
             reason = useless or f"the slot was {found.lost}"
             await self._unless_in_use(lambda: slot.drop(side, self.slot))
         await self._patience(side, self._slot_deadline_seconds, self._slot_deadline_seconds)
-        async with asyncio.timeout(self._slot_deadline_seconds + self._deadline_seconds):
+        async with (
+            asyncio.timeout(self._slot_deadline_seconds + self._deadline_seconds),
+            slot.telling(self._dsn, self.slot, self._tell),
+        ):
             confirmed = await slot.create(side, self.slot, failover=self.failover)
         await self._patience(side, self._deadline_seconds, _LOCK_SECONDS)
         self._publications_broken = self._log_removed = False
         return confirmed, reason
+
+    def _tell(self, trouble: str) -> None:
+        self.trouble = trouble
 
     async def _start(self, stream: CopyBoth, behind: Lsn, publications: list[str]) -> None:
         protocol = 4 if stream.server_version >= 160000 else 3

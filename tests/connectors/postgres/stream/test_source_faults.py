@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -244,6 +245,36 @@ def test_a_slot_that_another_process_holds_is_waited_for_and_its_holder_is_named
             await second.close()
 
     asyncio.run(run())
+
+
+def test_a_stream_that_is_opened_names_the_transaction_that_its_slot_waits_for_to_whatever_role(
+    cluster: Cluster, database: str
+) -> None:
+    cluster.sql("CREATE PUBLICATION trigpoint FOR ALL TABLES WITH (publish = 'insert, truncate')", database)
+    cluster.sql("CREATE PUBLICATION trigpoint_keyed WITH (publish = 'update, delete')", database)
+    cluster.sql("CREATE ROLE unprivileged LOGIN REPLICATION")
+    dsn = cluster.conninfo.replace("user=postgres", "user=unprivileged")
+
+    async def run() -> None:
+        source = PostgresSource(dsn, database)
+        with cluster.connect(database) as connection, connection.transaction():
+            connection.execute("INSERT INTO t (v) VALUES ('x')")
+            named = f"process {connection.info.backend_pid} (postgres)"
+            with pytest.raises(SourceError, match=re.escape(named)):
+                await PostgresSource(dsn, database, slot_deadline_seconds=0.1).open(None)
+            opening = asyncio.create_task(source.open(None))
+            async with asyncio.timeout(20):
+                while named not in source.trouble:  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(0.05)
+        assert await opening is None
+        assert source.trouble == ""
+        await source.close()
+        cluster.sql(f"SELECT pg_drop_replication_slot('{source.slot}')")
+
+    try:
+        asyncio.run(run())
+    finally:
+        cluster.sql("DROP ROLE unprivileged")
 
 
 def test_a_silent_reader_that_beats_its_heart_is_not_cut_off(cluster: Cluster, database: str) -> None:
