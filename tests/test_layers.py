@@ -42,6 +42,7 @@ PURE = frozenset(
             "model",
             "replay",
             "shape",
+            "volumes",
             "config.sections",
             "config.options",
             "config.mistakes",

@@ -230,6 +230,8 @@ class Snapshot:
     ended_at: datetime
     bytes_copied: int = 0
     """What had to be copied; 0 where the storage shares unchanged blocks."""
+    path: str = ""
+    """Where the volume lay; "" where an earlier version cut it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class MemoryRecovery:
             raise RestoreError(f"no clone {clone.name}")
         contents = self._world.clones[clone.name][1]
         wanted = replay.target.history
-        parts = [contents[volume.name] for volume in volumes]
+        parts = [contents[volume.name] for volume in clone.volumes or volumes]
         parts = [part for part in parts if part.lineage.history.is_of_system(wanted)]
         if not parts:
             raise RestoreError(f"nothing of {wanted} is in the clone")

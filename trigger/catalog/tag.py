@@ -339,6 +339,7 @@ def _snapshot_out(snapshot: Snapshot) -> dict[str, object]:
         "began_at": _time_out(snapshot.began_at),
         "ended_at": _time_out(snapshot.ended_at),
         "bytes_copied": snapshot.bytes_copied,
+        "path": snapshot.path,
     }
 
 

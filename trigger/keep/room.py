@@ -20,6 +20,7 @@ from trigger.model import Extent, RecoveryPoint, Space, State
 from trigger.ports import Journal, Storage
 from trigger.position import History, Lineage
 from trigger.restore.planner import HeldLog
+from trigger.volumes import are_alike
 
 THIN_FROM = 0.9
 THIN_TO = 0.7
@@ -78,20 +79,21 @@ class KnownLog:
     def leads(self, bases: Sequence[RecoveryPoint]) -> tuple[Leads, Leads]:
         """Give whether a replay leads from one of `bases` to another: by the log that is held; by what may yet come.
 
-        It must in every log that the other stands in. Log comes only to the newest history, behind all that is held.
-        While none was ever seen, nobody knows where that is: it counts as coming from the newest point on that there
-        was at first.
+        It must in every log that the other stands in, and both be of the same volumes. Log comes only to the newest
+        history, behind all that is held. While none was ever seen, nobody knows where that is: it counts as coming from
+        the newest point on that there was at first.
         """
         from_number = 0 if self.extents else self.unseen_from or 0
         logs = {history: self._log(history) for history in {one for base in bases for one in _histories(base)}}
         newest = _histories(bases[-1]) if bases else []
 
         def held(base: RecoveryPoint, point: RecoveryPoint) -> bool:
-            return all(logs[history].leads(base, point) for history in _histories(point))
+            return are_alike(base, point) and all(logs[h].leads(base, point) for h in _histories(point))
 
         def to_come(base: RecoveryPoint, point: RecoveryPoint) -> bool:
             late = base.number >= from_number
-            return all(logs[h].leads(base, point, to_come=late and h in newest) for h in _histories(point))
+            leads = (logs[h].leads(base, point, to_come=late and h in newest) for h in _histories(point))
+            return are_alike(base, point) and all(leads)
 
         return held, to_come
 

@@ -50,6 +50,8 @@ class Clone:
     """What it was made with, which tells it from any other of its name; "" for one of an earlier version."""
     dropped: bool = False
     """Whether its removal was begun, and goes on or was cut off: what is left of it is not whole."""
+    volumes: tuple[Volume, ...] = ()
+    """What it is a copy of, as it was called and where it lay when it was cut, where that is known of its point."""
 
 
 class Storage(Protocol):

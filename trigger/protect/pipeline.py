@@ -29,6 +29,7 @@ from trigger.protect.agenda import Agenda
 from trigger.protect.logs import Finish, Logs, ceilings
 from trigger.protect.qualify import Pending, Skip, Take, Wait, qualify
 from trigger.protect.window import Collected, Window, record
+from trigger.volumes import at_their_places, is_of
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,12 @@ class Protected:
 
 
 async def agenda_of(cluster: Protected) -> Agenda:
-    """Give what is due at a start: the newest sealed point is the base, if every database goes back to it."""
+    """Give what is due at a start.
+
+    The newest sealed point is the base, if every database goes back to it, and it is of the volumes that there are now.
+    """
     newest, base = await cluster.catalog.latest(), None
-    if newest is not None and await cluster.logs.have_in_past(newest):
+    if newest is not None and is_of(newest, cluster.volumes) and await cluster.logs.have_in_past(newest):
         base = newest
     gap = bool(await cluster.catalog.gaps(open_only=True))
     return Agenda(cluster.options, base, newest.number if newest else 0, open_gap=gap)
@@ -153,7 +157,7 @@ async def take(cluster: Protected, cause: Cause, collected: Collected, note: str
             await require_room(cluster)
             reached("after-cover")
             async with bracketed(logs, storage, point) as finish:
-                snapshots = await storage.snapshot(cluster.volumes, point.id, tag.encode(point))
+                cut = await storage.snapshot(cluster.volumes, point.id, tag.encode(point))
                 reached("after-snapshot")
                 brackets = await finish()
             marks = await ceilings(covered, brackets)
@@ -163,7 +167,7 @@ async def take(cluster: Protected, cause: Cause, collected: Collected, note: str
                 state=State.SEALED,
                 marks=marks,
                 flushes=flushes,
-                snapshots=snapshots,
+                snapshots=at_their_places(cut, cluster.volumes),
                 sealed_at=cluster.clock.now(),
             )
             summing = partial(sum_up, point, collected)
@@ -323,7 +327,7 @@ async def tidy(cluster: Protected, window: Window, agenda: Agenda) -> None:
     if newest is not None and newest.number > agenda.sealed_number:  # of the round that failed
         await cluster.catalog.close_gaps(newest.number)
         agenda.sealed(newest)
-    agenda.base = newest
+    agenda.base = newest if newest is not None and is_of(newest, cluster.volumes) else None
     agenda.open_gap = bool(await cluster.catalog.gaps(open_only=True))
     settled = {stream: await cluster.catalog.settled(stream) for stream in window.connected()}
     await window.settle({stream: through for stream, through in settled.items() if through is not None})

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from trigger.errors import RestoreError
+from trigger.errors import NotFoundError, RestoreError
 from trigger.failpoint import reached
 from trigger.model import Finding, Severity
 from trigger.ports import Clone, Progress
@@ -29,6 +30,7 @@ from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
 from trigger.restore.swap import (
     TIME,
+    Place,
     Swap,
     begin,
     cut_off,
@@ -38,6 +40,7 @@ from trigger.restore.swap import (
     resumable,
     undoable,
 )
+from trigger.volumes import is_of, listed, volumes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,9 @@ async def prepare_in_place(target: Target, site: Site, *, replacing: bool = Fals
         await require_room(plan, site)
     except RestoreError as error:
         refused.append(_refusal("room", error))
-    found = await replaced(target.history.system, site, copy_of(plan.base))
+    if not is_of(plan.base, site.volumes):
+        refused.append(_others(f"point {plan.base.number}", listed(volumes_of(plan.base, ())), site))
+    found = await replaced(target.history.system, site, copy_of(plan.base, site.volumes))
     losses = await (behind_target(target, site) if found is None else behind_replaced(found, site))
     return InPlacePlan(plan, losses, (*refused, *_unasked(found, replacing=replacing)))
 
@@ -213,11 +218,7 @@ async def _proven(name: str, site: Site) -> tuple[CloneRecord, Clone]:
 async def _of_clone(record: CloneRecord, clone: Clone, site: Site) -> list[Finding]:
     """Give what keeps this clone from taking the place: where it lies, and which timeline it goes on on."""
     copies = dict(clone.paths)
-    found = [
-        Finding(clone.name, Severity.REFUSED, f"clone {clone.name} has no copy of volume {volume.name}", _ANEW)
-        for volume in site.volumes
-        if volume.name not in copies
-    ]
+    found = await _of_other_volumes(clone, site)
     for volume in site.volumes:
         if volume.name in copies:
             fixed = await asyncio.to_thread(immovable, copies[volume.name], Path(volume.path).parent)
@@ -235,12 +236,30 @@ async def _of_clone(record: CloneRecord, clone: Clone, site: Site) -> list[Findi
     return found
 
 
+async def _of_other_volumes(clone: Clone, site: Site) -> list[Finding]:
+    """Give that a clone is a copy of other volumes than those in whose place it would be put."""
+    base = None
+    with suppress(NotFoundError):  # what expired long ago: the names of its volumes are known still
+        base = await site.catalog.point(clone.point)
+    alike = is_of(base, site.volumes) if base else {name for name, _ in clone.paths} == {v.name for v in site.volumes}
+    theirs = listed(volumes_of(base, ())) if base else ", ".join(name for name, _ in clone.paths)
+    return [] if alike else [_others(clone.name, theirs, site)]
+
+
+def _others(what: str, theirs: str, site: Site) -> Finding:
+    words = f"{what} is of the volumes {theirs}, and the configuration has {listed(site.volumes)}"
+    return Finding(
+        what, Severity.REFUSED, words, "let the configuration have those volumes; or restore beside and copy"
+    )
+
+
 _ANEW = "restore in place without it: a new clone has what is needed"
 
 
 async def _ready(name: str, target: str, site: Site) -> Swap:
     """Stop a proven clone, make it fit to be production, and give the swap, checked but not begun."""
     clone = await whole(name, site)
+    require_none(await _of_other_volumes(clone, site))
     copies = dict(clone.paths)
     began = site.clock.now().strftime(TIME)
     places = tuple(Place.of(volume.path, began, str(copies[volume.name])) for volume in site.volumes)

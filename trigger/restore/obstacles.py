@@ -11,6 +11,7 @@ from trigger.errors import RestoreError
 from trigger.model import Finding, RecoveryPoint, Severity, Volume
 from trigger.ports import Capability, Clone, Recovery
 from trigger.restore.clones import Site
+from trigger.volumes import volumes_of
 
 _SUBVOLUME_INODE = 256  # of the root of every btrfs subvolume (BTRFS_FIRST_FREE_OBJECTID)
 _BESIDE = "restore beside and copy"
@@ -23,13 +24,13 @@ async def obstacles(site: Site) -> list[Finding]:
 
 async def left_out(point: RecoveryPoint, recovery: Recovery, volumes: Sequence[Volume]) -> list[Finding]:
     """Give what of the cluster the snapshots of a point do not hold, for which no clone of them comes up."""
-    return await recovery.outside(copy_of(point), volumes)
+    return await recovery.outside(copy_of(point, volumes), volumes)
 
 
-def copy_of(point: RecoveryPoint) -> Clone:
-    """Give the snapshots of a point as a copy of the volumes that may be looked into."""
+def copy_of(point: RecoveryPoint, now: Sequence[Volume]) -> Clone:
+    """Give the snapshots of a point as a copy of the volumes that may be looked into; these are as given `now`."""
     paths = tuple((snapshot.volume, Path(snapshot.location)) for snapshot in point.snapshots)
-    return Clone(f"point {point.number}", point.id, paths, point.opened_at)
+    return Clone(f"point {point.number}", point.id, paths, point.opened_at, volumes=volumes_of(point, now))
 
 
 async def require_at_rest(site: Site) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from trigger.restore.clones import Site, remove_after
 from trigger.restore.obstacles import left_out, require_none
 from trigger.restore.planner import Plan, plan
 from trigger.restore.target import is_left
+from trigger.volumes import volumes_of
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +185,7 @@ async def raised(
 async def _bring_up(found: Plan, site: Site, record: CloneRecord, progress: Progress, *, throwaway: bool) -> Raised:
     watch = _Watch()
     clone = await site.storage.clone(found.base.id, record.name, progress, identity=record.identity)
+    clone = replace(clone, volumes=volumes_of(found.base, site.volumes))
     watch.lap("clone")
     reached("after-clone")
     folder = site.staged_log(record.name)

@@ -32,6 +32,7 @@ from trigger.service import costs, kept, surroundings
 from trigger.service.control import if_free, only_one
 from trigger.shape import data
 from trigger.trusted import replace_file, why_not_ours
+from trigger.volumes import is_of, listed, volumes_of
 
 log = logging.getLogger(__name__)
 
@@ -195,9 +196,6 @@ async def newest_copy(
 
     None where no point that is one instant was sealed there, or none of those has its snapshots.
     """
-    roots = {volume.name: Path(volume.path).resolve() for volume in volumes}
-    within = [name for name, root in roots.items() if path.is_relative_to(root)]
-    volume = max(within, key=lambda name: len(roots[name].parts), default="")
     bases, gone = await catalog.bases(), set[str]()
     with contextlib.suppress(StorageError):  # of one that cannot be looked at, each that is looked into says so
         gone = await storage.absent(bases)
@@ -205,6 +203,9 @@ async def newest_copy(
         mark = base.mark_in(history)
         if mark is None or mark.ceiling is None or mark.ceiling.history != history or mark.bracket is not None:
             continue
+        roots = {volume.name: Path(volume.path).resolve() for volume in volumes_of(base, volumes)}
+        within = [name for name, root in roots.items() if path.is_relative_to(root)]
+        volume = max(within, key=lambda name: len(roots[name].parts), default="")
         for snapshot in base.snapshots:
             if snapshot.volume == volume:
                 return Path(snapshot.location), path.relative_to(roots[volume])
@@ -281,6 +282,7 @@ async def check(parts: Parts) -> list[Finding]:
         findings += await _agreement(parts)
     if (unseen := await kept.missed_log(parts.options, parts.journal)) is not None:
         findings.append(unseen)
+    findings += await _other_volumes(parts)
     findings += await parts.journal.check()
     findings.append(await asyncio.to_thread(_cost, parts))
     findings += await asyncio.to_thread(surroundings.check, parts.options, parts.volumes)
@@ -303,6 +305,17 @@ async def _agreement(parts: Parts) -> list[Finding]:
         )
         return [finding for finding in seen if finding is not None]
     return []
+
+
+async def _other_volumes(parts: Parts) -> list[Finding]:
+    """Give that the newest point is of other volumes than those that are configured now."""
+    newest = await parts.catalog.latest()
+    if newest is None or is_of(newest, parts.volumes):
+        return []
+    theirs, ours = listed(volumes_of(newest, ())), listed(parts.volumes)
+    words = f"point {newest.number}, the newest, is of {theirs}, and the configuration has {ours}"
+    remedy = "start the service again, which takes a new point at once; those from before stay what they are"
+    return [Finding("volumes", Severity.WARNING, words, remedy)]
 
 
 def _cost(parts: Parts) -> Finding:

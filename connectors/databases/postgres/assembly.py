@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from connectors.databases.postgres import places
-from connectors.databases.postgres.clone.isolation import Placement
+from connectors.databases.postgres.clone.placement import Placement
 from connectors.databases.postgres.clone.recovery import PostgresRecovery
 from connectors.databases.postgres.database import Postgres
 from connectors.databases.postgres.log.archive import ArchiveReader

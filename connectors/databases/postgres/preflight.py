@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 
 from connectors.databases.postgres import made, places
-from connectors.databases.postgres.clone.isolation import volume_of
+from connectors.databases.postgres.clone.placement import volume_of
 from connectors.databases.postgres.connection import connect, database_of, encoding_of, role_of
 from connectors.databases.postgres.encoding import readable, shared_text
 from connectors.databases.postgres.programs import listed

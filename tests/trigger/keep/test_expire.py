@@ -42,13 +42,14 @@ class Shelves(Stage):
         self.room = Room(catalog, self.storage, self.journal, inline)
         world.journal[HISTORY.branch] = [(0, 1 << 40)]
 
-    async def sealed_at(self, number: int, lsn: int, history: History = HISTORY) -> RecoveryPoint:
+    async def sealed_at(self, number: int, lsn: int, history: History = HISTORY, volume_at: str = "") -> RecoveryPoint:
         """Seal a point whose redo, floor and ceiling lie at one place, with one commit of its own."""
         end = Position(history, lsn)
         point = await self.catalog.open_point(
             id=point_id(NOON, number), cause=Cause.COMMIT, marks=[Mark(end)], opened_at=NOON
         )
         point = replace(await self.cut(point), marks=(Mark(end, end, end),))
+        point = replace(point, snapshots=tuple(replace(kept, path=volume_at) for kept in point.snapshots))
         records = [record(lsn - 48)]
         await self.storage.retag(point.id, tag.encode(point, records))
         return await self.catalog.seal(point, records, {"bank": end})
@@ -92,6 +93,17 @@ def test_above_it_snapshots_go_down_to_seven_tenths_and_their_commits_stay_on_re
                 point.floor.at - 48
             ]
         assert not await reconcile(shelves.catalog, shelves.storage)
+
+    play(act)
+
+
+def test_the_first_point_of_other_volumes_stays_since_none_before_it_holds_what_they_hold() -> None:
+    async def act(shelves: Shelves) -> None:
+        for number in range(1, POINTS + 1):
+            await shelves.sealed_at(number, number * 1000, volume_at="/old" if number < 12 else "/new")
+        gone = {point.number for point in await shelves.room.make(FAR)}
+        assert gone
+        assert 12 not in gone
 
     play(act)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -11,9 +12,11 @@ from connectors.memory import MemoryDatabase
 from tests.trigger.protect.stage import Stage
 from trigger.catalog.reconcile import reconcile
 from trigger.errors import AgentError, CatalogError, DatabaseError, StorageError
-from trigger.model import Cause, Mark, Outcome, State
+from trigger.model import Cause, Mark, Outcome, State, Volume
 from trigger.ports import Capability
 from trigger.protect.logs import Logs
+from trigger.protect.pipeline import agenda_of, tidy
+from trigger.volumes import is_of
 
 
 def test_the_first_point_is_taken_at_start_and_the_next_for_a_commit() -> None:
@@ -26,6 +29,23 @@ def test_the_first_point_is_taken_at_start_and_the_next_for_a_commit() -> None:
         assert second.commit is not None
         assert second.commit.name == commit.name
         assert await stage.outcomes() == {commit.name: Outcome.PROTECTED}
+
+    Stage().play(act)
+
+
+def test_a_point_of_other_volumes_is_no_base_neither_at_a_start_nor_after_a_round_that_failed() -> None:
+    async def act(stage: Stage) -> None:
+        first = (await stage.points())[-1]
+        assert [(kept.volume, kept.path) for kept in first.snapshots] == [("data", "/data")]
+        assert (await agenda_of(stage.protected)).base == first
+        data, more = Volume("data", "/data"), Volume("more", "/more")
+        for volumes in ((data, more), (Volume("pgdata", "/data"),), (Volume("data", "/moved"),)):
+            other = replace(stage.protected, volumes=volumes)
+            assert (await agenda_of(other)).base is None
+            await tidy(other, stage.window, stage.agenda)
+            assert stage.agenda.base is None
+        by_an_earlier_version = tuple(replace(kept, path="") for kept in first.snapshots)
+        assert is_of(replace(first, snapshots=by_an_earlier_version), (Volume("data", "/moved"),))
 
     Stage().play(act)
 

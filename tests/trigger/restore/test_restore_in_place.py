@@ -354,6 +354,27 @@ def test_a_clone_that_could_not_go_on_as_production_is_refused(tmp_path: Path, w
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("changed", ["name", "path"])
+def test_what_is_of_other_volumes_than_there_are_now_is_not_put_in_place(tmp_path: Path, changed: str) -> None:
+    async def story() -> None:
+        async with stopped_bank(tmp_path) as it:
+            target = await two_points(it)
+            await restore(target, it.site, progress=quiet, name="early")
+            first, *others = it.site.volumes
+            now = replace(first, name="other") if changed == "name" else replace(first, path=str(tmp_path / "moved"))
+            (tmp_path / "moved").mkdir()
+            site = replace(it.site, volumes=(now, *others))
+            plans = (await prepare_in_place(target, site), await prepare_clone("early", site))
+            assert [sum("is of the volumes" in one.message for one in plan.refused) for plan in plans] == [1, 1]
+            for asked in (restore_in_place(target, site, progress=quiet), put_in_place("early", site, progress=quiet)):
+                with pytest.raises(RestoreError, match="is of the volumes"):
+                    await asked
+            assert states(it) == all_of(OLD)
+            assert [clone.name for clone in await clones(it.site)] == ["early"]
+
+    asyncio.run(story())
+
+
 def test_a_failed_restore_changes_nothing_in_place(tmp_path: Path) -> None:
     async def story() -> None:
         async with stopped_bank(tmp_path) as it:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from connectors.databases.postgres.clone.archiving import system_of
-from connectors.databases.postgres.clone.isolation import Placement, Spot
+from connectors.databases.postgres.clone.placement import Placement, Spot
 from connectors.databases.postgres.log.files import entered, put_new, reading
 from connectors.databases.postgres.log.wal import history_timeline
 from trigger.model import Volume

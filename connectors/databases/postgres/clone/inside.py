@@ -35,7 +35,7 @@ def part_of(path: Path, clone: Clone, volumes: Sequence[Volume]) -> Part | None:
     for volume, copy in copies.items():
         if path.is_relative_to(copy):
             return Part(volume, path.relative_to(copy))
-    for one in sorted(volumes, key=lambda volume: len(volume.path), reverse=True):
+    for one in sorted(clone.volumes or volumes, key=lambda volume: len(volume.path), reverse=True):
         for root in (Path(one.path), Path(os.path.realpath(one.path))):
             if path.is_relative_to(root) and one.name in copies:
                 return Part(one.name, path.relative_to(root))

@@ -15,15 +15,15 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
-from connectors.databases.postgres import places
 from connectors.databases.postgres.clone.inside import Held, Part, empty, folder_of, held, part_of
+from connectors.databases.postgres.clone.placement import Placement
 from connectors.databases.postgres.log.files import entered, give
 from connectors.databases.postgres.log.wal import history_timeline
 from connectors.databases.postgres.lsn import Lsn
-from trigger.errors import PreflightError, RestoreError
-from trigger.model import Address, Bracket, Finding, Layout, Severity, Volume
+from trigger.errors import RestoreError
+from trigger.model import Address, Bracket, Finding, Severity, Volume
 from trigger.ports import Clone
 from trigger.replay import Replay
 from trigger.trusted import NotOursError, open_file, read_text
@@ -49,65 +49,6 @@ _LISTEN_FILE = "listen.conf"
 _STAGED = "staged"
 _ORIGINS = "2000"
 """No log says how many origins there were; so many take a megabyte."""
-
-
-class Spot(NamedTuple):
-    """A folder by its volume and its path inside it ("" for the volume itself)."""
-
-    volume: str
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where in its volumes a cluster lies; all that a restore must know when production is gone."""
-
-    data: Spot
-    wal: Spot | None
-    """None where pg_wal lies inside the data directory."""
-    tablespaces: tuple[tuple[int, Spot], ...]
-    """By oid."""
-
-    @classmethod
-    def of(cls, layout: Layout, volumes: Sequence[Volume]) -> Self:
-        """Give the placement of a cluster, without the tablespaces that lie in none of the volumes.
-
-        Such a one may be there for an hour, and must not stand in the way of the commits from before it.
-
-        Raises:
-            PreflightError: the data directory or the log lies in none of the volumes.
-        """
-        data = places.data_directory(layout)
-        inside = layout.log.is_relative_to(data)
-        spots = ((oid, _spot(path, volumes)) for oid, path in places.tablespaces(layout).items())
-        return cls(
-            data=_required(data, volumes, "the data directory"),
-            wal=None if inside else _required(layout.log, volumes, "pg_wal"),
-            tablespaces=tuple((oid, spot) for oid, spot in spots if spot is not None),
-        )
-
-
-def _required(path: Path, volumes: Sequence[Volume], what: str) -> Spot:
-    if (found := _spot(path, volumes)) is not None:
-        return found
-    raise PreflightError(
-        f"{what} at {path} lies in none of the volumes {', '.join(volume.path for volume in volumes)}",
-        hint="add its filesystem or subvolume to the volumes, so that it is in every snapshot",
-    )
-
-
-def _spot(path: Path, volumes: Sequence[Volume]) -> Spot | None:
-    volume = volume_of(path, volumes)
-    if volume is None:
-        return None
-    inside = str(path.relative_to(Path(volume.path).resolve()))
-    return Spot(volume.name, "" if inside == "." else inside)
-
-
-def volume_of(path: Path, volumes: Sequence[Volume]) -> Volume | None:
-    """Give the innermost volume that holds `path` (real paths), None where none does."""
-    holding = [volume for volume in volumes if path.is_relative_to(Path(volume.path).resolve())]
-    return max(holding, key=lambda volume: len(Path(volume.path).resolve().parts), default=None)
 
 
 class Stop(NamedTuple):
@@ -153,15 +94,7 @@ def isolate(clone: Clone, placement: Placement, volumes: Sequence[Volume], brack
         RestoreError: there is no cluster where it should be, it belongs to root, a part of it lies outside the
             copy, or its backup label is missing.
     """
-    copies = dict(clone.paths)
-    if placement.data.volume not in copies:
-        raise RestoreError(f"clone {clone.name} has no copy of volume {placement.data.volume}")
-    data = copies[placement.data.volume] / placement.data.path
-    if not (data / "PG_VERSION").is_file():
-        raise RestoreError(
-            f"there is no PostgreSQL cluster at {data}",
-            hint="the data directory moved since the snapshot, or a nested subvolume was not cut with it",
-        )
+    data = placement.cluster_in(clone)
     if bracket is not None and "START WAL LOCATION" not in bracket.document.get("label", ""):
         raise RestoreError(
             f"the backup label of point {clone.point} is missing",
@@ -280,9 +213,8 @@ def outside(copy: Clone, placement: Placement, volumes: Sequence[Volume]) -> lis
 
     Of what cannot be read nothing is known.
     """
-    if (top := dict(copy.paths).get(placement.data.volume)) is None:
+    if (data := placement.data_in(copy)) is None:
         return []
-    data = top / placement.data.path
     try:
         return [
             Finding(str(link.relative_to(data)), Severity.REFUSED, _leads_out(link, data), _LEADS_OUT)

@@ -37,7 +37,8 @@ from connectors.databases.postgres.clone import (
 from connectors.databases.postgres.clone.access import Access, find_home
 from connectors.databases.postgres.clone.files import Relation
 from connectors.databases.postgres.clone.inside import empty
-from connectors.databases.postgres.clone.isolation import Isolated, Placement
+from connectors.databases.postgres.clone.isolation import Isolated
+from connectors.databases.postgres.clone.placement import Placement
 from connectors.databases.postgres.clone.release import release, require_startable
 from connectors.databases.postgres.clone.sandbox import relations
 from connectors.databases.postgres.clone.scrub import scrub
@@ -201,17 +202,17 @@ class PostgresRecovery:
 
     async def stop(self, clone: Clone) -> None:
         """Stop the server of a clone; one that does not run is no error."""
-        data = self._data(clone)
+        data = self._placement.data_in(clone)
         if data is None:
+            if found := await self.strangers(clone):
+                raise RestoreError(found[0].message, hint=found[0].remedy)
             return
         await postmaster.end(data, signal.SIGINT)
         await asyncio.to_thread(sockets.remove, self._sockets, data)
 
     async def resume(self, clone: Clone, listen: Address | None = None) -> Running:
         """Start the server of a clone that was brought up before, as it was left; see port `Recovery`."""
-        data = self._data(clone)
-        if data is None:
-            raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
+        data = self._placement.cluster_in(clone)
         await asyncio.to_thread(require_startable, data, clone)
         state = State.read(data)
         programs = self._programs_for(isolation.major_of(data))
@@ -238,7 +239,7 @@ class PostgresRecovery:
 
     async def running(self, clone: Clone) -> Running | None:
         """Give the server of a clone if it runs."""
-        data = self._data(clone)
+        data = self._placement.data_in(clone)
         server = postmaster.find(data) if data else None
         if data is None or server is None or server.status != "ready":
             return None
@@ -249,7 +250,7 @@ class PostgresRecovery:
 
     async def used(self, clone: Clone) -> int | None:
         """Give how many transactions a clone began since it was brought up; None for one that is made ready to go."""
-        data = self._data(clone)
+        data = self._placement.data_in(clone)
         if data is None or not State.is_in(data):
             return None
         state = State.read(data)
@@ -261,7 +262,7 @@ class PostgresRecovery:
 
     async def unfit(self, clone: Clone, volumes: Sequence[Volume]) -> list[Finding]:
         """Give what keeps a clone from going on as the cluster in `volumes`: its timeline was begun there or beside."""
-        data = self._data(clone)
+        data = self._placement.data_in(clone)
         if data is None:
             return []
         control = await self._control(data)
@@ -279,11 +280,11 @@ class PostgresRecovery:
 
     async def systems(self, copy: Clone) -> list[System]:
         """Give the cluster that lies in a copy of the volumes; see `production.systems`."""
-        return await asyncio.to_thread(production.systems, self._data(copy))
+        return await asyncio.to_thread(production.systems, self._placement.data_in(copy))
 
     async def lineage(self, copy: Clone, volumes: Sequence[Volume]) -> Lineage | None:
         """Give the lineage of the cluster in a copy, or in the volumes themselves; see `stands`."""
-        return await asyncio.to_thread(stands.lineage_at, self._data(copy), copy, volumes)
+        return await asyncio.to_thread(stands.lineage_at, self._placement.data_in(copy), copy, volumes)
 
     async def outside(self, copy: Clone, volumes: Sequence[Volume]) -> list[Finding]:
         """Give the links of a copy that lead out of it; see `isolation.outside`."""
@@ -295,7 +296,7 @@ class PostgresRecovery:
 
     async def strangers(self, clone: Clone) -> list[Finding]:
         """Give the servers that work in a clone, or may, and are not ours; see `postmaster.is_ours`."""
-        data = self._data(clone)
+        data = self._placement.data_in(clone)
         if data is not None and await asyncio.to_thread(postmaster.is_ours, data):
             return []
         copies = [Volume(volume, str(path)) for volume, path in clone.paths]
@@ -303,18 +304,12 @@ class PostgresRecovery:
 
     async def release(self, clone: Clone, volumes: Sequence[Volume]) -> None:
         """Make a stopped clone fit to take the place of the cluster it was made of; see `release`."""
-        data = self._data(clone)
-        if data is None:
-            raise RestoreError(f"clone {clone.name} has no copy of volume {self._placement.data.volume}")
+        data = self._placement.cluster_in(clone)
         if postmaster.find(data) is not None:
             raise RestoreError(f"the server of {clone.name} still runs", hint="stop it first")
         control = await self._control(data)
         written = control["Latest checkpoint's REDO WAL file"]  # of a server that was stopped: the last one
         await asyncio.to_thread(release, data, clone, self._placement, volumes, written)
-
-    def _data(self, clone: Clone) -> Path | None:
-        copy = dict(clone.paths).get(self._placement.data.volume)
-        return copy / self._placement.data.path if copy else None
 
     async def _launch(self, programs: Programs, isolated: Isolated) -> None:
         """Start the server as the owner of the data and return at once; it outlives us, in a session of its own.

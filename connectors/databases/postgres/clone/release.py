@@ -19,7 +19,8 @@ from pathlib import Path
 from connectors.databases.postgres.clone import archiving
 from connectors.databases.postgres.clone.beside import production_log
 from connectors.databases.postgres.clone.inside import folder_of, part_of
-from connectors.databases.postgres.clone.isolation import OWN_FOLDER, Placement, held_data, links, log_of
+from connectors.databases.postgres.clone.isolation import OWN_FOLDER, held_data, links, log_of
+from connectors.databases.postgres.clone.placement import Placement
 from connectors.databases.postgres.clone.state import State
 from connectors.databases.postgres.log.files import entered, give
 from trigger.errors import RestoreError

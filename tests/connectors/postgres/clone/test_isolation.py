@@ -17,7 +17,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from connectors.databases.postgres.clone.isolation import Placement, Spot
+from connectors.databases.postgres.clone.placement import Placement, Spot
 from connectors.databases.postgres.clone.recovery import PostgresRecovery
 from connectors.databases.postgres.lsn import history
 from connectors.databases.postgres.programs import Programs
@@ -185,7 +185,7 @@ def test_nothing_leaves_a_clone_that_has_a_network_of_its_own(folder: Path) -> N
             import asyncio, subprocess, time
             from datetime import UTC, datetime
             from pathlib import Path
-            from connectors.databases.postgres.clone.isolation import Placement, Spot
+            from connectors.databases.postgres.clone.placement import Placement, Spot
             from connectors.databases.postgres.programs import Programs
             from connectors.databases.postgres.clone.recovery import PostgresRecovery
             from connectors.databases.postgres.lsn import history

@@ -15,7 +15,8 @@ import pytest
 
 from connectors.databases.postgres import lsn
 from connectors.databases.postgres.clone import archiving, isolation
-from connectors.databases.postgres.clone.isolation import Isolated, Placement, Spot
+from connectors.databases.postgres.clone.isolation import Isolated
+from connectors.databases.postgres.clone.placement import Placement, Spot
 from connectors.databases.postgres.clone.release import release, require_startable
 from connectors.databases.postgres.clone.state import State
 from tests.fixtures.volumes import plain_folder
