@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.presence import back
 from trigger.errors import RestoreError, StorageError
 from trigger.model import RecoveryPoint, State
 from trigger.ports import Storage
+from trigger.restore.obstacles import LeftOut, plan_of_whole
 from trigger.restore.planner import Plan
 
-PlanFrom = Callable[[Sequence[RecoveryPoint]], Plan]
-"""Gives the plan for one target from some points, as `planner.plan` does."""
+PlanFrom = Callable[..., Plan]
+"""Gives the plan for one target from some points, of which some are `away`, as `planner.plan` does."""
 
 
 async def planned(
-    plan_from: PlanFrom, bases: Sequence[RecoveryPoint], catalog: Catalog, storage: Storage | None
+    plan_from: PlanFrom,
+    bases: Sequence[RecoveryPoint],
+    away: Mapping[str, str],
+    left_out: LeftOut,
+    catalog: Catalog,
+    storage: Storage | None,
 ) -> Plan:
-    """Give the plan from sealed points.
+    """Give the plan from sealed points; `away` and `left_out` as in `plan_of_whole`.
 
     Raises:
         RestoreError: there is none, and waiting does not help either; or it is retryable. A point that failed as gone,
@@ -27,7 +34,7 @@ async def planned(
         CatalogError: the catalog cannot be read.
     """
     try:
-        return plan_from(bases)
+        return await plan_of_whole(partial(plan_from, bases), bases, away, left_out)
     except RestoreError as refused:
         if storage is not None and not refused.retryable:
             refused.message += await _would_do(plan_from, catalog, storage)
@@ -36,7 +43,8 @@ async def planned(
 
 async def _would_do(plan_from: PlanFrom, catalog: Catalog, storage: Storage) -> str:
     try:
-        base = plan_from([replace(point, state=State.SEALED) for point in await back(catalog, storage)]).base
+        there = [replace(point, state=State.SEALED) for point in await back(catalog, storage)]
+        base = plan_from(there).base
     except (RestoreError, StorageError):
         return ""
     return (

@@ -30,7 +30,6 @@ from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
 from trigger.restore.swap import (
     TIME,
-    Place,
     Swap,
     begin,
     cut_off,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
@@ -12,18 +12,16 @@ from typing import NamedTuple
 from trigger.catalog.catalog import Catalog, Found
 from trigger.catalog.presence import away
 from trigger.errors import JournalError, PositionError, RestoreError, StorageError
-from trigger.model import CommitRecord, Extent, Finding, Gap, Logged, Outcome, RecoveryPoint
+from trigger.model import GONE, CommitRecord, Extent, Finding, Gap, Logged, Outcome, RecoveryPoint
 from trigger.ports import Journal, Storage
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
 from trigger.restore.bases import planned
 from trigger.restore.histories import based_beside, meant, naming, options, past
+from trigger.restore.obstacles import LeftOut
 from trigger.restore.planner import plan
 from trigger.restore.target import at_commit, at_time, is_left, up_to
-
-LeftOut = Callable[[RecoveryPoint], Awaitable[list[Finding]]]
-"""Gives what of the cluster the snapshots of a point do not hold."""
 
 
 class Where(StrEnum):
@@ -161,8 +159,8 @@ class _Known:
     left_out: LeftOut | None = None
     storage: Storage | None = None
     """Says which snapshots are there."""
-    away: Collection[str] = ()
-    """The ids of the bases whose snapshots are not there."""
+    away: Mapping[str, str] = field(default_factory=dict)
+    """By id the bases whose snapshots are not there, with that as the reason."""
     unseen: str = ""
     """Why nobody can say which are there; "" where that can be said."""
 
@@ -183,17 +181,15 @@ class _Known:
                 replay_bytes_per_second=1.0,
                 file_start=start,
                 left=left,
-                away=self.away,
             )
-            found = await planned(plan_from, self.bases, catalog, self.storage)
+            look = self.left_out or _whole
+            found = await planned(plan_from, self.bases, self.away, look, catalog, self.storage)
         except (JournalError, RestoreError) as error:
             if not error.retryable:
                 return _Way(f"it cannot be restored: {error.message}")
             lack = await self.journal.lacks_room()
             why = [error.message, *([lack.message, lack.remedy] if lack else [])]
             return _Way(f"not yet restorable: {'; '.join(why)}")
-        if self.left_out is not None and (missing := await self.left_out(found.base)):
-            return _Way(f"it cannot be restored: {missing[0].message}")
         number, beside = found.base.number, "".join(f"; {one}" for one in found.without)
         if found.as_cut:
             return _Way(f"the snapshot of point {number} ends with it{beside}", number, self._before(target, lineage))
@@ -263,9 +259,15 @@ async def _known(stream: str | None, history: str | None, catalog: Catalog, jour
     return _Known(logs, await catalog.bases(), await catalog.gaps(), journal, await journal.extents())
 
 
+async def _whole(_: RecoveryPoint) -> list[Finding]:
+    """Give nothing that a point lacks: nobody looked."""
+    return []
+
+
 async def _with_what_is_there(known: _Known, catalog: Catalog, storage: Storage) -> _Known:
     try:
-        return replace(known, storage=storage, away=await away(known.bases, catalog, storage))
+        gone = dict.fromkeys(await away(known.bases, catalog, storage), GONE)
+        return replace(known, storage=storage, away=gone)
     except StorageError as error:
         return replace(known, unseen=str(error))
 

@@ -9,7 +9,7 @@ the journal holds the log from there to the target without a hole.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
@@ -23,6 +23,8 @@ from trigger.restore.histories import based_beside, options
 FileStart = Callable[[Position], int]
 """Gives where the file of the log that holds a position begins; see `ports.Journal.file_start`."""
 
+LACKS = "its snapshots do not hold all of the cluster: "
+_OF_SNAPSHOTS = (GONE, LACKS)
 _SHOWN = 5
 
 
@@ -81,8 +83,9 @@ class Plan:
 
     @property
     def without(self) -> list[str]:
-        """Give the newer bases that would have served, one sentence each, were their snapshots there."""
-        return [f"point {one.number} is nearer, and left out: {GONE}" for one in self.passed_over if one.reason == GONE]
+        """Give the newer bases that would have served, one sentence each, were their snapshots there and whole."""
+        named = [one for one in self.passed_over if one.reason.startswith(_OF_SNAPSHOTS)]
+        return [f"point {one.number} is nearer, and left out: {one.reason}" for one in named]
 
     @property
     def replay(self) -> Replay:
@@ -108,7 +111,7 @@ class Plan:
             lines.append(f"journal   {_size(self.log_bytes)} from {self.log_from.place}")
         lines += [f"beside    {note}" for note in self.beside]
         lines.append(f"estimate  {_size(self.replay_bytes)} to replay, about {self.estimate_seconds:.1f} s")
-        told = sorted(self.passed_over, key=lambda one: one.reason != GONE)
+        told = sorted(self.passed_over, key=lambda one: not one.reason.startswith(_OF_SNAPSHOTS))
         lines += [f"not       point {number}: {reason}" for number, reason in told[:_SHOWN]]
         if len(self.passed_over) > _SHOWN:
             lines.append(f"          and {len(self.passed_over) - _SHOWN} more")
@@ -124,7 +127,7 @@ def plan(
     *,
     file_start: FileStart = unfiled,
     left: bool = False,
-    away: Collection[str] = (),
+    away: Mapping[str, str] = {},
 ) -> Plan:
     """Give the cheapest way to `target`, which starts from the newest base that fits.
 
@@ -138,7 +141,7 @@ def plan(
         replay_bytes_per_second: how fast this machine replays, measured; above 0.
         file_start: where the file of the log that holds a position begins; a log is read from there.
         left: the database has gone on in another history, so the journal comes no further in this one.
-        away: the ids of points whose snapshots are not there at present; none of them is a base.
+        away: by id why points are no base, since their snapshots are not there, or not whole: `GONE`, or `LACKS` what.
 
     Raises:
         RestoreError: the target lies outside the lineage, before the first base, beyond the journal, or behind a
@@ -164,7 +167,7 @@ def plan(
         if hole:
             holes.append((base, hole))
         if hole or base.id in away:
-            reason = f"the log between {_between(hole, lineage)} is missing" if hole else GONE
+            reason = f"the log between {_between(hole, lineage)} is missing" if hole else away[base.id]
             passed.append(PassedOver(base.number, reason))
             continue
         if exact:
@@ -492,9 +495,5 @@ def _inside(mark: Mark, lineage: Lineage) -> bool:
 
 
 def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    unit = min(max(count.bit_length() - 1, 0) // 10, 4)
+    return f"{count / 1024**unit:.1f} {' KMGT'[unit]}iB" if unit else f"{count} bytes"

@@ -19,6 +19,7 @@ from pathlib import Path
 from trigger.catalog.presence import away, is_gone
 from trigger.errors import RestoreError, StorageError
 from trigger.failpoint import reached
+from trigger.model import GONE
 from trigger.ports import Clone, Journal, Progress
 from trigger.position import At, History, Position
 from trigger.replay import Running, Target
@@ -26,7 +27,7 @@ from trigger.restore import clone_records, log_search
 from trigger.restore.bases import planned
 from trigger.restore.clone_records import CloneRecord, clone_name, new_name
 from trigger.restore.clones import Site, remove_after
-from trigger.restore.obstacles import left_out, require_none
+from trigger.restore.obstacles import left_out
 from trigger.restore.planner import Plan, plan
 from trigger.restore.target import is_left
 from trigger.volumes import volumes_of
@@ -95,7 +96,8 @@ async def prepare(
     while True:
         lineage, file_start = await site.journal.lineage(target.history), site.journal.file_start
         bases, extents = await site.catalog.bases(), await site.journal.extents()
-        left, gone = await is_left(target, site.catalog, site.journal), await away(bases, site.catalog, site.storage)
+        left = await is_left(target, site.catalog, site.journal)
+        gone = dict.fromkeys((await away(bases, site.catalog, site.storage)).union(without), GONE)
         plan_from = partial(
             plan,
             target,
@@ -104,18 +106,15 @@ async def prepare(
             replay_bytes_per_second=site.replay_bytes_per_second,
             file_start=file_start,
             left=left,
-            away=gone.union(without),
         )
+        whole = partial(left_out, recovery=site.recovery, volumes=site.volumes)
         try:
-            found = await planned(plan_from, bases, site.catalog, site.storage)
+            return await planned(plan_from, bases, gone, whole, site.catalog, site.storage)
         except RestoreError as error:
             if not error.retryable:
                 raise
             if loop.time() >= deadline:
                 raise await _held_up(error, site.journal) from error
-        else:
-            require_none(await left_out(found.base, site.recovery, site.volumes))
-            return found
         await asyncio.sleep(_POLL_SECONDS)
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trigpoint(*arguments: str | Path) -> int:
-    return program.main([str(argument) for argument in arguments])
+    """Run a command as a process of its own would: what it is told before its name is forgotten at the end."""
+    return copy_context().run(program.main, [str(argument) for argument in arguments])
 
 
 # ------------------------------------------------------------------------------------------------------- words

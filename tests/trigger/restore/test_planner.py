@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -11,6 +11,7 @@ import pytest
 from connectors.databases.postgres.lsn import Lsn
 from trigger.errors import RestoreError
 from trigger.model import (
+    GONE,
     Bracket,
     Cause,
     CommitRecord,
@@ -70,7 +71,7 @@ def make(
     *bases: RecoveryPoint,
     extents: tuple[Extent, ...] = WHOLE,
     left: bool = False,
-    away: Collection[str] = (),
+    away: Mapping[str, str] = {},
 ) -> Plan:
     return plan(target, bases, extents, LINEAGE, 1000.0, file_start=file_start, left=left, away=away)
 
@@ -88,7 +89,7 @@ def test_the_newest_base_that_ends_before_the_commit_record_is_chosen() -> None:
 def test_a_base_whose_snapshot_is_gone_is_passed_over_and_named() -> None:
     oldest, older, nearest = base(1, 0x2000, 0x2100), base(2, 0x2800, 0x2900), base(3, 0x2F00, 0x3000)
     ended, late = base(4, 0x3030, 0x3030), base(5, 0x3100, 0x3200)
-    away = {one.id for one in (older, nearest, ended, late)}
+    away = dict.fromkeys((one.id for one in (older, nearest, ended, late)), GONE)
     found = make(commit(0x3000, 0x3030), oldest, older, nearest, ended, late, away=away)
     assert (found.base.number, found.as_cut) == (1, False)
     gone = "its snapshot is gone from the storage"
@@ -104,7 +105,7 @@ def test_a_base_whose_snapshot_is_gone_is_passed_over_and_named() -> None:
         make(commit(0x3000, 0x3030), oldest, nearest, late, extents=early, away=away)
     assert "could be done" not in str(refused.value), "nor could it be from that one"
     with pytest.raises(RestoreError, match=f"early enough .*; it could be done from point 3, 2, but {gone}"):
-        make(commit(0x3000, 0x3030), older, nearest, late, away=away - {late.id})
+        make(commit(0x3000, 0x3030), older, nearest, late, away={older.id: GONE, nearest.id: GONE})
     with pytest.raises(RestoreError, match="is not there any more"):
         make(own(nearest), nearest, away=away)
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from tests.fixtures.bank import Bank, Breaking, nothing_left, quiet, run, two_po
 from trigger.catalog.reconcile import reconcile
 from trigger.errors import JournalError, RestoreError, StorageError
 from trigger.keep.expire import expire
-from trigger.model import Cause
+from trigger.model import Cause, Volume
 from trigger.ports import Capability, Clone, Progress
 from trigger.position import Name
 from trigger.restore.clones import Site, drop
 from trigger.restore.locate import locate
+from trigger.restore.obstacles import left_out
 from trigger.restore.restore import prepare, restore
 from trigger.restore.target import Named, resolve
 
@@ -119,6 +121,30 @@ def test_a_refusal_names_a_point_that_had_failed_as_gone_and_would_do_now_that_i
         assert "trigpoint reconcile" in refused.value.hint
         await reconcile(it.catalog, it.site.storage)
         assert (await prepare(target, it.site)).base.number == lost.number
+
+
+def test_in_place_of_a_base_that_lacks_part_of_the_cluster_one_of_other_volumes_serves_and_both_are_named(
+    tmp_path: Path,
+) -> None:
+    async def story(it: Bank) -> None:
+        it.commit()
+        whole = await it.point()
+        it.protected = replace(it.protected, volumes=(Volume("data", "/memory/elsewhere"),))
+        it.commit()
+        lacking = [await it.point(), await it.point()]
+        wanted = it.commit()
+        it.commit()
+        await it.point()
+        it.world.outside |= {(point.id, "pg_tblspc/16400") for point in lacking}
+        report = await restore(await it.resolve(Named(name=wanted.name)), it.site, progress=quiet, name="one")
+        assert report.base == whole.number
+        assert it.held("one") == it.at_or_before(wanted)
+        why = "is nearer, and left out: its snapshots do not hold all of the cluster: pg_tblspc/16400 lies outside"
+        assert list(report.notes) == [f"point {point.number} {why}" for point in reversed(lacking)]
+        look = partial(left_out, recovery=it.site.recovery, volumes=it.site.volumes)
+        (found,) = await locate(it.site.catalog, it.site.journal, name=wanted.name, left_out=look)
+        assert found.base == whole.number
+        assert why in found.reason
 
     run(tmp_path, story)
 
