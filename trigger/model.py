@@ -67,6 +67,8 @@ class Commit:
     """What the application wrote into the transaction for us to see."""
     origin: str = ""
     """What it was replicated from; "" for a commit made here."""
+    markers_cut: bool = False
+    """Whether it has more markers, or longer ones, than its source keeps."""
 
     @property
     def position(self) -> Position:

@@ -113,7 +113,7 @@ class RuleOptions(Section):
     least_rows: Annotated[int, Field(ge=0)] = 0
     """At least this many counting rows; a counting TRUNCATE is always enough."""
     markers: Annotated[list[Glob], Field(min_length=1)] | None = Field(default=None, examples=[["payroll-*"]])
-    """Globs over markers; at least one of the commit's markers must match one."""
+    """Globs over markers; at least one of the commit's markers must match one. Where not all were kept, it does."""
     expression: str | None = Field(default=None, examples=["rows > 1000 || markers.exists(m, m == 'close-of-day')"])
     """A CEL expression over the facts of the commit that must be true; so is one that would take too long."""
 

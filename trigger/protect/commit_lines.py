@@ -4,7 +4,7 @@ One object a line. Only `time` is needed:
 
     {"database": "bank", "time": "2026-03-01T12:00:05.250Z", "name": "7731", "start": "0/1A2B3C8", "end": "0/1A2B3F8",
      "tables": {"public.accounts": {"inserted": 0, "updated": 2, "deleted": 0, "truncated": 0}},
-     "markers": ["payroll"], "origin": ""}
+     "markers": ["payroll"], "origin": "", "markers_cut": false}
 
 `time` is ISO-8601 with a zone; `start` and `end` are places as the kind of database writes them. What earlier
 versions wrote as `xid`, a number, is a name too. Counts that are left out are 0.
@@ -22,7 +22,7 @@ from trigger.errors import ConfigError, PositionError
 from trigger.model import Changes, Commit, to_microseconds
 from trigger.position import History, Name
 
-KEYS = ("database", "time", "name", "xid", "start", "end", "tables", "markers", "origin")
+KEYS = ("database", "time", "name", "xid", "start", "end", "tables", "markers", "origin", "markers_cut")
 
 
 def read(lines: Iterable[str], name: str, database: str, kind: str) -> Iterator[Commit]:
@@ -61,6 +61,7 @@ def write(commit: Commit) -> str:
             "tables": {table: changes._asdict() for table, changes in commit.tables.items()},
             "markers": list(commit.markers),
             "origin": commit.origin,
+            "markers_cut": commit.markers_cut,
         },
         ensure_ascii=False,
     )
@@ -82,6 +83,7 @@ def _commit(value: Any, database: str, kind: str) -> Commit:
         tables={name: _changes(name, counts) for name, counts in _object(facts.get("tables", {}), "tables").items()},
         markers=tuple(_markers(facts.get("markers", []))),
         origin=_text(facts, "origin", ""),
+        markers_cut=_whether(facts, "markers_cut"),
     )
 
 
@@ -106,6 +108,13 @@ def _count(facts: Mapping[str, Any], key: str) -> int:
     value = facts.get(key, 0)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{key} must be a whole number that is not negative, not {json.dumps(value)[:60]}")
+    return value
+
+
+def _whether(facts: Mapping[str, Any], key: str) -> bool:
+    value = facts.get(key, False)
+    if not isinstance(value, bool):
+        raise TypeError(f"{key} must be true or false, not {json.dumps(value)[:60]}")
     return value
 
 

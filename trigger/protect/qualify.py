@@ -25,6 +25,10 @@ NO_RULES = "every-commit"
 """The rule that stands where none is configured."""
 
 
+class UndecidedError(Exception):
+    """Whether a rule takes a commit would be decided by markers of it that were not kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Rule:
     options: RuleOptions
@@ -32,20 +36,35 @@ class _Rule:
     work: Work
 
     def takes(self, commit: Commit) -> bool:
-        """Whether the rule takes `commit`; whatever its expression raises is raised."""
+        """Whether the rule takes `commit`; whatever its expression raises is raised.
+
+        Raises:
+            UndecidedError: markers that were not kept would decide.
+        """
         options = self.options
         if not fnmatchcase(commit.stream, options.database):
             return False
         if not self._enough_changes(commit):
             return False
-        if options.markers is not None and not _any_matches(commit.markers, options.markers):
+        marked = options.markers is None or _any_matches(commit.markers, options.markers)
+        if not (marked or commit.markers_cut) or not self._says_so(commit):
             return False
+        if not marked:
+            raise UndecidedError
+        return True
+
+    def _says_so(self, commit: Commit) -> bool:
+        """Whether the rule's expression is true of `commit`; raises as `takes` does."""
         if self.program is None:
             return True
         asked = self.program.variables()  # what is not asked for need not be handed over, which takes the longest
         seen = {name: value for name, value in facts(commit).items() if name in asked}
         self.work.require_little(seen)
-        return _is_true(self.program.execute(seen))
+        if _is_true(self.program.execute(seen)):
+            return True
+        if commit.markers_cut and "markers" in asked:
+            raise UndecidedError
+        return False
 
     def _enough_changes(self, commit: Commit) -> bool:
         """Whether the rule's tables and operations changed enough; a rule that names none asks for nothing."""
@@ -85,7 +104,8 @@ class Rules:
     def judge(self, commit: Commit) -> str | None:
         """Give the name of the first rule that takes `commit`, or None; a rule that throws takes it (`<name>!`).
 
-        So does one whose expression could take too long with it: the streams are not read meanwhile.
+        So does one whose expression could take too long with it, since the streams are not read meanwhile, and one that
+        markers would decide which were not kept.
         """
         if not self._rules:
             return NO_RULES

@@ -345,7 +345,7 @@ async def _nowhere(known: _Known, of: str, log: str | None) -> str:
     if log is not None:
         why = await log_search.nowhere(known.logs, known.journal)
         return f"neither the catalog nor the log that {'was' if log == 'read' else 'is'} {log}{of} has it: {why}{words}"
-    return f"it is not in the catalog{of}: it did not qualify, was not seen by any source{words}"
+    return f"it is not in the catalog{of}: it did not qualify, was not seen or kept by any source{words}"
 
 
 async def _of_commit(found: Found, catalog: Catalog, known: _Known) -> Location:

@@ -342,7 +342,10 @@ async def _transaction(name: Name, stream: str | None, lineage: Lineage, catalog
 async def _marked(marker: str, stream: str | None, lineage: Lineage, catalog: Catalog) -> Found:
     found = await catalog.find(marker=marker, stream=stream)
     of = f" of {stream}" if stream is not None else ""
-    unknown = f"is not in the catalog: no commit{of} that a stream showed and a rule took has it, by its whole text"
+    unknown = (
+        f"is not in the catalog: no commit{of} that a stream showed and a rule took has it, by its whole text, among"
+        " the markers that are kept of each (trigpoint explain)"
+    )
     return _only(found, f"marker {marker!r}", lineage, unknown, _NO_MARKER)
 
 

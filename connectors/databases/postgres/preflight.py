@@ -21,6 +21,7 @@ from connectors.databases.postgres.encoding import readable, shared_text
 from connectors.databases.postgres.programs import listed
 from connectors.databases.postgres.stream import publication, slot
 from connectors.databases.postgres.stream.copyboth import CopyBoth, way_in
+from connectors.databases.postgres.stream.pgoutput import MARKER_BYTES_LIMIT, MARKERS_LIMIT
 from connectors.databases.postgres.stream.source import PostgresSource
 from trigger.errors import DatabaseError, SourceError
 from trigger.model import Finding, Layout, Severity, Volume
@@ -447,6 +448,11 @@ BLIND_SPOTS: tuple[tuple[str, str, str], ...] = (
 
 
 LIMITS: tuple[tuple[str, str], ...] = (
+    (
+        "markers",
+        f"the first {MARKERS_LIMIT:,} of a transaction are kept, and {MARKER_BYTES_LIMIT:,} bytes of each: no other is "
+        "found, and a rule that one might decide takes the commit",
+    ),
     (
         "time of a commit that came by replication",
         "it is the origin's own commit time, not this server's; a restore to a time goes by this server's",

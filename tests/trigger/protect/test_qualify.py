@@ -254,6 +254,27 @@ def test_a_rule_that_throws_protects_and_is_counted(expression: str) -> None:
     assert rules.errors == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "verdict"),
+    [
+        ({"markers": ["pay-*"]}, "r!"),
+        ({"markers": ["step-*"]}, "r"),
+        ({"markers": ["pay-*"], "expression": "rows > 5"}, None),
+        ({"markers": ["pay-*"], "tables": ["public.b"], "least_rows": 1}, None),
+        ({"markers": ["pay-*"], "database": "shop"}, None),
+        ({"expression": "markers.exists(m, m == 'pay-1')"}, "r!"),
+        ({"expression": "markers.exists(m, m == 'step-1')"}, "r"),
+        ({"expression": "rows > 5"}, None),
+    ],
+)
+def test_a_rule_that_markers_might_decide_which_were_not_kept_takes_the_commit(
+    options: dict[str, Any], verdict: str | None
+) -> None:
+    rules = rule(**options)
+    assert rules.judge(commit({"public.a": Changes(3)}, markers=["step-1"], markers_cut=True)) == verdict
+    assert rules.errors == (verdict == "r!")
+
+
 def test_a_rule_that_throws_does_not_outrank_one_that_took_the_commit_before() -> None:
     rules = Rules([RuleOptions(name="calm"), RuleOptions(name="wild", expression="markers[0] == 'x'")])
     assert rules.judge(commit()) == "calm"

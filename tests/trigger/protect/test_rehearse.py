@@ -142,6 +142,7 @@ commits_of_any_kind = st.builds(
     tables=st.dictionaries(st.text(), st.builds(Changes, *(st.integers(0, 2**40),) * 4), max_size=3),
     markers=st.lists(st.text(), max_size=3).map(tuple),
     origin=st.text(),
+    markers_cut=st.booleans(),
 )
 
 

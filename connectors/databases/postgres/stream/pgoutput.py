@@ -29,9 +29,9 @@ from trigger.model import Changes
 MARKER_PREFIX = "trigpoint"
 _MARKER_NAME = MARKER_PREFIX.encode() + b"\0"
 MARKERS_LIMIT = 1_000
-"""Markers kept of one transaction; further ones are dropped, so that no application can fill our memory."""
+"""Markers kept of one transaction, so that no application can fill our memory; that there are more is told."""
 MARKER_BYTES_LIMIT = 1_024
-"""Bytes kept of one marker."""
+"""Bytes kept of one marker; likewise."""
 HELD_BYTES_LIMIT = 64 << 20
 """What is kept of all transactions that are being streamed; with more they are read again, one after the other."""
 RELATIONS_LIMIT = 100_000
@@ -83,6 +83,8 @@ class Committed(NamedTuple):
     tables: Mapping[str, Changes]
     markers: tuple[str, ...]
     origin: str
+    markers_cut: bool
+    """Whether there are more markers, or longer ones, than are kept."""
 
 
 class UnstreamableError(SourceError):
@@ -257,6 +259,7 @@ class Decoder:
                 self._name(transaction.counts),
                 tuple(transaction.markers),
                 transaction.origin,
+                transaction.markers_cut,
             )
         )
 
@@ -342,9 +345,11 @@ class Decoder:
         at += len(_MARKER_NAME)
         (length,) = _RELATION(message, at)
         _ends(message, at + 4 + length)
-        if len(transaction.markers) < MARKERS_LIMIT:
+        is_kept, is_cut = len(transaction.markers) < MARKERS_LIMIT, length > MARKER_BYTES_LIMIT
+        transaction.markers_cut |= is_cut or not is_kept
+        if is_kept:
             content = bytes(message[at + 4 : at + 4 + MARKER_BYTES_LIMIT])
-            transaction.mark(self._decode(content, cut=length > MARKER_BYTES_LIMIT))
+            transaction.mark(self._decode(content, cut=is_cut))
 
     # ---- whole transactions
 

@@ -421,6 +421,7 @@ class PostgresSource:
             one.tables,
             one.markers,
             one.origin,
+            one.markers_cut,
         )
 
     async def acknowledge(self, through: Position) -> None:

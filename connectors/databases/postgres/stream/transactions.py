@@ -91,7 +91,17 @@ class Subtransactions:
 class Transaction:
     """What is known of a transaction that has not been committed yet."""
 
-    __slots__ = ("counts", "marker_bytes", "markers", "origin", "start", "subtransactions", "time", "xid")
+    __slots__ = (
+        "counts",
+        "marker_bytes",
+        "markers",
+        "markers_cut",
+        "origin",
+        "start",
+        "subtransactions",
+        "time",
+        "xid",
+    )
 
     def __init__(self, xid: int, start: int = 0, time: int = 0) -> None:
         self.xid = xid
@@ -102,6 +112,7 @@ class Transaction:
         self.subtransactions = Subtransactions(xid)
         self.markers: list[str] = []
         self.marker_bytes = 0
+        self.markers_cut = False
         self.origin = ""
 
     @property

@@ -99,7 +99,7 @@ def test_a_transaction_is_given_at_its_commit_and_not_before() -> None:
     decoder = fed(begin(7, 100), relation(1, "public.t"), row("I", 1), row("U", 1), row("D", 1), row("D", 1))
     assert not decoder.commits
     fed(commit(100, 140), decoder=decoder)
-    assert decoder.commits == [Committed(7, 100, 140, TIME + EPOCH_US, {"public.t": Changes(1, 1, 2)}, (), "")]
+    assert decoder.commits == [Committed(7, 100, 140, TIME + EPOCH_US, {"public.t": Changes(1, 1, 2)}, (), "", False)]
     assert decoder.through == 140
 
 
@@ -128,6 +128,20 @@ def test_markers_of_one_transaction_cannot_fill_the_memory() -> None:
     fed(commit(100, 140), decoder=decoder)
     assert len(decoder.commits[0].markers) == MARKERS_LIMIT
     assert {len(marker) for marker in decoder.commits[0].markers} == {MARKER_BYTES_LIMIT}
+
+
+@pytest.mark.parametrize(
+    ("markers", "size", "is_cut"),
+    [
+        (MARKERS_LIMIT, 1, False),
+        (MARKERS_LIMIT + 1, 1, True),
+        (1, MARKER_BYTES_LIMIT, False),
+        (1, MARKER_BYTES_LIMIT + 1, True),
+    ],
+)
+def test_that_markers_are_not_all_kept_is_told(markers: int, size: int, *, is_cut: bool) -> None:
+    decoder = fed(begin(7, 100), *[message(b"m" * size)] * markers, commit(100, 140), begin(8, 200), commit(200, 240))
+    assert [one.markers_cut for one in decoder.commits] == [is_cut, False]
 
 
 def test_a_keepalive_says_how_far_everything_was_sent_but_not_amid_a_commit() -> None:
@@ -278,7 +292,7 @@ def test_a_prepared_transaction_is_given_at_commit_prepared_only() -> None:
     decoder = fed(prepared("b", 7, 100, 140), relation(1, "a.t"), row("I", 1), prepared("P", 7, 100, 140))
     assert not decoder.commits
     fed(prepared("K", 7, 200, 240), decoder=decoder)
-    assert decoder.commits == [Committed(7, 200, 240, TIME + EPOCH_US, {"a.t": Changes(1)}, (), "")]
+    assert decoder.commits == [Committed(7, 200, 240, TIME + EPOCH_US, {"a.t": Changes(1)}, (), "", False)]
 
 
 def test_a_prepared_transaction_that_is_rolled_back_leaves_nothing() -> None:

@@ -201,6 +201,7 @@ def test_a_marker_is_cut_between_characters_and_may_hold_any_bytes(cluster: Clus
                 ):
                     cluster.sql(f"SELECT pg_logical_emit_message(true, 'trigpoint', {content})", database)
                 commits = await everything(cluster, source)
+        assert [one.markers_cut for one in commits] == [True, False, False, False]
         markers = [one.markers[0] for one in commits]
         assert markers[0] == "x" + "ö" * ((MARKER_BYTES_LIMIT - 1) // 2)
         assert markers[1:] == ["\0\\xffA", "\\xed\\xa0\\x80", ""]
