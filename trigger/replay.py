@@ -40,6 +40,8 @@ class Target:
     them: a log that has something else at their places is another one."""
     point: str = ""
     """The id of the point whose snapshots are the state, as they were cut; "" where a replay leads to it."""
+    later: At | None = None
+    """Where the record of the first commit begins that is later than `time`; None where none is known."""
 
     SHOWN: ClassVar = ("kind",)
     """What is shown of it beside its fields."""
@@ -48,6 +50,11 @@ class Target:
     def kind(self) -> str:
         """How a replay knows where to stop: a `place`, a `time`, `latest`, or `end` (what was cut, as it is)."""
         return "end" if self.point else "time" if self.time else "latest" if self.at is None else "place"
+
+    @property
+    def limit(self) -> At | None:
+        """What holds log behind here may hold more than the state; None where no such place is known."""
+        return self.later if self.time is not None else self.at
 
     @property
     def is_latest(self) -> bool:

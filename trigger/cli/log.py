@@ -94,7 +94,8 @@ def _stretch(one: Read) -> str:
     if one.first_us is None or one.last_us is None:
         return f"{words}, which has no commit"
     first, last = (show.moment(from_microseconds(each), digits=6) for each in (one.first_us, one.last_us))
-    return f"{words}, with commits from {first} to {last}"
+    back = ", between which stamps go back" if one.last_us < one.first_us else ""
+    return f"{words}, with commits from {first} to {last}{back}"
 
 
 async def _commits(chosen: Options, middle: datetime, aside: timedelta, limit: int, history: str | None) -> Around:

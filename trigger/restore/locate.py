@@ -205,7 +205,7 @@ class _Known:
             and mark.ceiling
             and lineage.includes(mark.ceiling)
         ]
-        return max((one for one in ceilings if target.at is None or one[0] <= target.at), default=(0, None))[1]
+        return max((one for one in ceilings if target.limit is None or one[0] <= target.limit), default=(0, None))[1]
 
     def gap_at(self, at: int, lineage: Lineage, stream: str | None) -> Gap | None:
         """Give the gap around a place: of one stream, or of any if None."""
@@ -393,13 +393,14 @@ async def _of_logged(one: Logged, catalog: Catalog, known: _Known) -> Location:
 
 
 async def _of_time(time: datetime, catalog: Catalog, known: _Known, lineage: Lineage) -> Location:
-    last = await catalog.as_of(time, lineage)
+    _, later = await log_search.as_of(time, lineage, catalog, known.journal)
+    last = await catalog.commit_before(later.record.start if later else LAST, lineage)
     if last is None:
         others = options(based_beside(known.bases, lineage))
         aside = f"; there are others, which find and restore take: {others}" if others else ""
         return _unknown(f"no commit at or before {time.isoformat()} is known of {lineage.history}{aside}")
-    later = await catalog.commit_after(last.record.start, lineage)
     words = f"the last qualifying commit by then is {last.record.name} of {last.record.stream}"
+    words += await log_search.set_back(later, lineage, catalog)
     if gap := known.gap_between(last.record.end, later.record.start if later else LAST, lineage):
         way = await _way_to_time(time, catalog, known, lineage)
         reason = f"it lies in a gap, or behind it: {gap.reason}; {words} that is known; {way.words}"

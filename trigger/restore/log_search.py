@@ -12,12 +12,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from heapq import heappop, heappush
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 from trigger.catalog.catalog import Catalog, Found
 from trigger.errors import JournalError
-from trigger.model import Extent, Logged, RecoveryPoint, to_microseconds
+from trigger.model import Extent, Logged, RecoveryPoint, from_microseconds, to_microseconds
 from trigger.ports import Journal
 from trigger.position import LAST, At, History, Lineage, Name, Position
 from trigger.replay import Following
@@ -144,8 +144,8 @@ async def around(
 ) -> Around:
     """Give the commits of a lineage within so long of a time, by the stamps in the log; so many at most.
 
-    Clocks go back, and a stamp is made before its place in the log: the log is read between the points that were cut
-    surely before and surely after, by our clock.
+    Clocks go back, and a stamp is made before its place in the log: the log is read between the points up to which all
+    were cut before, by our clock, and those from which on all were cut after.
 
     Raises:
         JournalError: the log cannot be read.
@@ -153,23 +153,23 @@ async def around(
     """
     since, until = time - min(aside, time - _FIRST_DAY), time + min(aside, _LAST_DAY - time)
     bases, extents = await catalog.bases(), await journal.extents()
-    begin, end = _around(since, until, bases, lineage)
+    begin, end = await _around(since, until, bases, lineage, catalog)
     last = await catalog.commit_before(end, lineage) or await catalog.commit_after(end - 1, lineage)
     like = last.record.name if last else Name("", 0)
     near = _Near(to_microseconds(time), most)
     read = _held(extents, lineage, begin, end)
     earliest, latest = to_microseconds(since), to_microseconds(until)
-    earlier = later = False
+    earlier = is_later = False
     async with aclosing(journal.commits(lineage, begin, end, like)) as commits:
         async for one in commits:
             read = [_with(each, one) for each in read]
-            earlier, later = earlier or one.time_us < earliest, later or one.time_us > latest
+            earlier, is_later = earlier or one.time_us < earliest, one.time_us > latest
             if earliest <= one.time_us <= latest:
                 near.add(one)
     whole = len(read) == 1 or all(one.end.at >= other.begin.at for one, other in pairwise(read))
     reaches_back = bool(read) and whole and (earlier or 0 < begin >= read[0].begin.at)
-    reaches_on = bool(read) and whole and (later or end <= read[-1].end.at)
-    others = await _others(since, until, bases, extents, lineage, journal)
+    reaches_on = bool(read) and whole and (is_later or end <= read[-1].end.at)
+    others = await _others(since, until, bases, extents, lineage, catalog, journal)
     return Around(
         await journal.named(near.commits), near.left_out, read, reaches_back, reaches_on, lineage.history, others
     )
@@ -181,13 +181,14 @@ async def _others(
     bases: Sequence[RecoveryPoint],
     extents: Sequence[Extent],
     lineage: Lineage,
+    catalog: Catalog,
     journal: Journal,
 ) -> list[History]:
     """Give the histories that log of such a time may be held of beside a lineage; none of it is read."""
     found: list[History] = []
     for history in newest_first(extent.history for extent in extents):
         other = await past(history, journal)
-        begin, end = _around(since, until, bases, other)
+        begin, end = await _around(since, until, bases, other, catalog)
         begin = max(begin, begins_apart(other, [lineage]))
         own = [extent for extent in extents if extent.history == history]
         held = any(max(extent.start, begin) < min(extent.end, end) for extent in own)
@@ -208,10 +209,33 @@ def _was_in(history: History, since: datetime, until: datetime, bases: Sequence[
     return not before or history in (*before[-1:], *then, *later[:1])
 
 
-def _around(since: datetime, until: datetime, bases: Sequence[RecoveryPoint], lineage: Lineage) -> tuple[int, int]:
+async def _around(
+    since: datetime, until: datetime, bases: Sequence[RecoveryPoint], lineage: Lineage, catalog: Catalog
+) -> tuple[int, int]:
     """Give the places of a lineage that a time surely lies between, by the points that were cut before and after it."""
-    begin = max(_marks([base for base in bases if base.opened_at < since], lineage)[:-1])
-    return begin, min([LAST, *_ends([base for base in bases if base.opened_at > until], lineage)])
+    behind = takewhile(lambda base: base.opened_at > until, reversed(_in_order(bases, lineage)))
+    begin = _begins((await _by_catalog(since, lineage, catalog)).later, since, bases, lineage)
+    return begin, min([LAST, *_ends(list(behind), lineage)])
+
+
+def _begins(later: Found | None, time: datetime, bases: Sequence[RecoveryPoint], lineage: Lineage) -> int:
+    """Give the last place where a point divides the log before all that is later than a time; 0 where none does.
+
+    Clocks go back: a point counts only with all that were taken before it, and none behind `later`, the first commit
+    that is later by the catalog.
+    """
+    before = list(takewhile(lambda base: base.opened_at < time, _in_order(bases, lineage)))
+    return max(floor for floor in _marks(before, lineage)[:-1] if later is None or floor <= later.record.start)
+
+
+def _in_order(bases: Sequence[RecoveryPoint], lineage: Lineage) -> list[RecoveryPoint]:
+    """Give the points of a lineage as they lie in its log, which is how they were taken."""
+    floors = [
+        (mark.floor.at, base.number, base)
+        for base in bases
+        if (mark := base.mark_in(lineage.history)) is not None and lineage.includes(mark.floor)
+    ]
+    return [base for _, _, base in sorted(floors, key=lambda one: one[:2])]
 
 
 async def following(begin: At, history: History, catalog: Catalog, journal: Journal) -> Following | None:
@@ -346,19 +370,23 @@ async def as_of(time: datetime, lineage: Lineage, catalog: Catalog, journal: Jou
     """Give the last commit before the first one that is later than a time, and that one.
 
     By the log, whose stamps a replay goes by: a stream tells of a commit that came by replication the time that it had
-    at its origin. The log is read from the newest point on that was opened before, as far as it takes; what cannot be
-    read is looked up in the catalog.
+    at its origin. The log is read from the newest point on that surely holds nothing later, as far as it takes; what
+    cannot be read is looked up in the catalog.
     """
+    known = await _by_catalog(time, lineage, catalog)
     try:
-        return await _as_of_log(time, lineage, catalog, journal)
+        return await _by_log(time, known.later, lineage, catalog, journal)
     except JournalError:
-        last = await catalog.as_of(time, lineage)
-        return AsOf(last, await catalog.commit_after(last.record.start if last else 0, lineage))
+        return known
 
 
-async def _as_of_log(time: datetime, lineage: Lineage, catalog: Catalog, journal: Journal) -> AsOf:
-    before = [base for base in await catalog.bases() if base.opened_at < time and base.mark_in(lineage.history)]
-    begin = max(_marks(before, lineage)[:-1])
+async def _by_catalog(time: datetime, lineage: Lineage, catalog: Catalog) -> AsOf:
+    last = await catalog.as_of(time, lineage)
+    return AsOf(last, await catalog.commit_after(last.record.start if last else 0, lineage))
+
+
+async def _by_log(time: datetime, known: Found | None, lineage: Lineage, catalog: Catalog, journal: Journal) -> AsOf:
+    begin = _begins(known, time, await catalog.bases(), lineage)
     if not begin:
         raise JournalError(f"no point was there by {time.isoformat()} to read the log from")
     older = await catalog.commit_before(begin, lineage)
@@ -371,6 +399,20 @@ async def _as_of_log(time: datetime, lineage: Lineage, catalog: Catalog, journal
                 break
             last = one
     return AsOf(await as_known(last, catalog) if last else older, later)
+
+
+async def set_back(later: Found | None, lineage: Lineage, catalog: Catalog) -> str:
+    """Give, in words, that the clock went back behind the first commit that is later than a time, if points say so."""
+    if later is None:
+        return ""
+    stamped = from_microseconds(later.record.time_us)
+    earlier = [base for base in await catalog.bases() if base.opened_at < stamped]
+    if max(_marks(earlier, lineage)[:-1]) < later.record.end:
+        return ""
+    return (
+        f" (commit {later.record.name} behind it is stamped {stamped.isoformat()}, and the clock was set back after it:"
+        " what follows on it is brought back by its transaction or place, whatever its time)"
+    )
 
 
 async def as_known(logged: Logged, catalog: Catalog) -> Found:

@@ -346,11 +346,11 @@ def _unfit(base: RecoveryPoint, mark: Mark, target: Target, lineage: Lineage) ->
         return f"it is {base.state}, not sealed"
     if not _inside(mark, lineage):
         return f"it belongs to {mark.ceiling}, which is not in the past of {lineage.history}"
-    if target.time is not None:
-        return _too_late(base, target.time)
-    if target.at is not None and (ends := mark.holds_at_most) > target.at:
+    if target.time is not None and (late := _too_late(base, target.time)):
+        return late
+    if target.limit is not None and (ends := mark.holds_at_most) > target.limit:
         place = target.history.place
-        return f"it may hold log up to {place(ends)}, beyond {place(target.at)}"
+        return f"it may hold log up to {place(ends)}, beyond {place(target.limit)}"
     return ""
 
 

@@ -238,13 +238,14 @@ async def at_time(
     """
     last, later = await log_search.as_of(time, lineage, catalog, journal)
     description = f"the state of {time.isoformat()}{_last(last, lineage)}"
+    description += await log_search.set_back(later, lineage, catalog)
     if later is None:
         description += f", no later commit is known: {await log_search.end_of(lineage, journal)}"
     reach = later.record.end if later else await _passed(lineage, database)
     if reach is None and (end := await log_search.held_to(lineage, journal)) is not None:
         reach = end.at
-    known = last.record if last else None
-    return Target(lineage.history, None, True, description, time, known, reach)
+    known, begins = last.record if last else None, later.record.start if later else None
+    return Target(lineage.history, None, True, description, time, known, reach, later=begins)
 
 
 async def _latest(lineage: Lineage, catalog: Catalog, database: Database | None, *, meant: bool) -> Target:

@@ -11,11 +11,13 @@ import pytest
 
 from tests.fixtures.bank import Bank, run
 from trigger.errors import RestoreError
+from trigger.model import Cause
 from trigger.position import Lineage, Position
 from trigger.replay import Following
 from trigger.restore import log_search
 from trigger.restore.locate import locate
 from trigger.restore.log_search import Around, around, end_held, following
+from trigger.restore.planner import plan
 from trigger.restore.target import Named
 
 HOUR = timedelta(hours=1)
@@ -80,6 +82,58 @@ def test_the_first_and_the_last_time_that_there_is_can_be_asked_for(tmp_path: Pa
         await it.point()
         for time in (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)):
             assert not (await looked(it, time, HOUR)).commits
+
+    run(tmp_path, story)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_behind_a_clock_that_was_ahead_a_time_means_the_same_to_find_a_restore_and_a_look_into_the_log(
+    tmp_path: Path, *, seen: bool
+) -> None:
+    async def story(it: Bank) -> None:
+        first = it.commit()
+        await it.point()
+        it.seconds[0] += 3600
+        ahead = it.commit() if seen else it.world.cluster.commit("")
+        await it.point(Cause.INTERVAL)
+        it.seconds[0] -= 3595
+        since = [it.commit(), it.commit()]
+        await it.point()
+        it.commit()
+        await it.point()
+        time = since[-1].time + timedelta(milliseconds=1)
+        target = await it.resolve(Named(time=time))
+        assert target.commit is not None
+        assert (target.commit.name, target.later) == (first.name, ahead.start)
+        assert f"commit {ahead.name} behind it is stamped {ahead.time.isoformat()}" in target.description
+        extents, lineage = await it.site.journal.extents(), await it.site.journal.lineage(target.history)
+        assert plan(target, await it.catalog.bases(), extents, lineage, 1.0).base.number == 1
+        (found,) = await locate(it.catalog, it.site.journal, time=time)
+        assert (found.base, found.record and found.record.name) == (1, first.name)
+        assert "the clock was set back" in found.reason
+        near = await looked(it, time, timedelta(seconds=1.5))
+        assert [one.name for one in near.commits if one.database] == [one.name for one in since]
+        assert (await looked(it, ahead.time, timedelta(seconds=2))).commits[0].name == ahead.name
+
+    run(tmp_path, story)
+
+
+def test_a_clock_that_was_ahead_between_two_points_is_known_by_the_commits_of_then(tmp_path: Path) -> None:
+    async def story(it: Bank) -> None:
+        first = it.commit()
+        await it.point()
+        it.seconds[0] += 3600
+        ahead = it.commit()
+        it.seconds[0] -= 3598
+        for _ in range(2):
+            last = it.commit()
+            await it.point()
+        target = await it.resolve(Named(time=last.time))
+        assert target.commit is not None
+        assert (target.commit.name, target.later) == (first.name, ahead.start)
+        extents, lineage = await it.site.journal.extents(), await it.site.journal.lineage(target.history)
+        assert plan(target, await it.catalog.bases(), extents, lineage, 1.0).base.number == 1
+        assert (await looked(it, ahead.time, timedelta(seconds=2))).commits[0].name == ahead.name
 
     run(tmp_path, story)
 

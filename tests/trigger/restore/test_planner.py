@@ -164,6 +164,17 @@ def test_a_time_starts_from_a_base_sealed_strictly_before_it() -> None:
     assert make(target, base(1, 0x2000, 0x2100)).replay_to == 0x9000
 
 
+def test_a_time_starts_from_no_base_behind_the_first_commit_that_is_later_whenever_that_was_cut() -> None:
+    target = Target(HISTORY, None, True, "noon", NOON + timedelta(hours=1), reach=Lsn(0x2F30), later=Lsn(0x2F00))
+    behind, around = base(3, 0x3000, 0x3100), base(2, 0x2E00, 0x2F01)
+    found = make(target, base(1, 0x2000, 0x2100), around, behind)
+    assert found.base.number == 1
+    assert [(one.number, one.reason) for one in found.passed_over] == [
+        (3, "it may hold log up to 0/3100, beyond 0/2F00"),
+        (2, "it may hold log up to 0/2F01, beyond 0/2F00"),
+    ]
+
+
 LATEST = Target(HISTORY, None, False, "the latest state")
 
 
