@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from trigger.cli import show
-from trigger.cli.arguments import require_alone
+from trigger.cli.arguments import require_apart
 from trigger.cli.connected import in_order
 from trigger.demo.place import kept
 from trigger.demo.screen import Screen
@@ -49,7 +49,7 @@ def demo(
     Exit code 10 where the proof fails.
     """
     if stop:
-        require_alone(context, "--stop", "--folder")
+        require_apart(context, "--stop", ("--keep", "--json"), "it ends a demo, and prints nothing")
         in_order(end(kept(folder)))
         return
     wishes = Wishes(folder, seconds, storage.value, keep)

@@ -43,7 +43,7 @@ def test_what_names_a_state_is_refused_beside_what_names_a_restore_or_a_clone(
         (("list", "--gaps", "--limit", "30"), "--gaps does not go with --limit"),
         (("list", "--gaps", "--before", "1"), "--gaps does not go with --before"),
         (("config", "reference", "--json", "--format", "man"), "--json does not go with --format"),
-        (("demo", "--stop", "--keep", "--seconds", "3", "--folder", "/x"), "--stop does not go with --keep, --seconds"),
+        (("demo", "--stop", "--keep", "--json", "--folder", "/x"), "--stop does not go with --keep, --json"),
         (("clones", "--json", "list"), "--json stands before the command"),
         (("aside", "--json", "list"), "--json stands before the command"),
     ],
