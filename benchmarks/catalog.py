@@ -49,18 +49,8 @@ from trigger.catalog.catalog import Catalog, Found, make_engine
 from trigger.catalog.commit_index import block_row, history_id, marker_digest
 from trigger.catalog.packing import BLOCK_COMMITS, Block, pack, unpack
 from trigger.catalog.schema import blocks, markers, number_outliers, streams
-from trigger.model import (
-    Cause,
-    Changes,
-    CommitRecord,
-    Flush,
-    Mark,
-    Outcome,
-    RecoveryPoint,
-    Snapshot,
-    from_microseconds,
-    point_id,
-)
+from trigger.model import Cause, Changes, CommitRecord, Flush, Mark, Outcome, RecoveryPoint, Snapshot, from_microseconds
+from trigger.point_names import point_id
 from trigger.position import History, Name, Position
 
 HISTORY = History("postgres", "7391", 1)

@@ -34,7 +34,8 @@ from connectors.storage import libbtrfsutil
 from connectors.storage.btrfs import BtrfsStorage
 from connectors.storage.directory import DirectoryStorage
 from tests.fixtures.volumes import loop_volume
-from trigger.model import EPOCH, Volume, point_id
+from trigger.model import EPOCH, Volume
+from trigger.point_names import point_id
 
 PAGE_BYTES = 8192
 PAGES_A_ROUND = 40

@@ -40,6 +40,7 @@ PURE = frozenset(
             "position",
             "errors",
             "model",
+            "point_names",
             "replay",
             "shape",
             "volumes",
@@ -92,7 +93,9 @@ SECTIONS = {
 }
 """Modules with the sections that drivers bring -> why they may import pydantic, and what they derive from."""
 
-CONNECTORS_MAY_USE = frozenset({"position", "errors", "model", "replay", "ports", "failpoint", "lock", "trusted"})
+CONNECTORS_MAY_USE = frozenset(
+    {"position", "errors", "model", "point_names", "replay", "ports", "failpoint", "lock", "trusted"}
+)
 """What a driver knows of the service; with more it could not be written by a stranger, or tested alone."""
 
 DOORS = {

@@ -5,7 +5,6 @@ Everything here is immutable and does no I/O. Times are aware UTC and are labels
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -13,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from trigger.point_names import tag_name
 from trigger.position import At, History, Name, Position
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -263,26 +263,6 @@ class Verification:
     target: str
     checks: tuple[tuple[str, bool, str], ...]
     """(what was checked, whether it held, what was seen)."""
-
-
-_POINT_ID = re.compile(r"[0-9a-hjkmnp-tv-z]{26}")
-_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
-
-
-def point_id(now: datetime, randomness: int) -> str:
-    """Give a new point id: a ULID in lower case, `now` in its first 48 bits and 80 bits of `randomness` behind."""
-    number = (to_microseconds(now) // 1000 << 80) | (randomness & ((1 << 80) - 1))
-    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-def is_point_id(text: str) -> bool:
-    """Whether `text` has the form of a point id."""
-    return _POINT_ID.fullmatch(text) is not None
-
-
-def tag_name(point: str) -> str:
-    """Give the name under which a storage keeps the snapshot of a point: `trg-<id>`, legal everywhere."""
-    return f"trg-{point}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from trigger.errors import StorageError
-from trigger.model import is_point_id, tag_name
+from trigger.point_names import is_point_id, tag_name
 
 _PREFIX = tag_name("")
 _MOUNT = "mount its filesystem again"

@@ -36,7 +36,8 @@ from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
 from trigger.errors import StorageError, remedy
 from trigger.failpoint import reached
 from trigger.lock import lock
-from trigger.model import Finding, RecoveryPoint, Severity, Snapshot, Space, Volume, is_point_id, tag_name
+from trigger.model import Finding, RecoveryPoint, Severity, Snapshot, Space, Volume
+from trigger.point_names import is_point_id, tag_name
 from trigger.ports import Clone, Tagged
 from trigger.trusted import NotOursError, require_no_link, sync_folder, why_not_ours
 

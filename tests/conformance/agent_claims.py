@@ -12,7 +12,8 @@ import pytest
 from tests.conformance.agent_rigs import AgentRig, LocalAgentRig
 from tests.fixtures.volumes import run
 from trigger.errors import AgentError
-from trigger.model import EPOCH, Volume, point_id
+from trigger.model import EPOCH, Volume
+from trigger.point_names import point_id
 
 EVERY: list[Callable[[AgentRig], Awaitable[None]]] = []
 LOCAL: list[Callable[[LocalAgentRig], Awaitable[None]]] = []

@@ -1,7 +1,6 @@
 """What every storage must do: claims about the port, run against each driver and against broken ones.
 
-`EVERY` holds for all storages, `FILES` for those that keep files. A claim is given a fresh rig and raises where the
-storage does not keep it.
+`EVERY` holds for all storages, `FILES` for those that keep files; a claim is given a fresh rig, and raises.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ import pytest
 
 from tests.conformance.storage_rigs import FileRig, Rig, names
 from trigger.errors import StorageError
-from trigger.model import EPOCH, Severity, Volume, point_id
+from trigger.model import EPOCH, Severity, Volume
+from trigger.point_names import point_id
 from trigger.ports import Capability, Storage
 
 EVERY: list[Callable[[Rig], Awaitable[None]]] = []

@@ -17,7 +17,8 @@ from connectors.memory import Kept, MemoryStorage, World
 from connectors.storage import libbtrfsutil
 from connectors.storage.btrfs import BtrfsStorage
 from connectors.storage.directory import DirectoryStorage
-from trigger.model import Volume, tag_name
+from trigger.model import Volume
+from trigger.point_names import tag_name
 from trigger.ports import Clone, Storage
 
 

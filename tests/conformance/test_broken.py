@@ -27,7 +27,8 @@ from tests.conformance.storage_rigs import directory
 from tests.fixtures.volumes import failing_volume
 from trigger.errors import AgentError, StorageError
 from trigger.lock import lock
-from trigger.model import Flush, RecoveryPoint, Snapshot, Volume, tag_name
+from trigger.model import Flush, RecoveryPoint, Snapshot, Volume
+from trigger.point_names import tag_name
 from trigger.ports import Capability, Clone, Progress, Tagged
 
 CAUGHT = (AssertionError, pytest.fail.Exception, KeyError)

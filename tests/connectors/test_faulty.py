@@ -9,7 +9,8 @@ import pytest
 from connectors.faulty import Faults, faulty
 from connectors.memory import MemoryDatabase, MemoryStorage, World
 from trigger.errors import DatabaseError, StorageError
-from trigger.model import EPOCH, Volume, point_id
+from trigger.model import EPOCH, Volume
+from trigger.point_names import point_id
 from trigger.ports import Capability, Database, Storage
 
 VOLUMES = [Volume("data", "/data")]

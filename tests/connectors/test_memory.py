@@ -18,7 +18,8 @@ from connectors.memory import (
     World,
 )
 from trigger.errors import JournalError, RestoreError
-from trigger.model import EPOCH, Bracket, Commit, Volume, point_id
+from trigger.model import EPOCH, Bracket, Commit, Volume
+from trigger.point_names import point_id
 from trigger.ports import Capability
 from trigger.position import Name, Position
 from trigger.replay import Replay, Target

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from tests.trigger.catalog.test_catalog import HISTORY, at, opened, proven, record
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.point_index import Missed
-from trigger.model import Gap, Outcome, RecoveryPoint, State, Verification, point_id
+from trigger.model import Gap, Outcome, RecoveryPoint, State, Verification
+from trigger.point_names import point_id
 
 COMMITS = 25
 STRIDE = 10_000

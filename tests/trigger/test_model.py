@@ -18,11 +18,9 @@ from trigger.model import (
     RecoveryPoint,
     State,
     from_microseconds,
-    is_point_id,
-    point_id,
-    tag_name,
     to_microseconds,
 )
+from trigger.point_names import is_point_id, point_id, tag_name
 from trigger.position import History, Name, Position
 
 moments = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - bounds are naive

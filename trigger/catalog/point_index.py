@@ -25,9 +25,9 @@ from trigger.model import (
     State,
     Verification,
     from_microseconds,
-    is_point_id,
     to_microseconds,
 )
+from trigger.point_names import is_point_id
 from trigger.position import History, Position
 
 _BY_ID = select(points.c.number, points.c.document).where(points.c.id == bindparam("key"))

@@ -13,7 +13,8 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from trigger.catalog.schema import PRUNED, points
 from trigger.failpoint import reached
-from trigger.model import State, point_id
+from trigger.model import State
+from trigger.point_names import point_id
 
 KEPT = 1000
 """So many expired points stay as they are, however old: what has just been given up is to be seen in a list."""

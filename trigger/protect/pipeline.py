@@ -23,7 +23,8 @@ from trigger.catalog.reconcile import reconcile
 from trigger.config.options import PointOptions
 from trigger.errors import StorageError, TrigpointError
 from trigger.failpoint import reached
-from trigger.model import Cause, CommitRecord, Flush, Gap, Outcome, RecoveryPoint, State, Volume, point_id
+from trigger.model import Cause, CommitRecord, Flush, Gap, Outcome, RecoveryPoint, State, Volume
+from trigger.point_names import point_id
 from trigger.ports import Agent, Capability, Clock, Storage
 from trigger.protect.agenda import Agenda
 from trigger.protect.logs import Finish, Logs, ceilings

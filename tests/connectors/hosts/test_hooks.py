@@ -17,7 +17,8 @@ import pytest
 from connectors.hosts.hooks import Hook, read_hooks, require_trusted, run_hook
 from connectors.hosts.local import LocalAgent
 from trigger.errors import AgentError
-from trigger.model import EPOCH, Volume, point_id
+from trigger.model import EPOCH, Volume
+from trigger.point_names import point_id
 
 POINT = point_id(EPOCH, 1)
 

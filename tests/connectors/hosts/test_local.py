@@ -15,7 +15,8 @@ from connectors.syncfs import syncfs
 from tests.conformance.storage_rigs import make_subvolume
 from tests.fixtures.volumes import loop_volume
 from trigger.errors import AgentError
-from trigger.model import EPOCH, Flush, Volume, point_id
+from trigger.model import EPOCH, Flush, Volume
+from trigger.point_names import point_id
 
 POINT = point_id(EPOCH, 1)
 

@@ -18,7 +18,8 @@ from connectors.storage.btrfs import BtrfsStorage
 from tests.conformance.storage_rigs import make_subvolume
 from tests.fixtures.volumes import loop_volume
 from trigger.errors import StorageError
-from trigger.model import EPOCH, Finding, Severity, Volume, point_id
+from trigger.model import EPOCH, Finding, Severity, Volume
+from trigger.point_names import point_id
 from trigger.ports import Capability
 
 pytestmark = pytest.mark.volume

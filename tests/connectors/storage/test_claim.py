@@ -20,7 +20,8 @@ from connectors.storage.shelf import Shelf
 from tests.fixtures.volumes import loop_volume
 from trigger.errors import StorageError
 from trigger.lock import lock
-from trigger.model import EPOCH, Severity, Volume, point_id, tag_name
+from trigger.model import EPOCH, Severity, Volume
+from trigger.point_names import point_id, tag_name
 
 A, B = (point_id(EPOCH, number) for number in (1, 2))
 ANOTHER = "another trigpoint makes points in"

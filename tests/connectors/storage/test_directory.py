@@ -20,7 +20,8 @@ from connectors.storage.copying import Copier, Manifest, Seen, can_reflink
 from connectors.storage.directory import DirectoryStorage
 from tests.fixtures.volumes import loop_volume
 from trigger.errors import StorageError
-from trigger.model import EPOCH, Severity, Snapshot, Volume, point_id, tag_name
+from trigger.model import EPOCH, Severity, Snapshot, Volume
+from trigger.point_names import point_id, tag_name
 from trigger.ports import Capability
 
 POINTS = [point_id(EPOCH, number) for number in range(10)]

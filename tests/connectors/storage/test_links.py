@@ -19,7 +19,8 @@ from connectors.storage.directory import DirectoryStorage
 from connectors.storage.libbtrfsutil import create_snapshot, is_subvolume
 from tests.fixtures.volumes import loop_volume, run
 from trigger.errors import StorageError
-from trigger.model import EPOCH, Severity, Volume, point_id, tag_name
+from trigger.model import EPOCH, Severity, Volume
+from trigger.point_names import point_id, tag_name
 
 A, B = (point_id(EPOCH, number) for number in (1, 2))
 NOBODY = 65534

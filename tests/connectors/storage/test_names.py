@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from connectors.storage.directory import DirectoryStorage
 from connectors.storage.shelf import Shelf, require_names
 from trigger.errors import StorageError
-from trigger.model import EPOCH, Volume, is_point_id, point_id
+from trigger.model import EPOCH, Volume
+from trigger.point_names import is_point_id, point_id
 
 GOOD = point_id(EPOCH, 0xABCDEF)
 HOSTILE = (

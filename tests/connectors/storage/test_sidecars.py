@@ -14,7 +14,8 @@ from connectors.storage import sealed
 from connectors.storage.directory import DirectoryStorage
 from tests.fixtures.volumes import flip_bit
 from trigger.errors import StorageError
-from trigger.model import EPOCH, Volume, point_id, tag_name
+from trigger.model import EPOCH, Volume
+from trigger.point_names import point_id, tag_name
 from trigger.ports import Tagged
 from trigger.trusted import open_file
 

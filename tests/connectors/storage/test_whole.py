@@ -15,7 +15,7 @@ from connectors.storage.directory import DirectoryStorage
 from tests.connectors.storage.test_directory import POINTS, House
 from tests.fixtures.volumes import loop_volume
 from trigger.errors import StorageError
-from trigger.model import tag_name
+from trigger.point_names import tag_name
 
 FILES = [f"file-{number}" for number in range(5)]
 

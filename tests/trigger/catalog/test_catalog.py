@@ -32,8 +32,8 @@ from trigger.model import (
     Snapshot,
     State,
     Verification,
-    point_id,
 )
+from trigger.point_names import point_id
 from trigger.position import History, Name, Position
 
 T = TypeVar("T")

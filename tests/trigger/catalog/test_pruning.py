@@ -21,7 +21,8 @@ from trigger.catalog.catalog import Catalog
 from trigger.catalog.rebuild import known
 from trigger.catalog.reconcile import reconcile
 from trigger.errors import CatalogError
-from trigger.model import Cause, Gap, Mark, Outcome, RecoveryPoint, State, Volume, point_id
+from trigger.model import Cause, Gap, Mark, Outcome, RecoveryPoint, State, Volume
+from trigger.point_names import point_id
 
 DAY = timedelta(days=1)
 KEPT = 3

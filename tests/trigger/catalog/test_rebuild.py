@@ -25,18 +25,8 @@ from trigger.catalog.point_index import Missed
 from trigger.catalog.rebuild import Known, Rebuilt, known, rebuild, take_over
 from trigger.catalog.reconcile import Reconciliation
 from trigger.errors import CatalogError, DamagedError, StorageError
-from trigger.model import (
-    Cause,
-    CommitRecord,
-    Gap,
-    Mark,
-    Outcome,
-    RecoveryPoint,
-    Snapshot,
-    State,
-    Verification,
-    point_id,
-)
+from trigger.model import Cause, CommitRecord, Gap, Mark, Outcome, RecoveryPoint, Snapshot, State, Verification
+from trigger.point_names import point_id
 from trigger.position import History, Name, Position
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)

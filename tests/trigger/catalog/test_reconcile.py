@@ -15,7 +15,8 @@ from trigger.catalog import presence, reconcile, tag
 from trigger.catalog.catalog import Catalog
 from trigger.catalog.reconcile import INTERRUPTED, Reconciliation
 from trigger.errors import StorageError
-from trigger.model import GONE, Cause, CommitRecord, Mark, Outcome, RecoveryPoint, Severity, State, Volume, point_id
+from trigger.model import GONE, Cause, CommitRecord, Mark, Outcome, RecoveryPoint, Severity, State, Volume
+from trigger.point_names import point_id
 from trigger.position import History, Name, Position
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -31,8 +31,8 @@ from trigger.model import (
     Snapshot,
     State,
     Verification,
-    point_id,
 )
+from trigger.point_names import point_id
 from trigger.position import History, Name, Position
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)

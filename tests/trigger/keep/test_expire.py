@@ -24,7 +24,8 @@ from trigger.catalog.reconcile import reconcile
 from trigger.errors import CatalogError, StorageError
 from trigger.keep.expire import expire, give_up_before, release_log
 from trigger.keep.room import LOOK_SECONDS, Room
-from trigger.model import Cause, Extent, Mark, RecoveryPoint, State, point_id
+from trigger.model import Cause, Extent, Mark, RecoveryPoint, State
+from trigger.point_names import point_id
 from trigger.position import History, Position
 from trigger.service import service
 

@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 from trigger.errors import RestoreError
 from trigger.keep.retention import Leads, longest_replay, thin
-from trigger.model import (
-    Cause,
-    Extent,
-    Mark,
-    RecoveryPoint,
-    State,
-    point_id,
-)
+from trigger.model import Cause, Extent, Mark, RecoveryPoint, State
+from trigger.point_names import point_id
 from trigger.position import History, Lineage, Position
 from trigger.replay import Target
 from trigger.restore.planner import HeldLog, plan

@@ -17,7 +17,8 @@ from tests.fixtures.service import deployment
 from tests.fixtures.volumes import plain_folder
 from trigger.catalog.catalog import Catalog
 from trigger.errors import CatalogError, ConfigError, DatabaseError, PreflightError
-from trigger.model import EPOCH, GONE, Cause, Finding, Layout, Mark, Severity, Volume, point_id
+from trigger.model import EPOCH, GONE, Cause, Finding, Layout, Mark, Severity, Volume
+from trigger.point_names import point_id
 from trigger.position import History, Position
 from trigger.service import service
 from trigger.service.connect import keep_layout, known_layout, refuse_lost
