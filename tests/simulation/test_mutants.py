@@ -344,8 +344,8 @@ MUTANTS = (
         "the planner takes a base that may hold the commit after the target",
         planner,
         "_unfit",
-        "(ends := mark.holds_at_most) > target.at:",
-        "(ends := mark.floor.at) > target.at:",
+        "(ends := mark.holds_at_most) > target.limit:",
+        "(ends := mark.floor.at) > target.limit:",
         "P2",
     ),
     Mutant(
