@@ -200,8 +200,8 @@ class BtrfsStorage:
             for kept, (_, path) in zip(found.snapshots, clone.paths, strict=True):
                 libbtrfsutil.create_snapshot(Path(kept.location), path, read_only=False)
         except BaseException:
-            with contextlib.suppress(OSError):
-                remove_copies(self._shelf.clone_folder(name), _remove)
+            with contextlib.suppress(OSError, StorageError):
+                self._shelf.drop_clone(name, _remove)
             raise
         return clone
 

@@ -229,7 +229,7 @@ class DirectoryStorage:
     def _clone(
         self, point: str, name: str, identity: str, told: Callable[[int, int], None], stop: threading.Event
     ) -> Clone:
-        folder = self._shelf.clone_folder(name)
+        self._shelf.clone_folder(name)
         found = self._shelf.whole(point, _look)
         lists = [(Path(kept.location), _required_list(Path(kept.location))) for kept in found.snapshots]
         total = sum(seen.size for _, listed in lists for seen in listed.files.values())
@@ -243,8 +243,8 @@ class DirectoryStorage:
             for (kept, listed), (_, path) in zip(lists, clone.paths, strict=True):
                 self._copy_whole(kept, listed, path, copier, point)
         except BaseException:
-            with contextlib.suppress(OSError):
-                remove_tree(folder)
+            with contextlib.suppress(OSError, StorageError):
+                self._shelf.drop_clone(name, remove_tree)  # in order: somebody may look whose it is at this moment
             raise
         return clone
 

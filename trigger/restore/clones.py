@@ -192,7 +192,8 @@ async def remove(name: str, site: Site, *, of: CloneRecord | None = None) -> Non
         name: the clone's.
         site: where it is.
         of: what was written down before it was made. Where the storage has another one under that name, that was
-            there before, and is left alone: only what is written down goes then. None for whatever bears the name.
+            there before, and is left alone: only what is written down goes then; but what is being dropped goes on to.
+            None for whatever bears the name.
 
     Raises:
         TrigpointError: a step failed or took too long; what is left stays written down, so that it is found.
@@ -200,7 +201,7 @@ async def remove(name: str, site: Site, *, of: CloneRecord | None = None) -> Non
     try:
         async with asyncio.timeout(CLEANUP_SECONDS):
             there = next((clone for clone in await site.storage.clones() if clone.name == name), None)
-            if there is None or of is None or is_of(there, of):
+            if there is None or there.dropped or of is None or is_of(there, of):
                 if there is not None:
                     await site.recovery.stop(there)
                 await site.storage.drop_clone(name)
