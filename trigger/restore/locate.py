@@ -17,9 +17,8 @@ from trigger.ports import Journal, Storage
 from trigger.position import LAST, History, Lineage, Name, Position
 from trigger.replay import Target
 from trigger.restore import log_search
-from trigger.restore.bases import planned
+from trigger.restore.bases import LeftOut, planned
 from trigger.restore.histories import based_beside, meant, naming, options, past
-from trigger.restore.obstacles import LeftOut
 from trigger.restore.planner import plan
 from trigger.restore.target import at_commit, at_time, is_left, up_to
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from trigger.errors import RestoreError
 from trigger.model import Finding, RecoveryPoint, Severity, Volume
 from trigger.ports import Capability, Clone, Recovery
 from trigger.restore.clones import Site
-from trigger.restore.planner import LACKS, Plan
-from trigger.volumes import are_alike, volumes_of
-
-LeftOut = Callable[[RecoveryPoint], Awaitable[list[Finding]]]
-"""Gives what of the cluster the snapshots of a point do not hold."""
+from trigger.volumes import volumes_of
 
 _SUBVOLUME_INODE = 256  # of the root of every btrfs subvolume (BTRFS_FIRST_FREE_OBJECTID)
 _BESIDE = "restore beside and copy"
@@ -24,36 +20,6 @@ _BESIDE = "restore beside and copy"
 async def obstacles(site: Site) -> list[Finding]:
     """Give what keeps the clones that the storage makes from taking the place of the volumes; nothing is changed."""
     return [*await site.recovery.at_work(site.volumes), *await asyncio.to_thread(_of_places, site)]
-
-
-async def plan_of_whole(
-    planned: Callable[..., Plan], bases: Sequence[RecoveryPoint], away: Mapping[str, str], left_out: LeftOut
-) -> Plan:
-    """Give the plan that starts from the nearest point whose snapshots hold all of the cluster.
-
-    With one that does not all of the same volumes are left out: what it lacks lay on none of them, or was made since.
-
-    Args:
-        planned: `planner.plan`, but for what is `away`.
-        bases: what it starts from.
-        away: what is known of them, as for that.
-        left_out: gives what the snapshots of a point do not hold.
-
-    Raises:
-        RestoreError: there is no plan; where a point would do but for what it lacks, this is said of the nearest.
-    """
-    without: dict[str, str] = {}
-    nearest: Sequence[Finding] = ()
-    while True:
-        try:
-            found = planned(away={**without, **away})
-        except RestoreError:
-            require_none(nearest)
-            raise
-        if not (lacks := await left_out(found.base)):
-            return found
-        nearest = nearest or lacks
-        without |= {base.id: f"{LACKS}{lacks[0].message}" for base in bases if are_alike(base, found.base)}
 
 
 async def left_out(point: RecoveryPoint, recovery: Recovery, volumes: Sequence[Volume]) -> list[Finding]:
