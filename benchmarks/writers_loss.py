@@ -150,6 +150,7 @@ def one_round(deployed: Deployment, name: str, clients: int, seconds: int) -> tu
         made = snapshots(deployed, per_second, load)
         return rate(load), made / seconds
     deployed.start()
+    deployed.settle()  # what the runs without a service left in its slots is none of this run's load
     try:
         load = pgbench(deployed.cluster, clients, seconds)
         points = asyncio.run(demand(deployed.state, per_second, load))

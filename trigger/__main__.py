@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,20 @@ from typing import Any
 from trigger.errors import TrigpointError, remedy
 from trigger.trusted import NotOursError
 
+COLLECT_AFTER = 20_000
+"""After how many new objects garbage is looked for; Python's own 700 looks hundreds of times at what is imported."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; expected errors are printed, errors of the program keep their trace."""
+    gc.set_threshold(COLLECT_AFTER)
+    try:
+        return _run(arguments)
+    finally:
+        gc.freeze()  # what is left ends with the process; to look for garbage in it would take a tenth of a second
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     _open_what_was_closed()
     _escape_what_cannot_be_said()
     from trigger.cli.cli import Abort, UsageError, program

@@ -28,6 +28,8 @@ LARGE = 200
 hundred thousand."""
 BOUND = 100_000
 """How many commits may wait in one window; beyond that the sources are not read, and the servers keep their log."""
+NEWS_SECONDS = 1.0
+"""How long nobody hears of what no rule takes: to wake the pipeline for it costs more than to decode it."""
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 15.0
 
@@ -147,6 +149,7 @@ class Window:
         self._judge = judge
         self._bound = bound
         self._changed = asyncio.Event()
+        self._tells_later: asyncio.TimerHandle | None = None
         self._room = asyncio.Event()
         self._room.set()
         self._breaks: list[Broken] = []
@@ -232,8 +235,16 @@ class Window:
         self._changed.clear()
 
     def wake(self) -> None:
-        """Make `more` return: something outside the window has changed."""
+        """Make `more` return: something has changed, in the window or outside."""
         self._changed.set()
+        if self._tells_later is not None:
+            self._tells_later.cancel()
+            self._tells_later = None
+
+    def _wake_later(self) -> None:
+        """Make `more` return within `NEWS_SECONDS`, for all that changes until then."""
+        if self._tells_later is None and not self._changed.is_set():
+            self._tells_later = asyncio.get_running_loop().call_later(NEWS_SECONDS, self.wake)
 
     async def settle(self, settled: Mapping[str, Position]) -> None:
         """Drop the commits up to `settled`, whose outcome the catalog has, and let the sources forget them."""
@@ -325,7 +336,7 @@ class Window:
         seen = await stream.source.open(stream.through)
         stream.connected, stream.trouble = True, ""
         self.opens += 1
-        self._changed.set()
+        self.wake()
         if seen is not None:
             after = stream.through if stream.through is not None else seen.until
             stream.forget(p for p in stream.pending if _comes_again(p.commit.position, seen))
@@ -349,6 +360,7 @@ class Window:
     def _receive(self, stream: _Stream, commits: Sequence[Commit], through: Position) -> None:
         """Judge what has arrived; what no rule takes is counted, remembered for a while, and does not wait."""
         now = asyncio.get_running_loop().time()
+        awaited = stream.through is None  # its first word
         for commit in commits:
             if stream.has(commit.position):
                 continue
@@ -357,9 +369,13 @@ class Window:
             self.tally.count(rule)
             if rule is not None:
                 stream.keep(Pending(commit, rule, now))
+                awaited = True
         if not stream.has(through):
             stream.through = through
-        self._changed.set()
+        if awaited:
+            self.wake()
+        else:
+            self._wake_later()
 
 
 def _earliest_of_oldest(heads: Sequence[Pending]) -> History | None:

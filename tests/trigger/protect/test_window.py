@@ -339,6 +339,23 @@ def test_waiting_for_more_ends_with_a_change_a_wake_up_or_the_moment() -> None:
     Stage("bank").play(act)
 
 
+def test_what_no_rule_takes_wakes_nobody_before_a_second_is_over_and_then_it_does() -> None:
+    async def act(stage: Stage) -> None:
+        await asyncio.sleep(5)
+        await stage.window.more(0)
+        began, seen = stage.loop.time(), stage.window.tally.passed_over
+        for number in range(20):
+            stage.loop.call_later(0.1 * number, stage.cluster.commit, "bank")
+        woken = 0
+        while stage.loop.time() < began + 3:
+            await stage.window.more(began + 3)
+            woken += 1
+        assert stage.window.tally.passed_over == seen + 20
+        assert woken == 3, "twice for what came within two seconds, once at the end"
+
+    Stage("bank", judge=lambda _: None).play(act)
+
+
 def test_a_commit_at_or_before_what_was_settled_at_the_start_is_not_taken_again() -> None:
     stage = Stage("bank")
     first, second = stage.cluster.commit("bank"), stage.cluster.commit("bank")
