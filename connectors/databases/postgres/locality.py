@@ -7,8 +7,9 @@ snapshots of what lies here would then be called by its commits, and hold none o
 A server's control file tells. What it says of it is read there at that moment (`get_controlfile`, controldata_utils.c),
 and is what stands in the file here, or the two are not one. It bears the time of its last write, which each checkpoint
 and each change of state is, so that what came of one cluster has it in common no more; a standby that has just written
-the very checkpoint of its primary is in another state. The lock file's start of the server is not compared: it is
-another moment than the one that the server names, before it by all that a start takes.
+the very checkpoint of its primary is in another state, and one that was promoted and has not written a checkpoint of
+its own since bears up to where it recovered. The lock file's start of the server is not compared: it is another moment
+than the one that the server names, before it by all that a start takes.
 """
 
 from __future__ import annotations

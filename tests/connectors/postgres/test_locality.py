@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from connectors.databases.postgres import places
-from connectors.databases.postgres.control import Control
+from connectors.databases.postgres.control import CONTROL, Control
 from connectors.databases.postgres.database import Postgres
 from connectors.databases.postgres.lsn import Lsn
 from connectors.databases.postgres.programs import server_owner
@@ -86,6 +87,24 @@ def test_a_standby_that_was_promoted_elsewhere_is_not_the_server_of_the_files_th
         cluster.stop(mode)
         standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
         asked(standby, act)
+
+
+def test_what_a_standby_was_promoted_from_is_told_from_it_before_its_first_checkpoint_in_the_same_second_too(
+    cluster: Cluster,
+) -> None:
+    """Until then both have the very same checkpoint, and the files bear times of whole seconds."""
+    with running_standby(cluster, streams=False) as standby:
+        cluster.stop("immediate")
+        ((checkpointer,),) = standby.sql("SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'")
+        os.kill(checkpointer, signal.SIGSTOP)
+        try:
+            standby.run("pg_ctl", "-D", standby.data, "-w", "promote")
+            said, left = Control.told(standby.sql(CONTROL)[0]), Control.read(cluster.data)
+            assert said == Control.read(standby.data)
+            assert said.checkpoint == left.checkpoint
+            assert said != left._replace(written_at=said.written_at)
+        finally:
+            os.kill(checkpointer, signal.SIGCONT)
 
 
 def test_a_server_of_which_a_standby_lies_here_is_not_the_server_of_its_files(cluster: Cluster) -> None:
