@@ -29,14 +29,11 @@ from trigger.restore.clone_records import CloneRecord, clone_name, new_name
 from trigger.restore.clones import Site, remove_after
 from trigger.restore.obstacles import left_out
 from trigger.restore.planner import Plan, plan
-from trigger.restore.target import is_left
+from trigger.restore.target import JOURNAL_WAIT_SECONDS, POLL_SECONDS, is_left
 from trigger.volumes import volumes_of
 
 log = logging.getLogger(__name__)
 
-JOURNAL_WAIT_SECONDS = 5.0
-"""How long a target just behind the journal's end is waited for: the journal is a moment behind the database."""
-_POLL_SECONDS = 0.05
 _ROOM_BYTES = 64 << 20
 """What must be left where the log is staged, and where the clone writes."""
 
@@ -115,7 +112,7 @@ async def prepare(
                 raise
             if loop.time() >= deadline:
                 raise await _held_up(error, site.journal) from error
-        await asyncio.sleep(_POLL_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)
 
 
 async def _held_up(error: RestoreError, journal: Journal) -> RestoreError:

@@ -10,6 +10,7 @@ Where a history has no log that is kept, its points are the only states that can
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,9 @@ from trigger.restore import log_search
 from trigger.restore.branch import followed
 from trigger.restore.histories import is_branch, meant, naming
 
+JOURNAL_WAIT_SECONDS = 5.0
+"""How long what lies just behind the journal's end is waited for: the journal is a moment behind the database."""
+POLL_SECONDS = 0.05
 _SHOWN = 5
 _NOWHERE = "is in neither the catalog nor the log that is kept"
 _OTHERWISE = "trigpoint commits --around lists those of a time, and any place in the log can be restored with --to-lsn"
@@ -72,6 +76,9 @@ async def resolve(
 ) -> Target:
     """Give the target that `named` means.
 
+    A commit that was found nowhere is waited for, no longer than `JOURNAL_WAIT_SECONDS`, while the journal does not yet
+    hold all that the database has: it may be the last one.
+
     Args:
         named: what a person named.
         catalog, journal: where it is looked up; where a journal replays nothing, only points can be named.
@@ -88,8 +95,35 @@ async def resolve(
     if not journal.replays:
         return await _as_cut(named, catalog)
     await journal.catch_up()
-    target = await _resolved(named, catalog, journal, None if only_look else database, database)
-    return replace(target, around=await _around(target, catalog, journal))
+    deadline, until = asyncio.get_running_loop().time() + JOURNAL_WAIT_SECONDS, None
+    while True:
+        held = await journal.extents()
+        try:
+            target = await _resolved(named, catalog, journal, None if only_look else database, database)
+            return replace(target, around=await _around(target, catalog, journal))
+        except RestoreError as error:
+            if not error.retryable:
+                raise
+            until = until or await _durable(database)
+            if until is None or not await _more_comes(held, until, journal, deadline):
+                raise
+
+
+async def _durable(database: Database | None) -> Position | None:
+    with suppress(DatabaseError):
+        return await database.durable() if database is not None else None
+    return None
+
+
+async def _more_comes(held: Sequence[Extent], until: Position, journal: Journal, deadline: float) -> bool:
+    """Wait until more log is kept than was `held`; gives False where that went to `until`, or at the deadline."""
+    if any(one.history == until.history and one.end >= until.at for one in held):
+        return False
+    while await journal.extents() == held:
+        if asyncio.get_running_loop().time() >= deadline:
+            return False
+        await asyncio.sleep(POLL_SECONDS)
+    return True
 
 
 async def _resolved(
@@ -253,9 +287,7 @@ async def _latest(lineage: Lineage, catalog: Catalog, database: Database | None,
     last = await catalog.commit_before(LAST, lineage)
     known = last.record if last else None
     description = f"the latest state that there is of {lineage.history}"
-    durable = None
-    with suppress(DatabaseError):
-        durable = await database.durable() if database is not None else None
+    durable = await _durable(database)
     if durable is None and not meant:
         description += " (whether the cluster has gone on in another history is not known: it was not asked)"
     elif durable is not None and durable.history == lineage.history:
@@ -351,7 +383,10 @@ async def _marked(marker: str, stream: str | None, lineage: Lineage, catalog: Ca
 
 
 def _only(found: list[Found], what: str, lineage: Lineage, unknown: str, remedy: str) -> Found:
-    """Give the one commit of a lineage that was found; raises `RestoreError`, with the last two where there is none."""
+    """Give the one commit of a lineage that was found; raises `RestoreError`, with the last two where there is none.
+
+    Where there is none anywhere, the error is retryable.
+    """
     mine = [one for one in found if _in(one, lineage)]
     if len(mine) == 1:
         return mine[0]
@@ -365,7 +400,7 @@ def _only(found: list[Found], what: str, lineage: Lineage, unknown: str, remedy:
             f"{what} was committed in {history}, which is not in the past of {lineage.history}",
             hint=f"to bring back that abandoned state add {naming(history, lineage.history)}",
         )
-    raise RestoreError(f"{what} {unknown}", hint=remedy)
+    raise RestoreError(f"{what} {unknown}", hint=remedy, retryable=True)
 
 
 async def is_left(target: Target, catalog: Catalog, journal: Journal) -> bool:
