@@ -63,6 +63,10 @@ def go_back(connection: sqlite3.Connection, world: World) -> None:
         return  # nobody has brought it to version 2 since
     if connection.execute("SELECT max(incarnation) FROM histories").fetchone() not in ((0,), (None,)):
         return  # version 1 would have mixed them
+    texts = [text for (text,) in connection.execute("SELECT document FROM points").fetchall()]
+    texts += [kept.tag for kept in world.kept.values() if kept.tag is not None]
+    if any(mark.floor.history.incarnation for text in texts for mark in tag.decode(text)[0].marks):
+        return  # likewise, of a point that is open: its history is noted when it is sealed
     connection.execute("PRAGMA foreign_keys = OFF")
     connection.execute("PRAGMA legacy_alter_table = ON")
     connection.execute("BEGIN")
