@@ -55,7 +55,7 @@ PURE = frozenset(
             for name in ("agent", "clock", "database", "journal", "progress", "recovery", "source", "storage")
         ),
         *("config.reference", "catalog.packing", "catalog.tag", "protect.qualify", "protect.agenda"),
-        *("protect.rehearse", "protect.commit_lines", "restore.planner", "keep.retention"),
+        *("protect.rehearse", "protect.commit_lines", "restore.held_log", "restore.planner", "keep.retention"),
     }
 )
 """Modules that neither wait nor touch the world, so that they can be tested without one."""

@@ -17,6 +17,7 @@ from unicodedata import category
 
 from trigger.position import History, Name, Place, Position
 
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _FOR_PEOPLE = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -97,3 +98,15 @@ def _fields(found: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(name, Name) and name.is_number:
         shaped["xid"] = name.number  # as readers of version 0.1 know it
     return shaped
+
+
+def size(count: int | None) -> str | None:
+    """Give a number of bytes for people: `512 B`, `1.5 GiB`; None stays None."""
+    if count is None:
+        return None
+    number = float(count)
+    for unit in _UNITS:
+        if abs(number) < 1024 or unit == _UNITS[-1]:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable")  # pragma: no cover

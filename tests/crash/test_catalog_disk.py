@@ -290,7 +290,7 @@ def test_a_catalog_on_a_filesystem_mounted_read_only_is_refused_with_a_remedy() 
         with pytest.raises(CatalogError) as caught:
             with_catalog(seal_two, volume / "catalog.db")
         assert "cannot be" in caught.value.message
-        assert "writable" in caught.value.hint or "read-write" in caught.value.hint
+        assert "its filesystem is read-only" in caught.value.hint or "read-write" in caught.value.hint
         subprocess.run(["mount", "-o", "remount,rw", str(volume)], check=True, timeout=30)
         with_catalog(seal_two, volume / "catalog.db")
 

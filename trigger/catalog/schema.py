@@ -50,7 +50,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from trigger.catalog import sqlite
-from trigger.errors import CatalogError, DamagedError, TrigpointError
+from trigger.errors import CatalogError, DamagedError, TrigpointError, remedy
 from trigger.trusted import sync_folder
 
 VERSION = 2
@@ -343,13 +343,22 @@ def _explained(where: str, error: Exception) -> CatalogError:
     for beginning, (what, hint, retryable) in _SQLITE_WORDS.items():
         if name.startswith(beginning):
             kind = DamagedError if beginning in _DAMAGE else CatalogError
-            return kind(_named(where, f"{what} ({origin})"), hint=hint, retryable=retryable)
+            read_only = beginning == "SQLITE_CANTOPEN" and _is_read_only(Path(where).parent)
+            does = remedy(OSError(errno.EROFS, "")) if read_only else hint
+            return kind(_named(where, f"{what} ({origin})"), hint=does, retryable=retryable)
     state = getattr(origin, "sqlstate", None)
     unreached = isinstance(error, OperationalError) and state is None  # a server that cannot be connected to
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
     again = unreached or lost or state in _RETRYABLE_STATES
     words = str(origin or error).strip().splitlines() or [type(error).__name__]
     return CatalogError(_named(where, words[0]), hint="see the database's own log", retryable=again)
+
+
+def _is_read_only(folder: Path) -> bool:
+    """Whether a folder is there, on a filesystem that is mounted read-only."""
+    with contextlib.suppress(OSError):
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    return False
 
 
 def _named(where: str, what: str) -> str:

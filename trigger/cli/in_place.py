@@ -13,6 +13,7 @@ from trigger.cli.arguments import Config, Json, Yes, confirm, options, pass_on, 
 from trigger.cli.connected import at, meant
 from trigger.errors import RestoreError
 from trigger.model import Finding, Severity
+from trigger.shape import size
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
@@ -274,7 +275,7 @@ def list_aside(config: Config = None, as_json: Json = False) -> None:
             one.name,
             one.kind,
             show.duration(max(0.0, one.age.total_seconds())),
-            show.size(one.bytes),
+            size(one.bytes),
             one.target,
             one.needed,
             ", ".join(one.paths),

@@ -26,6 +26,7 @@ from trigger.cli.arguments import (
 from trigger.cli.connected import require_known
 from trigger.errors import CatalogError, ConfigError, NotFoundError
 from trigger.model import CommitRecord, Gap, Mark, RecoveryPoint, State
+from trigger.shape import size
 
 if TYPE_CHECKING:  # the catalog's library takes a while to load, and help and completion do without
     from trigger.catalog.catalog import Catalog
@@ -223,8 +224,7 @@ def _proofs(point: RecoveryPoint) -> list[tuple[str, tuple[Any, Any]]]:
         for f in point.flushes
     ]
     snapshots = [
-        (s.volume, s.driver, s.location, _took(s.began_at, s.ended_at), show.size(s.bytes_copied))
-        for s in point.snapshots
+        (s.volume, s.driver, s.location, _took(s.began_at, s.ended_at), size(s.bytes_copied)) for s in point.snapshots
     ]
     tables = (
         ("flushed", (("volume", "agent", "device", "began", ">took"), flushes)),

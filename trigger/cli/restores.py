@@ -31,6 +31,7 @@ from trigger.cli.arguments import (
 from trigger.cli.connected import at, meant
 from trigger.errors import CatalogError, ConfigError, VerifyError
 from trigger.model import Verification
+from trigger.shape import size
 
 if TYPE_CHECKING:  # what reaches the database takes a while to load, and help and completion do without
     from trigger.config.options import Options
@@ -128,6 +129,10 @@ def restore_state(
     With --dry-run nothing is changed, whatever it stands beside.
     """
     _require_heeded(context, in_place=in_place)
+    for flag, value in (("--undo", undo), ("--resume", resume), ("--from-clone", from_clone)):
+        if value is not None and value.startswith("-"):
+            what = "a clone" if flag == "--from-clone" else "the time of a restore in place, or `last`"
+            raise ConfigError(f"{flag} takes {what}, not {value}", hint="name it behind the option")
     wishes = placing.Wishes(yes, replace_cluster, as_json)
     if undo is not None:
         placing.take_back(undo, options(config), wishes, dry_run=dry_run)
@@ -251,7 +256,7 @@ def show_report(report: Report, *, as_json: bool, clone: bool = True) -> None:
             ("clone", report.name),
             ("holds", report.target.description),
             ("base", f"point {report.base}"),
-            ("replayed", f"{show.size(report.replay_bytes)} to {report.replayed}, now {report.history}"),
+            ("replayed", f"{size(report.replay_bytes)} to {report.replayed}, now {report.history}"),
             ("last commit", show.moment(report.last_commit_at, digits=6)),
             ("took", ", ".join(f"{step} {show.duration(seconds)}" for step, seconds in report.seconds.items())),
             *((f"  {what}", f"{'held' if held else 'DID NOT HOLD'}: {seen}") for what, held, seen in report.checks),

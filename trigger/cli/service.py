@@ -20,7 +20,7 @@ from trigger.cli.arguments import AcceptLoss, Config, Json, Yes, confirm, given_
 from trigger.cli.connected import in_order, until_ended
 from trigger.errors import ConfigError, TrigpointError
 from trigger.service.control import NotRunningError, ask
-from trigger.shape import data, json_text, plain
+from trigger.shape import data, json_text, plain, size
 
 if TYPE_CHECKING:
     from trigger.config.options import Options
@@ -130,7 +130,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
     now, space, totals = datetime.now(UTC), answer["space"], answer["totals"]
     behind = answer.get("behind_bytes", {})  # a service that was started before an upgrade does not say it
     streams = ", ".join(f"{name} {'connected' if up else 'NOT CONNECTED'}" for name, up in answer["streams"].items())
-    limit = show.size(answer["replay_limit_bytes"])
+    limit = size(answer["replay_limit_bytes"])
     show.facts(
         [
             ("service", f"{answer['name']}, up {_ago(answer['started_at'], now)}"),
@@ -140,14 +140,14 @@ def status(config: Config = None, as_json: Json = False) -> None:
             ("last point", f"{answer['last_point']}, sealed {_ago(answer['last_sealed_at'], now)} ago")
             if answer["last_point"]
             else ("last point", "none yet"),
-            ("log since then", show.size(answer["log_since_last_point_bytes"])),
-            ("replay", f"{show.size(answer['replay_bytes'])} of {limit} that the restore objective allows"),
+            ("log since then", size(answer["log_since_last_point_bytes"])),
+            ("replay", f"{size(answer['replay_bytes'])} of {limit} that the restore objective allows"),
             ("waiting", f"{answer['pending_commits']} commits, {show.duration(answer['oldest_pending_seconds'])}"),
             ("commits", _counts(answer["commits_by_rule"])),
             *(_kept(totals) if totals else ()),
             (
                 "snapshots",
-                space and f"{space['snapshots']} of {space['budget']}, {show.size(space['free_bytes'])} free",
+                space and f"{space['snapshots']} of {space['budget']}, {size(space['free_bytes'])} free",
             ),
             ("database keeps", _retained(answer["retained"])),
             *(("journal", f"{one['subject']}: {one['message']}; {one['remedy']}") for one in answer["journal"]),
@@ -157,7 +157,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
 
 
 def _behind(much: int | None) -> str:
-    return show.size(much) or "unknown"
+    return size(much) or "unknown"
 
 
 def _kept(totals: dict[str, Any]) -> list[tuple[str, object]]:
@@ -166,12 +166,12 @@ def _kept(totals: dict[str, Any]) -> list[tuple[str, object]]:
         ("long expired", totals.get("pruned") or None),
         ("outcomes", ", ".join(f"{count} {outcome}" for outcome, count in totals["commits"].items() if count)),
         ("open gaps", totals["open_gaps"]),
-        ("catalog", show.size(totals["bytes"])),
+        ("catalog", size(totals["bytes"])),
     ]
 
 
 def _retained(readers: list[dict[str, Any]] | None) -> str | None:
-    return ", ".join(f"{show.size(one['bytes'])} of log for {one['reader']}" for one in readers or ()) or None
+    return ", ".join(f"{size(one['bytes'])} of log for {one['reader']}" for one in readers or ()) or None
 
 
 def _counts(by_rule: dict[str, int]) -> str:

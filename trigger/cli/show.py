@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trigger.model import Finding
-from trigger.shape import data, json_text, plain
+from trigger.shape import data, json_text, plain, size
 
 configured_by: ContextVar[str] = ContextVar("configured_by", default="")
 """The configuration that the command at hand was told to read, as a shell reads it; "" where it found one itself."""
@@ -28,7 +28,6 @@ _READS_IT = re.compile(
     r"\btrigpoint (?=(?:check|explain|run|point|status|list|show|find|commits|restore|verify|expire|reconcile|clear|"
     r"release|clones|aside|catalog|rules)\b)"
 )
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _COLOURS = {
     "ok": "green",
     "sealed": "green",
@@ -115,18 +114,6 @@ def finding(found: Finding) -> None:
 def raw(text: str) -> None:
     """Print a text of ours, of several lines, as it is."""
     sys.stdout.write(text)
-
-
-def size(count: int | None) -> str | None:
-    """Give a number of bytes for people: `512 B`, `1.5 GiB`; None stays None."""
-    if count is None:
-        return None
-    number = float(count)
-    for unit in _UNITS:
-        if abs(number) < 1024 or unit == _UNITS[-1]:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    raise AssertionError("unreachable")  # pragma: no cover
 
 
 def duration(seconds: float | None) -> str | None:

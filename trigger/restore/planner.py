@@ -8,9 +8,8 @@ the journal holds the log from there to the target without a hole.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import NamedTuple
 
@@ -18,19 +17,13 @@ from trigger.errors import RestoreError, TooEarlyError
 from trigger.model import GONE, Extent, Mark, RecoveryPoint, State, to_microseconds
 from trigger.position import At, History, Lineage, Place, Position
 from trigger.replay import Replay, Target
+from trigger.restore.held_log import FileStart, Stretch, first_hole, last_held, stretches, unfiled
 from trigger.restore.histories import based_beside, options
-
-FileStart = Callable[[Position], int]
-"""Gives where the file of the log that holds a position begins; see `ports.Journal.file_start`."""
+from trigger.shape import size
 
 LACKS = "its snapshots do not hold all of the cluster: "
 _OF_SNAPSHOTS = (GONE, LACKS)
 _SHOWN = 5
-
-
-def unfiled(position: Position) -> int:
-    """Give the place itself: the start of its file in a log that has no files."""
-    return position.at
 
 
 class PassedOver(NamedTuple):
@@ -108,9 +101,9 @@ class Plan:
         else:
             limit = "at most to" if self.target.time is not None else "to"
             lines.append(f"replay    from {self.replay_from} {limit} {self.target.history.place(self.replay_to)}")
-            lines.append(f"journal   {_size(self.log_bytes)} from {self.log_from.place}")
+            lines.append(f"journal   {size(self.log_bytes)} from {self.log_from.place}")
         lines += [f"beside    {note}" for note in self.beside]
-        lines.append(f"estimate  {_size(self.replay_bytes)} to replay, about {self.estimate_seconds:.1f} s")
+        lines.append(f"estimate  {size(self.replay_bytes)} to replay, about {self.estimate_seconds:.1f} s")
         told = sorted(self.passed_over, key=lambda one: not one.reason.startswith(_OF_SNAPSHOTS))
         lines += [f"not       point {number}: {reason}" for number, reason in told[:_SHOWN]]
         if len(self.passed_over) > _SHOWN:
@@ -152,8 +145,8 @@ def plan(
     if target.point:
         return _by_itself(target, there, replay_bytes_per_second, file_start)
     _require_lineage(target, lineage)
-    held = _held(extents, lineage, file_start)
-    needed = _last_held(held) if target.is_latest else _needed(target)
+    held = stretches(extents, lineage, file_start)
+    needed = last_held(held) if target.is_latest else _needed(target)
     passed: list[PassedOver] = []
     holes: list[tuple[RecoveryPoint, Stretch]] = []
     for base in sorted(bases, key=lambda base: _newest_first(base, target.history)):
@@ -163,7 +156,10 @@ def plan(
             passed.append(PassedOver(base.number, reason if mark else "it holds nothing of that database"))
             continue
         begin = file_start(mark.log_from)
-        hole = None if exact else _first_hole(held, Stretch(begin, max(needed, _limit(mark, target))))
+        hole = None if exact else first_hole(held, Stretch(begin, max(needed, _limit(mark, target))))
+        ahead = target.is_latest and mark.bracket is None and needed < mark.holds_at_most
+        if ahead and mark.floor.at < needed:  # nobody knows which of the two goes further
+            hole = hole or Stretch(needed, mark.holds_at_most)
         if hole:
             holes.append((base, hole))
         if hole or base.id in away:
@@ -172,6 +168,8 @@ def plan(
             continue
         if exact:
             return _as_it_is(base, target, replay_bytes_per_second, passed)
+        if ahead:
+            return _as_it_is(base, _cut_later(target, base, mark), replay_bytes_per_second, passed)
         log = Stretch(begin, _end(target, held, begin))
         return _replayed(base, target, log, replay_bytes_per_second, passed)
     refused = _refusal(target, there, lineage, held, holes, left=left)
@@ -184,6 +182,12 @@ def own(point: RecoveryPoint) -> Target:
     """Give the target that is a sealed point's own snapshots, as far as they go by themselves, whatever its commit."""
     words, ends_at = f"the snapshot of point {point.number}", point.marks[0].holds_at_most
     return Target(point.floor.history, None, True, words, reach=ends_at, point=point.id)
+
+
+def _cut_later(target: Target, base: RecoveryPoint, mark: Mark) -> Target:
+    """Give the latest state where a snapshot has more log than is kept: that would take the place of its own."""
+    words = f"{target.description}, which is point {base.number} as it was cut: it goes beyond the log"
+    return replace(target, inclusive=True, description=words, reach=mark.holds_at_most, point=base.id)
 
 
 def _by_itself(target: Target, bases: Sequence[RecoveryPoint], rate: float, file_start: FileStart) -> Plan:
@@ -201,13 +205,6 @@ def _by_itself(target: Target, bases: Sequence[RecoveryPoint], rate: float, file
     return _replayed(base, target, log, rate, (), as_cut=True)
 
 
-class Stretch(NamedTuple):
-    """Bytes of log from `start` up to, not including, `end`."""
-
-    start: int
-    end: int
-
-
 class HeldLog:
     """The log of one history and of its past, as far as the journal holds it.
 
@@ -219,7 +216,7 @@ class HeldLog:
 
     def __init__(self, extents: Sequence[Extent], lineage: Lineage, file_start: FileStart = unfiled) -> None:
         self._lineage = lineage
-        self._held = _held(extents, lineage, file_start)
+        self._held = stretches(extents, lineage, file_start)
         self._file_start = file_start
 
     def leads(self, base: RecoveryPoint, point: RecoveryPoint, *, to_come: bool = False) -> bool:
@@ -236,8 +233,8 @@ class HeldLog:
         begin, end = self._file_start(before.log_from), mark.holds_at_most
         if mark.is_exact and before.holds_at_most < end:
             end += 1  # it is the state before what comes next, at the sight of which alone a replay stops there
-        until = min(end, _last_held(self._held)) if to_come else end
-        if _first_hole(self._held, Stretch(begin, until)) is not None:  # what is told soonest comes first
+        until = min(end, last_held(self._held)) if to_come else end
+        if first_hole(self._held, Stretch(begin, until)) is not None:  # what is told soonest comes first
             return False
         return _inside(before, self._lineage) and _latest_stamp(base) <= _latest_stamp(point)
 
@@ -269,8 +266,8 @@ def _cuts(base: RecoveryPoint) -> list[datetime]:
 def _as_it_is(base: RecoveryPoint, target: Target, rate: float, passed: Sequence[PassedOver]) -> Plan:
     mark = _mark(base, target.history)
     begin, end = mark.replay_from, mark.ceiling or mark.floor
-    size = end.place.since(begin.at)
-    return Plan(target, base, True, begin, end.place, end, 0, size, size / rate, tuple(passed), end.place)
+    length = end.place.since(begin.at)
+    return Plan(target, base, True, begin, end.place, end, 0, length, length / rate, tuple(passed), end.place)
 
 
 def _replayed(
@@ -284,11 +281,13 @@ def _replayed(
 ) -> Plan:
     mark, place = _mark(base, target.history), target.history.place
     begin, end = mark.replay_from, max(log.end, mark.floor.at)
-    size = place(end).since(begin.at)
+    length = place(end).since(begin.at)
     until = max(_reaches(target), mark.holds_at_most) if target.at is not None or target.time else end
     log_bytes = place(log.end).since(log.start)
-    ends_at, log_until, seconds = place(end), place(until), size / rate
-    return Plan(target, base, as_cut, begin, ends_at, mark.log_from, log_bytes, size, seconds, tuple(passed), log_until)
+    ends_at, log_until, seconds = place(end), place(until), length / rate
+    return Plan(
+        target, base, as_cut, begin, ends_at, mark.log_from, log_bytes, length, seconds, tuple(passed), log_until
+    )
 
 
 def _newest_first(base: RecoveryPoint, history: History) -> tuple[int, int]:
@@ -311,10 +310,6 @@ def _needed(target: Target) -> int:
     return target.commit.end if target.at is not None and target.inclusive and target.commit else _reaches(target)
 
 
-def _last_held(held: Sequence[Stretch]) -> int:
-    return held[-1].end if held else 0
-
-
 def _limit(mark: Mark, target: Target) -> int:
     """Give up to where a replay from the base must see log, to be consistent and to have all that is known."""
     consistent = mark.bracket.stop.at if mark.bracket else 0
@@ -327,7 +322,7 @@ def _end(target: Target, held: Sequence[Stretch], begin: int) -> int:
     if target.time is not None:
         return target.reach or next((stretch.end for stretch in held if stretch.start <= begin < stretch.end), begin)
     if target.at is None:
-        return max(_last_held(held), begin)
+        return max(last_held(held), begin)
     return target.commit.end if target.inclusive and target.commit is not None else target.at
 
 
@@ -385,42 +380,6 @@ def _require_lineage(target: Target, lineage: Lineage) -> None:
         )
 
 
-def _held(extents: Sequence[Extent], lineage: Lineage, file_start: FileStart) -> list[Stretch]:
-    """Give the stretches of log along `lineage` that the journal holds, joined, in order.
-
-    A branch's first file begins at a file boundary, with a copy of what its parent wrote there; so the journal may
-    hold the shared bytes in either.
-    """
-    owned = {h: Stretch(file_start(Position(h, begin)), end) for h, begin, end in lineage.stretches()}
-    joined: list[Stretch] = []
-    for start, end in sorted(_owned_parts(extents, owned)):
-        if joined and start <= joined[-1].end:
-            joined[-1] = Stretch(joined[-1].start, max(end, joined[-1].end))
-        else:
-            joined.append(Stretch(start, end))
-    return joined
-
-
-def _owned_parts(extents: Sequence[Extent], owned: Mapping[History, Stretch]) -> Iterable[Stretch]:
-    for extent in extents:
-        whole = owned.get(extent.history)
-        if whole is None:
-            continue
-        start, end = max(extent.start, whole.start), min(extent.end, whole.end)
-        if start < end:
-            yield Stretch(start, end)
-
-
-def _first_hole(held: Sequence[Stretch], wanted: Stretch) -> Stretch | None:
-    """Give the first stretch of `wanted` that is not in `held` (ordered, joined)."""
-    at, index = wanted.start, bisect_right(held, wanted.start, key=lambda stretch: stretch.end)
-    if index < len(held) and held[index].start <= at:
-        at, index = held[index].end, index + 1
-    if at >= wanted.end:
-        return None
-    return Stretch(at, min(held[index].start, wanted.end) if index < len(held) else wanted.end)
-
-
 def _refusal(
     target: Target,
     bases: Sequence[RecoveryPoint],
@@ -473,7 +432,7 @@ def _beyond(target: Target, lineage: Lineage, last: Place | None, needed: Place,
             f" database has gone on in another history, so that it never reaches {needed}",
             hint="name an earlier target: what was not received before that history was left is lost",
         )
-    caught_up = "wait until the journal has caught up (trigpoint status)"
+    caught_up = "wait until the journal has caught up (trigpoint status); while no service runs it comes no further"
     if last is None:  # it was lost, or has not begun
         caught_up = (
             f"start the database and the service, which brings what the database still keeps for it, and {caught_up}"
@@ -492,8 +451,3 @@ def _between(hole: Stretch, lineage: Lineage) -> str:
 
 def _inside(mark: Mark, lineage: Lineage) -> bool:
     return all(lineage.includes(position) for position in mark.positions)
-
-
-def _size(count: int) -> str:
-    unit = min(max(count.bit_length() - 1, 0) // 10, 4)
-    return f"{count / 1024**unit:.1f} {' KMGT'[unit]}iB" if unit else f"{count} bytes"

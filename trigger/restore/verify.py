@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 
 from trigger.config.options import VerifyAssertion
-from trigger.errors import TooEarlyError, TrigpointError
+from trigger.errors import RestoreError, TooEarlyError, TrigpointError
 from trigger.model import RecoveryPoint, Verification
 from trigger.ports import Progress
 from trigger.replay import Target
@@ -54,6 +54,7 @@ async def verify(
     Raises:
         CatalogError: the result cannot be stored. A failed restore is a result, and no error. A cancellation removes
             the sandbox and stores nothing.
+        RestoreError: the log for it is not kept yet; nothing was looked at, and nothing is stored.
     """
     point = wanted if isinstance(wanted, RecoveryPoint) else None
     words = f"point {point.number}" if point else ""
@@ -71,6 +72,10 @@ async def verify(
             if point is not None and (found is None or found.base.id != point.id):
                 async for check in _looked_at_by_itself(point, site, progress):
                     checks.append(check)  # noqa: PERF401 - likewise
+    except RestoreError as error:
+        if error.retryable and not checks:  # nothing was looked at, and waiting helps: that says nothing of the point
+            raise
+        checks.append(("restore and look", False, f"not run to the end: {error}"))
     except TimeoutError:
         checks.append(("all checks", False, f"not run to the end within {deadline_seconds:g} s"))
     except (TrigpointError, OSError) as error:

@@ -10,6 +10,7 @@ import math
 
 from trigger.config.options import PointOptions
 from trigger.model import Finding, Severity
+from trigger.shape import size
 
 SEGMENTS_A_POINT = 2
 DAY_SECONDS = 86_400
@@ -41,7 +42,7 @@ def look(options: PointOptions, segment_bytes: int, free_bytes: int, *, brackete
     day_bytes = count * SEGMENTS_A_POINT * segment_bytes
     message = (
         f"up to {count} a day, each inside the backup bracket, which makes a checkpoint and ends {SEGMENTS_A_POINT}"
-        f" segments of log: {_size(day_bytes)} a day in the journal's folder, where {_size(free_bytes)} are free; what"
+        f" segments of log: {size(day_bytes)} a day in the journal's folder, where {size(free_bytes)} are free; what"
         " changed is copied besides"
     )
     if day_bytes * DAYS_TO_LAST <= free_bytes:
@@ -52,7 +53,3 @@ def look(options: PointOptions, segment_bytes: int, free_bytes: int, *, brackete
         " between them stays restorable from the journal"
     )
     return Finding("points", Severity.WARNING, message, remedy)
-
-
-def _size(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"

@@ -17,16 +17,18 @@ from typing import Any, TypeVar
 from trigger.catalog.reconcile import reconcile
 from trigger.catalog.reserve import for_an_operator
 from trigger.config.options import Options
-from trigger.errors import JournalError, PreflightError, TrigpointError
+from trigger.errors import JournalError, PreflightError, RestoreError, TrigpointError
 from trigger.keep.expire import GivenUp
 from trigger.keep.room import Room
-from trigger.model import Cause, RecoveryPoint, Retained, Severity
+from trigger.model import Cause, RecoveryPoint, Retained, Severity, State
 from trigger.ports import Journal
 from trigger.protect import commit_lines
 from trigger.protect.agenda import Agenda
 from trigger.protect.pipeline import Protected, agenda_of, protect, take
 from trigger.protect.qualify import Rules
 from trigger.protect.window import Collected, Window
+from trigger.restore.restore import prepare
+from trigger.restore.target import Named, resolve
 from trigger.service.connect import Parts, SystemClock, alone, check, keep_layout, layout_files
 from trigger.service.control import serve
 from trigger.service.detached import Detached
@@ -48,6 +50,8 @@ NOTE_CHARACTERS = 1000
 RECENT_AT_ONCE = 200
 """How many commits one answer holds: putting them into words keeps the streams waiting."""
 JOURNAL_START_SECONDS = 20.0
+LOG_SECONDS = 10.0
+"""How long the log of a point is waited for that is taken without a service."""
 STREAMS_START_SECONDS = 60.0
 IN_PASSING_SECONDS = 15.0
 """How long a stream may fail to open before nothing waits for it: a service that was killed may hold it so long."""
@@ -395,13 +399,39 @@ async def answer_alone(options: Options, request: dict[str, Any]) -> dict[str, A
 
 
 async def _take_one(parts: Parts, note: str) -> RecoveryPoint:
-    """Take one point of what is there now; gives it sealed or failed."""
+    """Take one point of what is there now, with the log that leads to it; gives it sealed or failed.
+
+    Where no log leads to it, as before any point or behind a hole, it is the base that another one is taken behind.
+    """
     await preflight(parts, force=False)
     service = await begin(parts)
+    keeping = asyncio.create_task(_keep_journal(service), name="journal")
     try:
+        await _journal_begun(service)
         point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
+        if point.state is State.SEALED and not await _is_led_to(point, parts):
+            point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
+            if point.state is State.SEALED and not await _is_led_to(point, parts):
+                log.warning("point %d is sealed, and no log leads to it: --to-point will refuse it", point.number)
     except asyncio.CancelledError as error:
         error.add_note("a point that was begun is not done: the next start settles it, and so does trigpoint reconcile")
         raise
+    finally:
+        keeping.cancel()
+        await asyncio.wait([keeping])
     await _keep_layout(parts)
     return point
+
+
+async def _is_led_to(point: RecoveryPoint, parts: Parts) -> bool:
+    """Wait until the log is kept that leads to a point, which says so where that lasts; gives whether any can come."""
+    if not parts.journal.replays:
+        return True
+    try:
+        target = await resolve(Named(point=point.number), parts.catalog, parts.journal)
+        await prepare(target, parts.site, wait_seconds=LOG_SECONDS)
+    except RestoreError as error:
+        if not error.retryable:
+            return False
+        log.warning("point %d is sealed, and its log is not kept yet: %s", point.number, error)
+    return True

@@ -18,7 +18,7 @@ from connectors.databases.postgres.lsn import Lsn
 from trigger.cli import arguments, cli, service, show
 from trigger.model import Bracket, Cause, Commit, CommitRecord, Finding, Mark, Outcome, RecoveryPoint, Severity, State
 from trigger.position import History, Name, Position
-from trigger.shape import data, json_text, plain
+from trigger.shape import data, json_text, plain, size
 
 
 def test_positions_are_text_times_utc_and_bytes_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,8 +118,8 @@ def test_each_line_of_an_error_is_marked(capsys: pytest.CaptureFixture[str]) -> 
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (1 << 30, "1.0 GiB"), (1 << 60, "1024.0 PiB")],
 )
 def test_sizes_are_shown_in_binary_units(count: int, text: str) -> None:
-    assert show.size(count) == text
-    assert show.size(None) is None
+    assert size(count) == text
+    assert size(None) is None
 
 
 @pytest.mark.parametrize(

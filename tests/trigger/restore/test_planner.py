@@ -186,10 +186,23 @@ def test_the_latest_state_is_the_newest_base_and_all_the_log_behind_it() -> None
 
 def test_the_latest_state_is_no_less_than_a_snapshot_where_the_log_that_is_kept_ends_before_it() -> None:
     bases = (base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000))
-    for end, at_least in ((0x1800, 0x2F00), (0x2F00, 0x2F00), (0x2F08, 0x2F08)):
+    for end in (0x1800, 0x2F00):
         found = make(LATEST, *bases, extents=(Extent(HISTORY, Lsn(0x1000), Lsn(end)),))
-        assert (found.base.number, found.target, found.log_until) == (2, LATEST, at_least)
-    assert make(LATEST, base(1, 0x2000, 0x2100), extents=()).base.number == 1
+        assert (found.base.number, found.as_cut, found.target.point) == (2, True, bases[1].id)
+        assert found.target.description == "the latest state, which is point 2 as it was cut: it goes beyond the log"
+    found = make(LATEST, *bases, extents=(Extent(HISTORY, Lsn(0x1000), Lsn(0x3000)),))
+    assert (found.base.number, found.as_cut, found.target) == (2, False, LATEST)
+    found = make(LATEST, base(1, 0x2000, 0x2100), extents=())
+    assert (found.base.number, found.as_cut) == (1, True)
+
+
+def test_the_latest_state_is_replayed_from_before_a_snapshot_that_may_end_before_or_behind_the_log() -> None:
+    bases, between = (base(1, 0x2000, 0x2100), base(2, 0x2F00, 0x3000)), Extent(HISTORY, Lsn(0x1000), Lsn(0x2F08))
+    found = make(LATEST, *bases, extents=(between,))
+    assert (found.base.number, found.target, found.log_until) == (1, LATEST, 0x2F08)
+    with pytest.raises(RestoreError, match="ends at 0/2F08 and must reach 0/3000") as refused:
+        make(LATEST, bases[1], extents=(between,))
+    assert refused.value.retryable
 
 
 def test_a_latest_state_without_a_commit_that_is_known_is_refused() -> None:

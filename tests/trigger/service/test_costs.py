@@ -74,7 +74,7 @@ def test_the_check_says_what_a_day_costs_and_warns_where_the_disk_does_not_last_
     warned = look(often, SEGMENT, 100 * GIB, bracketed=True)
     assert warned.severity is Severity.WARNING
     assert "up to 86400 a day" in warned.message
-    assert "2700.0 GiB a day" in warned.message
+    assert "2.6 TiB a day" in warned.message
     assert "100.0 GiB are free" in warned.message
     assert "points.min_interval_seconds = 900" in warned.remedy
     noted = look(rare, SEGMENT, 100 * GIB, bracketed=True)
