@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
 from typer.main import get_command
 
-from trigger.cli import arguments, catalog, configuration, in_place, log, points, restores, rules, service, setup
+from trigger.cli import arguments, catalog, configuration, in_place, log, points, restores, rules, service, setup, show
 from trigger.errors import ConfigError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -62,6 +63,8 @@ def root(
 ) -> None:
     """A recovery point for every database transaction that matters, and back to exactly that commit."""
     arguments.before_command.set(config)
+    if logging.lastResort is not None:  # what is logged where nobody asked for a log goes to the terminal
+        logging.lastResort.setFormatter(show.LogLines())
 
 
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}

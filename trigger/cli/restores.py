@@ -129,10 +129,6 @@ def restore_state(
     With --dry-run nothing is changed, whatever it stands beside.
     """
     _require_heeded(context, in_place=in_place)
-    for flag, value in (("--undo", undo), ("--resume", resume), ("--from-clone", from_clone)):
-        if value is not None and value.startswith("-"):
-            what = "a clone" if flag == "--from-clone" else "the time of a restore in place, or `last`"
-            raise ConfigError(f"{flag} takes {what}, not {value}", hint="name it behind the option")
     wishes = placing.Wishes(yes, replace_cluster, as_json)
     if undo is not None:
         placing.take_back(undo, options(config), wishes, dry_run=dry_run)
@@ -183,6 +179,14 @@ _APART = (
 """Options, what each does not go with, and why."""
 
 
+_NAMED = {
+    "--undo": "the time of a restore in place, or `last`",
+    "--resume": "the time of a restore in place, or `last`",
+    "--from-clone": "the name of a clone",
+}
+"""Options that take a name, and of what: an option that follows is none."""
+
+
 def _require_heeded(context: typer.Context, *, in_place: bool) -> None:
     """Refuse a command line with an option that another one would pass over; raises `ConfigError`."""
     for option, beside in _ALONE:
@@ -192,6 +196,9 @@ def _require_heeded(context: typer.Context, *, in_place: bool) -> None:
     for option in () if in_place else ("--from-clone", "--replace-cluster"):
         if option in given(context):
             raise ConfigError(f"{option} goes with --in-place only", hint="add that, or leave it out")
+    for option, what in _NAMED.items():
+        if str(name := context.params[option.lstrip("-").replace("-", "_")]).startswith("-"):
+            raise ConfigError(f"{option} takes {what}, not {name}", hint="name it right behind the option")
 
 
 def _restore_in_place(named: Named, chosen: Options, wishes: placing.Wishes, *, dry_run: bool) -> None:

@@ -20,7 +20,7 @@ from trigger.cli.arguments import AcceptLoss, Config, Json, Yes, confirm, given_
 from trigger.cli.connected import in_order, until_ended
 from trigger.errors import ConfigError, TrigpointError
 from trigger.service.control import NotRunningError, ask
-from trigger.shape import data, json_text, plain, size
+from trigger.shape import data, json_text, size
 
 if TYPE_CHECKING:
     from trigger.config.options import Options
@@ -287,21 +287,10 @@ def configure_logging(*, verbose: bool, as_json: bool) -> None:
     elif "JOURNAL_STREAM" in os.environ:
         handler.setFormatter(_ForJournald("%(message)s"))
     else:
-        handler.setFormatter(_ForPeople("%(asctime)s %(levelname)-7s %(message)s"))
+        handler.setFormatter(show.LogLines("%(asctime)s %(levelname)-7s %(message)s"))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     for library in ("asyncio", "sqlalchemy"):
         logging.getLogger(library).setLevel(logging.WARNING)
-
-
-class _ForPeople(logging.Formatter):
-    """Gives each message in one line, whatever others wrote into it; the lines of a trace are set in."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        record.message = plain(record.message)
-        return super().formatMessage(record)
-
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n    ".join(plain(line) for line in super().format(record).split("\n"))
 
 
 class _JsonLines(logging.Formatter):
@@ -317,7 +306,7 @@ class _JsonLines(logging.Formatter):
         return json_text(line, encoding=sys.stderr.encoding or "utf-8")
 
 
-class _ForJournald(_ForPeople):
+class _ForJournald(show.LogLines):
     """Puts the priority in front as sd-daemon(3) says; the journal has time and unit itself."""
 
     def format(self, record: logging.LogRecord) -> str:

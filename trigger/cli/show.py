@@ -5,6 +5,7 @@ All that is printed goes through `plain`: what others wrote commands no terminal
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -159,6 +160,19 @@ def error(message: str, hint: str = "") -> None:
         console.print(Text.assemble(("error:", "bold red"), _words(f" {line}")))
     if hint:
         console.print(Text.assemble(("hint:", "bold cyan"), _words(f" {hint}")))
+
+
+class LogLines(logging.Formatter):
+    """Gives each message in one line, whatever others wrote into it; the lines of a trace are set in."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        """Give the head of a record, its own words in one line."""
+        record.message = plain(record.message)
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Give a record with the trace that belongs to it."""
+        return "\n    ".join(plain(line) for line in super().format(record).split("\n"))
 
 
 class Steps:

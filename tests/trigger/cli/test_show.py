@@ -199,6 +199,8 @@ def printed_by(what: str, capsys: pytest.CaptureFixture[str]) -> str:
             show.error(HOSTILE, HOSTILE)
         case "json":
             show.print_json({HOSTILE: [HOSTILE]})
+        case "log":
+            print(show.LogLines().format(logging.makeLogRecord({"msg": HOSTILE})))
         case "steps":
             with show.steps() as progress:
                 progress(HOSTILE, 1, 2)
@@ -206,7 +208,7 @@ def printed_by(what: str, capsys: pytest.CaptureFixture[str]) -> str:
     return out + err
 
 
-WAYS = ("say", "note", "facts", "table", "empty table", "finding", "error", "json", "steps")
+WAYS = ("say", "note", "facts", "table", "empty table", "finding", "error", "json", "log", "steps")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -79,7 +79,7 @@ def test_the_check_says_what_a_day_costs_and_warns_where_the_disk_does_not_last_
     assert "points.min_interval_seconds = 900" in warned.remedy
     noted = look(rare, SEGMENT, 100 * GIB, bracketed=True)
     assert (noted.severity, noted.remedy) == (Severity.NOTE, "")
-    assert "768 MiB a day" in noted.message
+    assert "768.0 MiB a day" in noted.message
     assert look(often, SEGMENT, GIB, bracketed=False).severity is Severity.OK
 
 
