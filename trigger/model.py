@@ -466,6 +466,8 @@ class Space:
     """What a snapshot that found no room wants at the least besides `wanted_free_bytes`; 0 once one is made."""
     freeing: bool = False
     """Whether what was deleted still gives room back."""
+    silent: str = ""
+    """Of several storages one that shows nothing at all: it is new, or away."""
 
     @property
     def short(self) -> bool:

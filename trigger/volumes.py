@@ -6,7 +6,7 @@ they are. Where a volume lay is not known of a point that an earlier version cut
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from trigger.model import RecoveryPoint, Snapshot, Volume
@@ -36,6 +36,17 @@ def is_of(point: RecoveryPoint, volumes: Sequence[Volume]) -> bool:
 def are_alike(one: RecoveryPoint, other: RecoveryPoint) -> bool:
     """Whether two points are of the same volumes."""
     return _agree(_places(one), _places(other))
+
+
+def volumes_in(points: Iterable[RecoveryPoint]) -> set[str]:
+    """Give the names of all volumes that any of some points is of."""
+    return {kept.volume for point in points for kept in point.snapshots}
+
+
+def of_volume(points: Iterable[RecoveryPoint], volume: str) -> list[RecoveryPoint]:
+    """Give those of some points that are of a volume, with the snapshot of it alone."""
+    found = ((point, tuple(kept for kept in point.snapshots if kept.volume == volume)) for point in points)
+    return [replace(point, snapshots=kept) for point, kept in found if kept]
 
 
 def listed(volumes: Sequence[Volume]) -> str:

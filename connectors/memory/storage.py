@@ -18,7 +18,7 @@ from trigger.model import (
     Space,
     Volume,
 )
-from trigger.ports import Capability, Clone, Progress, Tagged
+from trigger.ports import Capability, Clone, ClonePlace, Progress, Tagged
 
 
 class MemoryStorage:
@@ -32,7 +32,6 @@ class MemoryStorage:
     """
 
     name = "memory"
-    clones_folder: Path | None = None
 
     def __init__(
         self,
@@ -46,6 +45,10 @@ class MemoryStorage:
         self.capabilities = capabilities
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
+
+    def clone_place(self, volume: str) -> ClonePlace | None:  # noqa: ARG002 - the same for each
+        """Give nothing: they lie in no folder."""
+        return None
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Find nothing wrong."""
@@ -64,7 +67,9 @@ class MemoryStorage:
             raise StorageError("another one holds the storage", hint="close it first", retryable=False)
         self._world.claimed_by = self
 
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
         """Keep what the volumes hold, the tag last."""
         kept = self._world.kept.get(point)
         if kept is not None and kept.complete:
@@ -72,7 +77,7 @@ class MemoryStorage:
         if kept is not None:
             raise StorageError(f"{point} is there, unfinished", hint="delete it first", retryable=False)
         await self._require_room()
-        kept = self._world.kept[point] = Kept(tuple(volume.name for volume in volumes))
+        kept = self._world.kept[point] = Kept(tuple(volume.name for volume in volumes), beside=tuple(beside))
         if Capability.ATOMIC_GROUP in self.capabilities:
             cuts = {volume.name: self._cut(point, volume) for volume in volumes}
             await asyncio.sleep(0)
@@ -115,12 +120,13 @@ class MemoryStorage:
             raise StorageError(f"no whole snapshot of {point} to tag", retryable=False)
         kept.tag = tag
 
-    async def tagged(self) -> list[Tagged]:
-        """Give everything it keeps."""
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
+        """Give everything it keeps, or what it keeps of one point."""
         await asyncio.sleep(0)
         return [
-            Tagged(point, kept.tag, tuple(snapshot for snapshot, _ in kept.cuts.values()), kept.complete)
-            for point, kept in sorted(self._world.kept.items())
+            Tagged(one, kept.tag, tuple(snapshot for snapshot, _ in kept.cuts.values()), kept.complete, kept.beside)
+            for one, kept in sorted(self._world.kept.items())
+            if point in (None, one)
         ]
 
     async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
@@ -138,7 +144,9 @@ class MemoryStorage:
         await asyncio.sleep(0)
         self._world.kept.pop(point, None)
 
-    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
         """Make a copy of what a point holds."""
         await asyncio.sleep(0)
         kept = self._world.kept.get(point)
@@ -147,7 +155,7 @@ class MemoryStorage:
         if name in self._world.clones:
             raise StorageError(f"the clone {name} exists already", hint="choose another name", retryable=False)
         paths = tuple((volume, Path(f"/memory/clones/{name}/{volume}")) for volume in kept.cuts)
-        clone = Clone(name, point, paths, self._world.now(), identity)
+        clone = Clone(name, point, paths, self._world.now(), identity, beside=tuple(beside))
         self._world.clones[name] = clone, {volume: content for volume, (_, content) in kept.cuts.items()}
         progress("clone", 1, 1)
         return clone

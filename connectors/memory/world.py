@@ -27,6 +27,8 @@ class Kept:
     """The volumes it shall hold."""
     tag: str | None = None
     cuts: dict[str, tuple[Snapshot, Content]] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+    """The volumes of the point that another storage keeps."""
 
     @property
     def complete(self) -> bool:

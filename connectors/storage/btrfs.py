@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 
 from connectors.storage import libbtrfsutil
+from connectors.storage.refusals import as_storage_error
 from connectors.storage.removal import remove_copies, remove_tree
 from connectors.storage.sections import BtrfsOptions
 from connectors.storage.shelf import (
     Shelf,
-    as_storage_error,
     is_inside,
     nearest_existing,
     require_names,
@@ -37,7 +37,7 @@ from connectors.storage.sidecar import Sidecar
 from connectors.threads import Threads
 from trigger.errors import StorageError
 from trigger.model import Finding, Layout, RecoveryPoint, Severity, Snapshot, Space, Volume
-from trigger.ports import Capability, Clone, Progress, Tagged
+from trigger.ports import Capability, Clone, ClonePlace, Progress, Tagged
 
 _COUNTED_SECONDS = 5.0
 _CLEANED_SECONDS = 60.0
@@ -78,9 +78,12 @@ class BtrfsStorage:
         self._shelf = Shelf(
             folder, budget=budget, wanted_free_bytes=wanted_free_bytes, driver=self.name, is_whole=_is_whole
         )
-        self.clones_folder: Path | None = self._shelf.clones_folder
         self._threads = Threads("btrfs")
         self._deleted_at = -math.inf
+
+    def clone_place(self, volume: str) -> ClonePlace:  # noqa: ARG002 - the same for each
+        """Give where clones lie, as subvolumes."""
+        return ClonePlace(self._shelf.clones_folder, whole=True)
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give what stands in the way of snapshots of `volumes`."""
@@ -134,12 +137,16 @@ class BtrfsStorage:
         """Give whose the folder is, where it was claimed for another."""
         return await self._threads.run(partial(self._shelf.claimed_by_another, holder))
 
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
         """Cut every volume; durable on return. A cancelled call may still make the snapshot."""
         with as_storage_error(f"snapshot of {point}"):
-            return await self._threads.run(partial(self._snapshot, volumes, point, tag), alone=point)
+            return await self._threads.run(partial(self._snapshot, volumes, point, tag, tuple(beside)), alone=point)
 
-    def _snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+    def _snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, beside: tuple[str, ...]
+    ) -> tuple[Snapshot, ...]:
         require_names(volumes)
         if self._shelf.present(point) is not None:
             return self._shelf.made_before(volumes, point, _look)
@@ -150,7 +157,7 @@ class BtrfsStorage:
             try:
                 now = datetime.now(UTC)
                 planned = [Snapshot(each.name, self.name, str(folder / each.name), now, now) for each in volumes]
-                self._shelf.write_ahead(point, Sidecar(tag, tuple(planned)))  # the cut commits its name
+                self._shelf.write_ahead(point, Sidecar(tag, tuple(planned), beside))  # the cut commits its name
                 return tuple(_cut(Path(each.path), kept) for each, kept in zip(volumes, planned, strict=True))
             except BaseException:
                 with contextlib.suppress(OSError):  # what is left is unfinished, and is shown as that
@@ -162,10 +169,10 @@ class BtrfsStorage:
         with as_storage_error(f"tag of {point}"):
             await self._threads.run(partial(self._shelf.retag, point, tag), alone=point)
 
-    async def tagged(self) -> list[Tagged]:
-        """Give everything that bears one of our names."""
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
+        """Give everything that bears one of our names, or what there is of one point."""
         with as_storage_error(f"look into {self._shelf.folder}"):
-            return await self._threads.run(lambda: [self._shelf.tagged(point, _look) for point in self._shelf.points()])
+            return await self._threads.run(partial(self._shelf.all_tagged, point, _look))
 
     async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
         """Give the ids of those of `points` of which a snapshot is not there, at a glance."""
@@ -183,19 +190,21 @@ class BtrfsStorage:
             remove_copies(folder, _remove)
             self._deleted_at = time.monotonic()
 
-    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
         """Make writable snapshots of a point's snapshots."""
         with as_storage_error(f"clone {name} of {point}"):
-            making = partial(self._clone, point, name, identity)
+            making = partial(self._clone, point, name, identity, beside)
             clone = await self._threads.run(making, alone=(f"clone {name}", point))
         progress("clone", 1, 1)
         return clone
 
-    def _clone(self, point: str, name: str, identity: str) -> Clone:
+    def _clone(self, point: str, name: str, identity: str, beside: Sequence[str]) -> Clone:
         self._shelf.clone_folder(name)
         found = self._shelf.whole(point, _look)
         self._shelf.require_free()
-        clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots], identity)
+        clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots], identity, beside)
         try:
             for kept, (_, path) in zip(found.snapshots, clone.paths, strict=True):
                 libbtrfsutil.create_snapshot(Path(kept.location), path, read_only=False)

@@ -21,6 +21,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from glob import escape
@@ -28,11 +29,11 @@ from pathlib import Path
 
 from connectors.storage.copying import Copier, Manifest, Seen, can_reflink
 from connectors.storage.glance import status
+from connectors.storage.refusals import as_storage_error
 from connectors.storage.removal import remove_tree
 from connectors.storage.sections import DirectoryOptions
 from connectors.storage.shelf import (
     Shelf,
-    as_storage_error,
     is_inside,
     nearest_existing,
     require_names,
@@ -42,7 +43,7 @@ from connectors.syncfs import flush, open_folder, syncfs
 from connectors.threads import Threads
 from trigger.errors import StorageError
 from trigger.model import Finding, Layout, RecoveryPoint, Severity, Snapshot, Space, Volume
-from trigger.ports import Capability, Clone, Progress, Tagged
+from trigger.ports import Capability, Clone, ClonePlace, Progress, Tagged
 
 
 def storage(section: DirectoryOptions, volumes: Sequence[Volume], layout: Layout) -> DirectoryStorage:
@@ -96,8 +97,11 @@ class DirectoryStorage:
         )
         self._paranoid = paranoid
         self._exclude = exclude or {}
-        self.clones_folder: Path | None = self._shelf.clones_folder
         self._threads = Threads("directory")
+
+    def clone_place(self, volume: str) -> ClonePlace:  # noqa: ARG002 - the same for each
+        """Give where clones lie, as mere folders."""
+        return ClonePlace(self._shelf.clones_folder, whole=False)
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give what stands in the way of snapshots of `volumes`."""
@@ -136,13 +140,17 @@ class DirectoryStorage:
         """Give whose the folder is, where it was claimed for another."""
         return await self._threads.run(partial(self._shelf.claimed_by_another, holder))
 
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
         """Copy every volume; durable on return. A cancelled call stops at the next block and cleans up."""
-        stop = threading.Event()
+        stop, sidecar = threading.Event(), Sidecar(tag, (), tuple(beside))
         with as_storage_error(f"snapshot of {point}"), _stopping(stop):
-            return await self._threads.run(partial(self._snapshot, volumes, point, tag, stop), alone=point)
+            return await self._threads.run(partial(self._snapshot, volumes, point, sidecar, stop), alone=point)
 
-    def _snapshot(self, volumes: Sequence[Volume], point: str, tag: str, stop: threading.Event) -> tuple[Snapshot, ...]:
+    def _snapshot(
+        self, volumes: Sequence[Volume], point: str, sidecar: Sidecar, stop: threading.Event
+    ) -> tuple[Snapshot, ...]:
         require_names(volumes)
         if self._shelf.present(point) is not None:
             return self._shelf.made_before(volumes, point, _look)
@@ -156,7 +164,7 @@ class DirectoryStorage:
             try:
                 with _flushed(folder):
                     made = tuple(self._copy(volume, folder, earlier, stop) for volume in volumes)
-                self._shelf.write(point, Sidecar(tag, made))  # the last thing: from here on the point is whole
+                self._shelf.write(point, replace(sidecar, snapshots=made))  # the last thing: from here on it is whole
                 return made
             except BaseException:
                 with contextlib.suppress(OSError):  # what is left is unfinished, and is shown as that
@@ -194,10 +202,10 @@ class DirectoryStorage:
         with as_storage_error(f"tag of {point}"):
             await self._threads.run(partial(self._shelf.retag, point, tag), alone=point)
 
-    async def tagged(self) -> list[Tagged]:
-        """Give everything that bears one of our names."""
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
+        """Give everything that bears one of our names, or what there is of one point."""
         with as_storage_error(f"look into {self._shelf.folder}"):
-            return await self._threads.run(lambda: [self._shelf.tagged(point, _look) for point in self._shelf.points()])
+            return await self._threads.run(partial(self._shelf.all_tagged, point, _look))
 
     async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
         """Give the ids of those of `points` of which a snapshot is not there, at a glance."""
@@ -214,7 +222,9 @@ class DirectoryStorage:
             self._shelf.forget(point)
             remove_tree(folder)
 
-    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
         """Copy a point's snapshots. A cancelled call stops at the next block and cleans up."""
         stop = threading.Event()
         loop = asyncio.get_running_loop()
@@ -223,11 +233,17 @@ class DirectoryStorage:
             loop.call_soon_threadsafe(progress, "clone", done, total)
 
         with as_storage_error(f"clone {name} of {point}"), _stopping(stop):
-            making = partial(self._clone, point, name, identity, told, stop)
+            making = partial(self._clone, point, name, identity, beside, told, stop)
             return await self._threads.run(making, alone=(f"clone {name}", point))
 
     def _clone(
-        self, point: str, name: str, identity: str, told: Callable[[int, int], None], stop: threading.Event
+        self,
+        point: str,
+        name: str,
+        identity: str,
+        beside: Sequence[str],
+        told: Callable[[int, int], None],
+        stop: threading.Event,
     ) -> Clone:
         self._shelf.clone_folder(name)
         found = self._shelf.whole(point, _look)
@@ -237,7 +253,7 @@ class DirectoryStorage:
         self._shelf.require_free(0 if shares else total)
         if stop.is_set():  # whoever asked for it may have removed it already
             raise StorageError(f"clone {name} was given up before it was begun")
-        clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots], identity)
+        clone = self._shelf.begin_clone(name, point, [kept.volume for kept in found.snapshots], identity, beside)
         try:
             copier = Copier(stop=stop, told=lambda done: told(done, total), living=False)
             for (kept, listed), (_, path) in zip(lists, clone.paths, strict=True):

@@ -33,13 +33,13 @@ from connectors.storage.glance import status
 from connectors.storage.place import Place
 from connectors.storage.removal import remove_copies, remove_tree
 from connectors.storage.sidecar import Sidecar, sidecar_out, snapshot_in
-from trigger.errors import StorageError, remedy
+from trigger.errors import StorageError
 from trigger.failpoint import reached
 from trigger.lock import lock
 from trigger.model import Finding, RecoveryPoint, Severity, Snapshot, Space, Volume
 from trigger.point_names import is_point_id, tag_name
 from trigger.ports import Clone, Tagged
-from trigger.trusted import NotOursError, require_no_link, sync_folder, why_not_ours
+from trigger.trusted import require_no_link, sync_folder, why_not_ours
 
 _VOLUME_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _CLONE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -219,7 +219,8 @@ class Shelf:
         if content is None:
             return None
         try:
-            return Sidecar(content["tag"], tuple(snapshot_in(folder, kept) for kept in content["snapshots"]))
+            snapshots = tuple(snapshot_in(folder, kept) for kept in content["snapshots"])
+            return Sidecar(content["tag"], snapshots, tuple(content.get("beside", ())))
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -256,7 +257,7 @@ class Shelf:
         snapshots = sidecar.snapshots if sidecar else self._untagged(point)
         if not snapshots:
             raise StorageError(f"no snapshot of {point} to tag", retryable=False)
-        self.write(point, Sidecar(tag, snapshots))
+        self.write(point, Sidecar(tag, snapshots, sidecar.beside if sidecar else ()))
 
     def _untagged(self, point: str) -> tuple[Snapshot, ...]:
         """Give the snapshots of a point without a sidecar that are whole by themselves; their times are a guess."""
@@ -269,6 +270,12 @@ class Shelf:
         whole = (name for name in names if self._is_whole(folder / name))
         return tuple(Snapshot(name, self._driver, str(folder / name), made, made) for name in whole)
 
+    def all_tagged(self, point: str | None, look: Callable[[Snapshot], Snapshot | None]) -> list[Tagged]:
+        """Give what there is of each point, or of one alone; `look` as for `tagged`."""
+        named = [] if point is None else [point]
+        there = [one for one in named if self._place.is_there() and os.path.lexists(self.point_folder(one))]
+        return [self.tagged(one, look) for one in (self.points() if point is None else there)]
+
     def tagged(self, point: str, look: Callable[[Snapshot], Snapshot | None]) -> Tagged:
         """Give what there is of one point; `look` gives a snapshot as it is, None if it is not there whole."""
         self._place.require_used()
@@ -276,7 +283,7 @@ class Shelf:
         if sidecar is None:
             return Tagged(point, None, self._untagged(point), complete=False)
         found = tuple(seen for kept in sidecar.snapshots if (seen := look(kept)) is not None)
-        return Tagged(point, sidecar.tag, found, complete=len(found) == len(sidecar.snapshots))
+        return Tagged(point, sidecar.tag, found, len(found) == len(sidecar.snapshots), sidecar.beside)
 
     def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
         """Give the ids of those of `points` of which a snapshot is not there, whatever else lies in its place."""
@@ -293,7 +300,9 @@ class Shelf:
             raise StorageError(f"no whole snapshot of {point}", hint=hint, retryable=False)
         return found
 
-    def begin_clone(self, name: str, point: str, volumes: Sequence[str], identity: str) -> Clone:
+    def begin_clone(
+        self, name: str, point: str, volumes: Sequence[str], identity: str, beside: Sequence[str] = ()
+    ) -> Clone:
         """Make the folder of a clone, with what says where it comes from and whose it is: both or neither.
 
         Raises:
@@ -308,7 +317,9 @@ class Shelf:
         draft = self._fresh_draft(folder)
         _make_one(draft)
         content = {"point": point, "volumes": list(volumes), "created_at": datetime.now(UTC).isoformat()}
-        sealed.replace(draft / "clone.json", content | {"identity": identity})
+        sealed.replace(
+            draft / "clone.json", content | {"identity": identity} | ({"beside": list(beside)} if beside else {})
+        )
         try:
             draft.rename(folder)  # over none, or one in which nothing lies
         except OSError as error:
@@ -362,7 +373,8 @@ class Shelf:
         created_at = datetime.fromisoformat(since) if since else datetime.fromtimestamp(folder.stat().st_mtime, UTC)
         paths = tuple((volume, folder / volume) for volume in volumes)
         identity, dropped = content.get("identity", ""), folder.name != name
-        return Clone(name, content.get("point", ""), paths, created_at, identity, dropped)
+        beside = tuple(content.get("beside", ()))
+        return Clone(name, content.get("point", ""), paths, created_at, identity, dropped, beside=beside)
 
     def space(self) -> Space:
         """Give the room that is left on the filesystem of the folder."""
@@ -466,26 +478,3 @@ def nearest_existing(path: Path) -> Path:
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether `path` lies in `folder` or is it, symbolic links resolved."""
     return path.resolve().is_relative_to(folder.resolve())
-
-
-@contextlib.contextmanager
-def as_storage_error(doing: str, *, denied: str = "run as root, or as the owner of the files") -> Iterator[None]:
-    """Turn an error of the operating system into a `StorageError` that says what was being done.
-
-    `denied` is the hint where permission is missing.
-    """
-    try:
-        yield
-    except NotOursError as error:
-        raise StorageError(f"{doing}: {error.message}", hint=error.remedy, retryable=False) from error
-    except FileNotFoundError as error:
-        raise StorageError(f"{doing}: {_words(error)}", retryable=False) from error
-    except PermissionError as error:
-        raise StorageError(f"{doing}: {_words(error)}", hint=denied, retryable=False) from error
-    except OSError as error:
-        raise StorageError(f"{doing}: {_words(error)}", hint=remedy(error)) from error
-
-
-def _words(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"

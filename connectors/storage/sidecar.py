@@ -16,11 +16,14 @@ class Sidecar:
 
     tag: str
     snapshots: tuple[Snapshot, ...]
+    beside: tuple[str, ...] = ()
+    """The volumes of the point that another storage keeps."""
 
 
 def sidecar_out(sidecar: Sidecar) -> dict[str, Any]:
     """Give what a sidecar says as JSON has it."""
-    return {"tag": sidecar.tag, "snapshots": [_snapshot_out(kept) for kept in sidecar.snapshots]}
+    beside = {"beside": list(sidecar.beside)} if sidecar.beside else {}
+    return {"tag": sidecar.tag, "snapshots": [_snapshot_out(kept) for kept in sidecar.snapshots], **beside}
 
 
 def _snapshot_out(snapshot: Snapshot) -> dict[str, Any]:

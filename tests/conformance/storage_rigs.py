@@ -17,9 +17,11 @@ from connectors.memory import Kept, MemoryStorage, World
 from connectors.storage import libbtrfsutil
 from connectors.storage.btrfs import BtrfsStorage
 from connectors.storage.directory import DirectoryStorage
+from trigger.errors import StorageError
 from trigger.model import Volume
 from trigger.point_names import tag_name
 from trigger.ports import Clone, Storage
+from trigger.service.members import Members
 
 
 class Rig(Protocol):
@@ -199,6 +201,45 @@ class MemoryRig:
         del self.world.kept[point].cuts["wal"]
 
 
+@dataclass
+class MembersRig(FileRig):
+    """Two storages, each with a volume of its own, as one."""
+
+    join: Callable[..., Storage] = Members
+    refused: tuple[tuple[int, str], ...] = ()
+    """What the first (0) or the second (1) will not do."""
+
+    @property
+    def second(self) -> Path:
+        """Where the second one keeps what it keeps."""
+        return self.root / "second"
+
+    def members(self, **options: Any) -> tuple[Storage, Storage]:
+        """Give the two by themselves."""
+        return super().driver(**options), DirectoryStorage(self.second, **{"wanted_free_bytes": 0, **options})
+
+    def driver(self, **options: Any) -> Storage:
+        first, second = self.members(**options)
+        for one, method in self.refused:
+            setattr((first, second)[one], method, _refuse)
+        return self.join({"first": first, "second": second}, {"data": "first", "wal": "second"})
+
+    def lose_a_volume(self, point: str) -> None:
+        shutil.rmtree(self.second / tag_name(point) / "wal")
+
+    @contextlib.contextmanager
+    def member_away(self, point: str) -> Iterator[None]:
+        """Let all that the second keeps of a point be elsewhere for a while."""
+        folder, aside = self.second / tag_name(point), self.root / "aside"
+        folder.rename(aside)
+        yield
+        aside.rename(folder)
+
+
+async def _refuse(*_: object, **__: object) -> None:
+    raise StorageError("it will not")
+
+
 def make_subvolume(path: Path) -> None:
     subprocess.run(["btrfs", "subvolume", "create", str(path)], check=True, capture_output=True)
 
@@ -209,6 +250,14 @@ def directory(root: Path, build: Callable[..., Storage] = DirectoryStorage) -> F
 
 def btrfs(root: Path, build: Callable[..., Storage] = BtrfsStorage) -> FileRig:
     return FileRig(root, build, make_subvolume)
+
+
+def members(root: Path, join: Callable[..., Storage] = Members) -> MembersRig:
+    return MembersRig(root, DirectoryStorage, join=join)
+
+
+def members_of_two_kinds(root: Path, join: Callable[..., Storage] = Members) -> MembersRig:
+    return MembersRig(root, BtrfsStorage, make_subvolume, join=join)
 
 
 def names(volumes: Sequence[Volume]) -> list[str]:

@@ -21,40 +21,49 @@ from connectors.storage.copying import Copier, Manifest, Seen
 from connectors.storage.directory import DirectoryStorage
 from connectors.storage.removal import remove_tree
 from connectors.syncfs import flush
-from tests.conformance import agent_claims, storage_claims, storage_errors_claims, storage_unmounted_claims
+from tests.conformance import (
+    agent_claims,
+    members_claims,
+    storage_claims,
+    storage_errors_claims,
+    storage_unmounted_claims,
+)
 from tests.conformance.agent_rigs import LocalAgentRig
-from tests.conformance.storage_rigs import directory
+from tests.conformance.storage_rigs import directory, members
 from tests.fixtures.volumes import failing_volume
 from trigger.errors import AgentError, StorageError
 from trigger.lock import lock
 from trigger.model import Flush, RecoveryPoint, Snapshot, Volume
 from trigger.point_names import tag_name
 from trigger.ports import Capability, Clone, Progress, Tagged
+from trigger.service.members import Members
 
 CAUGHT = (AssertionError, pytest.fail.Exception, KeyError)
 """A claim that does not hold, an error that should have come, an error that is not the port's."""
 
 
 class ForgetsTheTag(DirectoryStorage):
-    async def tagged(self) -> list[Tagged]:
-        return [replace(found, tag=None) for found in await super().tagged()]
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
+        return [replace(found, tag=None) for found in await super().tagged(point)]
 
 
 class KeepsTheTagInItsHead(DirectoryStorage):
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
-        made = await super().snapshot(volumes, point, "")
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
+        made = await super().snapshot(volumes, point, "", beside=beside)
         self._tags = getattr(self, "_tags", {}) | {point: tag}
         return made
 
-    async def tagged(self) -> list[Tagged]:
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
         tags: dict[str, str] = getattr(self, "_tags", {})
-        return [replace(found, tag=tags.get(found.point)) for found in await super().tagged()]
+        return [replace(found, tag=tags.get(found.point)) for found in await super().tagged(point)]
 
 
 class TakesAReadErrorForNothing(DirectoryStorage):
-    async def tagged(self) -> list[Tagged]:
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
         try:
-            return await super().tagged()
+            return await super().tagged(point)
         except StorageError:
             return [Tagged(point, None, (), complete=False) for point in self._shelf.points()]
 
@@ -78,19 +87,23 @@ class TakesAFolderForWholeSnapshots(DirectoryStorage):
 
 
 class CutsAgainWhenRepeated(DirectoryStorage):
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
         await self.delete(point)
-        return await super().snapshot(volumes, point, tag)
+        return await super().snapshot(volumes, point, tag, beside=beside)
 
 
 class CallsTheUnfinishedComplete(DirectoryStorage):
-    async def tagged(self) -> list[Tagged]:
-        return [replace(found, complete=True) for found in await super().tagged()]
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
+        return [replace(found, complete=True) for found in await super().tagged(point)]
 
 
 class ClonesByHardLink(DirectoryStorage):
-    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
-        clone = await super().clone(point, name, progress, identity=identity)
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
+        clone = await super().clone(point, name, progress, identity=identity, beside=beside)
         for volume, path in clone.paths:
             shutil.rmtree(path)
             kept = self._shelf.point_folder(point) / volume
@@ -128,9 +141,11 @@ class KeepsItsClaim(DirectoryStorage):
 
 
 class OverwritesAClone(DirectoryStorage):
-    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
         await self.drop_clone(name)
-        return await super().clone(point, name, progress, identity=identity)
+        return await super().clone(point, name, progress, identity=identity, beside=beside)
 
 
 class ForgetsWhoseACloneIs(DirectoryStorage):
@@ -139,10 +154,12 @@ class ForgetsWhoseACloneIs(DirectoryStorage):
 
 
 class LeavesAFailedClone(DirectoryStorage):
-    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
         if not self._shelf.point_folder(point).exists():
             self._shelf.begin_clone(name, point, [], identity)
-        return await super().clone(point, name, progress, identity=identity)
+        return await super().clone(point, name, progress, identity=identity, beside=beside)
 
 
 class RemovesACloneWhereItLies(DirectoryStorage):
@@ -160,33 +177,39 @@ class DeletesWhatBeginsLikeOurs(DirectoryStorage):
 
 
 class ListsWhatBeginsLikeOurs(DirectoryStorage):
-    async def tagged(self) -> list[Tagged]:
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
         folders = self._shelf.folder.glob("trg-*")
         return [Tagged(folder.name[4:], None, (), complete=False) for folder in folders]
 
 
 class TrustsTheModificationTime(DirectoryStorage):
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
         def holds_unchanged(self: Manifest, name: str, seen: Seen) -> bool:
             known = self.files.get(name)
             return known is not None and (known.size, known.modified_ns) == (seen.size, seen.modified_ns)
 
         with patch.object(Manifest, "holds_unchanged", holds_unchanged):
-            return await super().snapshot(volumes, point, tag)
+            return await super().snapshot(volumes, point, tag, beside=beside)
 
 
 class SharesWithTheSource(DirectoryStorage):
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
         def copy(self: Copier, source: Path, target: Path) -> None:
             shutil.copytree(source, target, copy_function=os.link, symlinks=True)
 
         with patch.object(Copier, "copy", copy):
-            return await super().snapshot(volumes, point, tag)
+            return await super().snapshot(volumes, point, tag, beside=beside)
 
 
 class ForgetsTheSecondVolume(DirectoryStorage):
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
-        return await super().snapshot(volumes[:1], point, tag)
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
+        return await super().snapshot(volumes[:1], point, tag, beside=beside)
 
 
 class TakesNoNoticeOfRoom(DirectoryStorage):
@@ -228,9 +251,11 @@ class TakesAnyFolderForItsOwn(DirectoryStorage):
 
 
 class HoldsUpTheLoop(DirectoryStorage):
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
         time.sleep(0.6)  # noqa: ASYNC251 - that is the point
-        return await super().snapshot(volumes, point, tag)
+        return await super().snapshot(volumes, point, tag, beside=beside)
 
 
 BROKEN_STORAGES: list[tuple[type[DirectoryStorage], Callable[[Any], Awaitable[None]]]] = [
@@ -348,6 +373,67 @@ BROKEN_AGENTS: list[tuple[type[LocalAgent], Callable[[Any], Awaitable[None]]]] =
 def test_the_suite_catches_an_agent_that(driver: type[LocalAgent], claim: Callable[[Any], Awaitable[None]]) -> None:
     with failing_volume() as disk, pytest.raises(CAUGHT):
         asyncio.run(_run(claim, LocalAgentRig(disk, driver)))
+
+
+class TakesAPartForTheWhole(Members):
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
+        return [replace(found, complete=bool(found.tag)) for found in await super().tagged(point)]
+
+
+class ForgetsAMember(Members):
+    async def _parts(self, point: str | None = None) -> list[tuple[str, Tagged]]:
+        return (await super()._parts(point))[:1]
+
+
+class BelievesTheFirstTag(Members):
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
+        (first, *_) = self._storages.values()
+        tags = {found.point: found.tag for found in await first.tagged(point)}
+        return [replace(found, tag=tags.get(found.point)) for found in await super().tagged(point)]
+
+
+class StopsAtTheFirstThatStays(Members):
+    async def delete(self, point: str) -> None:
+        for name in self._storages:
+            await self._ask(name, lambda one: one.delete(point))
+
+
+class LeavesTheFirstClone(Members):
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
+        with patch.object(DirectoryStorage, "drop_clone"):
+            return await super().clone(point, name, progress, identity=identity, beside=beside)
+
+
+class ShowsWhatIsLeftOfAClone(Members):
+    async def clones(self) -> list[Clone]:
+        return [replace(clone, dropped=False) for clone in await super().clones()]
+
+
+BROKEN_MEMBERS: list[tuple[type[Members], Callable[[Any], Awaitable[None]]]] = [
+    (TakesAPartForTheWhole, members_claims.a_point_without_one_of_its_members_is_not_complete_and_gives_no_clone),
+    (TakesAPartForTheWhole, members_claims.a_snapshot_that_is_cut_off_between_two_members_is_unfinished_and_goes),
+    (TakesAPartForTheWhole, members_claims.a_removal_that_is_cut_off_between_two_members_leaves_nothing_whole),
+    (ForgetsAMember, storage_claims.a_new_tag_replaces_the_old_and_nothing_else),
+    (BelievesTheFirstTag, members_claims.members_whose_tags_differ_have_none_until_it_is_written_anew),
+    (StopsAtTheFirstThatStays, members_claims.a_member_that_will_not_go_keeps_no_other_from_going),
+    (LeavesTheFirstClone, members_claims.a_clone_that_fails_in_one_storage_is_left_in_none),
+    (
+        ShowsWhatIsLeftOfAClone,
+        members_claims.a_removal_of_a_clone_that_is_cut_off_between_two_storages_is_shown_as_one,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("join", "claim"), BROKEN_MEMBERS, ids=[f"{d.__name__}-{c.__name__}" for d, c in BROKEN_MEMBERS]
+)
+def test_the_suite_catches_several_storages_that(
+    join: type[Members], claim: Callable[[Any], Awaitable[None]], tmp_path: Path
+) -> None:
+    with pytest.raises(CAUGHT):
+        asyncio.run(_run(claim, members(tmp_path, join)))
 
 
 async def _run(claim: Callable[[Any], Awaitable[None]], rig: object) -> None:

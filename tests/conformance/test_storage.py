@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from connectors.storage.directory import DirectoryStorage
+from tests.conformance.members_claims import MEMBERS
 from tests.conformance.storage_claims import EVERY, FILES
 from tests.conformance.storage_errors_claims import LOSSES
-from tests.conformance.storage_rigs import FileRig, MemoryRig, Rig, btrfs, directory
+from tests.conformance.storage_rigs import FileRig, MemoryRig, Rig, btrfs, directory, members, members_of_two_kinds
 from tests.conformance.storage_unmounted_claims import what_is_away_is_not_taken_for_empty
 from tests.fixtures.volumes import loop_volume
 
@@ -40,14 +41,19 @@ FILE_RIGS: dict[str, tuple[str, Callable[[Path], FileRig]]] = {
     "directory-btrfs": ("btrfs_volume", directory),
     "btrfs": ("btrfs_volume", btrfs),
 }
+MEMBER_RIGS: dict[str, tuple[str, Callable[[Path], FileRig]]] = {
+    "members-directory-directory": ("tmp_path", members),
+    "members-btrfs-directory": ("btrfs_volume", members_of_two_kinds),
+}
 
 
 def _cases() -> list[Any]:
     kept = (*EVERY, *FILES, *LOSSES, what_is_away_is_not_taken_for_empty)
     marks = {"tmp_path": (), "xfs_volume": (pytest.mark.volume,), "btrfs_volume": (pytest.mark.volume,)}
     cases = [pytest.param("memory", claim, id=f"memory-{claim.__name__}") for claim in EVERY]
-    for name, (place, _) in FILE_RIGS.items():
-        cases += [pytest.param(name, claim, id=f"{name}-{claim.__name__}", marks=marks[place]) for claim in kept]
+    for rigs, claims in ((FILE_RIGS, kept), (MEMBER_RIGS, (*EVERY, *MEMBERS))):
+        for name, (place, _) in rigs.items():
+            cases += [pytest.param(name, claim, id=f"{name}-{claim.__name__}", marks=marks[place]) for claim in claims]
     return cases
 
 
@@ -57,7 +63,7 @@ def test_every_storage_keeps_every_claim(
 ) -> None:
     rig: Rig = MemoryRig()
     if driver != "memory":
-        place, make = FILE_RIGS[driver]
+        place, make = (FILE_RIGS | MEMBER_RIGS)[driver]
         root = Path(request.getfixturevalue(place)) / f"case-{next(_numbers)}"
         root.mkdir()
         rig = make(root)

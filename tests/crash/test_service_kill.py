@@ -43,7 +43,7 @@ FAILPOINTS = (
 )
 _AFTER = {"catalog-point-failed": "after-open"}
 """What is reached only by a start that has something to undo: where the one before it was killed."""
-_POINTS = """
+POINTS = """
 [points]
 min_interval_seconds = 0.1
 per_minute = 6000
@@ -59,16 +59,16 @@ def deployed(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     """A service on PostgreSQL 18 (btrfs) or 15 (directory), whose storage bears few snapshots, so that it thins."""
     storage = str(request.param)
     with deployment(18 if storage == "btrfs" else 15, storage) as found:
-        found.configure(_POINTS)
+        found.configure(POINTS)
         found.config.write_text(found.config.read_text().replace("keep_free", "budget = 12\nkeep_free"))
         found.cluster.sql(judge.TRUTH_TABLE)
         yield found
 
 
-def _die_at(deployed: Deployment, failpoint: str) -> None:
+def die_at(deployed: Deployment, failpoint: str) -> None:
     """Run the service until the failpoint kills it."""
     if failpoint in _AFTER:
-        _die_at(deployed, _AFTER[failpoint])
+        die_at(deployed, _AFTER[failpoint])
     count = 1 if failpoint in _AFTER else random.randint(1, 4)
     deployed.start({"TRIGPOINT_FAILPOINT": f"{failpoint}:kill@{count}"}, wait=False)
     assert deployed.process is not None
@@ -83,7 +83,7 @@ def _die_at(deployed: Deployment, failpoint: str) -> None:
         deployed.process.kill()
 
 
-def _assert_sound(deployed: Deployment) -> None:
+def assert_sound(deployed: Deployment) -> None:
     """Start the service once more, let it settle, end it, and judge what is there."""
     deployed.start()
     deployed.settle()
@@ -101,12 +101,12 @@ def _matrix(deployed: Deployment, rounds: int) -> None:
         for failpoint in random.sample(FAILPOINTS, len(FAILPOINTS)):
             load = Load(deployed)
             try:
-                _die_at(deployed, failpoint)
+                die_at(deployed, failpoint)
             finally:
                 load.end()
             if random.random() < _JUDGED:
-                _assert_sound(deployed)
-        _assert_sound(deployed)
+                assert_sound(deployed)
+        assert_sound(deployed)
 
 
 @pytest.mark.server

@@ -168,7 +168,7 @@ def test_a_file_of_secrets_that_others_may_replace_is_refused(tmp_path: Path) ->
 def test_no_example_puts_what_we_write_below_a_folder_of_the_data_s_owner(example: Path) -> None:
     """On Debian `/var/lib/postgresql` and all below belong to postgres, and `/srv` to root."""
     chosen = load(example)
-    for place in (chosen.state_folder, chosen.catalog_path, chosen.journal_folder, chosen.storage.folder):
+    for place in (chosen.state_folder, chosen.catalog_path, chosen.journal_folder, *chosen.storage_folders):
         assert not place.is_relative_to("/var/lib/postgresql"), place
         assert why_not_ours(place) is None, place
 

@@ -12,11 +12,12 @@ from trigger.catalog.catalog import Catalog
 from trigger.errors import StorageError
 from trigger.model import GONE, Finding, RecoveryPoint, Severity, State
 from trigger.ports import Storage, Tagged
+from trigger.volumes import of_volume, volumes_in
 
 AT_ONCE = 100
 """How many points a watch looks at: reading them from the catalog takes ten milliseconds, for which a seal waits."""
 _NAMED = 5
-_NOTHING = "the storage shows no snapshot at all, and in the catalog {} sealed"
+_NOTHING = "{} shows no snapshot at all, and in the catalog {} sealed"
 MOUNT = "mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss"
 TAKES_BACK = "`trigpoint reconcile`, or a start of the service, takes back those that are whole"
 """What of points that failed as gone lies in the storage again."""
@@ -26,20 +27,40 @@ _BACK = (
 )
 
 
-def shows_nothing(sealed: int, in_storage: int) -> bool:
-    """Whether so many points are sealed and the storage shows nothing of ours."""
-    return sealed > 0 and not in_storage
+async def silence(sealed: Sequence[RecoveryPoint], storage: Storage) -> StorageError | None:
+    """Give the error for a storage, or one of several, that shows nothing though sealed points have snapshots there.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    if not sealed:
+        return None
+    space = await storage.space()
+    if not space.snapshots:
+        return StorageError(nothing_of(len(sealed)), hint=MOUNT)
+    if space.silent and await _unseen(sealed, storage):
+        return StorageError(nothing_of(len(sealed), f"storage {space.silent}"), hint=MOUNT)
+    return None
 
 
-def nothing_of(sealed: int) -> str:
-    """Give in words that the storage shows none of so many sealed points."""
-    return _NOTHING.format("one point is" if sealed == 1 else f"{sealed} points are")
+async def _unseen(points: Sequence[RecoveryPoint], storage: Storage) -> bool:
+    """Whether there is a volume of which none of the snapshots is there that these points have."""
+    for volume in volumes_in(points):
+        of_it = of_volume(points, volume)
+        if len(await storage.absent(of_it)) == len(of_it):
+            return True
+    return False
+
+
+def nothing_of(sealed: int, who: str = "the storage") -> str:
+    """Give in words that a storage shows none of so many sealed points."""
+    return _NOTHING.format(who, "one point is" if sealed == 1 else f"{sealed} points are")
 
 
 def is_whole(found: Tagged, point: RecoveryPoint) -> bool:
     """Whether the storage shows every snapshot of a point, whole; its tag may be damaged."""
     shown = {kept.volume for kept in found.snapshots}
-    return found.complete or (found.tag is None and {kept.volume for kept in point.snapshots} <= shown)
+    return (found.complete or found.tag is None) and {kept.volume for kept in point.snapshots} <= shown
 
 
 async def missing(points: Sequence[RecoveryPoint], catalog: Catalog, storage: Storage) -> set[str]:
@@ -59,8 +80,8 @@ async def away(bases: Sequence[RecoveryPoint], catalog: Catalog, storage: Storag
         StorageError: it cannot be looked at, or shows nothing at all.
     """
     found = await missing(bases, catalog, storage)
-    if found and len(found) == len(bases) and shows_nothing(len(bases), (await storage.space()).snapshots):
-        raise StorageError(nothing_of(len(bases)), hint=MOUNT)
+    if found and (silent := await silence(bases, storage)) is not None:
+        raise silent
     return found
 
 
@@ -96,8 +117,8 @@ async def is_gone(point: RecoveryPoint, catalog: Catalog, storage: Storage) -> b
     if (await catalog.point(point.id)).state is not State.SEALED:
         return True
     try:
-        shown = any(found.point == point.id and is_whole(found, point) for found in await storage.tagged())
-        return not shown or bool(await storage.lack(point.id))
+        shown = [is_whole(found, point) for found in await storage.tagged(point.id)]
+        return not any(shown) or bool(await storage.lack(point.id))
     except StorageError:
         return False
 
@@ -109,8 +130,8 @@ async def look(catalog: Catalog, storage: Storage) -> Finding | None:
     """
     bases = await catalog.bases()
     try:
-        if shows_nothing(len(bases), (await storage.space()).snapshots):
-            return Finding("storage", Severity.REFUSED, nothing_of(len(bases)), MOUNT)
+        if (silent := await silence(bases, storage)) is not None:
+            return Finding("storage", Severity.REFUSED, silent.message, silent.hint)
         gone = await missing(bases, catalog, storage)
     except StorageError:
         return None
@@ -158,8 +179,8 @@ class Watch:
         """
         page = await catalog.points(states={State.SEALED}, limit=AT_ONCE, before_number=self._below)
         gone = await missing(page, catalog, storage)
-        if gone and len(gone) == len(page) and not (await storage.space()).snapshots:
-            raise StorageError(nothing_of((await catalog.totals()).points[State.SEALED]), hint=MOUNT)
+        if gone and (silent := await silence(await catalog.bases(), storage)) is not None:
+            raise silent
         for point in page:
             self._gone.pop(point.number, None)
         self._gone |= {point.number: self._turn for point in page if point.id in gone}

@@ -14,7 +14,7 @@ from functools import partial
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
-from trigger.catalog.presence import MOUNT, TAKES_BACK, is_whole, nothing_of, shows_nothing
+from trigger.catalog.presence import TAKES_BACK, is_whole, silence
 from trigger.errors import StorageError, TrigpointError
 from trigger.model import GONE, CommitRecord, Finding, RecoveryPoint, Severity, State
 from trigger.ports import Storage, Tagged
@@ -129,9 +129,9 @@ async def reconcile(
     begun = () if await catalog.points(limit=1) else streams
     in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
     in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
-    sealed = sum(point.state is State.SEALED for point in in_catalog.values())
-    if shows_nothing(sealed, len(in_storage)) and not accept_loss:
-        raise StorageError(nothing_of(sealed), hint=MOUNT)
+    sealed = [point for point in in_catalog.values() if point.state is State.SEALED]
+    if not accept_loss and (silent := await silence(sealed, storage)) is not None:
+        raise silent
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
     for pruned in sorted(await catalog.pruned_among(in_storage.keys() - in_catalog.keys())):
@@ -168,7 +168,7 @@ async def _settle_point(
                 await _remove(storage, point.id, done)
                 await catalog.fail(point, INTERRUPTED)
                 done.failed.append(point.id)
-        case State.SEALED if found is None or not found.complete:
+        case State.SEALED if found is None or not (found.complete and is_whole(found, point)):
             if found is not None and is_whole(found, point):
                 await _mend(catalog, storage, point, done)
             else:
@@ -228,7 +228,7 @@ async def _settle_stray(
         return
     if systems and point.floor.history.system not in systems:
         done.strange.append(stray.point)
-    elif point.state is State.SEALED and stray.complete:
+    elif point.state is State.SEALED and stray.complete and is_whole(stray, point):
         if await catalog.adopt(point, records, streams):
             done.adopted.append(stray.point)
     elif await _remove(storage, stray.point, done):
@@ -254,7 +254,7 @@ async def _sealed(catalog: Catalog, found: Tagged | None) -> tuple[RecoveryPoint
         point, records = await _decoded(catalog, found.tag)
     except TrigpointError:
         return None
-    return (point, records) if point.state is State.SEALED else None
+    return (point, records) if point.state is State.SEALED and is_whole(found, point) else None
 
 
 async def _decoded(catalog: Catalog, text: str) -> tuple[RecoveryPoint, list[CommitRecord]]:

@@ -30,7 +30,10 @@ def check(config: Config = None, as_json: Json = False) -> None:
             ("name", chosen.name),
             ("databases", ", ".join(chosen.database.databases)),
             ("volumes", ", ".join(f"{volume.name} ({volume.path})" for volume in chosen.volumes)),
-            ("storage", f"{chosen.storage.driver} in {chosen.storage.folder}"),
+            *(
+                (f"storage {name}".rstrip(), f"{store.driver} in {store.folder}")
+                for name, store in chosen.stores.items()
+            ),
             ("catalog", chosen.catalog_path),
             ("journal", f"{chosen.journal.driver} in {chosen.journal_folder}"),
             ("rules", ", ".join(rule.name for rule in chosen.rules) or "none: every commit qualifies"),

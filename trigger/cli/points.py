@@ -44,7 +44,7 @@ async def catalog(chosen: Options) -> AsyncIterator[Catalog]:
     from trigger.service.control import if_free
 
     if not chosen.catalog_path.exists():
-        lost = chosen.storage.folder.is_dir() and any(chosen.storage.folder.iterdir())
+        lost = any(folder.is_dir() and any(folder.iterdir()) for folder in chosen.storage_folders)
         hint = "`trigpoint catalog rebuild` makes it anew from the snapshots" if lost else "`trigpoint run` makes it"
         raise CatalogError(f"there is no catalog at {chosen.catalog_path}", hint=hint)
     opened = await Catalog.open(chosen.catalog_path, upgrade=if_free(chosen.state_folder))

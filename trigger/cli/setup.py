@@ -168,13 +168,13 @@ async def _with_own_names(section: DatabaseOptions, holder: str, name: str) -> D
 
 async def is_free(found: Proposal, layout: Layout) -> bool:
     """Whether nobody else has claimed the folder for snapshots of a proposal, as far as can be seen."""
-    from trigger.config.drivers import driver
     from trigger.config.options import parse
+    from trigger.service.connect import storage_of
     from trigger.service.initialise import text
 
     chosen = parse(text(found), "the proposal")
     try:
-        storage = driver("storage", chosen.storage.driver)(chosen.storage, chosen.volume_list, layout)
+        storage = storage_of(chosen, layout)
         return await storage.claimed_by_another(str(chosen.catalog_path)) is None
     except StorageError:  # the check says it
         return True

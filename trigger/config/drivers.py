@@ -6,7 +6,7 @@ does without its driver's library.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -116,6 +116,14 @@ def named(document: Mapping[str, Any]) -> dict[str, type[DriverSection]]:
         wanted = _named(document, table.chosen_in, tuple(sections))
         found[name] = choosing(sections[wanted], tuple(sections), wanted)
     return found
+
+
+def storages_named(document: Mapping[str, Any]) -> Iterator[type[DriverSection]]:
+    """Give the sections of the drivers that a configuration names in its several storages, in their order."""
+    sections, several = brought("storage"), document.get("storages")
+    for one in several if isinstance(several, list) else ():
+        wanted = _named({"storages": one}, "storages", tuple(sections))
+        yield choosing(sections[wanted], tuple(sections), wanted)
 
 
 def _named(document: Mapping[str, Any], table: str, known: tuple[str, ...]) -> str:

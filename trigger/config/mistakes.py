@@ -88,6 +88,8 @@ def _message(mistake: ErrorDetails, options: type[Section]) -> str:
         "list_type": f"must be a list of tables, each under [[{dotted}]]"
         if isinstance(mistake["input"], dict)
         else "must be a list in [ ]",
+        "none_required": "must not be there beside [[storages]], which take its place",
+        "tuple_type": f"must be a list of tables, each under [[{dotted}]]",
         "model_type": f"must be a table, such as [{dotted}]",
     }.get(kind, mistake["msg"].removeprefix("Value error, "))
     value = mistake["input"]
@@ -101,11 +103,14 @@ _SAYS_IT_ALL = ("value_error", "too_short", "string_too_short")
 
 def _chosen_with(place: Place) -> str:
     """Give which drivers have the option at `place`, where not all that bring its table do: `journal.driver = "x"`."""
-    if len(place) != 2 or place[0] not in drivers.TABLES:
-        return ""
-    table, key = map(str, place)
-    having = " or ".join(json.dumps(name) for name in drivers.having(table, key))
-    return f"{drivers.TABLES[table].chosen_by} = {having}" if having else ""
+    match place:
+        case (str(table), str(key)) if table in drivers.TABLES:
+            having, chosen_by = drivers.having(table, key), drivers.TABLES[table].chosen_by
+        case ("storages", int(number), str(key)):
+            having, chosen_by = drivers.having("storage", key), f"storages.{number}.driver"
+        case _:
+            return ""
+    return f"{chosen_by} = {' or '.join(map(json.dumps, having))}" if having else ""
 
 
 def _is_secret(options: type[Section], place: Place) -> bool:
@@ -120,16 +125,16 @@ def _is_secret(options: type[Section], place: Place) -> bool:
 
 def _section_at(options: type[Section], place: Place) -> type[Section] | None:
     """Give the section at `place`; None where there is none, or several that it could be."""
-    section = options
+    section, below = options, [options]
     for part in place:
         if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part)
-        below = list(_sections_in(field.annotation)) if field else []
-        if len(below) != 1:
-            return None
-        section = below[0]
-    return section
+            below = below[part : part + 1] if len(below) > 1 else below  # several storages, each with its own
+        else:
+            field = section.model_fields.get(part)
+            below = list(_sections_in(field.annotation)) if field else []
+        if len(below) == 1:
+            section = below[0]
+    return section if len(below) == 1 else None
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:

@@ -43,7 +43,18 @@ class VolumeOptions(Section):
     name: Name = Field(examples=["data"])
     """What the snapshot of it is called."""
     path: WholePath = Field(examples=["/srv/bank/data"])
-    """Its root; `storage.driver` says what that has to be."""
+    """Its root; the driver of its storage says what that has to be."""
+    storage: Name | None = Field(default=None, examples=["fast"])
+    """Which of the `[[storages]]` keeps its snapshots; needed where there are some. It may be changed: what was cut
+    before stays where it is, and is found there while that storage stands here."""
+
+
+class OneStorage(Section):
+    """One of several storages, in place of `[storage]` and with all of its options: for volumes that lie on filesystems
+    of their own. No two are cut at one instant, so that points are taken inside the database's backup bracket."""
+
+    name: Name = Field(examples=["fast"])
+    """By which volumes name it."""
 
 
 class CatalogOptions(Section):
@@ -152,6 +163,8 @@ class Options(Section):
     volumes: list[VolumeOptions] = Field(min_length=1)
     agent: AgentOptions
     storage: StorageOptions
+    storages: list[OneStorage] = Field(default=[])
+    """A point is whole when its snapshots are there in each."""
     catalog: CatalogOptions = CatalogOptions()
     journal: JournalOptions
     points: PointOptions = PointOptions()
@@ -165,6 +178,8 @@ class Options(Section):
         for what, names in (
             ("volumes.{}.name", [volume.name for volume in self.volumes]),
             ("volumes.{}.path", [str(volume.path) for volume in self.volumes]),
+            ("storages.{}.name", [storage.name for storage in self.storages]),
+            ("storages.{}.folder", [str(folder) for folder in self.storage_folders]),
             ("rules.{}.name", [rule.name for rule in self.rules]),
             ("database.databases.{}", self.database.databases),
         ):
@@ -178,7 +193,7 @@ class Options(Section):
         """What lies on a protected volume would be rolled back with it, and be copied into every snapshot."""
         for what, path in (
             ("state_folder", self.state_folder),
-            ("storage.folder", self.storage.folder),
+            *self._storage_folders,
             ("catalog.path", self.catalog_path),
             ("journal.folder", self.journal_folder),
         ):
@@ -191,12 +206,23 @@ class Options(Section):
     def _what_we_write_is_no_rehearsals(self) -> Options:
         for what, folder in (
             ("state_folder", self.state_folder),
-            ("storage.folder", self.storage.folder),
+            *self._storage_folders,
             ("catalog.path", self.catalog_path.parent),
             ("journal.folder", self.journal_folder),
         ):
             if folder.name == REHEARSAL:
                 raise ValueError(f"{what}: {folder}: must not be called {REHEARSAL}: what a rehearsal makes lies there")
+        return self
+
+    @model_validator(mode="after")
+    def _volumes_have_a_storage(self) -> Options:
+        names = [storage.name for storage in self.storages]
+        for index, volume in enumerate(self.volumes):
+            if names and volume.storage is None:
+                raise ValueError(f"volumes.{index}.storage: is needed with [[storages]], one of {', '.join(names)}")
+            if volume.storage is not None and volume.storage not in names:
+                known = f"there are {', '.join(names)}" if names else "there is one [storage], without a name"
+                raise ValueError(f"volumes.{index}.storage: there is no storage {volume.storage}: {known}")
         return self
 
     @model_validator(mode="after")
@@ -220,6 +246,23 @@ class Options(Section):
         return self.journal.folder or self.state_folder / "journal"
 
     @property
+    def stores(self) -> dict[str, StorageOptions]:
+        """Every storage by its name; "" where there is one alone."""
+        several: dict[str, Any] = {storage.name: storage for storage in self.storages}
+        return several or {"": self.storage}
+
+    @property
+    def storage_folders(self) -> tuple[Path, ...]:
+        """The folder of every storage."""
+        return tuple(store.folder for store in self.stores.values())
+
+    @property
+    def _storage_folders(self) -> list[tuple[str, Path]]:
+        """The folder of every storage, with the option that says it."""
+        named = [f"storages.{index}.folder" for index, _ in enumerate(self.storages)] or ["storage.folder"]
+        return list(zip(named, self.storage_folders, strict=True))
+
+    @property
     def volume_list(self) -> tuple[Volume, ...]:
         """The volumes, as the ports take them."""
         return tuple(Volume(v.name, str(v.path)) for v in self.volumes)
@@ -227,8 +270,8 @@ class Options(Section):
     @property
     def guarded_files(self) -> tuple[Path, ...]:
         """The files named here that nobody else may write or replace, by the word of the drivers' own sections."""
-        sections: list[DriverSection] = [getattr(self, table) for table in drivers.TABLES]
-        return tuple(path for section in sections for path in section.guarded_files)
+        one_each: list[DriverSection] = [getattr(self, table) for table in drivers.TABLES if table != "storage"]
+        return tuple(path for section in (*one_each, *self.stores.values()) for path in section.guarded_files)
 
 
 def shaped(document: Mapping[str, Any]) -> type[Options]:
@@ -237,15 +280,20 @@ def shaped(document: Mapping[str, Any]) -> type[Options]:
     Raises:
         ConfigError: no journal goes with the database that it names.
     """
-    return _shaped(tuple(drivers.named(document).items()))
+    return _shaped(tuple(drivers.named(document).items()), tuple(drivers.storages_named(document)))
 
 
 @lru_cache(maxsize=64)
-def _shaped(sections: tuple[tuple[str, type[DriverSection]], ...]) -> type[Options]:
+def _shaped(
+    sections: tuple[tuple[str, type[DriverSection]], ...], storages: tuple[type[DriverSection], ...]
+) -> type[Options]:
     tables: dict[str, Any] = {}
     for table, section in sections:
         needed = any(field.is_required() for field in section.model_fields.values())
         tables[table] = (section, ... if needed else section())
+    if storages:
+        each = tuple(create_model(one.__name__, __base__=(OneStorage, one), __module__=__name__) for one in storages)
+        tables |= {"storage": (None, None), "storages": (tuple.__class_getitem__(each), ...)}
     return create_model("Options", __base__=Options, __module__=__name__, **tables)
 
 

@@ -17,7 +17,7 @@ from trigger.ports.journal import Copies, Journal
 from trigger.ports.progress import Progress
 from trigger.ports.recovery import Recovery
 from trigger.ports.source import Batch, Break, Source
-from trigger.ports.storage import Capability, Clone, Storage, Tagged
+from trigger.ports.storage import Capability, Clone, ClonePlace, Storage, Tagged
 
 __all__ = [
     "Agent",
@@ -26,6 +26,7 @@ __all__ = [
     "Capability",
     "Clock",
     "Clone",
+    "ClonePlace",
     "Copies",
     "Database",
     "Journal",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from trigger.model import Finding, RecoveryPoint, Snapshot, Space, Volume
 from trigger.ports.progress import Progress
@@ -34,7 +34,9 @@ class Tagged:
     snapshots: tuple[Snapshot, ...]
     """Those that are there, whole; without a tag those that are it by themselves, as far as the storage can tell."""
     complete: bool
-    """Whether every volume that the tag names is there, whole."""
+    """Whether every volume that was to be cut here is there, whole, with its tag."""
+    beside: tuple[str, ...] = ()
+    """The other volumes of the point, which another storage keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,17 @@ class Clone:
     """Whether its removal was begun, and goes on or was cut off: what is left of it is not whole."""
     volumes: tuple[Volume, ...] = ()
     """What it is a copy of, as it was called and where it lay when it was cut, where that is known of its point."""
+    beside: tuple[str, ...] = ()
+    """The volumes of its point of which another storage has made the copy before."""
+
+
+class ClonePlace(NamedTuple):
+    """Where on this host the copy of a volume will lie in a clone."""
+
+    folder: Path
+    """Below which it is made."""
+    whole: bool
+    """Whether it is a volume of its own, and no mere folder."""
 
 
 class Storage(Protocol):
@@ -66,8 +79,10 @@ class Storage(Protocol):
 
     name: str
     capabilities: frozenset[Capability]
-    clones_folder: Path | None
-    """Below which folder of this host clones are made; None where that shows only when one is."""
+
+    def clone_place(self, volume: str) -> ClonePlace | None:
+        """Give where clones of a volume will lie; None where that shows only when one is made."""
+        ...
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give what stands in the way of snapshots of `volumes`; changes nothing."""
@@ -96,8 +111,12 @@ class Storage(Protocol):
         """
         ...
 
-    async def snapshot(self, volumes: Sequence[Volume], point: str, tag: str) -> tuple[Snapshot, ...]:
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
         """Cut every volume and keep the result under `point`, with `tag` (JSON text) beside it.
+
+        What other volumes the point has, which another storage keeps, is noted as `beside`; see `Tagged`.
 
         Repeating the call for a point whose snapshot is complete gives the same snapshots and cuts nothing. What an
         unfinished call left behind is shown by `tagged` with `complete=False`, and `delete` removes it.
@@ -118,8 +137,8 @@ class Storage(Protocol):
         """
         ...
 
-    async def tagged(self) -> list[Tagged]:
-        """Give everything that bears one of our names, whole or not, by point id.
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
+        """Give everything that bears one of our names, whole or not, by point id; of one point alone, if it is named.
 
         Raises:
             StorageError: part of it cannot be looked at; that is never taken for gone, or for half made.
@@ -151,14 +170,17 @@ class Storage(Protocol):
         """Remove the snapshots and the tag of a point; nothing to remove is no error."""
         ...
 
-    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
         """Make a writable copy of a point's snapshots under `name` (made by us: lower-case letters, digits, `-`).
 
         It is in `clones`, for every process, before the first byte is copied, and bears `identity` from that moment on,
         so that whoever made it tells it from one that was there before, or came later under the same name. It holds all
         that the snapshots held: where some of that is missing, or the point is removed meanwhile, there is no clone.
 
-        It need not be on stable storage yet: what a restore makes of it is synced as a whole at the end.
+        It need not be on stable storage yet: what a restore makes of it is synced as a whole at the end. `beside` is
+        noted with it; see `Clone`.
 
         Raises:
             StorageError: no such point, it is not whole or went meanwhile, the name is taken, or no room; nothing is

@@ -30,6 +30,7 @@ from trigger.protect.agenda import Agenda
 from trigger.protect.logs import Finish, Logs, ceilings
 from trigger.protect.qualify import Pending, Skip, Take, Wait, qualify
 from trigger.protect.window import Collected, Window, record
+from trigger.together import together
 from trigger.volumes import at_their_places, is_of
 
 log = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ async def open_point(cluster: Protected, cause: Cause, newest: Pending | None, n
 
 async def flush(agents: Sequence[Agent], point: RecoveryPoint, deadline_seconds: float) -> tuple[Flush, ...]:
     """Instruct every host to flush and wait for all of them, with one deadline; gives one proof a volume."""
-    proofs = await asyncio.gather(*(agent.flush(point.id, deadline_seconds) for agent in agents))
+    proofs = await together(agent.flush(point.id, deadline_seconds) for agent in agents)
     return tuple(proof for of_agent in proofs for proof in of_agent)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trigger.errors import RestoreError
 from trigger.model import Finding, RecoveryPoint, Severity, Volume
-from trigger.ports import Capability, Clone, Recovery
+from trigger.ports import Clone, ClonePlace, Recovery
 from trigger.restore.clones import Site
 from trigger.volumes import volumes_of
 
@@ -47,12 +47,12 @@ def require_none(found: Sequence[Finding]) -> None:
 
 def _of_places(site: Site) -> list[Finding]:
     found = nested(site.volumes)
-    whole = Capability.ATOMIC in site.storage.capabilities  # its clones are volumes of their own, and no mere folders
     for volume in site.volumes:
         path = Path(volume.path)
         fixed = immovable(path, path.parent)
-        if fixed is None and site.storage.clones_folder is not None:
-            fixed = _elsewhere(site.storage.clones_folder, path.parent, whole=whole)
+        place = site.storage.clone_place(volume.name)
+        if fixed is None and place is not None:
+            fixed = _elsewhere(place, path.parent)
         found += [fixed] if fixed is not None else []
     return found
 
@@ -95,14 +95,15 @@ def immovable(source: Path, folder: Path) -> Finding | None:
     return None
 
 
-def _elsewhere(clones: Path, folder: Path, *, whole: bool) -> Finding | None:
-    """Give why what will be made in `clones` cannot be renamed into `folder`; None where it can.
+def _elsewhere(place: ClonePlace, folder: Path) -> Finding | None:
+    """Give why what will be made in a place of clones cannot be renamed into `folder`; None where it can.
 
-    `whole` is a copy that is a subvolume, and can be renamed wherever one mount of its filesystem reaches.
+    What is a volume of its own can be renamed wherever one mount of its filesystem reaches.
     """
+    clones = place.folder
     here = next(one for one in (clones, *clones.parents) if one.exists())
     try:
-        same = _mount(here) == _mount(folder) and (whole or here.stat().st_dev == folder.stat().st_dev)
+        same = _mount(here) == _mount(folder) and (place.whole or here.stat().st_dev == folder.stat().st_dev)
     except OSError as error:
         return _refused(clones, f"{clones} cannot be looked at: {error.strerror}")
     return None if same else _other_filesystem(clones, folder)

@@ -30,6 +30,7 @@ from trigger.restore.clones import Site
 from trigger.restore.swap import mixed
 from trigger.service import costs, kept, surroundings
 from trigger.service.control import if_free, only_one
+from trigger.service.members import Members
 from trigger.shape import data
 from trigger.trusted import replace_file, why_not_ours
 from trigger.volumes import is_of, listed, volumes_of
@@ -125,7 +126,7 @@ async def connect(
     database.claim(str(options.catalog_path))
     layout, answered = await known_layout(database, layout_files(options))
     database.lies_at(layout)
-    storage = driver("storage", options.storage.driver)(options.storage, volumes, layout)
+    storage = storage_of(options, layout)
     file = anew or options.catalog_path
     none_yet = (only_look or past) and _is_yet_to_be_made(file, options.state_folder)
     catalog = await Catalog.open(":memory:" if none_yet else file, upgrade=upgrade, place=options.catalog_path)
@@ -148,6 +149,23 @@ async def connect(
         raise
     sources = database.sources()
     return Parts(options, volumes, layout, database, sources, agents, storage, catalog, journal, recovery)
+
+
+def storage_of(options: Options, layout: Layout) -> Storage:
+    """Give the storage that `options` name, or several as one; each is told which volumes it keeps.
+
+    Raises:
+        ConfigError: the library of a driver is not installed.
+    """
+    homes = {volume.name: volume.storage or "" for volume in options.volumes}
+
+    def made(name: str) -> Storage:
+        section, volumes = options.stores[name], [each for each in options.volume_list if homes[each.name] == name]
+        storage: Storage = driver("storage", section.driver)(section, volumes, layout)
+        return storage
+
+    storages = {name: made(name) for name in options.stores}
+    return Members(storages, homes) if len(storages) > 1 else next(iter(storages.values()))
 
 
 @contextlib.asynccontextmanager
@@ -214,7 +232,7 @@ async def newest_copy(
 
 def layout_files(options: Options) -> tuple[Path, ...]:
     """Give where the layout is kept: in the state folder, and where that may be lost, beside the snapshots."""
-    return tuple(folder / "layout.json" for folder in (options.state_folder, options.storage.folder))
+    return tuple(folder / "layout.json" for folder in (options.state_folder, *options.storage_folders))
 
 
 async def known_layout(database: Database, kept: Sequence[Path]) -> tuple[Layout, bool]:

@@ -45,7 +45,7 @@ async def note_points(options: Options, catalog: Catalog) -> bool:
         OSError: it cannot be written.
     """
     sealed = await catalog.points(states={State.SEALED}, limit=1)
-    return bool(sealed) and await _note(options, _POINTS, options.storage.folder)
+    return bool(sealed) and await _note(options, _POINTS, *options.storage_folders)
 
 
 async def missed_log(options: Options, journal: Journal) -> Finding | None:
@@ -95,14 +95,14 @@ async def missed_points(
     return Finding("storage", Severity.REFUSED, words, _NO_POINTS.format(anyway))
 
 
-async def _note(options: Options, name: str, folder: Path) -> bool:
-    if await _noted(options, name) != str(folder):
-        await asyncio.to_thread(replace_file, options.state_folder / name, str(folder))
+async def _note(options: Options, name: str, *folders: Path) -> bool:
+    if await _noted(options, name) != (listed := ", ".join(map(str, folders))):
+        await asyncio.to_thread(replace_file, options.state_folder / name, listed)
     return True
 
 
 async def _noted(options: Options, name: str) -> str:
-    """Give the folder that a note names; "" where there is none."""
+    """Give the folders that a note names; "" where there is none."""
     try:
         return await asyncio.to_thread(read_text, options.state_folder / name)
     except OSError:

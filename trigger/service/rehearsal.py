@@ -15,6 +15,7 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trigger.config.options import REHEARSAL, CatalogOptions, Options
 from trigger.errors import ConfigError, TrigpointError
@@ -65,7 +66,8 @@ async def rehearse(options: Options, progress: Progress) -> Rehearsal:
     clock = asyncio.get_running_loop().time
     async with _no_folders_left(apart), _of_its_own(apart) as parts:
         await preflight(parts, force=False)
-        await asyncio.to_thread(_mark, apart.storage.folder)
+        for folder in apart.storage_folders:
+            await asyncio.to_thread(_mark, folder)
         began = clock()
         progress("protect", 0, 0)
         async with _at_work(await begin(parts)) as service:
@@ -86,7 +88,8 @@ async def _of_its_own(apart: Options) -> AsyncIterator[Parts]:
     What is made with them is removed at the end.
     """
     await asyncio.to_thread(_require_own, apart.state_folder, LOCK)
-    await asyncio.to_thread(_require_own, apart.storage.folder)
+    for folder in apart.storage_folders:
+        await asyncio.to_thread(_require_own, folder)
     with only_one(apart.state_folder, passing="another rehearsal"):
         killed = await asyncio.to_thread(_forget_killed, apart)
         parts = await connect(apart, suffix=SUFFIX)
@@ -128,7 +131,7 @@ def _forget_killed(apart: Options) -> bool:
     Its catalog and notes would miss snapshots and log that it had removed already. What it made is still found where it
     is: in the cluster, and in the storage.
     """
-    killed = _is_marked(apart.state_folder) or _is_marked(apart.storage.folder)
+    killed = any(map(_is_marked, (apart.state_folder, *apart.storage_folders)))
     _mark(apart.state_folder, LOCK)
     _empty(apart.state_folder, LOCK)
     return killed
@@ -136,13 +139,18 @@ def _forget_killed(apart: Options) -> bool:
 
 def _apart(options: Options) -> Options:
     """Give options whose state and snapshots lie apart from those of the service."""
+
+    def moved(section: Any) -> Any:
+        return section.model_copy(update={"folder": section.folder / REHEARSAL})
+
+    storages = [moved(section) for section in options.storages]
     return options.model_copy(
         update={
             "name": f"{options.name}-{REHEARSAL}",
             "state_folder": options.state_folder / REHEARSAL,
             "catalog": CatalogOptions(),
             "journal": options.journal.model_copy(update={"folder": None}),
-            "storage": options.storage.model_copy(update={"folder": options.storage.folder / REHEARSAL}),
+            **({"storages": storages} if storages else {"storage": moved(options.storage)}),
         }
     )
 
@@ -201,7 +209,7 @@ def _missing(service: Service) -> str:
 @contextlib.asynccontextmanager
 async def _no_folders_left(apart: Options) -> AsyncIterator[None]:
     """Remove at the end the folders that were made above ours, unless something lies in them by then."""
-    above = (*apart.state_folder.parents, *apart.storage.folder.parents)
+    above = (*apart.state_folder.parents, *(above for folder in apart.storage_folders for above in folder.parents))
     made = await asyncio.to_thread(lambda: [folder for folder in above if not folder.exists()])
     try:
         yield
@@ -232,7 +240,7 @@ async def _clear(parts: Parts) -> None:
     try:
         await parts.database.remove()
     finally:
-        if await asyncio.to_thread(_is_marked, parts.options.storage.folder):
+        if await asyncio.to_thread(lambda: all(map(_is_marked, parts.options.storage_folders))):
             await parts.storage.claim(str(parts.options.catalog_path))
             await _clear_storage(parts)
 
@@ -247,7 +255,7 @@ async def _clear_storage(parts: Parts) -> None:
 
 def _remove(apart: Options) -> None:
     """Remove both folders as far as they are marked; the mark goes when nothing else lies there, but for the lock."""
-    for folder, lock in ((apart.storage.folder, ()), (apart.state_folder, (LOCK,))):
+    for folder, lock in (*((folder, ()) for folder in apart.storage_folders), (apart.state_folder, (LOCK,))):
         if _is_marked(folder):
             _empty(folder, *lock)
             (folder / _MARK).unlink()

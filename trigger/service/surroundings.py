@@ -22,11 +22,11 @@ def check(options: Options, volumes: Sequence[Volume]) -> list[Finding]:
         "state folder": options.state_folder,
         "catalog": options.catalog_path.parent,
         "journal": options.journal_folder,
-        "storage folder": options.storage.folder,
     }
+    storages = {f"storage folder {name}".rstrip(): store.folder for name, store in options.stores.items()}
     return [
-        *check_places(places, volumes),
-        *check_ours({what: path for what, path in places.items() if what != "storage folder"}),
+        *check_places(places | storages, volumes),
+        *check_ours(places),
         *check_secrets(options.guarded_files),
         *check_state_folder(options.state_folder),
         check_clock(clock_is_synchronised()),

@@ -38,7 +38,7 @@ def test_every_example_is_right(path: Path) -> None:
 
 
 def test_examples_show_every_storage_and_journal() -> None:
-    assert {path.stem for path in CONFIGS} >= {"reference", "directory", "btrfs", "archive"}
+    assert {path.stem for path in CONFIGS} >= {"reference", "directory", "btrfs", "archive", "members"}
 
 
 @pytest.mark.parametrize("path", BAD_CONFIGS, ids=lambda path: path.stem)
@@ -172,7 +172,10 @@ def test_every_option_is_in_every_form_of_the_reference() -> None:
 def test_the_reference_with_every_example_written_out_is_right() -> None:
     text = re.sub(r"^#(?=\[|[a-z_]+ = )", "", toml_text(), flags=re.MULTILINE)
     text = re.sub(r"^restore_command = .*$", "", text, flags=re.MULTILINE)  # goes with another driver only
-    written = parse(text, "reference")
+    text = re.sub(r"^\[\[storages\]\]\n(?:[^\[].*\n|\n)*", "", text, flags=re.MULTILINE)  # takes the place of [storage]
+    several = text.replace("[storage]\n", '[[storages]]\nname = "fast"\n')
+    assert parse(several, "reference").stores.keys() == {"fast"}
+    written = parse(re.sub(r"^storage = .*$", "", text, flags=re.MULTILINE), "reference")
     assert isinstance(written, Options)
     assert written.rules[0].name == "payments"
     assert written.verify.assertions[0].expect == "1000000"

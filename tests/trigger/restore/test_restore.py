@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -62,10 +63,12 @@ class LosesWhileItClones(MemoryStorage):
         self.world = world
         self.loses: list[str] = []
 
-    async def clone(self, point: str, name: str, progress: Progress, *, identity: str = "") -> Clone:
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
         for lost in self.loses:
             self.world.kept.pop(lost, None)
-        return await super().clone(point, name, progress, identity=identity)
+        return await super().clone(point, name, progress, identity=identity, beside=beside)
 
 
 @pytest.mark.parametrize("late", [False, True])

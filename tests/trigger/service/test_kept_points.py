@@ -20,7 +20,7 @@ from trigger.service.upkeep import Upkeep
 
 
 def options(state: Path, storage: str = "/srv/points") -> Any:
-    return SimpleNamespace(state_folder=state, storage=SimpleNamespace(folder=Path(storage)))
+    return SimpleNamespace(state_folder=state, storage_folders=(Path(storage),))
 
 
 async def empty() -> Stage:

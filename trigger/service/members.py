@@ -1,0 +1,241 @@
+"""Several storages as one: a point has a member in each that keeps one of its volumes.
+
+Each bears the whole tag, and the names of the volumes that the others keep, so that nobody takes a part for the whole:
+a point is complete when all of its members are, and say the same. What is cut off between two of them is shown as
+unfinished, and removed or mended as in one storage. A volume may be moved to another storage, and a storage added, or
+left without a volume: what was cut before stays where it is, and is found there.
+
+No two storages are cut at one instant, so the database's own bracket is held around them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from trigger.errors import StorageError
+from trigger.failpoint import reached
+from trigger.model import Finding, RecoveryPoint, Snapshot, Space, Volume
+from trigger.ports import Capability, Clone, ClonePlace, Progress, Storage, Tagged
+from trigger.together import together
+from trigger.volumes import of_volume, volumes_in
+
+T = TypeVar("T")
+
+_MENDING = "its tags do not agree, which `trigpoint reconcile` mends where every volume is there"
+_GONE = "mount the filesystem of every storage; without all of its volumes a restore starts from another point"
+
+
+class Members:
+    """Port `Storage` over several.
+
+    Args:
+        storages: by name; clones are made, and removed, in their order.
+        homes: by volume the name of the storage that keeps it from now on.
+    """
+
+    def __init__(self, storages: Mapping[str, Storage], homes: Mapping[str, str]) -> None:
+        self._storages = storages
+        self._homes = homes
+        common = frozenset.intersection(*(one.capabilities for one in storages.values()))
+        self.name = "+".join(dict.fromkeys(one.name for one in storages.values()))
+        self.capabilities = common - {Capability.ATOMIC_GROUP}
+
+    def clone_place(self, volume: str) -> ClonePlace | None:
+        """Give where the storage that keeps a volume now puts its clones."""
+        home = self._homes.get(volume)
+        return self._storages[home].clone_place(volume) if home is not None else None
+
+    def _shares(self, volumes: Sequence[Volume]) -> dict[str, list[Volume]]:
+        """Give by storage the volumes that it keeps; one that keeps none is left out."""
+        shares: dict[str, list[Volume]] = {name: [] for name in self._storages}
+        for volume in volumes:
+            shares[self._homes[volume.name]].append(volume)
+        return {name: share for name, share in shares.items() if share}
+
+    async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
+        """Give what stands in the way of snapshots of `volumes`, each in its storage."""
+        shares = self._shares(volumes)
+        found = await together(self._ask(name, _checking(share)) for name, share in shares.items())
+        return [finding for findings in found for finding in findings]
+
+    async def claimed_by_another(self, holder: str) -> Finding | None:
+        """Give what `claim` would refuse `holder` for in the first storage that is another's."""
+        found = await self._ask_all(lambda one: one.claimed_by_another(holder))
+        return next(filter(None, found), None)
+
+    async def claim(self, holder: str = "") -> None:
+        """Hold every storage; where one is another's, those before it are held until `close`."""
+        for name in self._storages:
+            await self._ask(name, lambda one: one.claim(holder))
+
+    async def snapshot(
+        self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
+    ) -> tuple[Snapshot, ...]:
+        """Cut every volume in its storage, all side by side; where one fails, the others are given up."""
+        if any(found.complete is False for found in await self.tagged(point)):
+            message = f"{point} is there already, unfinished"
+            raise StorageError(message, hint="delete the point first", retryable=False)
+        shares = self._shares(volumes)
+        names = [*(volume.name for volume in volumes), *beside]
+
+        async def cut(name: str, share: Sequence[Volume]) -> tuple[Snapshot, ...]:
+            others = [other for other in names if other not in [volume.name for volume in share]]
+            made = await self._ask(name, lambda one: one.snapshot(share, point, tag, beside=others))
+            reached("after-member-cut")
+            return made
+
+        made = await together(cut(name, share) for name, share in shares.items())
+        found = {snapshot.volume: snapshot for snapshots in made for snapshot in snapshots}
+        return tuple(found[volume.name] for volume in volumes)
+
+    async def retag(self, point: str, tag: str) -> None:
+        """Replace the tag of every member of a point; between the first and the last they do not agree."""
+        holders = [name for name, _ in await self._parts(point)]
+        if not holders:
+            raise StorageError(f"no snapshot of {point} to tag", retryable=False)
+
+        async def write(name: str) -> None:
+            await self._ask(name, lambda one: one.retag(point, tag))
+            reached("after-member-tagged")
+
+        await together(map(write, holders))
+
+    async def _ask_all(self, call: Callable[[Storage], Awaitable[T]]) -> list[T]:
+        """Give what every storage gives, asked side by side."""
+        return await together(self._ask(name, call) for name in self._storages)
+
+    async def _ask(self, name: str, call: Callable[[Storage], Awaitable[T]]) -> T:
+        """Give what one storage gives; its errors say which it is."""
+        try:
+            return await call(self._storages[name])
+        except StorageError as error:
+            raise type(error)(f"storage {name}: {error.message}", hint=error.hint, retryable=error.retryable) from error
+
+    async def _parts(self, point: str | None = None) -> list[tuple[str, Tagged]]:
+        """Give what each storage shows, with its name."""
+        shown = await self._ask_all(lambda one: one.tagged(point))
+        return [(name, found) for name, tagged in zip(self._storages, shown, strict=True) for found in tagged]
+
+    async def tagged(self, point: str | None = None) -> list[Tagged]:
+        """Give every point, or one, with what all storages show of it; without a tag where they do not say the same."""
+        parts: dict[str, list[Tagged]] = {}
+        for _, found in await self._parts(point):
+            parts.setdefault(found.point, []).append(found)
+        return [_joined(parts[one]) for one in sorted(parts)]
+
+    async def lack(self, point: str) -> str:
+        """Give what is missing in each member of a point."""
+        lacks = [await self._ask(name, lambda one: one.lack(point)) for name, _ in await self._parts(point)]
+        return "; ".join(filter(None, lacks))
+
+    async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        """Give the ids of those of `points` of which a snapshot is in none of the storages."""
+        gone: set[str] = set()
+        for volume in volumes_in(points):
+            of_it = of_volume(points, volume)
+            gone |= set.intersection(*await self._ask_all(_looking(of_it)))
+        return gone
+
+    async def delete(self, point: str) -> None:
+        """Remove every member of a point; where one stays, the others go all the same."""
+        await self._each(lambda one: one.delete(point))
+
+    async def clone(
+        self, point: str, name: str, progress: Progress, *, identity: str = "", beside: Sequence[str] = ()
+    ) -> Clone:
+        """Make a copy of every member, one storage after the other; each knows what was to be made before it."""
+        parts = await self._parts(point)
+        if not (parts and (whole := _joined([found for _, found in parts])).complete):
+            hint = _MENDING if parts and whole.tag is None else _GONE
+            raise StorageError(f"no whole snapshot of {point}", hint=hint, retryable=False)
+        if any(clone.name == name for clone in await self.clones()):
+            hint = "drop it first, or choose another name"
+            raise StorageError(f"the clone {name} exists already", hint=hint, retryable=False)
+        made: list[Clone] = []
+        before = list(beside)
+        try:
+            for home, found in parts:
+                making = partial(_clone, point, name, progress, identity, tuple(before))
+                made.append(await self._ask(home, making))
+                reached("after-member-cloned")
+                before += [kept.volume for kept in found.snapshots]
+        except BaseException:
+            for home, _ in parts[: len(made)]:  # the one that failed has left nothing, or what was there before
+                with contextlib.suppress(StorageError):
+                    await self._storages[home].drop_clone(name)
+            raise
+        return _whole(made)
+
+    async def clones(self) -> list[Clone]:
+        """Give all clones; as dropped one of which a copy is gone that was made before another."""
+        parts: dict[str, list[Clone]] = {}
+        for clones in await self._ask_all(lambda one: one.clones()):
+            for clone in clones:
+                parts.setdefault(clone.name, []).append(clone)
+        return [_whole(parts[name]) for name in sorted(parts)]
+
+    async def drop_clone(self, name: str) -> None:
+        """Remove every copy of a clone, in the order in which they were made."""
+        await self._each(lambda one: one.drop_clone(name))
+
+    async def _each(self, remove: Callable[[Storage], Awaitable[None]]) -> None:
+        """Remove something in one storage after the other; raises the first error when all were tried."""
+        errors: list[StorageError] = []
+        for name in self._storages:
+            try:
+                await self._ask(name, remove)
+                reached("after-member-removed")
+            except StorageError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    async def space(self) -> Space:
+        """Give the room of the storage that is nearest to having none, and the budget of the one that is fullest."""
+        spaces = await self._ask_all(lambda one: one.space())
+        tightest = min(spaces, key=lambda one: (not one.short, one.free_bytes - one.wanted_free_bytes))
+        fullest = max(spaces, key=lambda one: one.snapshots / one.budget)
+        empty = [name for name, one in zip(self._storages, spaces, strict=True) if not one.snapshots]
+        return replace(tightest, snapshots=fullest.snapshots, budget=fullest.budget, silent=next(iter(empty), ""))
+
+    async def close(self) -> None:
+        """Let go of every claim."""
+        for one in self._storages.values():
+            await one.close()
+
+
+def _joined(parts: Sequence[Tagged]) -> Tagged:
+    """Give what several storages show of a point as one."""
+    snapshots = tuple(kept for part in parts for kept in part.snapshots)
+    shown = {kept.volume for kept in snapshots}
+    tags = {part.tag for part in parts}
+    agreed = next(iter(tags)) if len(tags) == 1 else None
+    beside = {other for part in parts for other in part.beside}
+    complete = agreed is not None and beside <= shown and all(part.complete for part in parts)
+    return Tagged(parts[0].point, agreed, snapshots, complete)
+
+
+def _whole(parts: Sequence[Clone]) -> Clone:
+    """Give the copies of a clone in several storages as one."""
+    paths = tuple(path for part in parts for path in part.paths)
+    before = {other for part in parts for other in part.beside}
+    dropped = any(part.dropped for part in parts) or not before <= {volume for volume, _ in paths}
+    return replace(parts[0], paths=paths, dropped=dropped, beside=())
+
+
+def _checking(share: Sequence[Volume]) -> Callable[[Storage], Awaitable[list[Finding]]]:
+    return lambda storage: storage.check(share)
+
+
+def _looking(points: Sequence[RecoveryPoint]) -> Callable[[Storage], Awaitable[set[str]]]:
+    return lambda storage: storage.absent(points)
+
+
+async def _clone(
+    point: str, name: str, progress: Progress, identity: str, beside: Sequence[str], storage: Storage
+) -> Clone:
+    return await storage.clone(point, name, progress, identity=identity, beside=beside)
