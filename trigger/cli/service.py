@@ -59,6 +59,10 @@ def point(
 
     It holds everything that is visible by now, whatever the rules say, and restore --to-point brings that back. Ends
     when the point is sealed. Exit code 0 only then.
+
+    Without a service the log that leads to it is received meanwhile; what is not kept of it by then is said. The
+    database keeps the log from there on for the journal's slot, as while a service is down: `trigpoint release` ends
+    that.
     """
     chosen = options(config)
     taken = in_order(_asked(chosen, {"do": "point", "note": note}))["point"]

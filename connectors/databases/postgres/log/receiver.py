@@ -126,9 +126,14 @@ class Receiver:
     async def check(self, segment_bytes: int) -> list[Finding]:  # noqa: ARG002 - the feed's
         """Say which program receives the log, and by which slot; and whether the server's words can be understood."""
         program = self._programs.path("pg_receivewal")
-        found = [Finding("pg_receivewal", Severity.OK, f"{program} receives the log, by slot {self._slot}")]
+        found: list[Finding] = []
         try:
             async with self._connect() as connection:
+                slot = await (await connection.execute(f"READ_REPLICATION_SLOT {self._slot}".encode())).fetchone()
+                how = f"{program} receives the log, by slot {self._slot}"
+                if slot is None or slot[0] is None:
+                    how += ", which is not there: no log is kept for it until the service makes it"
+                found.append(Finding("pg_receivewal", Severity.OK, how))
                 row = await (await connection.execute(b"SHOW lc_messages")).fetchone()
                 if not _may_ask_for_english(connection) and row and not _ENGLISH.match(str(row[0])):
                     role = role_of(connection)

@@ -152,6 +152,20 @@ def test_a_receiver_that_stands_still_is_replaced(newest: Ground) -> None:
     asyncio.run(run())
 
 
+def test_the_check_says_where_the_slot_is_not_there_that_keeps_the_log(here: Ground) -> None:
+    async def said() -> str:
+        return next(one.message for one in await here.journal.check() if one.subject == "pg_receivewal")
+
+    async def run() -> None:
+        missing = "by slot trigpoint_journal, which is not there: no log is kept for it"
+        assert missing in await said()
+        async with here.journaling():
+            await here.journal_reaches(here.durable())
+            assert missing not in await said()
+
+    asyncio.run(run())
+
+
 def test_the_journal_goes_on_behind_a_restart_of_the_server(here: Ground) -> None:
     async def run() -> None:
         async with here.journaling():
