@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -68,9 +70,10 @@ def _receiver(here: Deployment) -> int:
     raise AssertionError("nobody receives the log")
 
 
-@pytest.mark.parametrize("major", [15, 18])
-def test_the_latest_state_is_the_newest_snapshot_where_that_goes_beyond_the_log_that_is_kept(major: int) -> None:
-    with deployment(major, "btrfs", extra=QUICK) as here:
+@contextlib.contextmanager
+def log_behind(major: int, storage: str) -> Iterator[tuple[Deployment, int]]:
+    """Give a deployment whose newest point, for its second row, lies behind the log that is kept, and who keeps it."""
+    with deployment(major, storage, extra=QUICK) as here:
         here.cluster.sql("CREATE TABLE t (i int PRIMARY KEY)")
         here.start()
         insert(here, 1)
@@ -80,10 +83,18 @@ def test_the_latest_state_is_the_newest_snapshot_where_that_goes_beyond_the_log_
         try:
             insert(here, 2)
             here.settle()
-            assert rows(here, "--to-latest") == [1, 2]
+            yield here, receiver
         finally:
-            here.stop(signal.SIGKILL)
-            os.kill(receiver, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(receiver, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("major", [15, 18])
+def test_the_latest_state_is_the_newest_snapshot_where_that_goes_beyond_the_log_that_is_kept(major: int) -> None:
+    with log_behind(major, "btrfs") as (here, receiver):
+        assert rows(here, "--to-latest") == [1, 2]
+        here.stop(signal.SIGKILL)
+        os.kill(receiver, signal.SIGKILL)
         here.cluster.kill()
         assert rows(here, "--to-latest") == [1, 2]
         plan = here.ask("restore", "--to-latest", "--dry-run")
@@ -95,23 +106,13 @@ def test_the_latest_state_is_the_newest_snapshot_where_that_goes_beyond_the_log_
 
 
 def test_a_point_whose_log_is_not_kept_yet_is_called_neither_verified_nor_failed() -> None:
-    with deployment(15, "directory", extra=QUICK) as here:
-        here.cluster.sql("CREATE TABLE t (i int PRIMARY KEY)")
-        here.start()
-        insert(here, 1)
-        here.settle()
-        receiver = _receiver(here)
-        os.kill(receiver, signal.SIGSTOP)
-        try:
-            insert(here, 2)
-            here.settle()
-            newest = here.ask("list", "--limit", "1")[0]["number"]
-            refused = here.trigpoint("verify", str(newest), check=False)
-            assert refused.returncode == 9
-            assert "wait until the journal has caught up" in refused.stderr
-            assert here.ask("show", str(newest))["point"]["verification"] is None
-        finally:
-            os.kill(receiver, signal.SIGCONT)
+    with log_behind(15, "directory") as (here, receiver):
+        newest = here.ask("list", "--limit", "1")[0]["number"]
+        refused = here.trigpoint("verify", str(newest), check=False)
+        assert refused.returncode == 9
+        assert "wait until the journal has caught up" in refused.stderr
+        assert here.ask("show", str(newest))["point"]["verification"] is None
+        os.kill(receiver, signal.SIGCONT)
         here.settle()
         assert here.ask("verify", str(newest))["passed"]
 
