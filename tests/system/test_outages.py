@@ -106,22 +106,8 @@ def _findings(deployed: Deployment) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------- journal
 
 
-def _receiver(deployed: Deployment) -> int | None:
-    """Give the process that writes this deployment's journal."""
-    wanted = f"--directory={_journal(deployed)}"
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if wanted in words and words[0].endswith("pg_receivewal"):
-            return int(process.name)
-    return None
-
-
 def test_a_commit_that_only_the_log_tells_of_is_waited_for_while_its_log_is_on_the_way(deployed: Deployment) -> None:
-    receiver = _receiver(deployed)
-    assert receiver is not None
+    receiver = deployed.running_receiver()
     os.kill(receiver, signal.SIGSTOP)
     goes_on = threading.Timer(3, os.kill, (receiver, signal.SIGCONT))
     goes_on.start()
@@ -139,12 +125,11 @@ def test_a_commit_that_only_the_log_tells_of_is_waited_for_while_its_log_is_on_t
 
 
 def test_a_killed_receiver_is_started_again_and_no_log_is_missing(deployed: Deployment) -> None:
-    before = _receiver(deployed)
-    assert before is not None
+    before = deployed.running_receiver()
     os.kill(before, signal.SIGKILL)
     made = _commit(deployed, 3)
     _switch_segment(deployed, 2)
-    deployed.wait_for(lambda: _receiver(deployed) not in (None, before), "another receiver")
+    deployed.wait_for(lambda: deployed.receiver() not in (None, before), "another receiver")
     made += _commit(deployed, 3)
     deployed.settle()
     _assert_comes_back(deployed, made[2])

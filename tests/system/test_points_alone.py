@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -60,16 +59,6 @@ def test_a_point_that_is_taken_without_a_service_comes_back_at_once_and_after_th
         assert rows(here, "--to-point", str(second["number"])) == [1, 2, 3]
 
 
-def _receiver(here: Deployment) -> int:
-    """Give the process that writes the journal."""
-    wanted = f"--directory={here.state / 'journal'}"
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        words = process.read_bytes().decode(errors="replace").split("\0")
-        if words[0].endswith("pg_receivewal") and any(word.startswith(wanted) for word in words):
-            return int(process.parent.name)
-    raise AssertionError("nobody receives the log")
-
-
 @contextlib.contextmanager
 def log_behind(major: int, storage: str) -> Iterator[tuple[Deployment, int]]:
     """Give a deployment whose newest point, for its second row, lies behind the log that is kept, and who keeps it."""
@@ -78,7 +67,7 @@ def log_behind(major: int, storage: str) -> Iterator[tuple[Deployment, int]]:
         here.start()
         insert(here, 1)
         here.settle()
-        receiver = _receiver(here)
+        receiver = here.running_receiver()
         os.kill(receiver, signal.SIGSTOP)
         try:
             insert(here, 2)
