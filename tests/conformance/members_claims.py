@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tests.conformance.storage_claims import TAG, A, B, silent
-from tests.conformance.storage_rigs import MembersRig, names
+from tests.conformance.storage_rigs import Killed, MembersRig, names
 from trigger.errors import StorageError
 from trigger.ports import Storage
 
@@ -116,6 +116,21 @@ async def a_removal_of_a_clone_that_is_cut_off_between_two_storages_is_shown_as_
     assert [(clone.name, clone.identity, clone.dropped) for clone in await rig.driver().clones()] == [
         ("copy", "it", True)
     ]
+    await rig.driver().drop_clone("copy")
+    assert await rig.driver().clones() == []
+
+
+@claim
+async def the_copies_of_a_clone_go_in_the_order_in_which_they_were_made_whatever_order_the_storages_have_now(
+    rig: MembersRig,
+) -> None:
+    await rig.driver().snapshot(rig.volumes, A, TAG)
+    await rig.driver().clone(A, "copy", silent)
+    rig.reversed, rig.dies = True, ((0, "drop_clone"),)
+    with pytest.raises(Killed):
+        await rig.driver().drop_clone("copy")
+    assert [len(await one.clones()) for one in rig.members()] == [1, 1], "else the first would look like a whole one"
+    rig.dies = ()
     await rig.driver().drop_clone("copy")
     assert await rig.driver().clones() == []
 

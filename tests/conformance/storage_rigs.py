@@ -208,6 +208,10 @@ class MembersRig(FileRig):
     join: Callable[..., Storage] = Members
     refused: tuple[tuple[int, str], ...] = ()
     """What the first (0) or the second (1) will not do."""
+    dies: tuple[tuple[int, str], ...] = ()
+    """In what the process ends, likewise."""
+    reversed: bool = False
+    """Whether the second is the first by now."""
 
     @property
     def second(self) -> Path:
@@ -222,7 +226,10 @@ class MembersRig(FileRig):
         first, second = self.members(**options)
         for one, method in self.refused:
             setattr((first, second)[one], method, _refuse)
-        return self.join({"first": first, "second": second}, {"data": "first", "wal": "second"})
+        for one, method in self.dies:
+            setattr((first, second)[one], method, _die)
+        storages = {"second": second, "first": first} if self.reversed else {"first": first, "second": second}
+        return self.join(storages, {"data": "first", "wal": "second"})
 
     def lose_a_volume(self, point: str) -> None:
         shutil.rmtree(self.second / tag_name(point) / "wal")
@@ -234,6 +241,14 @@ class MembersRig(FileRig):
         folder.rename(aside)
         yield
         aside.rename(folder)
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+async def _die(*_: object, **__: object) -> None:
+    raise Killed
 
 
 async def _refuse(*_: object, **__: object) -> None:

@@ -411,6 +411,11 @@ class ShowsWhatIsLeftOfAClone(Members):
         return [replace(clone, dropped=False) for clone in await super().clones()]
 
 
+class DropsInTheOrderOfTheDay(Members):
+    async def drop_clone(self, name: str) -> None:
+        await self._each(lambda one: one.drop_clone(name))
+
+
 BROKEN_MEMBERS: list[tuple[type[Members], Callable[[Any], Awaitable[None]]]] = [
     (TakesAPartForTheWhole, members_claims.a_point_without_one_of_its_members_is_not_complete_and_gives_no_clone),
     (TakesAPartForTheWhole, members_claims.a_snapshot_that_is_cut_off_between_two_members_is_unfinished_and_goes),
@@ -419,6 +424,10 @@ BROKEN_MEMBERS: list[tuple[type[Members], Callable[[Any], Awaitable[None]]]] = [
     (BelievesTheFirstTag, members_claims.members_whose_tags_differ_have_none_until_it_is_written_anew),
     (StopsAtTheFirstThatStays, members_claims.a_member_that_will_not_go_keeps_no_other_from_going),
     (LeavesTheFirstClone, members_claims.a_clone_that_fails_in_one_storage_is_left_in_none),
+    (
+        DropsInTheOrderOfTheDay,
+        members_claims.the_copies_of_a_clone_go_in_the_order_in_which_they_were_made_whatever_order_the_storages_have_now,
+    ),
     (
         ShowsWhatIsLeftOfAClone,
         members_claims.a_removal_of_a_clone_that_is_cut_off_between_two_storages_is_shown_as_one,

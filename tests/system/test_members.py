@@ -120,3 +120,27 @@ def test_a_rehearsal_over_several_storages_proves_a_point_and_leaves_nothing(tmp
         assert report["rehearsal"]["verification"]["passed"], report
         assert not (elsewhere / "snapshots").exists()
         assert not list(here.root.glob("snapshots/*"))
+
+
+def test_a_restore_and_a_removal_that_are_killed_between_two_storages_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with members(QUICK) as (here, elsewhere):
+        here.start()
+        made = commit(here, 3)
+        here.stop()
+        here.forks = False
+        with monkeypatch.context() as armed:
+            armed.setenv("TRIGPOINT_FAILPOINT", "after-member-cloned:kill")
+            assert here.trigpoint("restore", "--to-xid", str(made[1]), "--name", "one", check=False).returncode < 0
+        assert [(one["name"], one["state"]) for one in here.ask("clones")] == [("one", "unfinished")]
+        here.trigpoint("clones", "drop", "--yes", "one")
+        here.trigpoint("restore", "--to-xid", str(made[1]), "--name", "two")
+        with monkeypatch.context() as armed:
+            armed.setenv("TRIGPOINT_FAILPOINT", "after-member-removed:kill")
+            assert here.trigpoint("clones", "drop", "--yes", "two", check=False).returncode < 0
+        assert [(one["name"], one["state"]) for one in here.ask("clones")] == [("two", "being dropped")]
+        here.trigpoint("clones", "drop", "--yes", "two")
+        assert here.ask("clones") == []
+        for folder in (here.root / "snapshots", elsewhere / "snapshots"):
+            assert list((folder / "clones").iterdir()) == []

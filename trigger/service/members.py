@@ -11,7 +11,7 @@ No two storages are cut at one instant, so the database's own bracket is held ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -179,13 +179,20 @@ class Members:
         return [_whole(parts[name]) for name in sorted(parts)]
 
     async def drop_clone(self, name: str) -> None:
-        """Remove every copy of a clone, in the order in which they were made."""
-        await self._each(lambda one: one.drop_clone(name))
+        """Remove every copy of a clone, in the order in which they were made, whatever the storages' order is now."""
+        shown = await self._ask_all(lambda one: one.clones())
+        made = {
+            home: len(clone.beside)
+            for home, clones in zip(self._storages, shown, strict=True)
+            for clone in clones
+            if clone.name == name
+        }
+        await self._each(lambda one: one.drop_clone(name), sorted(self._storages, key=lambda home: made.get(home, 0)))
 
-    async def _each(self, remove: Callable[[Storage], Awaitable[None]]) -> None:
+    async def _each(self, remove: Callable[[Storage], Awaitable[None]], order: Iterable[str] = ()) -> None:
         """Remove something in one storage after the other; raises the first error when all were tried."""
         errors: list[StorageError] = []
-        for name in self._storages:
+        for name in order or self._storages:
             try:
                 await self._ask(name, remove)
                 reached("after-member-removed")
