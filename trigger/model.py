@@ -234,6 +234,8 @@ class Snapshot:
     """What had to be copied; 0 where the storage shares unchanged blocks."""
     path: str = ""
     """Where the volume lay; "" where an earlier version cut it."""
+    storage: str = ""
+    """Which of several storages keeps it, by its name; "" where there was one alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,8 +468,12 @@ class Space:
     """What a snapshot that found no room wants at the least besides `wanted_free_bytes`; 0 once one is made."""
     freeing: bool = False
     """Whether what was deleted still gives room back."""
-    silent: str = ""
-    """Of several storages one that shows nothing at all: it is new, or away."""
+    name: str = ""
+    """Of several storages the one that this is said of."""
+    storages: tuple[str, ...] = ()
+    """The names of all of them."""
+    silent: tuple[str, ...] = ()
+    """Those of them that show nothing at all: they are new, or away."""
 
     @property
     def short(self) -> bool:

@@ -21,6 +21,10 @@ _NOTHING = "{} shows no snapshot at all, and in the catalog {} sealed"
 MOUNT = "mount the storage's filesystem; if it is really gone: trigpoint reconcile --accept-loss"
 TAKES_BACK = "`trigpoint reconcile`, or a start of the service, takes back those that are whole"
 """What of points that failed as gone lies in the storage again."""
+_KEEP = (
+    "let it stand in [[storages]] under that name, with or without a volume; if it is really gone:"
+    " trigpoint reconcile --accept-loss (storage {})"
+)
 _BACK = (
     "put back what was moved, and it serves again, but where the service was stopped or started since, or failed at a"
     f" point: {TAKES_BACK}. What is gone for good is given up then, and its commits are restored from the points before"
@@ -30,24 +34,40 @@ _BACK = (
 async def silence(sealed: Sequence[RecoveryPoint], storage: Storage) -> StorageError | None:
     """Give the error for a storage, or one of several, that shows nothing though sealed points have snapshots there.
 
+    So it is for one that the configuration does not have any more.
+
     Raises:
         StorageError: it cannot be looked at.
     """
     if not sealed:
         return None
     space = await storage.space()
-    if not space.snapshots:
+    if not space.snapshots and len(space.silent) == len(space.storages):
         return StorageError(nothing_of(len(sealed)), hint=MOUNT)
-    if space.silent and await _unseen(sealed, storage):
-        return StorageError(nothing_of(len(sealed), f"storage {space.silent}"), hint=MOUNT)
-    return None
+    used = storages_of(sealed)
+    if missing := sorted(used.difference(space.storages)):
+        words = f"the configuration has no storage {missing[0]}, and points have a part there"
+        return StorageError(words, hint=_KEEP.format(missing[0]))
+    silent = [name for name in space.silent if name in used or await _unseen(sealed, storage)]
+    return StorageError(nothing_of(len(sealed), f"storage {silent[0]}"), hint=MOUNT) if silent else None
+
+
+def storages_of(points: Collection[RecoveryPoint]) -> set[str]:
+    """Give the names of those of several storages in which any of some points has a part."""
+    return {kept.storage for point in points for kept in point.snapshots} - {""}
+
+
+async def lost_storages(sealed: Sequence[RecoveryPoint], storage: Storage) -> set[str]:
+    """Give those of several storages that show nothing, or are not there any more, and have parts of sealed points."""
+    space = await storage.space()
+    return {name for name in storages_of(sealed) if name in space.silent or name not in space.storages}
 
 
 async def _unseen(points: Sequence[RecoveryPoint], storage: Storage) -> bool:
-    """Whether there is a volume of which none of the snapshots is there that these points have."""
+    """Whether there is a volume of which none of the snapshots is there that were cut into a storage alone."""
     for volume in volumes_in(points):
-        of_it = of_volume(points, volume)
-        if len(await storage.absent(of_it)) == len(of_it):
+        of_it = [one for one in of_volume(points, volume) if not one.snapshots[0].storage]
+        if of_it and len(await storage.absent(of_it)) == len(of_it):
             return True
     return False
 

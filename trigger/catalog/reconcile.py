@@ -14,7 +14,7 @@ from functools import partial
 
 from trigger.catalog import tag
 from trigger.catalog.catalog import Catalog
-from trigger.catalog.presence import TAKES_BACK, is_whole, silence
+from trigger.catalog.presence import TAKES_BACK, is_whole, lost_storages, silence, storages_of
 from trigger.errors import StorageError, TrigpointError
 from trigger.model import GONE, CommitRecord, Finding, RecoveryPoint, Severity, State
 from trigger.ports import Storage, Tagged
@@ -115,7 +115,8 @@ async def reconcile(
     Args:
         catalog: is brought to what the storage really has.
         storage: is claimed, and rid of what the catalog knows to be half made.
-        accept_loss: believe a storage that shows nothing at all, although points are sealed.
+        accept_loss: believe a storage that shows nothing at all, although points are sealed; where that is one of
+            several, what the others keep of its points goes too.
         streams: those that are protected. Where the catalog knows of no point at all it was lost, and nobody can say
             any more what was in a stream of which no tag has a commit: it is known up to the floor of the oldest point.
 
@@ -129,15 +130,18 @@ async def reconcile(
     begun = () if await catalog.points(limit=1) else streams
     in_storage = {tagged.point: tagged for tagged in await storage.tagged()}
     in_catalog = {point.id: point for point in await _concerned(catalog, in_storage)}
+    pruned = await catalog.pruned_among(in_storage.keys() - in_catalog.keys())  # they expired long ago
+    strays = [found for point, found in in_storage.items() if point not in in_catalog and point not in pruned]
     sealed = [point for point in in_catalog.values() if point.state is State.SEALED]
+    sealed += [point for stray in strays if (point := await _sealed_stray(catalog, stray)) is not None]
     if not accept_loss and (silent := await silence(sealed, storage)) is not None:
         raise silent
+    lost = await lost_storages(sealed, storage) if accept_loss else set()
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
-    for pruned in sorted(await catalog.pruned_among(in_storage.keys() - in_catalog.keys())):
-        del in_storage[pruned]  # it expired long ago
-        if await _remove(storage, pruned, done):
-            done.removed.append(pruned)
+    for point_id in (*sorted(pruned), *(point.id for point in sealed if lost.intersection(storages_of([point])))):
+        if in_storage.pop(point_id, None) is not None and await _remove(storage, point_id, done):
+            done.removed.append(point_id)
     systems = {point.floor.history.system for point in in_catalog.values()}
     for _, stray in sorted(in_storage.items()):  # oldest first: a later life of a log does not repeat an earlier one
         if stray.point not in in_catalog:
@@ -145,6 +149,15 @@ async def reconcile(
     if done:
         log.warning("reconciled: %s", done.words())
     return done
+
+
+async def _sealed_stray(catalog: Catalog, stray: Tagged) -> RecoveryPoint | None:
+    """Give the point of a snapshot that the catalog does not know, where its tag says that it is sealed."""
+    try:
+        point, _ = await _decoded(catalog, stray.tag or "")
+    except TrigpointError:
+        return None
+    return point if point.state is State.SEALED else None
 
 
 async def _concerned(catalog: Catalog, in_storage: Collection[str]) -> list[RecoveryPoint]:
@@ -231,6 +244,8 @@ async def _settle_stray(
     elif point.state is State.SEALED and stray.complete and is_whole(stray, point):
         if await catalog.adopt(point, records, streams):
             done.adopted.append(stray.point)
+    elif point.state is State.SEALED and stray.complete:  # another storage keeps the rest of it, and does not show it
+        done.strange.append(stray.point)
     elif await _remove(storage, stray.point, done):
         done.removed.append(stray.point)
 

@@ -340,6 +340,7 @@ def _snapshot_out(snapshot: Snapshot) -> dict[str, object]:
         "ended_at": _time_out(snapshot.ended_at),
         "bytes_copied": snapshot.bytes_copied,
         "path": snapshot.path,
+        **({"storage": snapshot.storage} if snapshot.storage else {}),
     }
 
 

@@ -39,7 +39,13 @@ Config = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-AcceptLoss = Annotated[bool, typer.Option("--accept-loss", help="Believe a storage that shows no snapshot at all.")]
+AcceptLoss = Annotated[
+    bool,
+    typer.Option(
+        "--accept-loss",
+        help="Believe a storage that shows no snapshot at all. Of several, what others keep of its points goes too.",
+    ),
+]
 InHistory = Annotated[
     str | None,
     typer.Option("--history", help="Any history that `find` shows, such as 7391/1+1.", show_default=False),

@@ -93,7 +93,7 @@ async def _rebuild(chosen: Options, *, accept_loss: bool) -> Rebuilt:
             if not accept_loss:
                 await _require_points(parts, old)
             unknown = () if old.points else [source.name for source in parts.sources]
-            done = await reconcile(parts.catalog, parts.storage, streams=unknown)
+            done = await reconcile(parts.catalog, parts.storage, accept_loss=accept_loss, streams=unknown)
             await take_over(parts.catalog, old)
             return done, await known(parts.catalog)
 

@@ -46,7 +46,7 @@ class VolumeOptions(Section):
     """Its root; the driver of its storage says what that has to be."""
     storage: Name | None = Field(default=None, examples=["fast"])
     """Which of the `[[storages]]` keeps its snapshots; needed where there are some. It may be changed: what was cut
-    before stays where it is, and is found there while that storage stands here."""
+    before stays where it is, and is found there; so that storage has to stand here under its name."""
 
 
 class OneStorage(Section):

@@ -221,14 +221,15 @@ async def require_room(cluster: Protected) -> None:
     if Capability.ATOMIC_GROUP in storage.capabilities:
         return  # it costs nothing to try
     space = await storage.space()
+    whose = f"storage {space.name}: " if space.name else ""
     if space.snapshots >= space.budget:
-        raise StorageError(f"{space.snapshots} points are kept, the budget is {space.budget}", hint=_MAKE_ROOM)
+        raise StorageError(f"{whose}{space.snapshots} points are kept, the budget is {space.budget}", hint=_MAKE_ROOM)
     if not space.short:
         return
     wanted = space.wanted_free_bytes + space.needed_bytes
     tried = cluster.attempts.get(storage.name)
     if space.free_bytes < space.wanted_free_bytes or (tried is not None and now < tried + ATTEMPT_SECONDS):
-        raise StorageError(f"{space.free_bytes} bytes are free, {wanted} are wanted", hint=_MAKE_ROOM)
+        raise StorageError(f"{whose}{space.free_bytes} bytes are free, {wanted} are wanted", hint=_MAKE_ROOM)
     cluster.attempts[storage.name] = now
 
 

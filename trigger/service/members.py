@@ -76,17 +76,18 @@ class Members:
         self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
     ) -> tuple[Snapshot, ...]:
         """Cut every volume in its storage, all side by side; where one fails, the others are given up."""
-        if any(found.complete is False for found in await self.tagged(point)):
+        shares = self._shares(volumes)
+        there = [found for _, found in await self._shown(shares, point)]
+        if there and not _joined(there).complete:
             message = f"{point} is there already, unfinished"
             raise StorageError(message, hint="delete the point first", retryable=False)
-        shares = self._shares(volumes)
         names = [*(volume.name for volume in volumes), *beside]
 
         async def cut(name: str, share: Sequence[Volume]) -> tuple[Snapshot, ...]:
             others = [other for other in names if other not in [volume.name for volume in share]]
             made = await self._ask(name, lambda one: one.snapshot(share, point, tag, beside=others))
             reached("after-member-cut")
-            return made
+            return tuple(replace(snapshot, storage=name) for snapshot in made)
 
         made = await together(cut(name, share) for name, share in shares.items())
         found = {snapshot.volume: snapshot for snapshots in made for snapshot in snapshots}
@@ -116,9 +117,17 @@ class Members:
             raise type(error)(f"storage {name}: {error.message}", hint=error.hint, retryable=error.retryable) from error
 
     async def _parts(self, point: str | None = None) -> list[tuple[str, Tagged]]:
-        """Give what each storage shows, with its name."""
-        shown = await self._ask_all(lambda one: one.tagged(point))
-        return [(name, found) for name, tagged in zip(self._storages, shown, strict=True) for found in tagged]
+        """Give what each storage shows, with its name; of a point that those have whole that keep volumes, theirs."""
+        parts = await self._shown(filter(self._is_home, self._storages), point) if point is not None else []
+        if parts and _joined([found for _, found in parts]).complete:
+            return parts
+        return await self._shown(self._storages, point)
+
+    async def _shown(self, names: Iterable[str], point: str | None) -> list[tuple[str, Tagged]]:
+        """Give what some storages show, each with its name."""
+        asked = list(names)
+        shown = await together(self._ask(name, lambda one: one.tagged(point)) for name in asked)
+        return [(name, _in(name, found)) for name, tagged in zip(asked, shown, strict=True) for found in tagged]
 
     async def tagged(self, point: str | None = None) -> list[Tagged]:
         """Give every point, or one, with what all storages show of it; without a tag where they do not say the same."""
@@ -202,17 +211,45 @@ class Members:
             raise errors[0]
 
     async def space(self) -> Space:
-        """Give the room of the storage that is nearest to having none, and the budget of the one that is fullest."""
-        spaces = await self._ask_all(lambda one: one.space())
-        tightest = min(spaces, key=lambda one: (not one.short, one.free_bytes - one.wanted_free_bytes))
-        fullest = max(spaces, key=lambda one: one.snapshots / one.budget)
-        empty = [name for name, one in zip(self._storages, spaces, strict=True) if not one.snapshots]
-        return replace(tightest, snapshots=fullest.snapshots, budget=fullest.budget, silent=next(iter(empty), ""))
+        """Give the room of the storage that is nearest to having none, and the budget of the one that is fullest.
+
+        Of those that keep volumes now: what another one lacks hinders no new point.
+        """
+        homes = [name for name in self._storages if self._is_home(name)]
+        spaces = {name: await self._ask(name, lambda one: one.space()) for name in homes}
+        others = {name: await self._space_of(name) for name in self._storages if name not in homes}
+        name = min(
+            homes, key=lambda one: (not spaces[one].short, spaces[one].free_bytes - spaces[one].wanted_free_bytes)
+        )
+        fullest = max(spaces.values(), key=lambda one: one.snapshots / one.budget)
+        counts = {one: space.snapshots if space is not None else 0 for one, space in (spaces | others).items()}
+        return replace(
+            spaces[name],
+            snapshots=fullest.snapshots,
+            budget=fullest.budget,
+            name=name,
+            storages=tuple(self._storages),
+            silent=tuple(one for one in self._storages if not counts[one]),
+        )
+
+    def _is_home(self, name: str) -> bool:
+        return name in self._homes.values()
+
+    async def _space_of(self, name: str) -> Space | None:
+        """Give the room of a storage that keeps no volume now; None while it cannot be looked at."""
+        with contextlib.suppress(StorageError):
+            return await self._storages[name].space()
+        return None
 
     async def close(self) -> None:
         """Let go of every claim."""
         for one in self._storages.values():
             await one.close()
+
+
+def _in(name: str, found: Tagged) -> Tagged:
+    """Give what a storage shows, its snapshots with its name."""
+    return replace(found, snapshots=tuple(replace(kept, storage=name) for kept in found.snapshots))
 
 
 def _joined(parts: Sequence[Tagged]) -> Tagged:

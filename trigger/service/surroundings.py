@@ -26,6 +26,7 @@ def check(options: Options, volumes: Sequence[Volume]) -> list[Finding]:
     storages = {f"storage folder {name}".rstrip(): store.folder for name, store in options.stores.items()}
     return [
         *check_places(places | storages, volumes),
+        *check_apart(storages),
         *check_ours(places),
         *check_secrets(options.guarded_files),
         *check_state_folder(options.state_folder),
@@ -47,6 +48,14 @@ def check_places(places: dict[str, Path], volumes: Sequence[Volume]) -> Iterator
             )
         else:
             yield Finding(what, Severity.OK, f"{path} lies on no protected volume")
+
+
+def check_apart(folders: dict[str, Path]) -> Iterator[Finding]:
+    """Refuse two folders of storages that are one, by whatever link or mount they are reached."""
+    seen: dict[tuple[int, int], str] = {}
+    for what, path in folders.items():
+        if path.exists() and (other := seen.setdefault(_identity(path), what)) != what:
+            yield Finding(what, Severity.REFUSED, f"{path} is the {other} too", "give each storage a folder of its own")
 
 
 def _identity(path: Path) -> tuple[int, int]:
