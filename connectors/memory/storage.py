@@ -46,7 +46,7 @@ class MemoryStorage:
         self._budget = budget
         self._wanted_free_bytes = wanted_free_bytes
 
-    def clone_place(self, volume: str) -> ClonePlace | None:  # noqa: ARG002 - the same for each
+    def clone_place(self, kept: Snapshot) -> ClonePlace | None:  # noqa: ARG002 - the same for each
         """Give nothing: they lie in no folder."""
         return None
 

@@ -81,7 +81,7 @@ class BtrfsStorage:
         self._threads = Threads("btrfs")
         self._deleted_at = -math.inf
 
-    def clone_place(self, volume: str) -> ClonePlace:  # noqa: ARG002 - the same for each
+    def clone_place(self, kept: Snapshot) -> ClonePlace:  # noqa: ARG002 - the same for each
         """Give where clones lie, as subvolumes."""
         return ClonePlace(self._shelf.clones_folder, whole=True)
 

@@ -99,7 +99,7 @@ class DirectoryStorage:
         self._exclude = exclude or {}
         self._threads = Threads("directory")
 
-    def clone_place(self, volume: str) -> ClonePlace:  # noqa: ARG002 - the same for each
+    def clone_place(self, kept: Snapshot) -> ClonePlace:  # noqa: ARG002 - the same for each
         """Give where clones lie, as mere folders."""
         return ClonePlace(self._shelf.clones_folder, whole=False)
 

@@ -144,3 +144,26 @@ def test_a_restore_and_a_removal_that_are_killed_between_two_storages_leave_noth
         assert here.ask("clones") == []
         for folder in (here.root / "snapshots", elsewhere / "snapshots"):
             assert list((folder / "clones").iterdir()) == []
+
+
+def test_what_can_be_renamed_into_place_is_told_by_where_the_parts_of_the_point_lie_and_not_the_next_ones() -> None:
+    with members(QUICK) as (here, _):
+        config = here.config.read_text().replace('driver = "btrfs"', 'driver = "directory"')
+        here.config.write_text(config)
+        here.start()
+        first = [*commit(here), *commit(here)]
+        here.stop()
+        here.config.write_text(config.replace('storage = "plain"', 'storage = "fast"'))
+        here.start()
+        second = [*commit(here), *commit(here)]
+        here.stop()
+        here.cluster.stop()
+        refused = here.trigpoint("restore", "--in-place", "--to-xid", str(second[1]), "--dry-run", check=False)
+        assert refused.returncode == 9
+        assert "lies on another filesystem" in refused.stdout + refused.stderr
+        at_once = here.trigpoint("restore", "--in-place", "--to-xid", str(second[1]), "--yes", check=False)
+        assert "lies on another filesystem" in at_once.stderr
+        assert "clone" not in at_once.stderr.splitlines(), "it is told before anything is copied"
+        here.trigpoint("restore", "--in-place", "--to-xid", str(first[1]), "--yes")
+        here.cluster.start()
+        assert transactions(here.cluster.conninfo) == set(first)

@@ -80,8 +80,8 @@ class Storage(Protocol):
     name: str
     capabilities: frozenset[Capability]
 
-    def clone_place(self, volume: str) -> ClonePlace | None:
-        """Give where clones of a volume will lie; None where that shows only when one is made."""
+    def clone_place(self, kept: Snapshot) -> ClonePlace | None:
+        """Give where the copy of a snapshot will lie in a clone; None where that shows only when one is made."""
         ...
 
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:

@@ -25,7 +25,7 @@ from trigger.restore.clones import CloneState, CloneStatus, Site, remove_after, 
 from trigger.restore.exchange import Place, Rename, blocked
 from trigger.restore.histories import known_histories
 from trigger.restore.losses import Losses, Replaced, behind_clone, behind_replaced, behind_target, replaced
-from trigger.restore.obstacles import copy_of, immovable, obstacles, require_at_rest, require_none
+from trigger.restore.obstacles import copy_of, immovable, misplaced, obstacles, require_at_rest, require_none
 from trigger.restore.planner import Plan
 from trigger.restore.restore import Report, prepare, require_room, restore
 from trigger.restore.swap import (
@@ -113,6 +113,7 @@ async def prepare_in_place(target: Target, site: Site, *, replacing: bool = Fals
         await require_room(plan, site)
     except RestoreError as error:
         refused.append(_refusal("room", error))
+    refused += await misplaced(plan.base, site)
     if not is_of(plan.base, site.volumes):
         refused.append(_others(f"point {plan.base.number}", listed(volumes_of(plan.base, ())), site))
     found = await replaced(target.history.system, site, copy_of(plan.base, site.volumes))
@@ -164,6 +165,7 @@ async def restore_in_place(
     """
     found = await replaced(target.history.system, site)
     require_none([*await _in_the_way(site), *_unasked(found, replacing=replacing)])
+    require_none(await misplaced((await prepare(target, site)).base, site))
     report = await restore(target, site, progress=progress, name=new_name("in-place"))
     try:
         swap = await _ready(report.name, report.target.description, site)

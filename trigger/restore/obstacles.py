@@ -50,11 +50,17 @@ def _of_places(site: Site) -> list[Finding]:
     for volume in site.volumes:
         path = Path(volume.path)
         fixed = immovable(path, path.parent)
-        place = site.storage.clone_place(volume.name)
-        if fixed is None and place is not None:
-            fixed = _elsewhere(place, path.parent)
         found += [fixed] if fixed is not None else []
     return found
+
+
+async def misplaced(base: RecoveryPoint, site: Site) -> list[Finding]:
+    """Give which copies of a point's snapshots could not be renamed to where the volumes lie; nothing is changed."""
+    paths = {volume.name: Path(volume.path) for volume in site.volumes}
+    places = [(site.storage.clone_place(kept), paths.get(kept.volume)) for kept in base.snapshots]
+    looks = [(place, path.parent) for place, path in places if place is not None and path is not None]
+    found = await asyncio.to_thread(lambda: [_elsewhere(place, folder) for place, folder in looks])
+    return [finding for finding in found if finding is not None]
 
 
 def _refused(subject: Path, message: str, remedy: str = "") -> Finding:

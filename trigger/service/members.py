@@ -44,10 +44,10 @@ class Members:
         self.name = "+".join(dict.fromkeys(one.name for one in storages.values()))
         self.capabilities = common - {Capability.ATOMIC_GROUP}
 
-    def clone_place(self, volume: str) -> ClonePlace | None:
-        """Give where the storage that keeps a volume now puts its clones."""
-        home = self._homes.get(volume)
-        return self._storages[home].clone_place(volume) if home is not None else None
+    def clone_place(self, kept: Snapshot) -> ClonePlace | None:
+        """Give where the storage of a snapshot puts its clones; None for one that was cut into a storage alone."""
+        home = self._storages.get(kept.storage)
+        return home.clone_place(kept) if home is not None else None
 
     def _shares(self, volumes: Sequence[Volume]) -> dict[str, list[Volume]]:
         """Give by storage the volumes that it keeps; one that keeps none is left out."""
