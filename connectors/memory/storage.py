@@ -112,13 +112,13 @@ class MemoryStorage:
         torn = (first.book, first.lineage, first.upto) != (last.book, last.lineage, last.upto)
         return replace(snapshot, ended_at=self._world.now()), last._replace(redo=first.redo, torn=torn)
 
-    async def retag(self, point: str, tag: str) -> None:
+    async def retag(self, point: str, tag: str, *, beside: Sequence[str] = ()) -> None:
         """Replace the tag of a point."""
         await asyncio.sleep(0)
         kept = self._world.kept.get(point)
         if kept is None or any(volume not in kept.cuts for volume in kept.wanted):
             raise StorageError(f"no whole snapshot of {point} to tag", retryable=False)
-        kept.tag = tag
+        kept.tag, kept.beside = tag, kept.beside or tuple(beside)
 
     async def tagged(self, point: str | None = None) -> list[Tagged]:
         """Give everything it keeps, or what it keeps of one point."""

@@ -164,10 +164,10 @@ class BtrfsStorage:
                     self._delete(point)
                 raise
 
-    async def retag(self, point: str, tag: str) -> None:
+    async def retag(self, point: str, tag: str, *, beside: Sequence[str] = ()) -> None:
         """Replace the tag of a point."""
         with as_storage_error(f"tag of {point}"):
-            await self._threads.run(partial(self._shelf.retag, point, tag), alone=point)
+            await self._threads.run(partial(self._shelf.retag, point, tag, beside), alone=point)
 
     async def tagged(self, point: str | None = None) -> list[Tagged]:
         """Give everything that bears one of our names, or what there is of one point."""

@@ -250,14 +250,14 @@ class Shelf:
             raise StorageError(message, hint="delete the point first", retryable=False)
         return found.snapshots
 
-    def retag(self, point: str, tag: str) -> None:
+    def retag(self, point: str, tag: str, beside: Sequence[str] = ()) -> None:
         """Replace the tag of a point, or write it anew; raises `StorageError` where there is no snapshot."""
         self._place.require_used()
         sidecar = self.read(point)
         snapshots = sidecar.snapshots if sidecar else self._untagged(point)
         if not snapshots:
             raise StorageError(f"no snapshot of {point} to tag", retryable=False)
-        self.write(point, Sidecar(tag, snapshots, sidecar.beside if sidecar else ()))
+        self.write(point, Sidecar(tag, snapshots, sidecar.beside if sidecar else tuple(beside)))
 
     def _untagged(self, point: str) -> tuple[Snapshot, ...]:
         """Give the snapshots of a point without a sidecar that are whole by themselves; their times are a guess."""

@@ -144,3 +144,41 @@ async def what_was_cut_before_there_was_a_second_storage_is_whole(rig: MembersRi
     assert [volume for volume, _ in (await storage.clone(A, "copy", silent)).paths] == names(rig.volumes)
     await storage.snapshot(rig.volumes, B, TAG)
     assert await shown(storage) == [(A, TAG, True), (B, TAG, True)]
+
+
+@claim
+async def a_tag_that_is_written_anew_keeps_the_names_of_the_other_members(rig: MembersRig) -> None:
+    await rig.driver().snapshot(rig.volumes, A, TAG)
+    rig.damage_tag(A)
+    await rig.driver().retag(A, "anew")
+    with rig.member_away(A):
+        assert await shown(rig.driver()) == [(A, "anew", False)]
+        with pytest.raises(StorageError, match="no whole snapshot"):
+            await rig.driver().clone(A, "copy", silent)
+    assert await shown(rig.driver()) == [(A, "anew", True)]
+
+
+@claim
+async def a_clone_of_which_a_copy_lies_in_a_storage_that_is_away_is_not_removed_in_part(rig: MembersRig) -> None:
+    await rig.driver().snapshot(rig.volumes, A, TAG)
+    await rig.driver().clone(A, "copy", silent)
+    with rig.second_away():
+        with pytest.raises(StorageError, match="storage second shows nothing, and a copy of wal may lie there"):
+            await rig.driver().drop_clone("copy")
+        assert [clone.dropped for clone in await rig.driver().clones()] == [False]
+    await rig.driver().drop_clone("copy")
+    assert await rig.driver().clones() == []
+
+
+@claim
+async def a_storage_that_keeps_no_volume_hinders_nothing_by_its_room_its_budget_or_its_absence(rig: MembersRig) -> None:
+    await rig.driver().snapshot(rig.volumes, A, TAG)
+    rig.homes = {"data": "first", "wal": "first"}
+    moved = rig.driver()
+    with rig.second_away():
+        moved = rig.driver()
+        await moved.snapshot(rig.volumes, B, TAG)
+        await moved.retag(B, "sealed")
+        space = await moved.space()
+        assert (space.name, space.snapshots, space.silent) == ("first", 2, ("second",))
+    assert await shown(moved) == [(A, TAG, True), (B, "sealed", True)]

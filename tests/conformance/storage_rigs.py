@@ -212,6 +212,7 @@ class MembersRig(FileRig):
     """In what the process ends, likewise."""
     reversed: bool = False
     """Whether the second is the first by now."""
+    homes: dict[str, str] = field(default_factory=lambda: {"data": "first", "wal": "second"})
 
     @property
     def second(self) -> Path:
@@ -229,10 +230,17 @@ class MembersRig(FileRig):
         for one, method in self.dies:
             setattr((first, second)[one], method, _die)
         storages = {"second": second, "first": first} if self.reversed else {"first": first, "second": second}
-        return self.join(storages, {"data": "first", "wal": "second"})
+        return self.join(storages, self.homes)
 
     def lose_a_volume(self, point: str) -> None:
         shutil.rmtree(self.second / tag_name(point) / "wal")
+
+    @contextlib.contextmanager
+    def second_away(self) -> Iterator[None]:
+        """Let the second not be mounted for a while; whoever looks then never saw it."""
+        self.second.rename(self.root / "unmounted")
+        yield
+        (self.root / "unmounted").rename(self.second)
 
     @contextlib.contextmanager
     def member_away(self, point: str) -> Iterator[None]:

@@ -226,7 +226,7 @@ class ClaimsToBeAtomic(DirectoryStorage):
 
 
 class RaisesWhatItLikes(DirectoryStorage):
-    async def retag(self, point: str, tag: str) -> None:
+    async def retag(self, point: str, tag: str, *, beside: Sequence[str] = ()) -> None:
         if self._shelf.read(point) is None:
             raise KeyError(point)
         await super().retag(point, tag)

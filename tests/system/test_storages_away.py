@@ -140,3 +140,18 @@ def test_two_storages_that_are_one_folder_by_a_link_are_refused() -> None:
         said = here.trigpoint("check", check=False)
         assert said.returncode == 3
         assert "is the storage folder fast too" in said.stdout
+
+
+def test_what_is_sealed_by_its_tag_and_not_whole_is_left_alone_where_the_catalog_is_made_anew() -> None:
+    with members(QUICK) as (here, elsewhere):
+        here.start()
+        made = commit(here, 3)
+        here.stop()
+        newest = kept(elsewhere / "snapshots")[-1]
+        (elsewhere / "snapshots" / newest).rename(elsewhere / "aside")
+        said = here.trigpoint("catalog", "rebuild")
+        assert "not whole, left alone" in said.stdout + said.stderr
+        assert newest in kept(here.root / "snapshots")
+        (elsewhere / "aside").rename(elsewhere / "snapshots" / newest)
+        assert here.ask("reconcile")["adopted"]
+        assert held(here, made[2]) == set(made)

@@ -35,7 +35,7 @@ _WORDS = {
     "unreadable": "with a damaged tag, which could not be written anew",
     "phantoms": "failed, since gone from the storage",
     "regained": "sealed again, since back in the storage",
-    "incomplete": "failed as gone and back in the storage, but not whole, left alone (the log says what is missing)",
+    "incomplete": "in the storage, sealed by their tags, but not whole, left alone (the log says what is missing)",
     "expired": "removed as was begun",
     "strange": "of another cluster or with an unreadable tag, left alone (`trigpoint reconcile` names them)",
     "stuck": "that the storage does not let go of, tried again",
@@ -62,7 +62,7 @@ class Reconciliation:
     regained: list[str] = field(default_factory=list)
     """Had failed as gone from the storage, and are whole there again: sealed again, with their commits."""
     incomplete: list[str] = field(default_factory=list)
-    """Had failed likewise, and part of them is there: left alone until the rest is, and looked at again then."""
+    """Had failed likewise, or are not known, and part of them is there: left alone until the rest is."""
     expired: list[str] = field(default_factory=list)
     """Were being removed: now gone."""
     strange: list[str] = field(default_factory=list)
@@ -244,8 +244,9 @@ async def _settle_stray(
     elif point.state is State.SEALED and stray.complete and is_whole(stray, point):
         if await catalog.adopt(point, records, streams):
             done.adopted.append(stray.point)
-    elif point.state is State.SEALED and stray.complete:  # another storage keeps the rest of it, and does not show it
-        done.strange.append(stray.point)
+    elif point.state is State.SEALED:  # the rest of it may be elsewhere, or on its way back
+        log.warning("point %s is sealed by its tag, and not whole in the storage: it is left alone", stray.point)
+        done.incomplete.append(stray.point)
     elif await _remove(storage, stray.point, done):
         done.removed.append(stray.point)
 

@@ -126,11 +126,11 @@ class Storage(Protocol):
         """
         ...
 
-    async def retag(self, point: str, tag: str) -> None:
+    async def retag(self, point: str, tag: str, *, beside: Sequence[str] = ()) -> None:
         """Replace the tag of a point durably and at once (the old one or the new one, never neither).
 
         Where it is missing or cannot be read, and the snapshots are whole, it is written anew, for those that `tagged`
-        shows.
+        shows, with what the point has `beside` them.
 
         Raises:
             StorageError: there is no snapshot, or it cannot be written.

@@ -119,11 +119,11 @@ async def _more_comes(held: Sequence[Extent], until: Position, journal: Journal,
     """Wait until more log is kept than was `held`; gives False where that went to `until`, or at the deadline."""
     if any(one.history == until.history and one.end >= until.at for one in held):
         return False
-    while await journal.extents() == held:
-        if asyncio.get_running_loop().time() >= deadline:
-            return False
+    while asyncio.get_running_loop().time() < deadline:
+        if await journal.extents() != held:
+            return True
         await asyncio.sleep(POLL_SECONDS)
-    return True
+    return False
 
 
 async def _resolved(

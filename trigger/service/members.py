@@ -93,17 +93,19 @@ class Members:
         found = {snapshot.volume: snapshot for snapshots in made for snapshot in snapshots}
         return tuple(found[volume.name] for volume in volumes)
 
-    async def retag(self, point: str, tag: str) -> None:
+    async def retag(self, point: str, tag: str, *, beside: Sequence[str] = ()) -> None:
         """Replace the tag of every member of a point; between the first and the last they do not agree."""
-        holders = [name for name, _ in await self._parts(point)]
-        if not holders:
+        parts = await self._parts(point)
+        if not parts:
             raise StorageError(f"no snapshot of {point} to tag", retryable=False)
+        volumes = _volumes_of([found for _, found in parts]).union(beside)
 
-        async def write(name: str) -> None:
-            await self._ask(name, lambda one: one.retag(point, tag))
+        async def write(name: str, found: Tagged) -> None:
+            others = sorted(volumes.difference(kept.volume for kept in found.snapshots))
+            await self._ask(name, lambda one: one.retag(point, tag, beside=others))
             reached("after-member-tagged")
 
-        await together(map(write, holders))
+        await together(write(name, found) for name, found in parts)
 
     async def _ask_all(self, call: Callable[[Storage], Awaitable[T]]) -> list[T]:
         """Give what every storage gives, asked side by side."""
@@ -190,6 +192,7 @@ class Members:
     async def drop_clone(self, name: str) -> None:
         """Remove every copy of a clone, in the order in which they were made, whatever the storages' order is now."""
         shown = await self._ask_all(lambda one: one.clones())
+        await self._require_all_copies([clone for clones in shown for clone in clones if clone.name == name])
         made = {
             home: len(clone.beside)
             for home, clones in zip(self._storages, shown, strict=True)
@@ -197,6 +200,17 @@ class Members:
             if clone.name == name
         }
         await self._each(lambda one: one.drop_clone(name), sorted(self._storages, key=lambda home: made.get(home, 0)))
+
+    async def _require_all_copies(self, parts: Sequence[Clone]) -> None:
+        """Refuse where a copy of a clone may lie in a storage that is away; raises `StorageError`."""
+        if not parts or parts[0].dropped:
+            return
+        wanted = _volumes_of([found for _, found in await self._parts(parts[0].point)])
+        lacking = wanted - {volume for part in parts for volume, _ in part.paths}
+        silent = (await self.space()).silent if lacking else ()
+        if silent:
+            message = f"storage {silent[0]} shows nothing, and a copy of {', '.join(sorted(lacking))} may lie there"
+            raise StorageError(message, hint="mount its filesystem, and do it again")
 
     async def _each(self, remove: Callable[[Storage], Awaitable[None]], order: Iterable[str] = ()) -> None:
         """Remove something in one storage after the other; raises the first error when all were tried."""
@@ -250,6 +264,11 @@ class Members:
 def _in(name: str, found: Tagged) -> Tagged:
     """Give what a storage shows, its snapshots with its name."""
     return replace(found, snapshots=tuple(replace(kept, storage=name) for kept in found.snapshots))
+
+
+def _volumes_of(parts: Sequence[Tagged]) -> set[str]:
+    """Give the volumes of a point, by what is shown of it."""
+    return {name for part in parts for name in (*part.beside, *(kept.volume for kept in part.snapshots))}
 
 
 def _joined(parts: Sequence[Tagged]) -> Tagged:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -410,7 +410,7 @@ class Unwritable(MemoryStorage):
 
     broken = True
 
-    async def retag(self, point: str, tag: str) -> None:
+    async def retag(self, point: str, tag: str, *, beside: Sequence[str] = ()) -> None:
         if self.broken:
             raise StorageError(f"{point}: Input/output error")
         await super().retag(point, tag)
