@@ -16,7 +16,7 @@ from trigger.service.control import only_one
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-SINCE_THEN = frozenset({"marks", "unknown", "name", "aside", "filled_to", "gaps", "path"})
+SINCE_THEN = frozenset({"marks", "unknown", "name", "aside", "filled_to", "gaps", "path", "storage"})
 """Keys that version 2 has added to the answers."""
 
 
