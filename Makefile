@@ -29,7 +29,7 @@ help: ## list what there is to do
 demo: .venv/.demo ## from nothing to a restored, proven commit, in under two minutes
 	@$(BIN)/trigpoint demo $(ARGS)
 
-test: packages lint ## everything that must be green, in about 17 minutes on 2 cores
+test: packages lint ## everything that must be green, in about 19 minutes on 2 cores
 	@$(PYTEST) -n 5 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quick: lint ## lint, types, unit tests and simulation, in about two minutes on 2 cores

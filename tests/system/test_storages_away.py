@@ -7,23 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.members import commit, members, transactions
-from tests.fixtures.service import Deployment
+from tests.fixtures.members import QUICK, commit, held, members
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.volume]
 
-QUICK = "[points]\nmin_interval_seconds = 0\nper_minute = 6000\nretry_seconds = 0.2\n"
 COPIED = ('driver = "btrfs"', 'driver = "directory"')
 SILENT = "storage plain shows no snapshot at all"
-
-
-def held(here: Deployment, xid: int) -> set[int]:
-    """Give what an exact restore holds, whose clone is dropped again."""
-    report = here.ask("restore", "--to-xid", str(xid), "--name", "one")
-    try:
-        return transactions(report["conninfo"])
-    finally:
-        here.trigpoint("clones", "drop", "--yes", "one")
 
 
 def kept(folder: Path) -> list[str]:
