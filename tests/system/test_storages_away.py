@@ -144,3 +144,20 @@ def test_what_is_sealed_by_its_tag_and_not_whole_is_left_alone_where_the_catalog
         (elsewhere / "aside").rename(elsewhere / "snapshots" / newest)
         assert here.ask("reconcile")["adopted"]
         assert held(here, made[2]) == set(made)
+
+
+def test_of_a_new_storage_and_one_that_is_away_the_latter_is_named() -> None:
+    with members(QUICK) as (here, elsewhere):
+        here.start()
+        commit(here, 2)
+        here.stop()
+        config = here.config.read_text()
+        new = f'[[storages]]\nname = "new"\ndriver = "directory"\nfolder = "{elsewhere / "new"}"\nkeep_free = 0\n'
+        config = config.replace('[[storages]]\nname = "plain"', f'{new}[[storages]]\nname = "plain"')
+        head, papers, rest = config.partition('name = "papers"')
+        here.config.write_text(head + papers + rest.replace('storage = "plain"', 'storage = "new"', 1))
+        assert here.trigpoint("check", check=False).returncode == 0
+        (elsewhere / "snapshots").rename(elsewhere / "unmounted")
+        said = here.trigpoint("check", check=False)
+        assert said.returncode == 3
+        assert SILENT in said.stdout
