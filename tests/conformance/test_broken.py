@@ -395,7 +395,8 @@ class BelievesTheFirstTag(Members):
 class StopsAtTheFirstThatStays(Members):
     async def delete(self, point: str) -> None:
         for name in self._storages:
-            await self._ask(name, lambda one: one.delete(point))
+            with self._one(name) as one:
+                await one.delete(point)
 
 
 class LeavesTheFirstClone(Members):

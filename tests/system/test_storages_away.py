@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.members import QUICK, commit, held, members
+from tests.fixtures.service import Deployment
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.volume]
 
 COPIED = ('driver = "btrfs"', 'driver = "directory"')
 SILENT = "storage plain shows no snapshot at all"
+
+
+def refuse_to_start(here: Deployment) -> None:
+    """Start the service, which must end by itself, and not well."""
+    here.start(wait=False)
+    assert here.process is not None
+    assert here.process.wait(60) != 0
 
 
 def kept(folder: Path) -> list[str]:
@@ -34,9 +42,7 @@ def test_a_catalog_is_not_made_anew_while_a_storage_is_away_and_nothing_is_remov
         refused = here.trigpoint("catalog", "rebuild", check=False)
         assert refused.returncode == 6
         assert SILENT in refused.stderr
-        here.start(wait=False)
-        assert here.process is not None
-        assert here.process.wait(60) != 0
+        refuse_to_start(here)
         assert SILENT in here.log.read_text()
         assert kept(here.root / "snapshots") == there
         (elsewhere / "unmounted").rename(elsewhere / "snapshots")
@@ -57,9 +63,7 @@ def test_a_storage_that_is_not_mounted_is_known_also_where_its_volumes_had_anoth
         here.stop()
         (elsewhere / "snapshots").rename(elsewhere / "unmounted")
         assert SILENT in here.trigpoint("check", check=False).stdout
-        here.start(wait=False)
-        assert here.process is not None
-        assert here.process.wait(60) != 0
+        refuse_to_start(here)
         assert not (elsewhere / "snapshots").exists(), "nothing is made beneath the mount point"
         (elsewhere / "unmounted").rename(elsewhere / "snapshots")
         here.start()
@@ -114,9 +118,7 @@ def test_a_storage_that_was_taken_out_of_the_configuration_is_asked_for_by_name(
         here.config.write_text(renamed)
         said = here.trigpoint("check", check=False).stdout
         assert "the configuration has no storage plain, and points have a part there" in said
-        here.start(wait=False)
-        assert here.process is not None
-        assert here.process.wait(60) != 0
+        refuse_to_start(here)
         here.config.write_text(several)
         here.start()
         assert held(here, made[0]) == {made[0]}

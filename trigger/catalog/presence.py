@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from trigger.catalog.catalog import Catalog
 from trigger.errors import StorageError
-from trigger.model import GONE, Finding, RecoveryPoint, Severity, State
+from trigger.model import GONE, Finding, RecoveryPoint, Severity, Space, State
 from trigger.ports import Storage, Tagged
 from trigger.volumes import of_volume, volumes_in
 
@@ -44,11 +44,13 @@ async def silence(sealed: Sequence[RecoveryPoint], storage: Storage) -> StorageE
     space = await storage.space()
     if not space.snapshots and len(space.silent) == len(space.storages):
         return StorageError(nothing_of(len(sealed)), hint=MOUNT)
-    used = storages_of(sealed)
-    if missing := sorted(used.difference(space.storages)):
+    lost = lost_storages(sealed, space)
+    if missing := sorted(lost.difference(space.storages)):
         words = f"the configuration has no storage {missing[0]}, and points have a part there"
         return StorageError(words, hint=_KEEP.format(missing[0]))
-    silent = [name for name in space.silent if name in used or await _unseen(sealed, storage)]
+    silent = [name for name in space.silent if name in lost]
+    if not silent and space.silent and await _unseen(sealed, storage):
+        silent = list(space.silent)
     return StorageError(nothing_of(len(sealed), f"storage {silent[0]}"), hint=MOUNT) if silent else None
 
 
@@ -57,9 +59,8 @@ def storages_of(points: Collection[RecoveryPoint]) -> set[str]:
     return {kept.storage for point in points for kept in point.snapshots} - {""}
 
 
-async def lost_storages(sealed: Sequence[RecoveryPoint], storage: Storage) -> set[str]:
+def lost_storages(sealed: Sequence[RecoveryPoint], space: Space) -> set[str]:
     """Give those of several storages that show nothing, or are not there any more, and have parts of sealed points."""
-    space = await storage.space()
     return {name for name in storages_of(sealed) if name in space.silent or name not in space.storages}
 
 

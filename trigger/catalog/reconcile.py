@@ -136,7 +136,7 @@ async def reconcile(
     sealed += [point for stray in strays if (point := await _sealed_stray(catalog, stray)) is not None]
     if not accept_loss and (silent := await silence(sealed, storage)) is not None:
         raise silent
-    lost = await lost_storages(sealed, storage) if accept_loss else set()
+    lost = lost_storages(sealed, await storage.space()) if accept_loss else set()
     for point in sorted(in_catalog.values(), key=lambda point: point.number):
         await _settle_point(catalog, storage, point, in_storage.get(point.id), done)
     for point_id in (*sorted(pruned), *(point.id for point in sealed if lost.intersection(storages_of([point])))):

@@ -72,13 +72,11 @@ async def verify(
             if point is not None and (found is None or found.base.id != point.id):
                 async for check in _looked_at_by_itself(point, site, progress):
                     checks.append(check)  # noqa: PERF401 - likewise
-    except RestoreError as error:
-        if error.retryable and not checks:  # nothing was looked at, and waiting helps: that says nothing of the point
-            raise
-        checks.append(("restore and look", False, f"not run to the end: {error}"))
     except TimeoutError:
         checks.append(("all checks", False, f"not run to the end within {deadline_seconds:g} s"))
     except (TrigpointError, OSError) as error:
+        if isinstance(error, RestoreError) and error.retryable and not checks:
+            raise  # nothing was looked at, and waiting helps: that says nothing of the point
         checks.append(("restore and look", False, f"not run to the end: {error}"))
     passed = bool(checks) and all(held for _, held, _ in checks)
     verification = Verification(site.clock.now(), passed, words, tuple(checks))

@@ -11,9 +11,8 @@ No two storages are cut at one instant, so the database's own bracket is held ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TypeVar
 
 from trigger.errors import StorageError
@@ -41,6 +40,7 @@ class Members:
         self._storages = storages
         self._homes = homes
         common = frozenset.intersection(*(one.capabilities for one in storages.values()))
+        self._in_use = [name for name in storages if name in homes.values()]
         self.name = "+".join(dict.fromkeys(one.name for one in storages.values()))
         self.capabilities = common - {Capability.ATOMIC_GROUP}
 
@@ -59,7 +59,12 @@ class Members:
     async def check(self, volumes: Sequence[Volume]) -> list[Finding]:
         """Give what stands in the way of snapshots of `volumes`, each in its storage."""
         shares = self._shares(volumes)
-        found = await together(self._ask(name, _checking(share)) for name, share in shares.items())
+
+        async def look(name: str, share: Sequence[Volume]) -> list[Finding]:
+            with self._one(name) as one:
+                return await one.check(share)
+
+        found = await together(look(name, share) for name, share in shares.items())
         return [finding for findings in found for finding in findings]
 
     async def claimed_by_another(self, holder: str) -> Finding | None:
@@ -70,7 +75,8 @@ class Members:
     async def claim(self, holder: str = "") -> None:
         """Hold every storage; where one is another's, those before it are held until `close`."""
         for name in self._storages:
-            await self._ask(name, lambda one: one.claim(holder))
+            with self._one(name) as one:
+                await one.claim(holder)
 
     async def snapshot(
         self, volumes: Sequence[Volume], point: str, tag: str, *, beside: Sequence[str] = ()
@@ -85,7 +91,8 @@ class Members:
 
         async def cut(name: str, share: Sequence[Volume]) -> tuple[Snapshot, ...]:
             others = [other for other in names if other not in [volume.name for volume in share]]
-            made = await self._ask(name, lambda one: one.snapshot(share, point, tag, beside=others))
+            with self._one(name) as one:
+                made = await one.snapshot(share, point, tag, beside=others)
             reached("after-member-cut")
             return tuple(replace(snapshot, storage=name) for snapshot in made)
 
@@ -102,34 +109,40 @@ class Members:
 
         async def write(name: str, found: Tagged) -> None:
             others = sorted(volumes.difference(kept.volume for kept in found.snapshots))
-            await self._ask(name, lambda one: one.retag(point, tag, beside=others))
+            with self._one(name) as one:
+                await one.retag(point, tag, beside=others)
             reached("after-member-tagged")
 
         await together(write(name, found) for name, found in parts)
 
-    async def _ask_all(self, call: Callable[[Storage], Awaitable[T]]) -> list[T]:
-        """Give what every storage gives, asked side by side."""
-        return await together(self._ask(name, call) for name in self._storages)
+    async def _ask_all(self, call: Callable[[Storage], Awaitable[T]], names: Iterable[str] = ()) -> list[T]:
+        """Give what every storage gives, or those of some names, asked side by side."""
 
-    async def _ask(self, name: str, call: Callable[[Storage], Awaitable[T]]) -> T:
-        """Give what one storage gives; its errors say which it is."""
+        async def ask(name: str) -> T:
+            with self._one(name) as one:
+                return await call(one)
+
+        return await together(map(ask, names or self._storages))
+
+    @contextlib.contextmanager
+    def _one(self, name: str) -> Iterator[Storage]:
+        """Give one storage; its errors inside the block say which it is."""
         try:
-            return await call(self._storages[name])
+            yield self._storages[name]
         except StorageError as error:
             raise type(error)(f"storage {name}: {error.message}", hint=error.hint, retryable=error.retryable) from error
 
     async def _parts(self, point: str | None = None) -> list[tuple[str, Tagged]]:
         """Give what each storage shows, with its name; of a point that those have whole that keep volumes, theirs."""
-        parts = await self._shown(filter(self._is_home, self._storages), point) if point is not None else []
+        parts = await self._shown(self._in_use, point) if point is not None else []
         if parts and _joined([found for _, found in parts]).complete:
             return parts
         return await self._shown(self._storages, point)
 
-    async def _shown(self, names: Iterable[str], point: str | None) -> list[tuple[str, Tagged]]:
+    async def _shown(self, names: Collection[str], point: str | None) -> list[tuple[str, Tagged]]:
         """Give what some storages show, each with its name."""
-        asked = list(names)
-        shown = await together(self._ask(name, lambda one: one.tagged(point)) for name in asked)
-        return [(name, _in(name, found)) for name, tagged in zip(asked, shown, strict=True) for found in tagged]
+        shown = await self._ask_all(lambda one: one.tagged(point), names)
+        return [(name, _in(name, found)) for name, tagged in zip(names, shown, strict=True) for found in tagged]
 
     async def tagged(self, point: str | None = None) -> list[Tagged]:
         """Give every point, or one, with what all storages show of it; without a tag where they do not say the same."""
@@ -140,16 +153,19 @@ class Members:
 
     async def lack(self, point: str) -> str:
         """Give what is missing in each member of a point."""
-        lacks = [await self._ask(name, lambda one: one.lack(point)) for name, _ in await self._parts(point)]
+        parts = await self._parts(point)
+        lacks = await self._ask_all(lambda one: one.lack(point), [name for name, _ in parts]) if parts else []
         return "; ".join(filter(None, lacks))
 
     async def absent(self, points: Sequence[RecoveryPoint]) -> set[str]:
         """Give the ids of those of `points` of which a snapshot is in none of the storages."""
         gone: set[str] = set()
         for volume in volumes_in(points):
-            of_it = of_volume(points, volume)
-            gone |= set.intersection(*await self._ask_all(_looking(of_it)))
+            gone |= await self._nowhere(of_volume(points, volume))
         return gone
+
+    async def _nowhere(self, points: Sequence[RecoveryPoint]) -> set[str]:
+        return set.intersection(*await self._ask_all(lambda one: one.absent(points)))
 
     async def delete(self, point: str) -> None:
         """Remove every member of a point; where one stays, the others go all the same."""
@@ -170,8 +186,8 @@ class Members:
         before = list(beside)
         try:
             for home, found in parts:
-                making = partial(_clone, point, name, progress, identity, tuple(before))
-                made.append(await self._ask(home, making))
+                with self._one(home) as one:
+                    made.append(await one.clone(point, name, progress, identity=identity, beside=tuple(before)))
                 reached("after-member-cloned")
                 before += [kept.volume for kept in found.snapshots]
         except BaseException:
@@ -192,16 +208,13 @@ class Members:
     async def drop_clone(self, name: str) -> None:
         """Remove every copy of a clone, in the order in which they were made, whatever the storages' order is now."""
         shown = await self._ask_all(lambda one: one.clones())
-        await self._require_all_copies([clone for clones in shown for clone in clones if clone.name == name])
-        made = {
-            home: len(clone.beside)
-            for home, clones in zip(self._storages, shown, strict=True)
-            for clone in clones
-            if clone.name == name
-        }
+        each = zip(self._storages, shown, strict=True)
+        copies = {home: clone for home, clones in each for clone in clones if clone.name == name}
+        await self._require_all(list(copies.values()))
+        made = {home: len(clone.beside) for home, clone in copies.items()}
         await self._each(lambda one: one.drop_clone(name), sorted(self._storages, key=lambda home: made.get(home, 0)))
 
-    async def _require_all_copies(self, parts: Sequence[Clone]) -> None:
+    async def _require_all(self, parts: Sequence[Clone]) -> None:
         """Refuse where a copy of a clone may lie in a storage that is away; raises `StorageError`."""
         if not parts or parts[0].dropped:
             return
@@ -217,7 +230,8 @@ class Members:
         errors: list[StorageError] = []
         for name in order or self._storages:
             try:
-                await self._ask(name, remove)
+                with self._one(name) as one:
+                    await remove(one)
                 reached("after-member-removed")
             except StorageError as error:
                 errors.append(error)
@@ -229,11 +243,10 @@ class Members:
 
         Of those that keep volumes now: what another one lacks hinders no new point.
         """
-        homes = [name for name in self._storages if self._is_home(name)]
-        spaces = {name: await self._ask(name, lambda one: one.space()) for name in homes}
-        others = {name: await self._space_of(name) for name in self._storages if name not in homes}
+        spaces = dict(zip(self._in_use, await self._ask_all(lambda one: one.space(), self._in_use), strict=True))
+        others = {name: await self._space_of(name) for name in self._storages if name not in spaces}
         name = min(
-            homes, key=lambda one: (not spaces[one].short, spaces[one].free_bytes - spaces[one].wanted_free_bytes)
+            spaces, key=lambda one: (not spaces[one].short, spaces[one].free_bytes - spaces[one].wanted_free_bytes)
         )
         fullest = max(spaces.values(), key=lambda one: one.snapshots / one.budget)
         counts = {one: space.snapshots if space is not None else 0 for one, space in (spaces | others).items()}
@@ -245,9 +258,6 @@ class Members:
             storages=tuple(self._storages),
             silent=tuple(one for one in self._storages if not counts[one]),
         )
-
-    def _is_home(self, name: str) -> bool:
-        return name in self._homes.values()
 
     async def _space_of(self, name: str) -> Space | None:
         """Give the room of a storage that keeps no volume now; None while it cannot be looked at."""
@@ -288,17 +298,3 @@ def _whole(parts: Sequence[Clone]) -> Clone:
     before = {other for part in parts for other in part.beside}
     dropped = any(part.dropped for part in parts) or not before <= {volume for volume, _ in paths}
     return replace(parts[0], paths=paths, dropped=dropped, beside=())
-
-
-def _checking(share: Sequence[Volume]) -> Callable[[Storage], Awaitable[list[Finding]]]:
-    return lambda storage: storage.check(share)
-
-
-def _looking(points: Sequence[RecoveryPoint]) -> Callable[[Storage], Awaitable[set[str]]]:
-    return lambda storage: storage.absent(points)
-
-
-async def _clone(
-    point: str, name: str, progress: Progress, identity: str, beside: Sequence[str], storage: Storage
-) -> Clone:
-    return await storage.clone(point, name, progress, identity=identity, beside=beside)

@@ -408,11 +408,12 @@ async def _take_one(parts: Parts, note: str) -> RecoveryPoint:
     keeping = asyncio.create_task(_keep_journal(service), name="journal")
     try:
         await _journal_begun(service)
-        point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
-        if point.state is State.SEALED and not await _is_led_to(point, parts):
+        for _ in range(2):
             point = await take(service.cluster, Cause.DEMAND, Collected((), {}), note)
-            if point.state is State.SEALED and not await _is_led_to(point, parts):
-                log.warning("point %d is sealed, and no log leads to it: --to-point will refuse it", point.number)
+            if point.state is not State.SEALED or await _is_led_to(point, parts):
+                break
+        else:
+            log.warning("point %d is sealed, and no log leads to it: --to-point will refuse it", point.number)
     except asyncio.CancelledError as error:
         error.add_note("a point that was begun is not done: the next start settles it, and so does trigpoint reconcile")
         raise
